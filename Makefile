@@ -1,0 +1,36 @@
+# Two commands do everything on a machine with Python (3.11 or newer) and make:
+#   make demo    train a small ResNet with backpropagation and with dtrp, and show the two side by side
+#   make test    lint, types and tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-full lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/dtrp demo
+
+test: lint
+	$(BIN)/python -m pytest -q -n 2
+
+# The numbers as the issues word them: hours. CIFAR is the folder that holds cifar-10-batches-py.
+test-full: lint
+	CIFAR=$(CIFAR) $(BIN)/python -m pytest -q -m "full or not full" --timeout 7200 -rs
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cli,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

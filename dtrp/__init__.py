@@ -1,0 +1,25 @@
+"""Train a network that is spread over several workers, without waiting.
+
+`Pipeline` trains; `get_method` and `list_methods` name what it can train by; `Schedule` writes a
+method's order of work down; `linear` and `rollout` predict weights.
+"""
+
+from .methods import Method, get_method, list_methods
+from .pipeline import Pipeline
+from .predict import linear, rollout
+from .schedule import Schedule, ScheduleError
+from .stage import StageError
+
+__all__ = [
+    "Method",
+    "Pipeline",
+    "Schedule",
+    "ScheduleError",
+    "StageError",
+    "get_method",
+    "linear",
+    "list_methods",
+    "rollout",
+]
+
+__version__ = "0.1.0"

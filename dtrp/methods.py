@@ -1,0 +1,297 @@
+"""The family of methods: each is a row of ten values over one engine.
+
+A `Method` says in which order a stage works (``ahead``, ``backward_first``, ``flush``,
+``forward_all``), what it keeps between the two passes of a micro-batch (``keep``), at which weights
+those passes run (``backward_at``, ``predict``), and how updates are shrunk with the distance
+``d = K-1-k`` to the last stage (``grad_shrink``, ``lr_shrink``). `get_method` gives the row of a
+name with any of the values changed; a combination that means nothing is refused.
+
+Letters in the docstrings: stage k of K counts from 0; w_k(n) the weights of stage k after n updates;
+b a mini-batch, with one micro-batch unless said otherwise; h the stage's input; g the gradient of its
+output; eta the learning rate. The delay is that of the steady state, in updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from . import schedule
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of training in a pipeline of stages.
+
+    Args:
+        name: what it is called in tables and errors.
+        ahead: forwards a stage runs ahead of its first backward, per stage after it: ``lead =
+            ceil(ahead * d)``. At least 1.
+        backward_first: in a slot, B then F (else F then B); the last stage always runs F then B.
+        keep: what a stage keeps from F to B: the ``"graph"``, or the ``"input"``, to recompute the graph.
+        backward_at: B at the weights its forward read (``"stashed"``) or at the ``"current"`` ones.
+        predict: the weights F reads: ``None``, those of now; ``"linear"``, ``"rollout"`` or an object
+            as in `dtrp.predict`, those predicted for the time of B.
+        grad_shrink: every stage multiplies the gradient it receives by this: ``grad_shrink**d`` in all.
+        lr_shrink: stage k trains with ``lr * lr_shrink**d``.
+        flush: run every backward of a mini-batch before the next mini-batch (a synchronous method).
+        forward_all: run all forwards of a mini-batch before its backwards (GPipe).
+
+    Raises:
+        ValueError: a value out of range, or a combination that means nothing, with the reason.
+    """
+
+    name: str
+    ahead: float
+    backward_first: bool
+    keep: Literal["graph", "input"]
+    backward_at: Literal["stashed", "current"]
+    predict: Any = None
+    grad_shrink: float = 1.0
+    lr_shrink: float = 1.0
+    flush: bool = False
+    forward_all: bool = False
+
+    def __post_init__(self) -> None:
+        if self.predict == "none":
+            object.__setattr__(self, "predict", None)
+        for field, choices in (("keep", ("graph", "input")), ("backward_at", ("stashed", "current"))):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(map(repr, choices))}")
+        for field in ("backward_first", "flush", "forward_all"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field}={getattr(self, field)!r}: pass True or False")
+        if not (_is_number(self.ahead) and self.ahead >= 1):
+            raise ValueError(
+                f"ahead={self.ahead!r}: a gradient takes at least one slot a stage to come back; pass a number >= 1"
+            )
+        for field in ("grad_shrink", "lr_shrink"):
+            value = getattr(self, field)
+            if not (_is_number(value) and 0 < value <= 1):
+                raise ValueError(f"{field}={value!r}: a shrinking factor lies above 0 and is at most 1 (1: no shrinking)")
+        if isinstance(self.predict, str) and self.predict not in ("linear", "rollout"):
+            raise ValueError(
+                f"predict={self.predict!r}: choose 'linear', 'rollout', 'none', or pass a predictor object"
+            )
+        if self.predict is not None and not isinstance(self.predict, str) and not callable(self.predict):
+            raise ValueError(
+                f"predict={self.predict!r} cannot be called; a predictor is called as predictor(parameters, "
+                "optimizer, horizon, out, *, stage, microbatch, version)"
+            )
+        if self.keep == "graph" and self.backward_at == "current" and not self.flush:
+            raise ValueError(
+                "keep='graph' with backward_at='current': a kept graph holds the activations of its forward's weights, "
+                "so its gradient is theirs; pass backward_at='stashed', or keep='input' to recompute at the current ones"
+            )
+        if self.flush and self.predict is not None:
+            raise ValueError(
+                f"predict={self.predict!r} with flush=True: a method that flushes every mini-batch has no delay to "
+                "predict over; pass predict=None, or flush=False"
+            )
+        if self.forward_all and not self.flush:
+            raise ValueError(
+                "forward_all=True with flush=False: all forwards of a mini-batch before its backwards is a synchronous "
+                "order; pass flush=True"
+            )
+        if self.forward_all and (self.ahead != 1 or self.backward_first):
+            raise ValueError(
+                "forward_all=True runs every forward before any backward, so neither ahead nor backward_first has a "
+                "meaning; leave them at ahead=1, backward_first=False"
+            )
+
+    def recomputes(self, num_stages: int, stage: int) -> bool:
+        """Whether ``stage`` runs its forward a second time at B (the last stage has its graph at hand)."""
+        return self.keep == "input" and (self.forward_all or schedule.lead(self, num_stages, stage) > 0)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# -- the rows: a function each, whose docstring is the method's documentation ---------------------------
+
+
+def bp() -> Method:
+    """Backpropagation, pipelined: 1F1B with a flush after every mini-batch.
+
+    Update: ``w_k(b+1) = w_k(b) - eta * grad f_b(w(b))``, exactly that of one worker.
+    Delay: 0. Memory: the graphs of min(A, d+1) micro-batches.
+    Time: the bubble of a flush, (A+K-1)/A times the work.
+    Source: PipeDream-Flush in Narayanan et al., Memory-efficient pipeline-parallel DNN training,
+    arXiv:2006.09503.
+    Differences: none known; gradients of unequal micro-batches are weighted by their samples.
+    """
+    return Method("bp", 1, False, "graph", "current", flush=True)
+
+
+def gpipe() -> Method:
+    """GPipe: all forwards of a mini-batch, then all its backwards, then the update.
+
+    Update and delay: as bp. Memory: the graphs of all A micro-batches.
+    Source: Huang et al., GPipe, arXiv:1811.06965.
+    Differences: the paper recomputes inside every stage; here that is ``keep="input"``.
+    """
+    return Method("gpipe", 1, False, "graph", "current", flush=True, forward_all=True)
+
+
+def ddg() -> Method:
+    """Decoupled parallel backpropagation with delayed gradients.
+
+    Update: ``w_k(b+1) = w_k(b) - eta * grad_k f_b`` at the weights ``w_k(b-d)`` that the forward read.
+    Delay: d. Memory: d+1 graphs and as many copies of the weights.
+    Source: Huo et al., Decoupled parallel backpropagation with convergence guarantee, arXiv:1804.10574.
+    Differences: the forward is not locked (1F1B order; every micro-batch meets the same versions as
+    in the paper). Their code keeps graphs across updates and so mixes old activations with new
+    weights; here the gradient is exactly that of the forward's weights.
+    """
+    return Method("ddg", 1, False, "graph", "stashed")
+
+
+def fr() -> Method:
+    """Features replay: store the inputs, recompute at the current weights.
+
+    Update: ``w_k(b+1) = w_k(b) - eta * (d out(h; w_k(b)) / d w_k)^T g``, h computed by the stages
+    before at ``w_j(b-(K-1-j))``.
+    Delay: d. Memory: d+1 inputs and one graph.
+    Source: Huo et al., Training neural networks using features replay, arXiv:1807.04511.
+    Differences: the forward is not locked; buffers move once per batch (their code moves them twice);
+    no doubled learning rate at the first stage, which their code has and their paper does not.
+    """
+    return Method("fr", 1, False, "input", "current")
+
+
+def fdg() -> Method:
+    """Fully decoupled training with delayed gradients.
+
+    Update: ``w_k(b+1) = w_k(b) - eta * beta**d * grad_k f_b`` at the weights the forward read.
+    Delay: 2d, or 2d-1 with ``backward_first=True``. Memory: 2d+1 (2d) graphs, and a copy of the
+    weights for each.
+    ``grad_shrink`` is the paper's beta: every stage multiplies the gradient it receives, and passes the
+    shrunk one on.
+    Source: Zhuang et al., Fully decoupled neural network learning using delayed gradients, arXiv:1906.09108.
+    Differences: exact gradients at the stashed weights (see ddg).
+    """
+    return Method("fdg", 2, False, "graph", "stashed")
+
+
+def adl() -> Method:
+    """Accumulated decoupled learning: fdg with the gradients of A micro-batches in one update.
+
+    Update: ``w_k(b+1) = w_k(b) - eta * mean_j grad_k f_(b,j)``, each at the weights its forward read.
+    Delay: ``ceil((2d - j) / A)`` for the j-th micro-batch (2d-1-j with ``backward_first=True``).
+    Memory: 2d+1 (2d) graphs of micro-batches, a copy of the weights per version.
+    Meant for ``num_microbatches > 1``; with one it is fdg.
+    Source: Zhuang et al., Accumulated decoupled learning with gradient staleness mitigation for
+    convolutional neural networks, ICML 2021; arXiv:2012.03747.
+    Differences: gradients are averaged (their code sums them, which scales the learning rate with A).
+    """
+    return Method("adl", 2, False, "graph", "stashed")
+
+
+def dtr() -> Method:
+    """Decoupled training with re-computation: dtrp without its prediction.
+
+    Update: ``w_k(b+1) = w_k(b) - eta * (d out(h; w_k(b)) / d w_k)^T g``.
+    Delay: 2d-1 between the two forward passes. Memory: 2d inputs and one graph.
+    Source: Peng et al., PLoS ONE 18(2): e0276427, 2023 (its Fig 1: re-computation, and backward
+    before forward except at the last module, are stated there; the delay follows from that order).
+    Differences: see dtrp.
+    """
+    return Method("dtr", 2, True, "input", "current")
+
+
+def dtrp() -> Method:
+    """Decoupled training with re-computation and weight prediction, the method this library is named for.
+
+    Update: F(b) reads ``w'_k``, the weights predicted for version b from those of now; B(b) recomputes
+    at the true ``w_k(b)``: ``w_k(b+1) = w_k(b) - eta * gamma**d * (d out(h; w_k(b)) / d w_k)^T g``.
+    If the prediction were exact this would be backpropagation, bit for bit.
+    Delay: 2d-1, predicted over. Memory: 2d inputs, one graph, one predicted copy of the weights.
+    ``lr_shrink`` is gamma.
+    Source: Peng et al., Decoupled neural network training with re-computation and weight prediction,
+    PLoS ONE 18(2): e0276427, 2023.
+    Stated there (abstract, captions): re-computation, weight prediction, batch compensation, the order,
+    gamma as a factor that shrinks the learning rate. Our reading: the horizon 2d-1, the form of the
+    predictor (``"rollout"``; ``"linear"`` by option), and gamma**d. Their "delay regulator" is not known.
+    """
+    return Method("dtrp", 2, True, "input", "current", "rollout")
+
+
+def dtrp_1f1b() -> Method:
+    """dtrp at half the delay, in the 1F1B order, for fast links (fr with weight prediction).
+
+    Update: as dtrp. Delay: d, predicted over. Memory: d+1 inputs, one graph, one predicted copy.
+    A message that takes a noticeable part of a slot is not hidden (dtrp hides a whole slot).
+    Source: ours.
+    """
+    return Method("dtrp-1f1b", 1, False, "input", "current", "rollout")
+
+
+def pipedream() -> Method:
+    """PipeDream: asynchronous 1F1B with weight stashing.
+
+    Update: ``w_k(b+1) = w_k(b) - eta * grad_k f_b`` at the stashed ``w_k(b-d)``.
+    Delay: d. Memory: d+1 graphs and versions of the weights; ``keep="input"`` keeps inputs and
+    recomputes at the stashed version.
+    Source: Narayanan et al., PipeDream, SOSP 2019; arXiv:1806.03377.
+    Differences: no vertical sync (optional in the paper); buffers belong to no version.
+    """
+    return Method("pipedream", 1, False, "graph", "stashed")
+
+
+def spectrain() -> Method:
+    """SpecTrain: predicted weights in the forward, whose graph is kept.
+
+    Update: ``w_k(b+1) = w_k(b) - eta * grad_k f_b`` at the predicted ``w'_k`` that the forward read.
+    Delay: d, predicted over. Memory: d+1 graphs, each at its own copy of predicted weights.
+    Source: Chen et al., Efficient and robust parallel DNN training through model parallelism on
+    multi-GPU platform, arXiv:1809.02839.
+    Differences: the forward predicts over the delay counted from the run, and the backward stays at
+    those weights (the paper predicts both passes to a common version; its authors' code does as here).
+    """
+    return Method("spectrain", 1, False, "graph", "stashed", "linear")
+
+
+_ROWS: dict[str, Callable[[], Method]] = {
+    row().name: row for row in (bp, gpipe, ddg, fr, fdg, adl, dtr, dtrp, dtrp_1f1b, pipedream, spectrain)
+}
+
+
+def list_methods() -> list[str]:
+    """The names of all methods, synchronous ones first."""
+    return list(_ROWS)
+
+
+def get_method(name: str, **options: Any) -> Method:
+    """The method called ``name``, with any field of its row changed.
+
+    >>> get_method("fdg", grad_shrink=0.5).grad_shrink
+    0.5
+
+    The row's documentation is the returned object's ``__doc__``.
+
+    Raises:
+        ValueError: an unknown name (with the nearest right one), or values that mean nothing together.
+        TypeError: an option that is no field of `Method`.
+    """
+    if name not in _ROWS:
+        near = difflib.get_close_matches(str(name), _ROWS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown method {name!r}; {hint}methods: {', '.join(_ROWS)}")
+    fields = [f.name for f in dataclasses.fields(Method)]
+    for option in options:
+        if option not in fields:
+            near = difflib.get_close_matches(option, fields, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise TypeError(f"a method has no field {option!r}; {hint}fields: {', '.join(fields)}")
+    method = dataclasses.replace(_ROWS[name](), **options)
+    object.__setattr__(method, "__doc__", inspect.getdoc(_ROWS[name]))
+    return method
+
+
+schedule.named_order = get_method

@@ -1,0 +1,279 @@
+"""Weight prediction: the weights that an optimizer would reach some updates ahead.
+
+A forward that runs ``delay`` updates before its backward reads, instead of the weights of now, those
+predicted for then. A predictor is any object that is called as ::
+
+    predictor(parameters, optimizer, horizon, out, *, stage, microbatch, version)
+
+and writes into the tensors ``out`` (shapes, dtypes and devices of ``parameters``) the weights that
+``optimizer`` would give ``parameters`` in ``horizon`` updates, gradients unknown. It touches nothing
+else. ``parameters`` are the stage's trainable ones in the order of ``named_parameters()``, ``version``
+the number of their updates so far; the learning rates it finds in ``optimizer.param_groups`` are those
+of the stage's next update, ``lr_shrink`` included. It is called once per micro-batch and never with a
+horizon of 0.
+
+Two are built in. With p a weight, v its momentum buffer, mu the momentum and h the horizon:
+
+``linear``
+    The last update h times over (SpecTrain, arXiv:1809.02839).
+    SGD ``p - h lr v``; Adam ``p - h lr m_hat / (sqrt(v_hat) + eps)``, AdamW with its decay in the step.
+``rollout``
+    The optimizer run h times with a zero gradient, weight decay included (the roll-out of FTPipe's
+    momentum prediction, USENIX ATC 2021). SGD without decay: ``p - lr v (mu + mu^2 + ... + mu^h)``.
+
+Both leave a weight as it is while its optimizer holds no state for it: before its first update, and
+for SGD without momentum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
+
+
+class Predictor(Protocol):
+    """What a predictor is; see the module's documentation."""
+
+    def __call__(
+        self,
+        parameters: Sequence[Tensor],
+        optimizer: Optimizer,
+        horizon: int,
+        out: Sequence[Tensor],
+        *,
+        stage: int,
+        microbatch: int,
+        version: int,
+    ) -> None: ...
+
+
+_Rule = Callable[[Tensor, dict[str, Any], dict[str, Any], int, Tensor], None]  # (p, state, group, horizon, out)
+
+
+class BuiltInPredictor:
+    """``linear`` or ``rollout`` for SGD, Adam, AdamW and NAdam.
+
+    The result depends on the version and the horizon alone, so micro-batches that share both share it.
+    """
+
+    def __init__(self, name: str, rules: dict[type[Optimizer], _Rule]) -> None:
+        self.name = name
+        self._rules = rules
+
+    def __repr__(self) -> str:
+        return f"<predictor {self.name}>"
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer whose update rule is not known here.
+
+        Raises:
+            TypeError: naming the optimizer and the ways out.
+        """
+        if type(optimizer) not in self._rules:
+            known = ", ".join(cls.__name__ for cls in self._rules)
+            raise TypeError(
+                f"prediction {self.name!r} does not know the update rule of {type(optimizer).__name__} (it knows {known}, "
+                "not their subclasses); use one of these, pass a predictor of your own, "
+                "method=get_method(..., predict=my_predictor), or switch prediction off with predict=None"
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        parameters: Sequence[Tensor],
+        optimizer: Optimizer,
+        horizon: int,
+        out: Sequence[Tensor],
+        *,
+        stage: int = 0,
+        microbatch: int = 0,
+        version: int = 0,
+    ) -> None:
+        self.check(optimizer)
+        rule = self._rules[type(optimizer)]
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        for p, o in zip(parameters, out, strict=True):
+            state = optimizer.state.get(p, {})
+            if state.get("momentum_buffer" if type(optimizer) is SGD else "exp_avg") is None:
+                o.copy_(p)
+            else:
+                rule(p, state, groups[id(p)], horizon, o)
+
+
+# -- SGD ------------------------------------------------------------------------------------------------
+
+
+def _sgd_linear(p: Tensor, state: dict[str, Any], group: dict[str, Any], horizon: int, out: Tensor) -> None:
+    torch.add(p, state["momentum_buffer"], alpha=-horizon * float(group["lr"]), out=out)
+
+
+def _sgd_rollout(p: Tensor, state: dict[str, Any], group: dict[str, Any], horizon: int, out: Tensor) -> None:
+    """h steps with g = decay p, as one linear map of (p, v): p_h = a p + b v.
+
+    ``maximize`` turns the sign of the gradient, which is zero, and not that of the decay.
+    """
+    lr, mu, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
+    # p and v as coefficients of the (p, v) of now
+    pp, pv = 1.0, 0.0
+    vp, vv = 0.0, 1.0
+    for _ in range(horizon):
+        gp, gv = decay * pp, decay * pv
+        vp, vv = mu * vp + (1 - group["dampening"]) * gp, mu * vv + (1 - group["dampening"]) * gv
+        sp, sv = (gp + mu * vp, gv + mu * vv) if group["nesterov"] else (vp, vv)
+        pp, pv = pp - lr * sp, pv - lr * sv
+    if decay:
+        torch.mul(p, pp, out=out).add_(state["momentum_buffer"], alpha=pv)
+    else:
+        torch.add(p, state["momentum_buffer"], alpha=pv, out=out)
+
+
+# -- the Adam family ------------------------------------------------------------------------------------
+
+
+def _is_decoupled(group: dict[str, Any]) -> bool:
+    # Adam, AdamW and NAdam all carry the flag in recent torch; older AdamW does not (see _adamw).
+    return bool(group.get("decoupled_weight_decay", False))
+
+
+def _adam_linear(p: Tensor, state: dict[str, Any], group: dict[str, Any], horizon: int, out: Tensor) -> None:
+    if group["amsgrad"]:
+        _extrapolate(_adam_rollout, p, state, group, horizon, out)
+        return
+    lr, eps, t = float(group["lr"]), group["eps"], float(state["step"])
+    beta1, beta2 = map(float, group["betas"])
+    denominator = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt_().add_(eps)
+    shrink = 1 - horizon * lr * group["weight_decay"] if _is_decoupled(group) else 1.0
+    torch.mul(p, shrink, out=out).addcdiv_(state["exp_avg"], denominator, value=-horizon * lr / (1 - beta1**t))
+
+
+def _adam_rollout(p: Tensor, state: dict[str, Any], group: dict[str, Any], horizon: int, out: Tensor) -> None:
+    lr, eps, t, decay = float(group["lr"]), group["eps"], float(state["step"]), group["weight_decay"]
+    beta1, beta2 = map(float, group["betas"])
+    coupled = decay and not _is_decoupled(group)
+    if coupled:
+        pieces = _pieces(p, state, out)
+    else:
+        pieces = iter([(p, state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq"), out)])
+    for weight, m, v, v_max, o in pieces:
+        o.copy_(weight)
+        if coupled:  # the decay enters the moments: they need room to move in
+            m, v = m.clone(), v.clone()
+            v_max = None if v_max is None else v_max.clone()
+        for i in range(1, horizon + 1):
+            if coupled:
+                m.mul_(beta1).add_(o, alpha=(1 - beta1) * decay)
+                v.mul_(beta2).addcmul_(o, o, value=(1 - beta2) * decay * decay)
+                left = (1.0, 1.0)
+            else:  # the moments only fade
+                left = (beta1**i, beta2**i)
+                if decay:
+                    o.mul_(1 - lr * decay)
+            if v_max is None:
+                denominator = v * (left[1] / (1 - beta2 ** (t + i)))
+            else:  # fading never raises the maximum; the coupled decay may
+                if coupled:
+                    torch.maximum(v_max, v, out=v_max)
+                denominator = v_max / (1 - beta2 ** (t + i))
+            denominator.sqrt_().add_(eps)
+            o.addcdiv_(m, denominator, value=-lr * left[0] / (1 - beta1 ** (t + i)))
+
+
+def _nadam_rollout(p: Tensor, state: dict[str, Any], group: dict[str, Any], horizon: int, out: Tensor) -> None:
+    lr, eps, t, decay = float(group["lr"]), group["eps"], float(state["step"]), group["weight_decay"]
+    beta1, beta2 = map(float, group["betas"])
+    coupled = decay and not _is_decoupled(group)
+    if coupled:
+        pieces = _pieces(p, state, out)
+    else:
+        pieces = iter([(p, state["exp_avg"], state["exp_avg_sq"], None, out)])
+    # Products of mu as torch forms them: in the dtype of its state, whatever that is.
+    products, product = [], state["mu_product"].clone()
+    for i in range(1, horizon + 2):
+        mu = beta1 * (1 - 0.5 * 0.96 ** ((t + i) * group["momentum_decay"]))
+        if i <= horizon:
+            product *= mu
+            products.append((mu, product.item()))
+        else:
+            products.append((mu, 0.0))
+    for weight, m, v, _, o in pieces:
+        o.copy_(weight)
+        if coupled:
+            m, v = m.clone(), v.clone()
+        for i in range(1, horizon + 1):
+            (mu, mu_product), (mu_next, _) = products[i - 1], products[i]
+            if coupled:
+                m.mul_(beta1).add_(o, alpha=(1 - beta1) * decay)
+                v.mul_(beta2).addcmul_(o, o, value=(1 - beta2) * decay * decay)
+                denominator = v / (1 - beta2 ** (t + i))
+                left = 1.0
+            else:
+                if decay:
+                    o.mul_(1 - lr * decay)
+                denominator = v * (beta2**i / (1 - beta2 ** (t + i)))
+                left = beta1**i
+            denominator.sqrt_().add_(eps)
+            if coupled:  # the gradient of this step, decay p, is in the Nesterov step too
+                o_gradient = -lr * (1 - mu) / (1 - mu_product) * decay
+                step_of_gradient = o / denominator
+            o.addcdiv_(m, denominator, value=-lr * mu_next * left / (1 - mu_product * mu_next))
+            if coupled:
+                o.add_(step_of_gradient, alpha=o_gradient)
+
+
+def _nadam_linear(p: Tensor, state: dict[str, Any], group: dict[str, Any], horizon: int, out: Tensor) -> None:
+    _extrapolate(_nadam_rollout, p, state, group, horizon, out)
+
+
+def _extrapolate(
+    rule: _Rule, p: Tensor, state: dict[str, Any], group: dict[str, Any], horizon: int, out: Tensor
+) -> None:
+    """One step with a zero gradient, ``horizon`` times over: p + horizon (p_1 - p)."""
+    rule(p, state, group, 1, out)
+    out.sub_(p).mul_(horizon).add_(p)
+
+
+def _pieces(
+    p: Tensor, state: dict[str, Any], out: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]]:
+    """The parameter and its moments a fifth at a time, so that what moves with them takes no more room than p."""
+    v_max = state.get("max_exp_avg_sq")
+    tensors = [p, state["exp_avg"], state["exp_avg_sq"], out] + ([] if v_max is None else [v_max])
+    if all(t.is_contiguous() for t in tensors):
+        tensors = [t.view(-1) for t in tensors]
+        size = max(1, -(-p.numel() // 5))
+    else:
+        size = max(1, -(-p.shape[0] // 5)) if p.dim() else 1
+    if not tensors[0].dim():
+        parts = [tuple(tensors)]
+    else:
+        parts = list(zip(*(t.split(size) for t in tensors), strict=True))
+    for weight, m, v, o, *maximum in parts:
+        yield weight, m, v, (maximum[0] if maximum else None), o
+
+
+def _with_flag(rule: _Rule) -> _Rule:
+    """AdamW of a torch whose groups do not carry ``decoupled_weight_decay``."""
+
+    def adamw(p: Tensor, state: dict[str, Any], group: dict[str, Any], horizon: int, out: Tensor) -> None:
+        rule(p, state, {**group, "decoupled_weight_decay": True}, horizon, out)
+
+    return adamw
+
+
+linear = BuiltInPredictor(
+    "linear", {SGD: _sgd_linear, Adam: _adam_linear, AdamW: _with_flag(_adam_linear), NAdam: _nadam_linear}
+)
+rollout = BuiltInPredictor(
+    "rollout", {SGD: _sgd_rollout, Adam: _adam_rollout, AdamW: _with_flag(_adam_rollout), NAdam: _nadam_rollout}
+)
+
+
+def as_predictor(predict: Any) -> Predictor | None:
+    """The predictor that a method's ``predict`` names, or is."""
+    if isinstance(predict, str):
+        return {"linear": linear, "rollout": rollout}[predict]
+    return predict

@@ -1,0 +1,36 @@
+"""Random numbers that a repeated forward draws again.
+
+Stage k draws for micro-batch m from the state seeded by (seed, replica, k, m). So the forward that a
+backward repeats, the other engine and another run all see the same dropout masks, and no stage's draws
+depend on how many another has made. The global generators are left as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def microbatch_seed(seed: int, replica: int, stage: int, microbatch: int) -> int:
+    """The seed of one stage's draws for one micro-batch, in 0..2**63-1."""
+    packed = struct.pack("<4q", seed, replica, stage, microbatch)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Within it torch draws from ``seed``, on the CPU and on ``device``; after it, from where it was before."""
+    accelerator = device is not None and device.type != "cpu"
+    kind = device.type if accelerator and device is not None else "cuda"
+    with torch.random.fork_rng(devices=[device] if accelerator else [], device_type=kind):
+        # Not torch.manual_seed: that would reseed every accelerator, and only one is put back.
+        torch.default_generator.manual_seed(seed)
+        if accelerator:
+            module = torch.get_device_module(device)
+            with module.device(device):
+                module.manual_seed(seed)
+        yield

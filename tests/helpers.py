@@ -1,0 +1,136 @@
+"""Small networks and data for the tests."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dtrp
+
+WIDTH = 5
+
+
+class Scale(nn.Module):
+    """Keeps a buffer that is not BatchNorm's: the running mean of its input's size, which it does not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.mul_(0.9).add_(x.detach().abs().mean())
+        return x * self.weight
+
+
+def block(inputs: int, outputs: int) -> nn.Sequential:
+    # No bias: BatchNorm takes it out again, and a gradient that is zero but for rounding compares with nothing.
+    return nn.Sequential(nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.Tanh(), nn.Dropout(0.2))
+
+
+def network(layers: int = 8) -> nn.Sequential:
+    """Linear, BatchNorm, dropout and a buffer of its own; ``layers`` top-level layers."""
+    named = OrderedDict((f"block{i}", block(WIDTH, WIDTH)) for i in range(layers - 1))
+    if layers > 2:
+        named["block1"] = nn.Sequential(Scale(), nn.Tanh())
+    named["head"] = nn.Linear(WIDTH, 3)
+    return nn.Sequential(named)
+
+
+def minibatches(count: int, size: int = 32, last: int = 25, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Random mini-batches, the last one partial."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [size] * (count - 1) + [last]
+    return [
+        (
+            torch.randn(n, WIDTH, generator=generator, dtype=torch.get_default_dtype()),
+            torch.randint(3, (n,), generator=generator),
+        )
+        for n in sizes
+    ]
+
+
+def rate(n: int) -> float:
+    """The learning rate of update n."""
+    return 0.05 / (1 + n / 10)
+
+
+def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n / 10))
+
+
+def sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+def adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=0.05, weight_decay=0.01)
+
+
+def plain_loop(
+    model: nn.Sequential,
+    batches: list[tuple[Tensor, Tensor]],
+    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    rng: Callable[[int, int], AbstractContextManager[None]],
+    *,
+    cuts: list[int],
+    num_microbatches: int = 1,
+    after_update: Callable[[], None] | None = None,
+) -> list[Tensor]:
+    """The loop that a user would write without the library; dropout is drawn under ``rng``."""
+    optimizer = make_optimizer(list(model.parameters()))
+    schedule = scheduler(optimizer)
+    bounds = [0, *cuts, len(model)]
+    losses = []
+    m = 0
+    for x, y in batches:
+        parts = min(num_microbatches, len(x))
+        total = None
+        for part, target in zip(torch.tensor_split(x, parts), torch.tensor_split(y, parts), strict=True):
+            h = part
+            for k, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+                with rng(k, m):
+                    h = model[start:end](h)
+            loss = nn.functional.cross_entropy(h, target) * (len(part) / len(x))
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+            m += 1
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(total)
+        if after_update is not None:
+            after_update()
+    return losses
+
+
+def pipeline(model: Any, make_optimizer: Any = sgd, **options: Any) -> dtrp.Pipeline:
+    return dtrp.Pipeline(
+        model, make_optimizer, nn.functional.cross_entropy, lr_scheduler=scheduler, seed=7, **options
+    )
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """The same tensors to the bit."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), f"{name}: {(a[name] - b[name]).abs().max()}"
+
+
+def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], bound: float = 1e-12) -> None:
+    """max|a - b| <= bound max|b|, tensor by tensor."""
+    assert a.keys() == b.keys()
+    for name in a:
+        difference, size = (a[name] - b[name]).abs().max(), b[name].abs().max()
+        assert difference <= bound * size, f"{name}: {difference} against {size}"
+
+
+def clone(model: nn.Module) -> Any:
+    return copy.deepcopy(model)

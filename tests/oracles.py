@@ -1,0 +1,209 @@
+"""What every method must compute, written from the equations. Imports nothing of the library.
+
+A run is replayed mini-batch by mini-batch, with the weights of every version of every stage kept. With
+n the updates that a stage has made when the forward of micro-batch m runs, and b the mini-batch of m:
+
+    backwards made before F(m)  =  m - lead (+ 1 if backward first),  lead = ceil(ahead * (K-1-k))
+    n                           =  mini-batches whose micro-batches all lie among those
+    forward weights             =  W_k[n], or predicted from it and its optimizer's state, b - n ahead
+    backward weights            =  W_k[b] ("current"), or the forward's ("stashed")
+    W_k[b+1]                    =  one optimizer step from W_k[b] with the sample-weighted mean gradient
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Weights = dict[str, Tensor]
+State = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, in the oracle's own words."""
+
+    ahead: float
+    backward_first: bool
+    keep: str
+    backward_at: str
+    predict: str | None = None
+    grad_shrink: float = 1.0
+    lr_shrink: float = 1.0
+    flush: bool = False
+    forward_all: bool = False
+
+
+ROWS = {
+    "bp": Row(1, False, "graph", "current", flush=True),
+    "gpipe": Row(1, False, "graph", "current", flush=True, forward_all=True),
+    "ddg": Row(1, False, "graph", "stashed"),
+    "fr": Row(1, False, "input", "current"),
+    "fdg": Row(2, False, "graph", "stashed"),
+    "adl": Row(2, False, "graph", "stashed"),
+    "dtr": Row(2, True, "input", "current"),
+    "dtrp": Row(2, True, "input", "current", "rollout"),
+    "dtrp-1f1b": Row(1, False, "input", "current", "rollout"),
+    "pipedream": Row(1, False, "graph", "stashed"),
+    "spectrain": Row(1, False, "graph", "stashed", "linear"),
+}
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """v <- mu v + g + decay w (the first g alone starts v);  w <- w - lr v."""
+
+    momentum: float = 0.9
+    decay: float = 0.0
+
+    def step(self, w: Tensor, g: Tensor, s: dict[str, Any], lr: float) -> Tensor:
+        g = g + self.decay * w
+        s["v"] = self.momentum * s["v"] + g if "v" in s else g
+        return w - lr * s["v"]
+
+    def linear(self, w: Tensor, s: dict[str, Any], lr: float, horizon: int) -> Tensor:
+        return w - horizon * lr * s["v"]
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """w <- w - lr decay w;  m, v moving means of g, g^2;  w <- w - lr m_hat / (sqrt(v_hat) + eps)."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    decay: float = 0.01
+
+    def step(self, w: Tensor, g: Tensor, s: dict[str, Any], lr: float) -> Tensor:
+        s["t"] = s.get("t", 0) + 1
+        s["m"] = self.beta1 * s.get("m", torch.zeros_like(w)) + (1 - self.beta1) * g
+        s["v"] = self.beta2 * s.get("v", torch.zeros_like(w)) + (1 - self.beta2) * g * g
+        return w - lr * self.decay * w - lr * self._direction(s)
+
+    def linear(self, w: Tensor, s: dict[str, Any], lr: float, horizon: int) -> Tensor:
+        return w - horizon * lr * (self._direction(s) + self.decay * w)
+
+    def _direction(self, s: dict[str, Any]) -> Tensor:
+        direction: Tensor = s["m"] / (1 - self.beta1 ** s["t"])
+        return direction / ((s["v"] / (1 - self.beta2 ** s["t"])).sqrt() + self.eps)
+
+
+def predict(rule: str, optimizer: Any, w: Tensor, s: dict[str, Any], lr: float, horizon: int) -> Tensor:
+    """``linear``: the last step ``horizon`` times over. ``rollout``: that many steps with a zero gradient."""
+    if not s:
+        return w
+    if rule == "linear":
+        linear: Tensor = optimizer.linear(w, s, lr, horizon)
+        return linear
+    s = dict(s)
+    for _ in range(horizon):
+        w = optimizer.step(w, torch.zeros_like(w), s, lr)
+    return w
+
+
+@dataclass
+class Run:
+    """What a run must have come to."""
+
+    losses: list[Tensor]
+    weights: list[Weights]  # by stage, under the stage's own names
+    buffers: list[Weights]
+    delays: list[list[int]]  # by stage and micro-batch
+    history: list[list[Weights]] = field(default_factory=list)  # by stage and version
+
+
+def train(
+    stages: Sequence[nn.Module],
+    segments: Sequence[Sequence[tuple[Tensor, Tensor]]],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    row: Row,
+    optimizer: Any,
+    lr: Callable[[int], float],
+    rng: Callable[[int, int], AbstractContextManager[None]],
+    num_microbatches: int = 1,
+) -> Run:
+    """Replay a run. ``segments`` are lists of mini-batches with a flush after each; ``rng(stage, m)`` draws."""
+    stages = [copy.deepcopy(stage) for stage in stages]
+    num = len(stages)
+    leads = [math.ceil(round(row.ahead * (num - 1 - k), 9)) for k in range(num)]
+    history: list[list[Weights]] = [[{n: p.detach().clone() for n, p in s.named_parameters()}] for s in stages]
+    states: list[list[State]] = [[{n: {} for n, _ in s.named_parameters()}] for s in stages]
+    buffers = [{n: b.clone() for n, b in s.named_buffers()} for s in stages]
+    result = Run([], [], buffers, [[] for _ in stages])
+
+    def run(k: int, m: int, weights: Weights, moved: Weights, x: Tensor) -> Tensor:
+        with rng(k, m):
+            out: Tensor = functional_call(stages[k], {**weights, **moved}, (x,))
+        return out
+
+    m = b = 0
+    for segment in segments:
+        first_m, first_b, ends = m, b, [0]
+        for x, _ in segment:
+            ends.append(ends[-1] + min(num_microbatches, len(x)))
+        for x, y in segment:
+            parts = min(num_microbatches, len(x))
+            loss_sum: Tensor | None = None
+            gradients: list[Weights] = [{} for _ in stages]
+            for part, target in zip(torch.tensor_split(x, parts), torch.tensor_split(y, parts), strict=True):
+                inputs, read = [], []
+                h = part
+                for k in range(num):
+                    if row.flush or leads[k] == 0:
+                        n = b
+                    else:
+                        backwards = max(0, m - first_m - leads[k] + (1 if row.backward_first else 0))
+                        n = first_b + max(i for i, end in enumerate(ends) if end <= backwards)
+                        n = min(n, b)
+                    weights = history[k][n]
+                    if row.predict and n < b:
+                        rate = lr(n) * row.lr_shrink ** (num - 1 - k)
+                        weights = {
+                            name: predict(row.predict, optimizer, w, states[k][n][name], rate, b - n)
+                            for name, w in weights.items()
+                        }
+                    result.delays[k].append(b - n)
+                    inputs.append(h)
+                    read.append(weights)
+                    with torch.no_grad():
+                        h = run(k, m, weights, {name: t.clone() for name, t in buffers[k].items()}, h)
+                g: Tensor | None = None
+                for k in reversed(range(num)):
+                    weights = read[k] if row.backward_at == "stashed" else history[k][b]
+                    leaves = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
+                    leaf = inputs[k].detach().clone().requires_grad_()
+                    out = run(k, m, leaves, buffers[k], leaf)
+                    if k == num - 1:
+                        out = loss_fn(out, target) * (len(part) / len(x))
+                        loss_sum = out.detach() if loss_sum is None else loss_sum + out.detach()
+                    elif g is not None:
+                        g = g * row.grad_shrink
+                    *grads, g = torch.autograd.grad(out, [*leaves.values(), leaf], g, allow_unused=True)
+                    for name, grad in zip(leaves, grads, strict=True):
+                        if grad is not None:
+                            gradients[k][name] = gradients[k][name] + grad if name in gradients[k] else grad
+                m += 1
+            assert loss_sum is not None
+            result.losses.append(loss_sum)
+            for k in range(num):
+                state = {name: dict(s) for name, s in states[k][b].items()}
+                rate = lr(b) * row.lr_shrink ** (num - 1 - k)
+                history[k].append(
+                    {
+                        name: optimizer.step(w, gradients[k][name], state[name], rate) if name in gradients[k] else w
+                        for name, w in history[k][b].items()
+                    }
+                )
+                states[k].append(state)
+            b += 1
+    result.weights = [versions[-1] for versions in history]
+    result.history = history
+    return result
