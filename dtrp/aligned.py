@@ -17,7 +17,7 @@ _LINE_BYTES = 512  # a multiple of every cache line, and what allocators on acce
 
 def aligned_clone(x: Tensor) -> Tensor:
     """``x.clone()`` with the strides of x and its address modulo the line. Differentiable."""
-    clone: Tensor = _AlignedClone.apply(x)
+    clone: Tensor = _AlignedClone.apply(x)  # type: ignore[no-untyped-call]
     return clone
 
 
@@ -35,5 +35,5 @@ class _AlignedClone(torch.autograd.Function):
         return clone.set_(room.untyped_storage(), shift, x.shape, x.stride()).copy_(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad

@@ -50,7 +50,8 @@ def scheduler_state_dict(stages: Sequence[Stage]) -> dict[str, Any] | None:
     """The learning-rate scheduler's state, the same at every stage; None without one."""
     for stage in stages:
         if stage.lr_scheduler is not None:
-            return copy.deepcopy(stage.lr_scheduler.state_dict())
+            state: dict[str, Any] = copy.deepcopy(stage.lr_scheduler.state_dict())
+            return state
     return None
 
 
@@ -82,7 +83,9 @@ def load_into(stages: Sequence[Stage], state: dict[str, Any]) -> None:
             members = [names[id(p)] for p in group["params"]]
             unknown = [name for name in members if name not in options]
             if unknown:
-                raise ValueError(f"the state dict has no optimizer options for {unknown[0]}; it trained other parameters")
+                raise ValueError(
+                    f"the state dict has no optimizer options for {unknown[0]}; it trained other parameters"
+                )
             if any(options[name] != options[members[0]] for name in members):
                 raise ValueError(
                     f"{members[0]} and another parameter of its group have different options in the state dict; make the "
@@ -96,7 +99,9 @@ def load_into(stages: Sequence[Stage], state: dict[str, Any]) -> None:
         }
         plans.append((stage.optimizer, {"state": entries, "param_groups": groups}))
     if (state["scheduler"] is None) != (scheduler_state_dict(stages) is None):
-        raise ValueError("the state dict and this pipeline differ in having a learning-rate scheduler; make both with one")
+        raise ValueError(
+            "the state dict and this pipeline differ in having a learning-rate scheduler; make both with one"
+        )
 
     for stage in stages:
         stage.module.load_state_dict({name: state["model"][name] for name in stage.module.state_dict()})
@@ -123,7 +128,9 @@ def write_model(state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         temporary = Path(file.name)
         try:
-            torch.save({name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}, file)
+            torch.save(
+                {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}, file
+            )
             file.flush()
             os.fsync(file.fileno())
         except BaseException:
@@ -148,7 +155,9 @@ def _check_names(own: dict[str, Any], given: dict[str, Any]) -> None:
     if lost or strange:
         parts = [f"lacks {lost[0]}"] if lost else []
         parts += [f"has {strange[0]}, which the model has not"] if strange else []
-        raise ValueError(f"the state dict is another model's: it {' and '.join(parts)} ({len(lost) + len(strange)} names differ)")
+        raise ValueError(
+            f"the state dict is another model's: it {' and '.join(parts)} ({len(lost) + len(strange)} names differ)"
+        )
     for name, value in own.items():
         if isinstance(value, Tensor) and value.shape != given[name].shape:
             raise ValueError(

@@ -73,7 +73,9 @@ class Method:
         for field in ("grad_shrink", "lr_shrink"):
             value = getattr(self, field)
             if not (_is_number(value) and 0 < value <= 1):
-                raise ValueError(f"{field}={value!r}: a shrinking factor lies above 0 and is at most 1 (1: no shrinking)")
+                raise ValueError(
+                    f"{field}={value!r}: a shrinking factor lies above 0 and is at most 1 (1: no shrinking)"
+                )
         if isinstance(self.predict, str) and self.predict not in ("linear", "rollout"):
             raise ValueError(
                 f"predict={self.predict!r}: choose 'linear', 'rollout', 'none', or pass a predictor object"
@@ -267,7 +269,7 @@ def list_methods() -> list[str]:
     return list(_ROWS)
 
 
-def get_method(name: str, **options: Any) -> Method:
+def get_method(name: str, /, **options: Any) -> Method:
     """The method called ``name``, with any field of its row changed.
 
     >>> get_method("fdg", grad_shrink=0.5).grad_shrink

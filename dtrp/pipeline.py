@@ -129,7 +129,9 @@ class Pipeline:
         self._check_usable()
         for label, value in (("x", x), ("y", y)):
             if not isinstance(value, Tensor):
-                raise TypeError(f"{label} is a {type(value).__name__}; step takes tensors with samples along dimension 0")
+                raise TypeError(
+                    f"{label} is a {type(value).__name__}; step takes tensors with samples along dimension 0"
+                )
             if not value.dim():
                 raise ValueError(f"{label} has no dimension; its first one counts the samples")
         if len(x) != len(y):
@@ -271,7 +273,9 @@ class Pipeline:
 
     def _check_usable(self) -> None:
         if self._broken is not None:
-            raise RuntimeError(f"this pipeline has failed; make a new one (it failed with: {self._broken})") from self._broken
+            raise RuntimeError(
+                f"this pipeline has failed; make a new one (it failed with: {self._broken})"
+            ) from self._broken
         if self._closed:
             raise RuntimeError("this pipeline is closed; make a new one")
         if torch.is_inference_mode_enabled():
@@ -408,10 +412,14 @@ def _checked_optimizer(make: Callable[[list[nn.Parameter]], Optimizer]) -> Calla
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer returned a {type(optimizer).__name__}; it returns a torch.optim.Optimizer")
         if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError("LBFGS calls the loss many times in a step, which no pipeline can do; use another optimizer")
+            raise TypeError(
+                "LBFGS calls the loss many times in a step, which no pipeline can do; use another optimizer"
+            )
         strange = {id(p) for group in optimizer.param_groups for p in group["params"]} - {id(p) for p in parameters}
         if strange:
-            raise ValueError("optimizer was given a stage's parameters and holds others; use only those it is called with")
+            raise ValueError(
+                "optimizer was given a stage's parameters and holds others; use only those it is called with"
+            )
         return optimizer
 
     return checked
@@ -424,9 +432,13 @@ def _checked_scheduler(make: Callable[[Optimizer], Any] | None) -> Callable[[Opt
     def checked(optimizer: Optimizer) -> Any:
         scheduler = make(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
-            raise TypeError("ReduceLROnPlateau needs a metric at every step; use a scheduler that is a function of the update")
+            raise TypeError(
+                "ReduceLROnPlateau needs a metric at every step; use a scheduler that is a function of the update"
+            )
         if not hasattr(scheduler, "step"):
-            raise TypeError(f"lr_scheduler returned a {type(scheduler).__name__}; it returns a torch.optim.lr_scheduler")
+            raise TypeError(
+                f"lr_scheduler returned a {type(scheduler).__name__}; it returns a torch.optim.lr_scheduler"
+            )
         return scheduler
 
     return checked
@@ -437,7 +449,9 @@ def _places(modules: Sequence[nn.Module], devices: Device | Sequence[Device] | N
     if devices is not None:
         given = [devices] * len(modules) if isinstance(devices, (torch.device, str, int)) else list(devices)
         if len(given) != len(modules):
-            raise ValueError(f"devices has {len(given)} entries for {len(modules)} stages; pass one device, or one per stage")
+            raise ValueError(
+                f"devices has {len(given)} entries for {len(modules)} stages; pass one device, or one per stage"
+            )
         # A tensor knows the index that "cuda" leaves out.
         places = [torch.empty(0, device=device).device for device in given]
         for module, place in zip(modules, places, strict=True):
@@ -445,9 +459,10 @@ def _places(modules: Sequence[nn.Module], devices: Device | Sequence[Device] | N
         return places
     found = [stage_device(module) for module in modules]
     # A stage without tensors works where the stage before it does, or the first that has any.
-    current = next(place for place in found if place is not None)
+    current: torch.device = next(filter(None, found))
     result = []
     for place in found:
-        current = place or current
+        if place is not None:
+            current = place
         result.append(current)
     return result

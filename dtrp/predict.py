@@ -160,6 +160,7 @@ def _adam_rollout(p: Tensor, state: dict[str, Any], group: dict[str, Any], horiz
         pieces = iter([(p, state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq"), out)])
     for weight, m, v, v_max, o in pieces:
         o.copy_(weight)
+        denominator = torch.empty_like(v)
         if coupled:  # the decay enters the moments: they need room to move in
             m, v = m.clone(), v.clone()
             v_max = None if v_max is None else v_max.clone()
@@ -173,11 +174,11 @@ def _adam_rollout(p: Tensor, state: dict[str, Any], group: dict[str, Any], horiz
                 if decay:
                     o.mul_(1 - lr * decay)
             if v_max is None:
-                denominator = v * (left[1] / (1 - beta2 ** (t + i)))
+                torch.mul(v, left[1] / (1 - beta2 ** (t + i)), out=denominator)
             else:  # fading never raises the maximum; the coupled decay may
                 if coupled:
                     torch.maximum(v_max, v, out=v_max)
-                denominator = v_max / (1 - beta2 ** (t + i))
+                torch.div(v_max, 1 - beta2 ** (t + i), out=denominator)
             denominator.sqrt_().add_(eps)
             o.addcdiv_(m, denominator, value=-lr * left[0] / (1 - beta1 ** (t + i)))
 
@@ -186,10 +187,7 @@ def _nadam_rollout(p: Tensor, state: dict[str, Any], group: dict[str, Any], hori
     lr, eps, t, decay = float(group["lr"]), group["eps"], float(state["step"]), group["weight_decay"]
     beta1, beta2 = map(float, group["betas"])
     coupled = decay and not _is_decoupled(group)
-    if coupled:
-        pieces = _pieces(p, state, out)
-    else:
-        pieces = iter([(p, state["exp_avg"], state["exp_avg_sq"], None, out)])
+    pieces = _pieces(p, state, out) if coupled else iter([(p, state["exp_avg"], state["exp_avg_sq"], None, out)])
     # Products of mu as torch forms them: in the dtype of its state, whatever that is.
     products, product = [], state["mu_product"].clone()
     for i in range(1, horizon + 2):
@@ -201,27 +199,27 @@ def _nadam_rollout(p: Tensor, state: dict[str, Any], group: dict[str, Any], hori
             products.append((mu, 0.0))
     for weight, m, v, _, o in pieces:
         o.copy_(weight)
+        denominator = torch.empty_like(v)
         if coupled:
-            m, v = m.clone(), v.clone()
+            m, v, of_gradient = m.clone(), v.clone(), torch.empty_like(o)
         for i in range(1, horizon + 1):
             (mu, mu_product), (mu_next, _) = products[i - 1], products[i]
             if coupled:
                 m.mul_(beta1).add_(o, alpha=(1 - beta1) * decay)
                 v.mul_(beta2).addcmul_(o, o, value=(1 - beta2) * decay * decay)
-                denominator = v / (1 - beta2 ** (t + i))
+                torch.div(v, 1 - beta2 ** (t + i), out=denominator)
                 left = 1.0
             else:
                 if decay:
                     o.mul_(1 - lr * decay)
-                denominator = v * (beta2**i / (1 - beta2 ** (t + i)))
+                torch.mul(v, beta2**i / (1 - beta2 ** (t + i)), out=denominator)
                 left = beta1**i
             denominator.sqrt_().add_(eps)
             if coupled:  # the gradient of this step, decay p, is in the Nesterov step too
-                o_gradient = -lr * (1 - mu) / (1 - mu_product) * decay
-                step_of_gradient = o / denominator
+                torch.div(o, denominator, out=of_gradient)
             o.addcdiv_(m, denominator, value=-lr * mu_next * left / (1 - mu_product * mu_next))
             if coupled:
-                o.add_(step_of_gradient, alpha=o_gradient)
+                o.add_(of_gradient, alpha=-lr * (1 - mu) / (1 - mu_product) * decay)
 
 
 def _nadam_linear(p: Tensor, state: dict[str, Any], group: dict[str, Any], horizon: int, out: Tensor) -> None:
@@ -247,10 +245,7 @@ def _pieces(
         size = max(1, -(-p.numel() // 5))
     else:
         size = max(1, -(-p.shape[0] // 5)) if p.dim() else 1
-    if not tensors[0].dim():
-        parts = [tuple(tensors)]
-    else:
-        parts = list(zip(*(t.split(size) for t in tensors), strict=True))
+    parts = [tuple(tensors)] if not tensors[0].dim() else list(zip(*(t.split(size) for t in tensors), strict=True))
     for weight, m, v, o, *maximum in parts:
         yield weight, m, v, (maximum[0] if maximum else None), o
 
@@ -276,4 +271,5 @@ def as_predictor(predict: Any) -> Predictor | None:
     """The predictor that a method's ``predict`` names, or is."""
     if isinstance(predict, str):
         return {"linear": linear, "rollout": rollout}[predict]
-    return predict
+    predictor: Predictor | None = predict
+    return predictor

@@ -33,7 +33,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 
 class Order(Protocol):
@@ -51,7 +51,8 @@ class Order(Protocol):
     def forward_all(self) -> bool: ...
 
 
-class Action(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Action:
     """One thing a stage does: ``F`` or ``B`` of a micro-batch, or ``U`` of a mini-batch (counted from 0)."""
 
     kind: Literal["F", "B", "U"]
@@ -182,9 +183,7 @@ class Schedule:
             if named_order is None:
                 raise ValueError(f"method={method!r}: names are known after `import dtrp`; or pass a Method")
             method = named_order(method)
-        sizes = (
-            (num_microbatches,) * num_minibatches if isinstance(num_microbatches, int) else tuple(num_microbatches)
-        )
+        sizes = (num_microbatches,) * num_minibatches if isinstance(num_microbatches, int) else tuple(num_microbatches)
         for label, value in (("num_stages", num_stages), ("num_minibatches", num_minibatches)):
             if value < 1:
                 raise ValueError(f"{label}={value}: a schedule needs at least 1")
@@ -280,9 +279,7 @@ class Schedule:
             elif due:
                 raise self._error(stage, place, f"stage {stage} runs {action} where U of mini-batch {update} is due")
             elif action.index >= self.num_microbatches:
-                raise self._error(
-                    stage, place, f"{action} is beyond the last of {self.num_microbatches} micro-batches"
-                )
+                raise self._error(stage, place, f"{action} is beyond the last of {self.num_microbatches} micro-batches")
             elif action.kind == "F":
                 if action.index != forward:
                     raise self._error(stage, place, f"stage {stage} runs {action} where F{forward} is next")
@@ -455,9 +452,7 @@ def _parse_actions(words: Iterable[str], line: str) -> Iterator[Action]:
         elif re.fullmatch(r"[FB]\d+", word):
             yield Action("F" if word[0] == "F" else "B", int(word[1:]))
         else:
-            raise ScheduleError(
-                f"a cell holds F<n>, B<n> and U; got {word!r}\n{line.replace(word, f'>{word}<', 1)}"
-            )
+            raise ScheduleError(f"a cell holds F<n>, B<n> and U; got {word!r}\n{line.replace(word, f'>{word}<', 1)}")
 
 
 def _closed_form_delays(order: Order, num_stages: int, stage: int, sizes: Sequence[int]) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ parameters are the model's objects and its state dict is a part of the model's.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -57,9 +58,7 @@ def into_stages(
             )
         cuts = range(1, len(layers))
     bounds = [0, *cuts, len(layers)]
-    stages = [
-        nn.Sequential(OrderedDict(layers[start:end])) for start, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    stages = [nn.Sequential(OrderedDict(layers[start:end])) for start, end in itertools.pairwise(bounds)]
     _refuse_shared(stages)
     return stages
 
@@ -87,14 +86,16 @@ def _layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
         )
     if not len(model):
         raise ValueError("model is an empty nn.Sequential; pass at least one layer")
-    return list(model._modules.items())  # type: ignore[arg-type]
+    return list(model._modules.items())
 
 
 def _cuts_for(num_layers: int, num_stages: int) -> list[int]:
     if not isinstance(num_stages, int) or num_stages < 1:
         raise ValueError(f"num_stages={num_stages!r}: pass a whole number of at least 1")
     if num_stages > num_layers:
-        raise ValueError(f"num_stages={num_stages} but the model has {num_layers} layers; pass num_stages<={num_layers}")
+        raise ValueError(
+            f"num_stages={num_stages} but the model has {num_layers} layers; pass num_stages<={num_layers}"
+        )
     return equal_cuts(num_layers, num_stages)
 
 
@@ -104,8 +105,10 @@ def _checked_cuts(cuts: Sequence[int], num_layers: int, num_stages: int | None) 
         raise ValueError(f"cuts={cuts} make {len(cuts) + 1} stages but num_stages={num_stages}; pass one of the two")
     for cut in cuts:
         if not isinstance(cut, int) or not 0 < cut < num_layers:
-            raise ValueError(f"cuts={cuts}: {cut!r} is out of range; the model has {num_layers} layers, cut at 1..{num_layers - 1}")
-    if any(a >= b for a, b in zip(cuts[:-1], cuts[1:], strict=True)):
+            raise ValueError(
+                f"cuts={cuts}: {cut!r} is out of range; the model has {num_layers} layers, cut at 1..{num_layers - 1}"
+            )
+    if any(a >= b for a, b in itertools.pairwise(cuts)):
         raise ValueError(f"cuts={cuts}: put them in rising order, each once; every stage has at least one layer")
     return cuts
 

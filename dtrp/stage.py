@@ -262,7 +262,8 @@ class Stage:
         return version
 
     def _predict_into(self, version: WeightVersion, micro: MicroBatch, horizon: int) -> None:
-        assert self.predictor is not None and self.optimizer is not None
+        assert self.predictor is not None
+        assert self.optimizer is not None
         with torch.no_grad(), self._shrunk_lr():
             self.predictor(
                 self.parameters,
@@ -308,7 +309,7 @@ class Stage:
         for leaf, gradient in zip(leaves, self.gradients, strict=True):
             leaf.grad = gradient
         with torch.autocast(held.autocast.device_type, enabled=False):
-            torch.autograd.backward((root,), (grad,))
+            torch.autograd.backward((root,), (grad,))  # type: ignore[arg-type]
         for i, leaf in enumerate(leaves):
             self.gradients[i], leaf.grad = leaf.grad, None
         return held.leaf.grad
@@ -374,10 +375,13 @@ class Stage:
         return out
 
     def _loss(self, out: Tensor, held: _Held) -> Tensor:
-        assert self.loss_fn is not None and held.target is not None
+        assert self.loss_fn is not None
+        assert held.target is not None
         loss = self.loss_fn(out, held.target.to(out.device))
         if not isinstance(loss, Tensor):
-            raise TypeError(f"loss_fn returned a {type(loss).__name__}; it returns a scalar tensor, the mean over samples")
+            raise TypeError(
+                f"loss_fn returned a {type(loss).__name__}; it returns a scalar tensor, the mean over samples"
+            )
         if loss.dim():
             raise ValueError(
                 f"loss_fn returned a tensor of shape {tuple(loss.shape)}; it returns a scalar, the mean over samples "

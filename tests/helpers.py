@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -95,7 +96,7 @@ def plain_loop(
         total = None
         for part, target in zip(torch.tensor_split(x, parts), torch.tensor_split(y, parts), strict=True):
             h = part
-            for k, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            for k, (start, end) in enumerate(itertools.pairwise(bounds)):
                 with rng(k, m):
                     h = model[start:end](h)
             loss = nn.functional.cross_entropy(h, target) * (len(part) / len(x))
@@ -112,9 +113,7 @@ def plain_loop(
 
 
 def pipeline(model: Any, make_optimizer: Any = sgd, **options: Any) -> dtrp.Pipeline:
-    return dtrp.Pipeline(
-        model, make_optimizer, nn.functional.cross_entropy, lr_scheduler=scheduler, seed=7, **options
-    )
+    return dtrp.Pipeline(model, make_optimizer, nn.functional.cross_entropy, lr_scheduler=scheduler, seed=7, **options)
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

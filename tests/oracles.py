@@ -67,10 +67,12 @@ class Sgd:
     def step(self, w: Tensor, g: Tensor, s: dict[str, Any], lr: float) -> Tensor:
         g = g + self.decay * w
         s["v"] = self.momentum * s["v"] + g if "v" in s else g
-        return w - lr * s["v"]
+        stepped: Tensor = w - lr * s["v"]
+        return stepped
 
     def linear(self, w: Tensor, s: dict[str, Any], lr: float, horizon: int) -> Tensor:
-        return w - horizon * lr * s["v"]
+        predicted: Tensor = w - horizon * lr * s["v"]
+        return predicted
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class AdamW:
         return w - horizon * lr * (self._direction(s) + self.decay * w)
 
     def _direction(self, s: dict[str, Any]) -> Tensor:
-        direction: Tensor = s["m"] / (1 - self.beta1 ** s["t"])
-        return direction / ((s["v"] / (1 - self.beta2 ** s["t"])).sqrt() + self.eps)
+        m_hat, v_hat = s["m"] / (1 - self.beta1 ** s["t"]), s["v"] / (1 - self.beta2 ** s["t"])
+        direction: Tensor = m_hat / (v_hat.sqrt() + self.eps)
+        return direction
 
 
 def predict(rule: str, optimizer: Any, w: Tensor, s: dict[str, Any], lr: float, horizon: int) -> Tensor:

@@ -62,7 +62,9 @@ def check_against_oracle(
     state = pipe.model_state_dict()
     expected = {name: t for part in [*want.weights, *want.buffers] for name, t in part.items()}
     counters = {name for name in state if name.endswith("num_batches_tracked")}
-    assert_close({n: t for n, t in state.items() if n not in counters}, {n: expected[n] for n in expected if n not in counters})
+    assert_close(
+        {n: t for n, t in state.items() if n not in counters}, {n: expected[n] for n in expected if n not in counters}
+    )
     for name in counters:
         assert torch.equal(state[name], expected[name]), "buffers move exactly once per micro-batch"
     assert pipe.delays() == {k: Counter(delays) for k, delays in enumerate(want.delays)}
@@ -169,9 +171,7 @@ def test_with_perfect_prediction_it_is_backpropagation_to_the_bit(
     prophet = Prophet(history)
     method = dtrp.get_method(name, predict=prophet)
     pipe = pipeline(model, sgd, num_stages=num_stages, num_microbatches=num_microbatches, method=method)
-    want = plain_loop(
-        plain, batches, sgd, pipe.rng, cuts=cuts, num_microbatches=num_microbatches, after_update=record
-    )
+    want = plain_loop(plain, batches, sgd, pipe.rng, cuts=cuts, num_microbatches=num_microbatches, after_update=record)
     losses = [pipe.step(x, y) for x, y in batches]
     pipe.flush()
     assert all(torch.equal(a, b) for a, b in zip(losses, want, strict=True))
@@ -262,7 +262,12 @@ def test_a_step_returns_the_sample_weighted_mean_loss() -> None:
 
 def test_changing_batch_and_image_sizes() -> None:
     model = nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, 3),
     )
     plain = clone(model)
     prophet: list[Any] = []

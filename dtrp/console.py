@@ -1,0 +1,176 @@
+"""What a run shows: a progress line on a terminal, plain lines elsewhere, and a table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .train import EpochMetrics, Reporter, Trainer, TrainResult, describe_layers, summarize_delays
+
+_LINE_EVERY_S = 30.0
+
+
+class ConsoleReporter(Reporter):
+    """Prints a run; a context manager that gives the terminal back."""
+
+    def __init__(self, console: Console, *, table: bool = True) -> None:
+        self.console = console
+        self.table = table
+
+    def __enter__(self) -> ConsoleReporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    def start(self, trainer: Trainer) -> None:
+        config, data, pipe = trainer.config, trainer.dataset, trainer.pipe
+        self.console.print(
+            f"{config.model} on {config.data}: {len(data.train_y)} training and {len(data.test_y)} test images; "
+            f"{config.method}, {pipe.num_stages} stages, {pipe.num_microbatches} micro-batches of "
+            f"{config.batch_size} samples, {trainer.total_updates} updates",
+            highlight=False,
+        )
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        self.console.print(
+            f"epoch {metrics.epoch:3}  update {metrics.update:6}  train loss {metrics.train_loss:.4f}  "
+            f"test loss {metrics.test_loss:.4f}  accuracy {metrics.test_accuracy:7.2%}  "
+            f"{metrics.samples_per_s:6.0f} samples/s  {metrics.elapsed_s:6.0f} s",
+            highlight=False,
+        )
+
+    def finish(self, result: TrainResult) -> None:
+        if self.table:
+            self.console.print(_stage_table(result))
+            last = result.epochs[-1]
+            self.console.print(
+                f"test accuracy {last.test_accuracy:.2%}, {result.samples_per_s:.0f} samples/s (median of the epochs)",
+                highlight=False,
+            )
+            if result.config.out:
+                self.console.print(f"written to {result.config.out}", highlight=False)
+
+
+class PlainReporter(ConsoleReporter):
+    """Lines for a log: one an epoch, and one every half minute of a long epoch."""
+
+    _printed = 0.0
+
+    def start(self, trainer: Trainer) -> None:
+        super().start(trainer)
+        self._total = trainer.total_updates
+        self._printed = self._began = time.perf_counter()
+
+    def update(self, epoch: int, update: int, loss: Callable[[], float], samples: int) -> None:
+        now = time.perf_counter()
+        if now - self._printed >= _LINE_EVERY_S:
+            self._printed = now
+            left = (now - self._began) / update * (self._total - update)
+            self.console.print(
+                f"  update {update:6} of {self._total}  loss {loss():.4f}  {left:6.0f} s left", highlight=False
+            )
+
+
+class LiveReporter(ConsoleReporter):
+    """A line that refreshes: loss, last accuracy, samples/s and the time left."""
+
+    def __enter__(self) -> LiveReporter:
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]}  accuracy {task.fields[accuracy]}"),
+            TextColumn("{task.fields[speed]} samples/s"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def start(self, trainer: Trainer) -> None:
+        super().start(trainer)
+        self._task = self._progress.add_task(
+            "", total=trainer.total_updates, epoch=1, loss="-", accuracy="-", speed="-"
+        )
+        self._shown = self._since = time.perf_counter()
+        self._samples = 0
+
+    def update(self, epoch: int, update: int, loss: Callable[[], float], samples: int) -> None:
+        now = time.perf_counter()
+        self._samples += samples
+        if now - self._shown < 0.2:  # reading the loss waits for the device
+            return
+        speed = self._samples / (now - self._since)
+        self._progress.update(self._task, completed=update, epoch=epoch + 1, loss=f"{loss():.4f}", speed=f"{speed:.0f}")
+        self._shown = now
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        super().epoch(metrics)
+        self._progress.update(self._task, completed=metrics.update, accuracy=f"{metrics.test_accuracy:.2%}")
+        self._samples, self._since = 0, time.perf_counter()
+
+    def finish(self, result: TrainResult) -> None:
+        self._progress.remove_task(self._task)
+        super().finish(result)
+
+
+def make_reporter(*, table: bool = True) -> LiveReporter | PlainReporter:
+    """The reporter that suits standard output."""
+    console = Console(soft_wrap=False)
+    if console.is_terminal:
+        return LiveReporter(console, table=table)
+    return PlainReporter(Console(width=140), table=table)
+
+
+def _stage_table(result: TrainResult) -> Table:
+    table = Table(title=f"{result.config.method}: the stages", title_justify="left")
+    table.add_column("stage", justify="right")
+    table.add_column("layers")
+    for heading in ("parameters", "delay (updates)", "stash, peak", "stash + graph, peak"):
+        table.add_column(heading, justify="right")
+    for stage in result.stages:
+        table.add_row(
+            str(stage.stage),
+            describe_layers(stage.layers),
+            f"{stage.parameters:,}",
+            summarize_delays(stage.delays),
+            decimal(stage.memory["stash_peak"]),
+            decimal(stage.memory["activations_peak"]),
+        )
+    return table
+
+
+def show_side_by_side(results: Sequence[TrainResult]) -> None:
+    """Runs of several methods at the same stages, a column each."""
+    console = Console() if Console().is_terminal else Console(width=100)
+    table = Table(title="side by side", title_justify="left")
+    table.add_column("")
+    for result in results:
+        table.add_column(result.config.method, justify="right")
+    table.add_row("test accuracy", *(f"{result.epochs[-1].test_accuracy:.2%}" for result in results))
+    table.add_row("samples/s, one process", *(f"{result.samples_per_s:.0f}" for result in results), end_section=True)
+    for k in range(len(results[0].stages)):
+        table.add_row(
+            f"stage {k}: activations held, peak", *(decimal(r.stages[k].memory["activations_peak"]) for r in results)
+        )
+    table.add_row(
+        "all stages",
+        *(decimal(sum(stage.memory["activations_peak"] for stage in r.stages)) for r in results),
+        end_section=True,
+    )
+    for k in range(len(results[0].stages)):
+        table.add_row(f"stage {k}: delay (updates)", *(summarize_delays(r.stages[k].delays) for r in results))
+    console.print(table)

@@ -1,0 +1,89 @@
+"""Labelled images for the command line and the benchmarks, held in memory, and batches of them.
+
+>>> data = load_data("random", image_size=8)
+>>> x, y = next(batches(data.train_x, data.train_y, 64, dataset=data, seed=0, epoch=0, augment=data.augment))
+>>> x.shape, y.shape
+(torch.Size([64, 3, 8, 8]), torch.Size([64]))
+"""
+
+from __future__ import annotations
+
+import difflib
+from os import PathLike
+from pathlib import Path
+
+from .cifar import load_cifar
+from .dataset import Dataset
+from .digits import load_digits
+from .folder import load_folder
+from .loader import batches
+from .synthetic import load_random
+
+__all__ = ["Dataset", "batches", "list_data", "load_data"]
+
+_FIXED_SIZE = {"digits": 8, "cifar10": 32, "cifar100": 32}
+_FROM_DIR = {
+    "cifar10": "the folder that holds cifar-10-batches-py",
+    "cifar100": "the folder that holds cifar-100-python",
+    "folder": "a folder with train/<class>/ and test/<class>/",
+}
+_NAMES = ("digits", "cifar10", "cifar100", "folder", "random")
+
+
+def list_data() -> list[str]:
+    """The names that `load_data` knows."""
+    return list(_NAMES)
+
+
+def load_data(
+    name: str, data_dir: str | PathLike[str] | None = None, *, seed: int = 0, image_size: int | None = None
+) -> Dataset:
+    """The data set called ``name``.
+
+    ========  ===================================================  ==============  ======
+    name      what                                                 images          files
+    ========  ===================================================  ==============  ======
+    digits    handwritten digits, part of scikit-learn             1,797, 1x8x8    none
+    cifar10   10 classes of things and animals                     60,000, 3x32x32 yours
+    cifar100  100 classes                                          60,000, 3x32x32 yours
+    folder    your images, in one folder per class                 3x32x32         yours
+    random    10 random patterns and noise, drawn from ``seed``    2,500, 3x32x32  none
+    ========  ===================================================  ==============  ======
+
+    Nothing is downloaded.
+
+    Args:
+        name: one of `list_data`.
+        data_dir: where the files are, for the data sets that have files.
+        seed: of the images of random, and of the split of a folder that has none. The others do not depend on it.
+        image_size: H and W, for folder and random. None: the data's own, or 32.
+
+    Raises:
+        ValueError: an unknown name (with the nearest right one), ``data_dir`` missing or not wanted, damaged files.
+        FileNotFoundError: files that are not there, with what to download and where to put it.
+        RuntimeError: a package that this data needs is not installed.
+    """
+    if name not in _NAMES:
+        near = difflib.get_close_matches(str(name), _NAMES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown data {name!r}; {hint}data: {', '.join(_NAMES)}")
+    if name in _FROM_DIR and data_dir is None:
+        raise ValueError(f"data {name!r} needs files; pass data_dir (--data-dir), {_FROM_DIR[name]}")
+    if name not in _FROM_DIR and data_dir is not None:
+        raise ValueError(
+            f"data {name!r} reads no files, but data_dir={str(data_dir)!r}; leave data_dir (--data-dir) out"
+        )
+    if image_size is not None:
+        if not isinstance(image_size, int) or image_size < 1:
+            raise ValueError(f"image_size={image_size!r}: pass a whole number of at least 1")
+        own = _FIXED_SIZE.get(name, image_size)
+        if image_size != own:
+            raise ValueError(f"image_size={image_size} but the images of {name} are {own}x{own}; leave image_size out")
+    if name == "digits":
+        return load_digits()
+    if name == "random":
+        return load_random(seed, image_size or 32)
+    assert data_dir is not None
+    if name == "folder":
+        return load_folder(Path(data_dir), seed, image_size or 32)
+    return load_cifar(name, Path(data_dir))

@@ -1,0 +1,56 @@
+"""Random crops and flips, of a whole batch at once.
+
+Source: He et al., arXiv:1512.03385, section 4.2 (pad by 4, crop, flip).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dataset import generator
+
+
+class Crops(NamedTuple):
+    """What happens to each of N images.
+
+    Args:
+        down, right: where in the padded image the crop begins, (N,), int64, in 0..2 * pad.
+        flipped: whether the crop is mirrored left to right, (N,), bool.
+    """
+
+    down: Tensor
+    right: Tensor
+    flipped: Tensor
+
+
+def padding(image_size: int) -> int:
+    """Pixels of zeros at each side: 4, less for images below 32, at least 1.
+
+    >>> [padding(size) for size in (8, 16, 32, 224)]
+    [1, 2, 4, 4]
+    """
+    return min(4, max(1, image_size // 8))
+
+
+def draw_crops(num: int, image_size: int, *, seed: int, epoch: int) -> Crops:
+    """The crops of ``num`` images in an epoch; image i has the same whatever the order and the batch size."""
+    draws = generator("crops", seed, epoch)
+    places = 2 * padding(image_size) + 1
+    down, right = torch.randint(places, (2, num), generator=draws, device="cpu")
+    return Crops(down, right, torch.randint(2, (num,), generator=draws, device="cpu").bool())
+
+
+def crop(x: Tensor, crops: Crops) -> Tensor:
+    """The images (B, C, H, H), padded with zeros and cut as ``crops`` (of B) say; a new tensor."""
+    size = x.shape[-1]
+    pad = padding(size)
+    pixels = torch.arange(size, device=x.device)
+    rows = crops.down[:, None] + pixels
+    columns = crops.right[:, None] + torch.where(crops.flipped[:, None], pixels.flip(0), pixels)
+    source = rows[:, :, None] * (size + 2 * pad) + columns[:, None, :]  # (B, H, H) into the padded image
+    padded = F.pad(x, (pad, pad, pad, pad)).flatten(2)
+    return padded.gather(2, source.flatten(1)[:, None].expand(-1, x.shape[1], -1)).view(x.shape)

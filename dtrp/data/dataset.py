@@ -1,0 +1,143 @@
+"""A data set: labelled images in memory, split into training and test."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dataset:
+    """Square images and their classes.
+
+    Args:
+        name: what it is called in tables and errors.
+        train_x, test_x: images (N, C, H, H), uint8, or floats in 0..1.
+        train_y, test_y: classes (N,), int64, in 0..num_classes - 1.
+        num_classes: of both splits.
+        class_names: one a class; None where they have none.
+        mean, std: of each channel (C,), float32, over the whole training split scaled to 0..1; see `channel_stats`.
+        augment: whether a moved or mirrored image is still of its class, so that training may crop and flip.
+
+    Raises:
+        ValueError: shapes or types other than these.
+    """
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    mean: Tensor
+    std: Tensor
+    augment: bool
+
+    def __post_init__(self) -> None:
+        for split, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
+            if x.dim() != 4 or x.shape[2] != x.shape[3] or x.shape[1] != self.in_channels:
+                raise ValueError(
+                    f"{split}_x has shape {tuple(x.shape)}; pass square images (N, {self.in_channels}, H, H)"
+                )
+            if x.dtype != torch.uint8 and not x.is_floating_point():
+                raise ValueError(f"{split}_x is {x.dtype}; pass uint8, or floats in 0..1")
+            if y.shape != x.shape[:1] or y.dtype != torch.int64:
+                raise ValueError(
+                    f"{split}_y has shape {tuple(y.shape)} and is {y.dtype}; pass int64 of shape ({len(x)},)"
+                )
+            if len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
+                raise ValueError(
+                    f"{split}_y holds {int(y.min())}..{int(y.max())} but num_classes={self.num_classes}; "
+                    f"pass classes in 0..{self.num_classes - 1}"
+                )
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(
+                f"{len(self.class_names)} class_names but num_classes={self.num_classes}; pass one a class"
+            )
+
+    @property
+    def in_channels(self) -> int:
+        """C."""
+        return len(self.mean)
+
+    @property
+    def image_size(self) -> int:
+        """H, which is W."""
+        return self.train_x.shape[2]
+
+    def limit(self, train: int | None, test: int | None) -> Dataset:
+        """The first images of each split, or all where there are fewer or the number is None.
+
+        ``mean`` and ``std`` stay those of the whole training split.
+
+        Raises:
+            ValueError: a number below 1.
+        """
+        for split, num in (("train", train), ("test", test)):
+            if num is not None and num < 1:
+                raise ValueError(f"{split}={num}: pass a number of images of at least 1, or None for all")
+        return dataclasses.replace(
+            self,
+            train_x=self.train_x[:train],
+            train_y=self.train_y[:train],
+            test_x=self.test_x[:test],
+            test_y=self.test_y[:test],
+        )
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same data on ``device``."""
+        fields = ("train_x", "train_y", "test_x", "test_y", "mean", "std")
+        return dataclasses.replace(self, **{field: getattr(self, field).to(device) for field in fields})
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.train_x.shape[1:]))
+        return (
+            f"Dataset({self.name!r}, {len(self.train_x)} train, {len(self.test_x)} test, "
+            f"{self.num_classes} classes, {shape} {str(self.train_x.dtype).removeprefix('torch.')})"
+        )
+
+
+def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of images scaled to 0..1; a constant channel's deviation is 1.
+
+    >>> channel_stats(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
+    (tensor([0.5000]), tensor([0.5000]))
+
+    Returns:
+        mean, std: (C,), float32. The deviation is that of the pixels there are, without Bessel's correction.
+    """
+    if x.dtype == torch.uint8:
+        counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in x.unbind(1)]).double()
+        levels = torch.arange(256, dtype=torch.float64, device=x.device) / 255
+        weights = counts / counts.sum(1, keepdim=True)
+        mean = weights @ levels
+        var = (weights * (levels - mean[:, None]).square()).sum(1)
+    else:
+        var, mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+    std = var.sqrt().float()
+    return mean.float(), torch.where(std > 0, std, 1.0)
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A generator on the CPU whose draws depend on ``key`` only."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def required(module: str, package: str, data: str) -> Any:
+    """A module that only some data sets need.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as cause:
+        raise RuntimeError(f"data {data!r} needs {package}, which is not installed; pip install 'dtrp[cli]'") from cause

@@ -1,0 +1,44 @@
+"""Images that are drawn, not read: for tests and for trying the program out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dataset import Dataset, channel_stats, generator
+
+_CLASSES, _TRAIN, _TEST = 10, 2_000, 500
+
+
+def load_random(seed: int, image_size: int) -> Dataset:
+    """2,000 training and 500 test images, uint8 (3, image_size, image_size), in ten classes of equal size.
+
+    An image is its class's smooth random pattern and noise: 0.5 + 0.15 pattern + 0.2 noise, in units of 255, cut off
+    at 0 and 1. The pattern is 4x4 normal numbers, enlarged; the noise is normal, one number a pixel.
+    """
+    draws = generator("random", seed)
+    coarse = torch.randn(_CLASSES, 3, 4, 4, generator=draws, dtype=torch.float32)
+    patterns = F.interpolate(coarse, size=(image_size, image_size), mode="bilinear", align_corners=True)
+
+    def split(num: int) -> tuple[Tensor, Tensor]:
+        y = torch.arange(num) % _CLASSES
+        noise = torch.randn(num, 3, image_size, image_size, generator=draws, dtype=torch.float32)
+        x = 0.5 + 0.15 * patterns[y] + 0.2 * noise
+        return (x.clamp(0, 1) * 255).round().to(torch.uint8), y
+
+    train_x, train_y = split(_TRAIN)
+    test_x, test_y = split(_TEST)
+    mean, std = channel_stats(train_x)
+    return Dataset(
+        name="random",
+        train_x=train_x,
+        train_y=train_y,
+        test_x=test_x,
+        test_y=test_y,
+        num_classes=_CLASSES,
+        class_names=None,
+        mean=mean,
+        std=std,
+        augment=False,
+    )

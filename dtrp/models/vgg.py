@@ -1,0 +1,40 @@
+"""VGG with BatchNorm, in its form for small images."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import nn
+
+from .layers import conv_norm_relu, pooled_linear, with_kaiming_init
+
+# Output channels of the 3x3 convolutions; each row ends in a max-pool that halves H and W.
+_ROWS = {
+    11: ((64,), (128,), (256, 256), (512, 512), (512, 512)),
+    16: ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
+}
+
+
+def vgg(depth: int, *, in_channels: int = 3, num_classes: int = 10, image_size: int = 32) -> nn.Sequential:
+    """VGG-11 or VGG-16: (N, in_channels, H, W), H and W at least 32, to (N, num_classes).
+
+    Source: Simonyan and Zisserman, arXiv:1409.1556, configurations A and D. Unlike the paper's: a BatchNorm after
+    each convolution (which then has no bias), and one linear layer on the averaged features for its three.
+    """
+    rows = _ROWS[depth]
+    if image_size < 2 ** len(rows):
+        raise ValueError(
+            f"image_size={image_size} but vgg{depth} halves the image {len(rows)} times; "
+            f"pass image_size>={2 ** len(rows)}, or take a resnet, which fits any"
+        )
+    blocks: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = in_channels
+    for row in rows:
+        for i, out_channels in enumerate(row):
+            layers = conv_norm_relu(channels, out_channels, 3)
+            if i == len(row) - 1:
+                layers["pool"] = nn.MaxPool2d(2)
+            blocks[f"block{len(blocks) + 1}"] = nn.Sequential(layers)
+            channels = out_channels
+    blocks["head"] = nn.Sequential(pooled_linear(channels, num_classes))
+    return with_kaiming_init(nn.Sequential(blocks))

@@ -1,0 +1,54 @@
+"""Wide residual networks, with BatchNorm and ReLU before each convolution."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import conv, pooled_linear, with_kaiming_init
+
+
+class PreActivationBlock(nn.Module):
+    """y = relu(norm(x)); shortcut + conv(relu(norm(conv(y)))), the convolutions 3x3.
+
+    (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride). The shortcut is x, or, where the shape
+    changes, a 1x1 convolution of y.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv(in_channels, out_channels, 3, stride)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = conv(out_channels, out_channels, 3)
+        same = stride == 1 and in_channels == out_channels
+        self.projection = None if same else conv(in_channels, out_channels, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(x))
+        shortcut: Tensor = x if self.projection is None else self.projection(y)
+        residual: Tensor = self.conv2(F.relu(self.norm2(self.conv1(y))))
+        return shortcut + residual
+
+
+def wide_resnet(depth: int, widening: int, *, in_channels: int = 3, num_classes: int = 10) -> nn.Sequential:
+    """WRN-depth-widening for CIFAR, without dropout: (N, in_channels, H, W) to (N, num_classes). Any image size.
+
+    ``depth`` is 6n + 4: a stem of 16 channels; three groups of n blocks, of 16, 32 and 64 times ``widening`` channels.
+
+    Source: Zagoruyko and Komodakis, Wide residual networks, arXiv:1605.07146.
+    """
+    num_blocks = (depth - 4) // 6
+    blocks: OrderedDict[str, nn.Module] = OrderedDict(stem=conv(in_channels, 16, 3))
+    channels = 16
+    for group in range(3):
+        for i in range(num_blocks):
+            out_channels, stride = 16 * widening * 2**group, 2 if group and i == 0 else 1
+            blocks[f"block{len(blocks)}"] = PreActivationBlock(channels, out_channels, stride)
+            channels = out_channels
+    head: OrderedDict[str, nn.Module] = OrderedDict(norm=nn.BatchNorm2d(channels), relu=nn.ReLU())
+    head.update(pooled_linear(channels, num_classes))
+    blocks["head"] = nn.Sequential(head)
+    return with_kaiming_init(nn.Sequential(blocks))

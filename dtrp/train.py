@@ -1,0 +1,407 @@
+"""The training loop behind ``dtrp train``: a plain loop over `Pipeline`, with its run on disk.
+
+`TrainConfig` says what to do, `Trainer(config)` checks all of it and touches no file, and
+`Trainer.run` trains. What is shown meanwhile is a `Reporter`'s business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from . import checkpoint
+from .data import batches, load_data
+from .methods import get_method
+from .models import get_model
+from .pipeline import Pipeline
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+_TEST_BATCH = 500
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What ``dtrp train`` is told; the options' help says what each means."""
+
+    data: str = "digits"
+    data_dir: str | None = None
+    image_size: int | None = None
+    augment: bool = True
+    model: str = "resnet20"
+    method: str = "dtrp"
+    stages: int | None = None
+    cuts: tuple[int, ...] | None = None
+    num_microbatches: int = 1
+    grad_shrink: float | None = None
+    lr_shrink: float | None = None
+    prediction: str | None = None
+    epochs: int = 10
+    max_updates: int | None = None
+    limit_train: int | None = None
+    limit_test: int | None = None
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    lr_schedule: str = "cosine"
+    warmup_updates: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int | None = None
+    seed: int = 0
+    out: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """A line of ``metrics.jsonl``. Accuracy in 0..1; throughput over the epoch's training alone."""
+
+    epoch: int
+    update: int
+    train_loss: float
+    test_loss: float
+    test_accuracy: float
+    samples_per_s: float
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """A line of the table at the end: delays in updates, peaks in bytes."""
+
+    stage: int
+    layers: tuple[str, ...]
+    parameters: int
+    delays: dict[int, int]
+    memory: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    config: TrainConfig
+    epochs: tuple[EpochMetrics, ...]
+    stages: tuple[StageSummary, ...]
+
+    @property
+    def samples_per_s(self) -> float:
+        """The median over epochs."""
+        return sorted(e.samples_per_s for e in self.epochs)[len(self.epochs) // 2]
+
+
+class Reporter:
+    """Hears of a run's progress; this one says nothing."""
+
+    def start(self, trainer: Trainer) -> None: ...
+    def update(self, epoch: int, update: int, loss: Callable[[], float], samples: int) -> None: ...
+    def epoch(self, metrics: EpochMetrics) -> None: ...
+    def finish(self, result: TrainResult) -> None: ...
+
+
+class Trainer:
+    """A run, checked and ready.
+
+    Raises:
+        ValueError, OSError: a setting that does not fit, with what to change. No file has been touched.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        _check_numbers(config)
+        self.run_folder = RunFolder(config.out, overwrite=config.overwrite) if config.out else None
+        options = {"grad_shrink": config.grad_shrink, "lr_shrink": config.lr_shrink, "predict": config.prediction}
+        method = get_method(config.method, **{key: value for key, value in options.items() if value is not None})
+        devices = _devices(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.dtype = _DTYPES[config.dtype]
+        dataset = load_data(config.data, config.data_dir, seed=config.seed, image_size=config.image_size)
+        dataset = dataset.limit(config.limit_train, config.limit_test)
+        torch.manual_seed(config.seed)
+        model = get_model(config.model, dataset.in_channels, dataset.num_classes, image_size=dataset.image_size)
+        model = model.to(self.dtype)
+        self.dataset = dataset.to(devices[0])
+        self.updates_per_epoch = math.ceil(len(dataset.train_y) / config.batch_size)
+        self.total_updates = config.epochs * self.updates_per_epoch
+        if config.max_updates is not None:
+            self.total_updates = min(self.total_updates, config.max_updates)
+        factor = lr_factor(config.lr_schedule, config.warmup_updates, self.total_updates)
+        num_stages = config.stages if config.stages is not None or config.cuts is not None else min(4, len(model))
+        self.pipe = Pipeline(
+            model,
+            make_optimizer(config),
+            cross_entropy,
+            num_stages=num_stages,
+            cuts=config.cuts,
+            method=method,
+            num_microbatches=config.num_microbatches,
+            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+            seed=config.seed,
+            devices=devices if len(devices) > 1 else devices[0],
+        )
+
+    def run(self, reporter: Reporter | None = None) -> TrainResult:
+        """Train, test after each epoch, and keep the run folder whole all the while."""
+        reporter = reporter or Reporter()
+        config, data, pipe = self.config, self.dataset, self.pipe
+        reporter.start(self)
+        start = time.perf_counter()
+        epochs: list[EpochMetrics] = []
+        for epoch in range(config.epochs):
+            began = time.perf_counter()
+            loss_sum: Tensor | None = None
+            samples = 0
+            for x, y in batches(
+                data.train_x,
+                data.train_y,
+                config.batch_size,
+                dataset=data,
+                seed=config.seed,
+                epoch=epoch,
+                augment=config.augment and data.augment,
+                dtype=self.dtype,
+            ):
+                with self._autocast():
+                    loss = pipe.step(x, y)
+                term = loss.double() * len(y)
+                loss_sum = term if loss_sum is None else loss_sum + term
+                samples += len(y)
+                reporter.update(epoch, pipe.num_updates, loss.item, len(y))
+                if pipe.num_updates == self.total_updates:
+                    break
+            pipe.flush()
+            assert loss_sum is not None
+            train_loss = float(loss_sum) / samples  # waits for the device, so that the time is the epoch's
+            trained = time.perf_counter() - began
+            test_loss, accuracy = self.test()
+            metrics = EpochMetrics(
+                epoch=epoch + 1,
+                update=pipe.num_updates,
+                train_loss=train_loss,
+                test_loss=test_loss,
+                test_accuracy=accuracy,
+                samples_per_s=samples / trained,
+                elapsed_s=time.perf_counter() - start,
+            )
+            epochs.append(metrics)
+            if self.run_folder is not None:
+                self.run_folder.write(config, metrics, pipe.model_state_dict())
+            reporter.epoch(metrics)
+            if pipe.num_updates == self.total_updates:
+                break
+        result = TrainResult(config, tuple(epochs), self._stage_summaries())
+        reporter.finish(result)
+        return result
+
+    def test(self) -> tuple[float, float]:
+        """(mean loss, accuracy in 0..1) on the test split, with the weights as they are."""
+        data = self.dataset
+        loss = correct = 0.0
+        for x, y in batches(
+            data.test_x, data.test_y, _TEST_BATCH, dataset=data, seed=0, epoch=0, augment=False, shuffle=False,
+            dtype=self.dtype,
+        ):  # fmt: skip
+            with self._autocast():
+                out = self.pipe.infer(x).float()
+            target = y.to(out.device)
+            loss += float(cross_entropy(out, target, reduction="sum"))
+            correct += float((out.argmax(1) == target).sum())
+        return loss / len(data.test_y), correct / len(data.test_y)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.dtype != "bfloat16":
+            return nullcontext()
+        return torch.autocast(_devices(self.config.device)[0].type, dtype=torch.bfloat16)
+
+    def _stage_summaries(self) -> tuple[StageSummary, ...]:
+        delays, memory = self.pipe.delays(), self.pipe.memory()
+        return tuple(
+            StageSummary(
+                stage=k,
+                layers=tuple(name for name, _ in module.named_children()),
+                parameters=sum(p.numel() for p in module.parameters()),
+                delays=dict(sorted(delays[k].items())),
+                memory=memory[k],
+            )
+            for k, module in enumerate(self.pipe.stages)
+        )
+
+
+class RunFolder:
+    """``--out``: ``config``, ``metrics.jsonl`` and ``model.pt``, all three as of the last finished epoch.
+
+    The folder appears, whole, when the first epoch is through; what it replaces goes then.
+    """
+
+    def __init__(self, path: str, *, overwrite: bool) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self._made = False
+        if self.path.exists() and not overwrite:
+            raise ValueError(f"--out {path} exists; choose another name, or pass --overwrite to replace it")
+        if self.path.exists() and not _is_run(self.path):
+            raise ValueError(f"--out {path} exists and is no run of dtrp train; nothing is overwritten")
+        parent = next(p for p in self.path.parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise ValueError(f"--out {path}: {parent} cannot be written to; choose another place")
+
+    def write(self, config: TrainConfig, metrics: EpochMetrics, model: dict[str, Tensor]) -> None:
+        if self._made:
+            checkpoint.write_model(model, self.path / "model.pt")
+            self._append(self.path, metrics)
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        try:
+            (folder / "config").write_text(config_text(config))
+            checkpoint.write_model(model, folder / "model.pt")
+            self._append(folder, metrics)
+            folder.chmod(0o755)
+            if self.path.exists():
+                old = folder.with_name(folder.name + ".old")
+                self.path.rename(old)
+                folder.rename(self.path)
+                shutil.rmtree(old)
+            else:
+                folder.rename(self.path)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._made = True
+
+    @staticmethod
+    def _append(folder: Path, metrics: EpochMetrics) -> None:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
+
+
+def _is_run(path: Path) -> bool:
+    """Whether it is an empty folder, or one that a run made."""
+    return path.is_dir() and (
+        not any(path.iterdir()) or all((path / name).is_file() for name in ("config", "metrics.jsonl"))
+    )
+
+
+def config_text(config: TrainConfig) -> str:
+    """The configuration as a YAML file that ``--config`` reads."""
+    import yaml
+
+    values = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is not None and field.name not in ("out", "overwrite"):
+            values[field.name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
+    text: str = yaml.safe_dump(values, sort_keys=False)
+    return text
+
+
+def lr_factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
+    """Update n's learning rate, over the base rate.
+
+    A linear warm-up over ``warmup`` updates, times: ``constant`` 1; ``cosine`` from 1 to 0 over the run;
+    ``multistep`` a tenth from half of the run on, a hundredth from three quarters on.
+    """
+
+    def factor(n: int) -> float:
+        start = min(1.0, (n + 1) / (warmup + 1))
+        if schedule == "cosine":
+            return start * 0.5 * (1 + math.cos(math.pi * min(n, total) / total))
+        if schedule == "multistep":
+            return start * 0.1 ** ((n >= 0.5 * total) + (n >= 0.75 * total))
+        return start
+
+    return factor
+
+
+def make_optimizer(config: TrainConfig) -> Callable[[list[nn.Parameter]], Optimizer]:
+    """The optimizer that the configuration names, for a stage's parameters."""
+    lr = config.lr if config.lr is not None else (0.1 if config.optimizer == "sgd" else 1e-3)
+    decay = config.weight_decay
+    makers: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=lr, momentum=config.momentum, weight_decay=decay),
+        "adam": lambda p: torch.optim.Adam(p, lr=lr, weight_decay=decay),
+        "adamw": lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=decay),
+        "nadam": lambda p: torch.optim.NAdam(p, lr=lr, weight_decay=decay, decoupled_weight_decay=True),
+    }
+    return makers[config.optimizer]
+
+
+CHOICES = {
+    "optimizer": ("sgd", "adam", "adamw", "nadam"),
+    "lr_schedule": ("constant", "cosine", "multistep"),
+    "dtype": tuple(_DTYPES),
+    "prediction": ("linear", "rollout", "none"),
+}
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for field, names in CHOICES.items():
+        value = getattr(config, field)
+        if value is not None and value not in names:
+            near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{_option(field)} {value}: {hint}choose one of {', '.join(names)}")
+    for field, least in (
+        ("epochs", 1), ("batch_size", 1), ("num_microbatches", 1), ("stages", 1), ("max_updates", 1),
+        ("limit_train", 1), ("limit_test", 1), ("threads", 1), ("warmup_updates", 0), ("image_size", 1),
+    ):  # fmt: skip
+        value = getattr(config, field)
+        if value is not None and value < least:
+            raise ValueError(f"{_option(field)} {value}: at least {least}")
+    for field in ("lr", "momentum", "weight_decay"):
+        value = getattr(config, field)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{_option(field)} {value}: a finite number of at least 0")
+    if config.batch_size < config.num_microbatches:
+        raise ValueError(
+            f"--batch-size {config.batch_size} is smaller than --num-microbatches {config.num_microbatches}; every "
+            "micro-batch needs a sample: raise the one or lower the other"
+        )
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"--seed {config.seed}: from 0 to 2**63 - 1")
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _devices(text: str) -> list[torch.device]:
+    devices = []
+    for name in text.split(","):
+        try:
+            devices.append(torch.empty(0, device=name.strip()).device)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--device {text}: torch cannot use {name.strip()!r} ({reason})") from None
+    return devices
+
+
+def summarize_delays(delays: dict[int, int]) -> str:
+    """``{0: 3, 5: 95}`` as ``0-5, mostly 5``; steady delays matter, start-up and flush are few."""
+    if not delays:
+        return "-"
+    most = max(delays, key=lambda delay: (delays[delay], delay))
+    return str(most) if len(delays) == 1 else f"{min(delays)}-{max(delays)}, mostly {most}"
+
+
+def describe_layers(layers: Sequence[str]) -> str:
+    """``("stem", "block1", "block2")`` as ``stem..block2``."""
+    return layers[0] if len(layers) == 1 else f"{layers[0]}..{layers[-1]}"
