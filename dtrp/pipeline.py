@@ -459,7 +459,7 @@ def _places(modules: Sequence[nn.Module], devices: Device | Sequence[Device] | N
         return places
     found = [stage_device(module) for module in modules]
     # A stage without tensors works where the stage before it does, or the first that has any.
-    current: torch.device = next(filter(None, found))
+    current = [place for place in found if place is not None][0]
     result = []
     for place in found:
         if place is not None:

@@ -140,7 +140,7 @@ def test_memory_adds_up() -> None:
         weights = sum(p.nbytes for p in stage.parameters())
         assert memory["weights"] == weights + sum(b.nbytes for b in stage.buffers())
         assert memory["optimizer"] == weights, "one momentum buffer"
-        assert memory["gradients"] == 0, "outside U there are none with one micro-batch"
+        assert memory["gradients"] in (0, weights), "those of the last update until the next work"
     pipe.flush()
     assert all(memory["stash"] == 0 for memory in pipe.memory().values())
     pipe.close()
