@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 import tomllib
 from pathlib import Path
@@ -17,6 +16,7 @@ from .console import make_reporter, show_side_by_side
 from .data import list_data
 from .methods import get_method, list_methods
 from .models import list_models
+from .names import unknown
 from .schedule import Schedule, ScheduleError
 from .stage import StageError
 from .train import CHOICES, TrainConfig, Trainer
@@ -53,9 +53,7 @@ class Name(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value in self.names:
             return str(value)
-        near = difflib.get_close_matches(str(value), self.names, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        self.fail(f"unknown {self.name} {value!r}; {hint}known: {', '.join(self.names)}", param, ctx)
+        self.fail(unknown(self.name, value, self.names), param, ctx)
 
 
 class Cuts(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -85,14 +83,13 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
         raise click.BadParameter(f"{value} is no {'TOML' if path.suffix == '.toml' else 'YAML'}: {error}") from None
     if not isinstance(values, dict):
         raise click.BadParameter(f"{value} holds no options; write lines like 'method: dtrp'")
-    known = {p.name for p in ctx.command.params if p.name != "config"}
+    known = {p.name for p in ctx.command.params if p.name and p.name != "config"}
     defaults = {}
     for key, entry in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(k for k in known if k), n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0].replace('_', '-')!r}?" if near else ""
-            raise click.BadParameter(f"{value} has an option {key!r} that dtrp {ctx.info_name} has not{hint}")
+            known_names = (k.replace("_", "-") for k in sorted(known))
+            raise click.BadParameter(f"{value}: {unknown('option', key, known_names)}")
         if isinstance(entry, dict) or (isinstance(entry, list) and name != "cuts"):
             raise click.BadParameter(f"{value}: {key} holds {entry!r}; give one value")
         if entry is not None:
@@ -195,7 +192,7 @@ def demo(epochs: int, threads: int | None, seed: int) -> None:
 def _checked(config: TrainConfig) -> Trainer:
     try:
         return Trainer(config)
-    except (ValueError, OSError, TypeError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error
 
 

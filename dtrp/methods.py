@@ -14,7 +14,6 @@ output; eta the learning rate. The delay is that of the steady state, in updates
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import math
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from . import schedule
+from .names import unknown
 
 
 @dataclass(frozen=True)
@@ -282,15 +282,11 @@ def get_method(name: str, /, **options: Any) -> Method:
         TypeError: an option that is no field of `Method`.
     """
     if name not in _ROWS:
-        near = difflib.get_close_matches(str(name), _ROWS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown method {name!r}; {hint}methods: {', '.join(_ROWS)}")
+        raise ValueError(unknown("method", name, _ROWS))
     fields = [f.name for f in dataclasses.fields(Method)]
     for option in options:
         if option not in fields:
-            near = difflib.get_close_matches(option, fields, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise TypeError(f"a method has no field {option!r}; {hint}fields: {', '.join(fields)}")
+            raise TypeError(unknown("field of a method", option, fields))
     method = dataclasses.replace(_ROWS[name](), **options)
     object.__setattr__(method, "__doc__", inspect.getdoc(_ROWS[name]))
     return method

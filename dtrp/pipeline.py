@@ -459,10 +459,9 @@ def _places(modules: Sequence[nn.Module], devices: Device | Sequence[Device] | N
         return places
     found = [stage_device(module) for module in modules]
     # A stage without tensors works where the stage before it does, or the first that has any.
-    current = [place for place in found if place is not None][0]
+    current = next(own for own in found if own is not None)
     result = []
-    for place in found:
-        if place is not None:
-            current = place
+    for own in found:
+        current = own or current
         result.append(current)
     return result

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from . import checkpoint
 from .data import batches, load_data
 from .methods import get_method
 from .models import get_model
+from .names import unknown
 from .pipeline import Pipeline
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
@@ -356,9 +356,7 @@ def _check_numbers(config: TrainConfig) -> None:
     for field, names in CHOICES.items():
         value = getattr(config, field)
         if value is not None and value not in names:
-            near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{_option(field)} {value}: {hint}choose one of {', '.join(names)}")
+            raise ValueError(unknown(_option(field), value, names))
     for field, least in (
         ("epochs", 1), ("batch_size", 1), ("num_microbatches", 1), ("stages", 1), ("max_updates", 1),
         ("limit_train", 1), ("limit_test", 1), ("threads", 1), ("warmup_updates", 0), ("image_size", 1),

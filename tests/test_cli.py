@@ -177,7 +177,7 @@ def written(text: str, name: str = "c.yaml") -> Callable[[Path], list[str]]:
         (written("a: [1"), "is no YAML"),
         (written("a = ", "c.toml"), "is no TOML"),
         (written("- 1"), "holds no options"),
-        (written("metod: bp"), "has an option 'metod' that dtrp train has not; did you mean 'method'?"),
+        (written("metod: bp"), "unknown option 'metod'; did you mean 'method'?"),
         (written("method: bpp"), "unknown method 'bpp'"),
         (written("momentum: many"), "'many' is not a valid float"),
         (written("epochs: {a: 1}"), "give one value"),

@@ -116,9 +116,9 @@ def test_a_constant_channel_is_not_divided_by_0():
 
 def test_unknown_name():
     assert list_data() == ["digits", "cifar10", "cifar100", "folder", "random"]
-    with pytest.raises(ValueError, match=r"unknown data 'cifar-10'; did you mean 'cifar10'\? data: digits, .*random"):
+    with pytest.raises(ValueError, match=r"unknown data 'cifar-10'; did you mean 'cifar10'\? known: digits, .*random"):
         load_data("cifar-10")
-    with pytest.raises(ValueError, match=r"unknown data 'xyzzy'; data: digits"):
+    with pytest.raises(ValueError, match=r"unknown data 'xyzzy'; known: digits"):
         load_data("xyzzy")
 
 
@@ -166,7 +166,7 @@ def test_digits_do_not_depend_on_the_seed():
 
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(RuntimeError, match=r"data 'digits' needs scikit-learn, .* pip install 'dtrp\[cli\]'"):
+    with pytest.raises(ImportError, match=r"data 'digits' needs scikit-learn, .* pip install 'dtrp\[cli\]'"):
         load_data("digits")
 
 
@@ -768,5 +768,5 @@ def test_folder_with_one_split(images, gone, match):
 
 def test_folder_without_pillow(images, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(RuntimeError, match=r"data 'folder' needs Pillow, .* pip install 'dtrp\[cli\]'"):
+    with pytest.raises(ImportError, match=r"data 'folder' needs Pillow, .* pip install 'dtrp\[cli\]'"):
         load_data("folder", images)

@@ -38,7 +38,7 @@ def test_any_field_can_be_changed() -> None:
     ("name", "options", "rule"),
     [
         ("spectran", {}, "unknown method 'spectran'; did you mean 'spectrain'"),
-        ("nothing like it", {}, "unknown method 'nothing like it'; methods: bp, gpipe"),
+        ("nothing like it", {}, "unknown method 'nothing like it'; known: bp, gpipe"),
         ("fdg", {"ahead": 0.5}, "ahead=0.5: a gradient takes at least one slot"),
         ("fdg", {"ahead": float("inf")}, "ahead=inf"),
         ("fdg", {"ahead": float("nan")}, "ahead=nan"),
@@ -66,7 +66,7 @@ def test_what_means_nothing_is_refused_with_the_reason(name: str, options: dict[
 
 
 def test_an_option_that_is_no_field() -> None:
-    with pytest.raises(TypeError, match=r"no field 'grad_shrunk'; did you mean 'grad_shrink'\?"):
+    with pytest.raises(TypeError, match=r"unknown field of a method 'grad_shrunk'; did you mean 'grad_shrink'\?"):
         get_method("fdg", grad_shrunk=0.5)
 
 

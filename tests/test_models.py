@@ -196,7 +196,7 @@ def test_narrow_cifar_resnet():
 
 def test_unknown_name():
     with pytest.raises(
-        ValueError, match=r"unknown model 'resnet-20'; did you mean 'resnet20'\? models: resnet20, .*mlp"
+        ValueError, match=r"unknown model 'resnet-20'; did you mean 'resnet20'\? known: resnet20, .*mlp"
     ):
         get_model("resnet-20")
     with pytest.raises(ValueError, match=r"unknown model 'xyzzy'; models: resnet20, "):

@@ -8,10 +8,10 @@
 
 from __future__ import annotations
 
-import difflib
 from os import PathLike
 from pathlib import Path
 
+from ..names import unknown
 from .cifar import load_cifar
 from .dataset import Dataset
 from .digits import load_digits
@@ -61,12 +61,10 @@ def load_data(
     Raises:
         ValueError: an unknown name (with the nearest right one), ``data_dir`` missing or not wanted, damaged files.
         FileNotFoundError: files that are not there, with what to download and where to put it.
-        RuntimeError: a package that this data needs is not installed.
+        ImportError: a package that this data needs is not installed.
     """
     if name not in _NAMES:
-        near = difflib.get_close_matches(str(name), _NAMES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown data {name!r}; {hint}data: {', '.join(_NAMES)}")
+        raise ValueError(unknown("data", name, _NAMES))
     if name in _FROM_DIR and data_dir is None:
         raise ValueError(f"data {name!r} needs files; pass data_dir (--data-dir), {_FROM_DIR[name]}")
     if name not in _FROM_DIR and data_dir is not None:

@@ -135,9 +135,9 @@ def required(module: str, package: str, data: str) -> Any:
     """A module that only some data sets need.
 
     Raises:
-        RuntimeError: it is not installed.
+        ImportError: it is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as cause:
-        raise RuntimeError(f"data {data!r} needs {package}, which is not installed; pip install 'dtrp[cli]'") from cause
+        raise ImportError(f"data {data!r} needs {package}, which is not installed; pip install 'dtrp[cli]'") from cause

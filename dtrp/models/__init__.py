@@ -5,13 +5,13 @@ A plain Sequential can be cut between any two of its top-level layers. No block 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from ..names import unknown
 from .layers import check_positive
 from .mlp import mlp
 from .resnet import STEMS, cifar_resnet, resnet
@@ -61,9 +61,7 @@ def get_model(
         ValueError: an unknown name (with the nearest right one), a stem the model does not have, a number out of range.
     """
     if name not in _BUILDERS:
-        near = difflib.get_close_matches(str(name), _BUILDERS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown model {name!r}; {hint}models: {', '.join(_BUILDERS)}")
+        raise ValueError(unknown("model", name, _BUILDERS))
     check_positive(in_channels=in_channels, num_classes=num_classes, image_size=image_size)
     if stem not in STEMS:
         raise ValueError(f"stem={stem!r}: pass one of {', '.join(map(repr, STEMS))}")

@@ -1,0 +1,62 @@
+"""The issues' numbers as worded: minutes to an hour, so `make test-full` alone runs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CIFAR = os.environ.get("CIFAR", "")
+
+pytestmark = pytest.mark.full
+
+
+def benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / name / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_engine_costs_at_most_three_and_five_per_cent() -> None:
+    engine = benchmark("engine")
+    ratios = engine.ratios(engine.measure(rounds=40, batch=128))
+    print(ratios)
+    assert ratios["bp"] <= 1.03
+    assert ratios["dtrp"] <= 1.05
+
+
+@pytest.mark.skipif(not CIFAR, reason="needs CIFAR=DIR, the folder that holds cifar-10-batches-py")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_cifar10_in_one_epoch_within_three_points_of_bp(seed: int, tmp_path: Path) -> None:
+    accuracy = {}
+    for method in ("bp", "dtrp"):
+        out = tmp_path / method
+        command = [sys.executable, "-m", "dtrp", "train", "--data", "cifar10", "--data-dir", CIFAR, "--model", "resnet20",
+                   "--method", method, "--stages", "4", "--num-microbatches", "4", "--epochs", "1", "--seed", str(seed),
+                   "--out", str(out)]  # fmt: skip
+        subprocess.run(command, check=True)
+        accuracy[method] = json.loads((out / "metrics.jsonl").read_text())["test_accuracy"]
+    print(accuracy)
+    assert accuracy["dtrp"] >= accuracy["bp"] - 0.03
+
+
+def test_the_demo_is_quick_and_both_models_learn() -> None:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "dtrp", "demo"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 300
+    row = next(line for line in done.stdout.splitlines() if "test accuracy" in line)
+    found = [float(word.rstrip("%")) for word in row.split() if word.endswith("%")]
+    print(found)
+    assert len(found) == 2
+    assert min(found) >= 97
