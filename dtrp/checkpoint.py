@@ -68,6 +68,10 @@ def load_into(stages: Sequence[Stage], state: dict[str, Any]) -> None:
         raise ValueError(f"the state dict lacks {', '.join(missing)}; pass what pipe.state_dict() returned")
     own = {name: value for stage in stages for name, value in stage.module.state_dict().items()}
     _check_names(own, state["model"])
+    if (state["scheduler"] is None) != (scheduler_state_dict(stages) is None):
+        raise ValueError(
+            "the state dict and this pipeline differ in having a learning-rate scheduler; make both with one"
+        )
     options: dict[str, dict[str, Any]] = {}
     for group in state["optimizer"]["param_groups"]:
         for name in group["params"]:
@@ -91,6 +95,11 @@ def load_into(stages: Sequence[Stage], state: dict[str, Any]) -> None:
                     f"{members[0]} and another parameter of its group have different options in the state dict; make the "
                     "optimizer with the same parameter groups"
                 )
+            if options[members[0]].keys() != group.keys() - {"params"}:
+                raise ValueError(
+                    f"the state dict's optimizer has the options {', '.join(sorted(options[members[0]]))}, this one "
+                    f"{', '.join(sorted(group.keys() - {'params'}))}; it was saved with another optimizer"
+                )
             groups.append({**options[members[0]], "params": [index[name] for name in members]})
         entries = {
             index[name]: copy.deepcopy(state["optimizer"]["state"][name])
@@ -98,11 +107,6 @@ def load_into(stages: Sequence[Stage], state: dict[str, Any]) -> None:
             if name in state["optimizer"]["state"]
         }
         plans.append((stage.optimizer, {"state": entries, "param_groups": groups}))
-    if (state["scheduler"] is None) != (scheduler_state_dict(stages) is None):
-        raise ValueError(
-            "the state dict and this pipeline differ in having a learning-rate scheduler; make both with one"
-        )
-
     for stage in stages:
         stage.module.load_state_dict({name: state["model"][name] for name in stage.module.state_dict()})
     for optimizer, plan in plans:
@@ -110,8 +114,20 @@ def load_into(stages: Sequence[Stage], state: dict[str, Any]) -> None:
     for stage in stages:
         if stage.lr_scheduler is not None:
             stage.lr_scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
+            assert stage.optimizer is not None
+            _reseat(stage.lr_scheduler, stage.optimizer.param_groups)
         stage.version = state["num_updates"]
         stage.forget_predictions()
+
+
+def _reseat(scheduler: Any, groups: list[dict[str, Any]]) -> None:
+    """A scheduler's lists by parameter group are those of its own stage; only the time it tells is common."""
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in groups]
+    if hasattr(scheduler, "_last_lr"):
+        scheduler._last_lr = [group["lr"] for group in groups]
+    for inner in getattr(scheduler, "_schedulers", ()):
+        _reseat(inner, groups)
 
 
 def _numbers(stage: Stage) -> dict[str, int]:
@@ -128,16 +144,18 @@ def write_model(state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         temporary = Path(file.name)
         try:
-            torch.save(
-                {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}, file
-            )
+            torch.save({name: _on_cpu(value) for name, value in state.items()}, file)
             file.flush()
             os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    temporary.chmod(0o666 & ~_umask())
-    temporary.replace(path)
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _umask() -> int:

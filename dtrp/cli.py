@@ -26,6 +26,9 @@ def run(arguments: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on stderr and exit code 2."""
     try:
         cli.main(arguments, prog_name="dtrp", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return 2
     except click.ClickException as error:
         return _complain(error.format_message())
     except click.Abort:
@@ -142,8 +145,13 @@ _CHOICES = {field: Name(field.replace("_", " "), names) for field, names in CHOI
 @click.option("--limit-test", type=int, help="Use the first N test samples.")
 @click.option("--batch-size", type=int, default=128, help="Samples in a mini-batch.")
 @click.option("--optimizer", type=_CHOICES["optimizer"], default="sgd", help="Optimizer of each stage.")
-@click.option("--lr", type=float, help="Base learning rate (sgd 0.1, the others 0.001).")
+@click.option("--lr", type=float, help="Base learning rate (sgd 0.05, the others 0.001).")
 @click.option("--momentum", type=float, default=0.9, help="Of sgd.")
+@click.option(
+    "--nesterov/--no-nesterov",
+    default=True,
+    help="Nesterov momentum for sgd; it bears a delay better than plain momentum.",
+)
 @click.option("--weight-decay", type=float, default=5e-4, help="Weight decay (decoupled for adamw and nadam).")
 @click.option(
     "--lr-schedule",
@@ -200,9 +208,8 @@ def _trained(trainer: Trainer, reporter: Any) -> Any:
     try:
         return trainer.run(reporter)
     except StageError as error:
-        if isinstance(error.__cause__, FloatingPointError):
-            raise click.ClickException(str(error.__cause__)) from error
-        raise
+        cause = error.__cause__ if isinstance(error.__cause__, FloatingPointError) else error
+        raise click.ClickException(str(cause)) from error
     except OSError as error:
         raise click.ClickException(f"cannot write the run: {error}") from error
 

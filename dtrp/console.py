@@ -148,7 +148,7 @@ def _stage_table(result: TrainResult) -> Table:
             f"{stage.parameters:,}",
             summarize_delays(stage.delays),
             decimal(stage.memory["stash_peak"]),
-            decimal(stage.memory["activations_peak"]),
+            decimal(stage.activations_peak),
         )
     return table
 
@@ -163,12 +163,10 @@ def show_side_by_side(results: Sequence[TrainResult]) -> None:
     table.add_row("test accuracy", *(f"{result.epochs[-1].test_accuracy:.2%}" for result in results))
     table.add_row("samples/s, one process", *(f"{result.samples_per_s:.0f}" for result in results), end_section=True)
     for k in range(len(results[0].stages)):
-        table.add_row(
-            f"stage {k}: activations held, peak", *(decimal(r.stages[k].memory["activations_peak"]) for r in results)
-        )
+        table.add_row(f"stage {k}: activations held, peak", *(decimal(r.stages[k].activations_peak) for r in results))
     table.add_row(
         "all stages",
-        *(decimal(sum(stage.memory["activations_peak"] for stage in r.stages)) for r in results),
+        *(decimal(sum(stage.activations_peak for stage in r.stages)) for r in results),
         end_section=True,
     )
     for k in range(len(results[0].stages)):

@@ -58,8 +58,10 @@ class Method:
     forward_all: bool = False
 
     def __post_init__(self) -> None:
-        if self.predict == "none":
+        if isinstance(self.predict, str) and self.predict == "none":
             object.__setattr__(self, "predict", None)
+        if not self.name or any(letter.isspace() for letter in self.name):
+            raise ValueError(f"name={self.name!r}: a method's name is one word")
         for field, choices in (("keep", ("graph", "input")), ("backward_at", ("stashed", "current"))):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(map(repr, choices))}")

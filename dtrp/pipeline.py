@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,8 @@ from . import checkpoint
 from .methods import Method, get_method
 from .schedule import Action, StageOrder
 from .splitting import into_stages, stage_device
-from .stage import LossFn, MicroBatch, Stage, StageError
+from .stage import LossFn, Stage, StageError
+from .stash import MicroBatch
 
 Device = torch.device | str | int
 
@@ -76,8 +78,9 @@ class Pipeline:
         self.method = get_method(method) if isinstance(method, str) else method
         if not isinstance(self.method, Method):
             raise TypeError(f"method is a {type(method).__name__}; pass a name or what get_method returns")
-        if not isinstance(num_microbatches, int) or num_microbatches < 1:
-            raise ValueError(f"num_microbatches={num_microbatches!r}: pass a whole number of at least 1")
+        num_microbatches = _whole("num_microbatches", num_microbatches)
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed}: pass a whole number from 0 to 2**63 - 1")
         _check_callables(optimizer, loss_fn, lr_scheduler)
         modules = into_stages(model, num_stages, cuts)
         if not any(p.requires_grad for module in modules for p in module.parameters()):
@@ -108,7 +111,7 @@ class Pipeline:
         self._engine = LocalEngine(self._stages, self.method)
         self._next_microbatch = 0
         self._closed = False
-        self._broken: BaseException | None = None
+        self._broken: str | None = None
 
     # -- training ---------------------------------------------------------------------------------------
 
@@ -126,7 +129,9 @@ class Pipeline:
             TypeError, ValueError: x and y that do not fit; nothing has happened then.
             StageError: what failed inside a stage; the pipeline is of no use after it.
         """
-        self._check_usable()
+        self._check_usable(trains=True)
+        for stage in self._stages:
+            stage.check_trainable()
         for label, value in (("x", x), ("y", y)):
             if not isinstance(value, Tensor):
                 raise TypeError(
@@ -138,6 +143,8 @@ class Pipeline:
             raise ValueError(f"x has {len(x)} samples and y has {len(y)}; a mini-batch needs as many targets as inputs")
         if not len(x):
             raise ValueError("an empty mini-batch; pass at least one sample")
+        if x.is_inference():  # no graph can save such a tensor
+            x = x.clone()
         parts = min(self.num_microbatches, len(x))
         micros = []
         for part, target in zip(torch.tensor_split(x, parts), torch.tensor_split(y, parts), strict=True):
@@ -149,8 +156,8 @@ class Pipeline:
             return self._engine.step(micros)
 
     def flush(self) -> None:
-        """Run the backwards and updates that are left: after it every stage has made one update per mini-batch."""
-        self._check_usable()
+        """Run the backwards and updates that are left. After it every stage has made one update per mini-batch."""
+        self._check_usable(trains=True)
         with self._breaking():
             self._engine.flush()
 
@@ -185,12 +192,16 @@ class Pipeline:
         """Bytes that each stage holds now, measured from its tensors.
 
         ``weights`` (parameters and buffers), ``predicted`` (the predicted copy that a forward reads),
-        ``optimizer`` (its state), ``gradients``, ``stash`` (what waits between F and B: inputs, graphs and
-        the copies of weights they need), and two maxima so far: ``stash_peak``, and ``activations_peak``,
-        which adds the graph that a backward recomputes. A graph is weighed by the storages it saves, once
-        for each shape of input.
+        ``optimizer`` (its state), ``gradients`` (those of the last update until the stage's next work),
+        ``stash`` (what waits between F and B: inputs, graphs and the copies of weights they need), and
+        ``stash_peak``, its maximum so far. A graph is weighed by the storages it saves, once for each shape of
+        input; one whose saved tensors go through hooks of the caller's weighs nothing.
         """
         return {stage.index: stage.memory() for stage in self._stages}
+
+    def activations_peak(self) -> dict[int, int]:
+        """``{stage: bytes}``: the most that the stash and the graph that a backward recomputes took together."""
+        return {stage.index: stage.activations_peak for stage in self._stages}
 
     @property
     def stages(self) -> tuple[nn.Module, ...]:
@@ -233,7 +244,7 @@ class Pipeline:
             ValueError: it is another model's; nothing has been written then.
             RuntimeError: batches are in flight.
         """
-        self._check_usable()
+        self._check_usable(trains=True)
         if self.in_flight:
             raise RuntimeError(f"{self.in_flight} micro-batches are in flight; call flush() before load_state_dict()")
         checkpoint.load_into(self._stages, state)
@@ -249,8 +260,7 @@ class Pipeline:
         """Drop what is in flight. Training ends here; the model stays as it is."""
         if not self._closed:
             self._closed = True
-            for stage in self._stages:
-                stage.drop()
+            self._engine.drop()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -271,15 +281,13 @@ class Pipeline:
             f"num_microbatches={self.num_microbatches}, num_updates={self.num_updates}, in_flight={self.in_flight})"
         )
 
-    def _check_usable(self) -> None:
+    def _check_usable(self, *, trains: bool = False) -> None:
         if self._broken is not None:
-            raise RuntimeError(
-                f"this pipeline has failed; make a new one (it failed with: {self._broken})"
-            ) from self._broken
+            raise RuntimeError(f"this pipeline has failed; make a new one (it failed with: {self._broken})")
         if self._closed:
             raise RuntimeError("this pipeline is closed; make a new one")
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("a Pipeline works outside torch.inference_mode(), whose tensors no backward can use")
+        if trains and torch.is_inference_mode_enabled():
+            raise RuntimeError("a Pipeline trains outside torch.inference_mode(), whose tensors no backward can use")
 
     @contextmanager
     def _breaking(self) -> Iterator[None]:
@@ -287,9 +295,8 @@ class Pipeline:
         try:
             yield
         except BaseException as error:
-            self._broken = error
-            for stage in self._stages:
-                stage.drop()
+            self._broken = str(error) or type(error).__name__
+            self._engine.drop()
             raise
 
 
@@ -336,6 +343,22 @@ class LocalEngine:
             queue.extend(deque(slot) for slot in order.flush())
         self._run()
         self._look()
+        for stage in self._stages:
+            stage.rest()
+
+    def drop(self) -> None:
+        """Forget what is in flight."""
+        for stage in self._stages:
+            stage.drop()
+        for queue in self._queues:
+            queue.clear()
+        for inputs, gradients in zip(self._inputs, self._gradients, strict=True):
+            inputs.clear()
+            gradients.clear()
+        self._micros.clear()
+        self._targets.clear()
+        self._losses.clear()
+        self._unseen.clear()
 
     def _run(self) -> None:
         while any(self._queues):
@@ -393,6 +416,17 @@ class LocalEngine:
                 )
                 raise StageError(len(self._stages) - 1, Action("F", micro.index), micro.minibatch, cause) from cause
         self._unseen.clear()
+
+
+def _whole(label: str, value: Any) -> int:
+    """A count of at least 1; any integer type will do."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{label}={value!r}: pass a whole number of at least 1")
+    return number
 
 
 def _check_callables(optimizer: Any, loss_fn: Any, lr_scheduler: Any) -> None:

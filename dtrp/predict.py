@@ -101,7 +101,12 @@ class BuiltInPredictor:
             if state.get("momentum_buffer" if type(optimizer) is SGD else "exp_avg") is None:
                 o.copy_(p)
             else:
-                rule(p, state, groups[id(p)], horizon, o)
+                group = groups[id(p)]
+                if p.is_complex() and type(optimizer) is not SGD:  # torch's Adam family sees pairs of reals
+                    state = {k: torch.view_as_real(t) if torch.is_complex(t) else t for k, t in state.items()
+                             if isinstance(t, Tensor)}  # fmt: skip
+                    p, o = torch.view_as_real(p), torch.view_as_real(o)
+                rule(p, state, group, horizon, o)
 
 
 # -- SGD ------------------------------------------------------------------------------------------------

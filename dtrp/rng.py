@@ -22,11 +22,12 @@ def microbatch_seed(seed: int, replica: int, stage: int, microbatch: int) -> int
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Within it torch draws from ``seed``, on the CPU and on ``device``; after it, from where it was before."""
-    accelerator = device is not None and device.type != "cpu"
-    kind = device.type if accelerator and device is not None else "cuda"
-    with torch.random.fork_rng(devices=[device] if accelerator else [], device_type=kind):
+    accelerator = device.type != "cpu"
+    with torch.random.fork_rng(
+        devices=[device] if accelerator else [], device_type=device.type if accelerator else "cuda"
+    ):
         # Not torch.manual_seed: that would reseed every accelerator, and only one is put back.
         torch.default_generator.manual_seed(seed)
         if accelerator:

@@ -28,6 +28,7 @@ stage and in every method; ``F(m)`` happens earlier::
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import deque
@@ -183,10 +184,10 @@ class Schedule:
             if named_order is None:
                 raise ValueError(f"method={method!r}: names are known after `import dtrp`; or pass a Method")
             method = named_order(method)
-        sizes = (num_microbatches,) * num_minibatches if isinstance(num_microbatches, int) else tuple(num_microbatches)
         for label, value in (("num_stages", num_stages), ("num_minibatches", num_minibatches)):
-            if value < 1:
-                raise ValueError(f"{label}={value}: a schedule needs at least 1")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{label}={value!r}: pass a whole number of at least 1")
+        sizes = (num_microbatches,) * num_minibatches if isinstance(num_microbatches, int) else tuple(num_microbatches)
         if len(sizes) != num_minibatches or min(sizes) < 1:
             raise ValueError(
                 f"num_microbatches={num_microbatches!r}: pass one number of at least 1, or one for each of "
@@ -254,9 +255,9 @@ class Schedule:
                         stage, place, f"stage {stage} declares delay {want} for micro-batch {micro}; counted: {got}"
                     )
             if len(declared) != len(counted):
-                raise self._error(
-                    stage, None, f"stage {stage} declares {len(declared)} delays for {len(counted)} micro-batches"
-                )
+                end = len(self.stages[stage])
+                text = f"stage {stage} declares {len(declared)} delays for {len(counted)} micro-batches"
+                raise self._error(stage, end, text)
 
     def _count_delays(self, actions: Iterable[Action]) -> list[int]:
         owner = [b for b, size in enumerate(self.minibatches) for _ in range(size)]
@@ -269,7 +270,7 @@ class Schedule:
 
     def _check_stage(self, stage: int) -> None:
         forward = backward = update = 0
-        ends = [sum(self.minibatches[: b + 1]) for b in range(len(self.minibatches))]
+        ends = list(itertools.accumulate(self.minibatches))
         for place, action in enumerate(self.stages[stage]):
             due = update < len(ends) and backward == ends[update]  # a mini-batch's last B is through, its U is not
             if action.kind == "U":
@@ -294,7 +295,7 @@ class Schedule:
         if (forward, backward, update) != (total, total, len(ends)):
             raise self._error(
                 stage,
-                None,
+                len(self.stages[stage]),
                 f"stage {stage} ends after {forward} F, {backward} B and {update} U; "
                 f"the run has {total}, {total} and {len(ends)}",
             )
@@ -326,6 +327,8 @@ class Schedule:
                     words.append(f">{action}<" if (stage, place) == marked else str(action))
                     place += 1
                 line.append(" ".join(words))
+            if (stage, place) == marked:
+                line.append(">end<")
             texts.append(line)
         widths = [max(len(line[c]) for line in texts if c < len(line)) for c in range(max(map(len, texts)))]
         sizes = self.minibatches[:1] if len(set(self.minibatches)) == 1 else self.minibatches
@@ -341,9 +344,9 @@ class Schedule:
             lines.append(f"delay {stage} | " + " ".join(map(str, declared)))
         return "\n".join(line.rstrip() for line in lines)
 
-    def _error(self, stage: int, place: int | None, rule: str) -> ScheduleError:
-        marked = None if place is None else (stage, place)
-        return ScheduleError(f"{rule}\n{self._render([_pack(actions) for actions in self.stages], marked)}")
+    def _error(self, stage: int, place: int, rule: str) -> ScheduleError:
+        """``place``: of the offending action in its stage's row, or one past the last."""
+        return ScheduleError(f"{rule}\n{self._render([_pack(actions) for actions in self.stages], (stage, place))}")
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
@@ -375,7 +378,7 @@ class Schedule:
                 raise ScheduleError(f"expected a line 'stage {len(stages)} | ...' or 'delay ...'; got {line!r}")
             words = row[3].replace("|", " ").split()
             if row[1] == "stage":
-                stages.append(tuple(_parse_actions(words, line)))
+                stages.append(tuple(_parse_actions(words, len(stages))))
             elif not all(word.isdecimal() for word in words):
                 raise ScheduleError(f"delays are whole numbers; got {line!r}")
             else:
@@ -443,21 +446,22 @@ def _pack(actions: Iterable[Action]) -> list[Slot]:
     return [tuple(cell) for cell in cells]
 
 
-def _parse_actions(words: Iterable[str], line: str) -> Iterator[Action]:
+def _parse_actions(words: Sequence[str], stage: int) -> Iterator[Action]:
     updates = 0
-    for word in words:
+    for place, word in enumerate(words):
         if word == "U":
             yield Action("U", updates)
             updates += 1
         elif re.fullmatch(r"[FB]\d+", word):
             yield Action("F" if word[0] == "F" else "B", int(word[1:]))
         else:
-            raise ScheduleError(f"a cell holds F<n>, B<n> and U; got {word!r}\n{line.replace(word, f'>{word}<', 1)}")
+            shown = " ".join([*words[:place], f">{word}<", *words[place + 1 :]])
+            raise ScheduleError(f"a cell holds F<n>, B<n> and U; got {word!r}\nstage {stage} | {shown}")
 
 
 def _closed_form_delays(order: Order, num_stages: int, stage: int, sizes: Sequence[int]) -> tuple[int, ...]:
     """The delays from start-up on, from the formula rather than from the actions."""
-    ends = [sum(sizes[: b + 1]) for b in range(len(sizes))]
+    ends = list(itertools.accumulate(sizes))
     ahead = lead(order, num_stages, stage)
     backward_first = order.backward_first and ahead > 0
     delays = []

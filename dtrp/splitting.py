@@ -7,6 +7,7 @@ parameters are the model's objects and its state dict is a part of the model's.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -100,11 +101,14 @@ def _cuts_for(num_layers: int, num_stages: int) -> list[int]:
 
 
 def _checked_cuts(cuts: Sequence[int], num_layers: int, num_stages: int | None) -> list[int]:
-    cuts = list(cuts)
+    try:
+        cuts = [operator.index(cut) for cut in cuts]
+    except TypeError:
+        raise ValueError(f"cuts={cuts!r}: pass whole numbers, the first layer of each stage but the first") from None
     if num_stages is not None and num_stages != len(cuts) + 1:
         raise ValueError(f"cuts={cuts} make {len(cuts) + 1} stages but num_stages={num_stages}; pass one of the two")
     for cut in cuts:
-        if not isinstance(cut, int) or not 0 < cut < num_layers:
+        if not 0 < cut < num_layers:
             raise ValueError(
                 f"cuts={cuts}: {cut!r} is out of range; the model has {num_layers} layers, cut at 1..{num_layers - 1}"
             )

@@ -24,25 +24,26 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-from .aligned import aligned_clone
+from .aligned import aligned_clone, enter
 from .methods import Method
 from .predict import BuiltInPredictor, as_predictor
 from .rng import microbatch_seed, seeded
-from .schedule import Action
+from .schedule import Action, lead
+from .stash import AutocastState, Held, MicroBatch, WeightVersion, stash_bytes, tensor_bytes
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
+Buffers = Literal["own", "discarded", "returned"]
 
 
 class StageError(RuntimeError):
@@ -64,61 +65,6 @@ class StageError(RuntimeError):
         super().__init__(f"stage {stage}, {doing} (mini-batch {minibatch}): {type(cause).__name__}: {cause}")
 
 
-class AutocastState(NamedTuple):
-    """The caller's autocast settings for one type of device, to be used again when a forward is repeated."""
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def now(cls, device_type: str) -> AutocastState:
-        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
-
-    def region(self) -> torch.autocast:
-        # The cache of casts is keyed by parameter object: it would serve weights of another version.
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What every stage must know of a micro-batch.
-
-    Args:
-        index: m, counted since the pipeline was made.
-        minibatch: b(m).
-        share: its samples over those of its mini-batch.
-    """
-
-    index: int
-    minibatch: int
-    share: float
-
-
-class WeightVersion:
-    """A copy of a stage's trainable weights, with leaves for graphs to stand on."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = [torch.empty_like(t, requires_grad=False) for t in tensors]
-        self.leaves = [t.detach().requires_grad_() for t in self.tensors]
-        self.nbytes = sum(t.nbytes for t in self.tensors)
-
-
-@dataclass
-class _Held:
-    """The stash's entry for one micro-batch, from its F to its B."""
-
-    micro: MicroBatch
-    version: int  # updates when F ran
-    autocast: AutocastState
-    leaf: Tensor  # the input
-    nbytes: int
-    target: Tensor | None = None  # what the loss compares with, at the last stage
-    weights: WeightVersion | None = None  # the copy that F read, where B needs it
-    has_graph: bool = False
-    root: Tensor | GradientEdge | None = None  # where differentiation starts; None where it has nothing to do
-
-
 class Stage:
     """A contiguous part of the network with its own optimizer.
 
@@ -133,8 +79,8 @@ class Stage:
         lr_scheduler: optimizer -> scheduler, or None.
         loss_fn: the loss, at the last stage.
         needs_input_grad: whether any stage before has something to train.
+        device: where the stage works.
         seed, replica: see `dtrp.rng`.
-        device: where the stage works; None: where its input is.
     """
 
     def __init__(
@@ -148,9 +94,9 @@ class Stage:
         *,
         loss_fn: LossFn | None,
         needs_input_grad: bool,
+        device: torch.device,
         seed: int,
         replica: int = 0,
-        device: torch.device | None = None,
     ) -> None:
         self.index = index
         self.module = module
@@ -168,25 +114,26 @@ class Stage:
         self.optimizer = optimizer(list(self.parameters)) if self.parameters else None
         self.lr_scheduler = lr_scheduler(self.optimizer) if lr_scheduler and self.optimizer else None
         self.lr_factor = method.lr_shrink**self.distance
-        # A frozen front part has nothing to differentiate, so nothing to repeat.
+        # A frozen front part has nothing to differentiate, so nothing to keep and nothing to repeat.
         self.trains = bool(self.parameters) or needs_input_grad
         self.recomputes = self.trains and method.recomputes(num_stages, index)
-        predicts = self.distance > 0 and self.parameters
-        self.predictor = as_predictor(method.predict) if predicts else None
+        # Whether another F may come before a graph's B.
+        self.holds_graphs = method.forward_all or lead(method, num_stages, index) > 0
+        self.predictor = as_predictor(method.predict) if self.distance > 0 and self.parameters else None
         if isinstance(self.predictor, BuiltInPredictor) and self.optimizer is not None:
             self.predictor.check(self.optimizer)
 
         self.version = 0  # updates made
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
-        self._spent: list[Tensor | None] = []  # those of the last update
         self.delays: Counter[int] = Counter()
-        self._stash: deque[_Held] = deque()
+        self.stash_peak = self.activations_peak = 0  # bytes
+        self._spent: list[Tensor | None] = []  # the gradients of the last update
+        self._stash: deque[Held] = deque()
         self._versions: WeakValueDictionary[tuple[int, int], WeightVersion] = WeakValueDictionary()
         self._predicted: WeightVersion | None = None
         self._predicted_for: tuple[int, int] | None = None  # (version, horizon) of what _predicted holds
         self._changes_input: bool | None = None  # does the module write its input? None: not seen yet
         self._graph_bytes: dict[Any, int] = {}
-        self._stash_peak = self._activations_peak = 0
 
     # -- F ------------------------------------------------------------------------------------------
 
@@ -201,36 +148,40 @@ class Stage:
         Returns:
             The output for the next stage, or the last stage's share of the loss (a scalar); detached.
         """
-        self._spent = []
+        self.rest()
         leaf = self._own(x)
-        autocast = AutocastState.now(leaf.device.type)
         delay = micro.minibatch - self.version
-        held = _Held(micro, self.version, autocast, leaf, leaf.nbytes, target)
-        if self.recomputes:
-            stashes = self.method.backward_at == "stashed" and delay > 0
-            weights = self._version(micro, delay) if stashes else self._prediction(micro, delay)
-            held.weights = weights if stashes else None
+        held = Held(micro, self.version, AutocastState.now(leaf.device.type), leaf, leaf.nbytes, target)
+        if not self.trains:
             with torch.no_grad():
-                out = self._run(held, leaf, weights, move_buffers=False)
+                out = self._run(held, None)
+            held.leaf, held.nbytes, held.has_graph = leaf.new_empty(0), 0, True
+        elif self.recomputes:
+            if self.method.backward_at == "stashed" and delay > 0:
+                weights = held.weights = self._version(micro, delay)
+            else:
+                weights = self._prediction(micro, delay)
+            with torch.no_grad():
+                out = self._run(held, weights, buffers="discarded")
         else:
-            held.weights = self._version(micro, delay) if delay > 0 and self.trains else None
-            out = self._graph(held)
-            held.nbytes += self._graph_bytes_of(held)
+            held.weights = self._version(micro, delay) if delay > 0 else None
+            out, graph_bytes = self._graph(held, "returned" if self.holds_graphs else "own")
+            held.nbytes += graph_bytes
         self._stash.append(held)
         self._note_peak(0)
         return out.detach()
 
     def _own(self, x: Tensor) -> Tensor:
         """The input, detached, on this stage's device; a copy of the caller's tensor where it outlives the step."""
-        source = x
-        x = x.detach()
-        if self.device is not None and x.device != self.device:
-            x = x.to(self.device, non_blocking=x.device.type != "cpu")
-        if self.index == 0 and not self.method.flush and self.distance and x.data_ptr() == source.data_ptr():
-            x = aligned_clone(x)
-        if self.needs_input_grad and (x.is_floating_point() or x.is_complex()):
-            x.requires_grad_()
-        return x
+        leaf = x.detach()
+        if leaf.device != self.device:
+            leaf = _moved(leaf, self.device)
+        outlives = self.trains and self.distance > 0 and not self.method.flush
+        if self.index == 0 and outlives and leaf.data_ptr() == x.data_ptr():
+            leaf = aligned_clone(leaf)
+        if self.needs_input_grad and (leaf.is_floating_point() or leaf.is_complex()):
+            leaf.requires_grad_()
+        return leaf
 
     def _prediction(self, micro: MicroBatch, horizon: int) -> WeightVersion | None:
         """The predicted weights, in the stage's one buffer for them; None where nothing is predicted."""
@@ -253,12 +204,10 @@ class Stage:
         version = self._versions.get(key) if shared else None
         if version is None:
             version = WeightVersion(self.parameters)
-            if self.predictor is not None:
-                self._predict_into(version, micro, horizon)
+            if self.predictor is None:
+                version.copy_from(self.parameters)
             else:
-                with torch.no_grad():
-                    for t, p in zip(version.tensors, self.parameters, strict=True):
-                        t.copy_(p)
+                self._predict_into(version, micro, horizon)
             if shared:
                 self._versions[key] = version
         return version
@@ -266,6 +215,8 @@ class Stage:
     def _predict_into(self, version: WeightVersion, micro: MicroBatch, horizon: int) -> None:
         assert self.predictor is not None
         assert self.optimizer is not None
+        if not isinstance(self.predictor, BuiltInPredictor):
+            version.copy_from(self.parameters)  # a weight that it leaves out is predicted to stay
         with torch.no_grad(), self._shrunk_lr():
             self.predictor(
                 self.parameters,
@@ -281,11 +232,11 @@ class Stage:
 
     def recompute(self) -> None:
         """The part of the next B that needs no gradient: repeat its forward, with a graph."""
-        self._spent = []
+        self.rest()
         held = self._stash[0]
         if not held.has_graph:
-            self._graph(held)
-            self._note_peak(self._graph_bytes_of(held))
+            _, graph_bytes = self._graph(held)
+            self._note_peak(graph_bytes)
 
     def backward(self, grad: Tensor | None) -> Tensor | None:
         """B of the oldest micro-batch in the stash.
@@ -300,32 +251,35 @@ class Stage:
         held = self._stash.popleft()
         assert self.version == held.micro.minibatch, "B(m) happens at version b(m)"
         self.delays[self.version - held.version] += 1
-        root = held.root
-        if root is None or (grad is None and self.loss_fn is None):
+        if held.root is None or (grad is None and self.loss_fn is None):
             return None
         if grad is not None:
-            if self.device is not None and grad.device != self.device:
-                grad = grad.to(self.device, non_blocking=grad.device.type != "cpu")
+            if grad.device != self.device:
+                grad = _moved(grad, self.device)
             if self.method.grad_shrink != 1:
                 grad = grad * self.method.grad_shrink
         leaves = self.parameters if held.weights is None else held.weights.leaves
         for leaf, gradient in zip(leaves, self.gradients, strict=True):
             leaf.grad = gradient
-        with torch.autocast(held.autocast.device_type, enabled=False):
-            torch.autograd.backward((root,), (grad,))  # type: ignore[arg-type]
+        if held.weights is None:
+            _differentiate(held, grad)
+        else:  # an activation checkpoint inside the module runs a part of it again: at the same weights
+            weights = {f"module.{name}": leaf for name, leaf in zip(self.names, leaves, strict=True)}
+            functional_call(_Inside(self.module), weights, (lambda: _differentiate(held, grad),))
         for i, leaf in enumerate(leaves):
             self.gradients[i], leaf.grad = leaf.grad, None
-        return held.leaf.grad
+        return held.input_gradient[0] if held.input_gradient else None
 
-    def _graph(self, held: _Held) -> Tensor:
-        """Run with a graph and remember where its differentiation starts."""
+    def _graph(self, held: Held, buffers: Buffers = "own") -> tuple[Tensor, int]:
+        """Run with a graph and remember where its differentiation starts; (output, bytes of the graph)."""
         key = (held.leaf.shape, held.leaf.dtype, held.autocast, self.module.training)
+        nbytes = self._graph_bytes.get(key)
         with torch.enable_grad():
-            if key in self._graph_bytes:
-                out = self._run(held, held.leaf, held.weights)
+            if nbytes is not None:
+                out = self._run(held, held.weights, buffers=buffers)
             else:  # weigh the graph, once for each kind of input
-                known = itertools.chain(self.module.parameters(), self.module.buffers(), [held.leaf])
-                known = itertools.chain(known, held.weights.leaves if held.weights else [])
+                known = [*self.module.parameters(), *self.module.buffers(), held.leaf]
+                known += held.weights.leaves if held.weights else []
                 seen = {t.untyped_storage().data_ptr() for t in known}
                 sizes: dict[int, int] = {}
 
@@ -336,48 +290,61 @@ class Stage:
                     return t
 
                 with torch.autograd.graph.saved_tensors_hooks(weigh, lambda t: t):
-                    out = self._run(held, held.leaf, held.weights)
-                self._graph_bytes[key] = sum(sizes.values())
+                    out = self._run(held, held.weights, buffers=buffers)
+                nbytes = sum(sizes.values())
+                if nbytes:  # hooks of the caller's inside the module hide the graph from these
+                    self._graph_bytes[key] = nbytes
         held.has_graph = True
         if out.requires_grad:
             # Not the output itself: the next stage has it, and this one need not hold it for its backward.
             held.root = out if self.loss_fn is not None else get_gradient_edge(out)
-        return out
-
-    def _graph_bytes_of(self, held: _Held) -> int:
-        return self._graph_bytes[held.leaf.shape, held.leaf.dtype, held.autocast, self.module.training]
+        elif self.loss_fn is not None:
+            raise ValueError("the loss has no gradient; loss_fn must not detach it or compute it under no_grad")
+        return out, nbytes
 
     # -- the module -----------------------------------------------------------------------------------
 
-    def _run(self, held: _Held, x: Tensor, weights: WeightVersion | None, *, move_buffers: bool = True) -> Tensor:
-        """The module's forward (and at the last stage the loss), as micro-batch m must see it every time."""
+    def _run(self, held: Held, weights: WeightVersion | None, *, buffers: Buffers = "own") -> Tensor:
+        """The module's forward (and at the last stage the loss), as micro-batch m must see it every time.
+
+        What it does to buffers happens to the module's ``own``; or to copies that are ``discarded``, or that are
+        ``returned`` to the module afterwards, so that nobody writes what a graph that is kept has saved.
+        """
         tensors: dict[str, Tensor] = {}
         if weights is not None:
             tensors.update(zip(self.names, weights.leaves, strict=True))
-        if not move_buffers:
-            tensors.update((name, buffer.clone()) for name, buffer in self.module.named_buffers())
+        own = dict(self.module.named_buffers()) if buffers != "own" else {}
+        tensors.update((name, buffer.clone()) for name, buffer in own.items())
         # A module that writes its input (an in-place ReLU at its front) would write the stash, or what the stage
         # before has saved. The first run, on a copy, shows whether it does; one that does gets a copy every time.
-        argument = aligned_clone(x) if self._changes_input is not False else x
-        before = argument._version
+        copy = self._changes_input is not False
+        if held.leaf.requires_grad and torch.is_grad_enabled():
+            x = enter(held.leaf, held.input_gradient, copy=copy)
+        else:
+            x = aligned_clone(held.leaf) if copy else held.leaf
+        before = x._version
         with self.rng(held.micro.index), held.autocast.region():
-            out = functional_call(self.module, tensors, (argument,)) if tensors else self.module(argument)
+            out = functional_call(self.module, tensors, (x,)) if tensors else self.module(x)
             if not isinstance(out, Tensor):
                 raise TypeError(f"its output is a {type(out).__name__}; a stage passes on one tensor")
             if self.loss_fn is not None:
                 out = self._loss(out, held)
-        if argument._version != before:
-            if self._changes_input is False:
-                raise RuntimeError(
-                    "the stage changed its input in place, and did not when it was first tried; make its first "
-                    "operation out of place (inplace=False)"
-                )
+        if buffers == "returned":
+            with torch.no_grad():
+                for name, buffer in own.items():
+                    buffer.copy_(tensors[name])
+        if x._version == before:
+            self._changes_input = bool(self._changes_input)
+        elif self._changes_input is False:
+            raise RuntimeError(
+                "the stage changed its input in place, and did not when it was first tried; make its first operation "
+                "out of place (inplace=False)"
+            )
+        else:
             self._changes_input = True
-        elif self._changes_input is None:
-            self._changes_input = False
         return out
 
-    def _loss(self, out: Tensor, held: _Held) -> Tensor:
+    def _loss(self, out: Tensor, held: Held) -> Tensor:
         assert self.loss_fn is not None
         assert held.target is not None
         loss = self.loss_fn(out, held.target.to(out.device))
@@ -392,20 +359,19 @@ class Stage:
             )
         return loss * held.micro.share
 
-    def rng(self, microbatch: int) -> Any:
+    def rng(self, microbatch: int) -> AbstractContextManager[None]:
         """The context in which this stage draws for ``microbatch``."""
         return seeded(microbatch_seed(self.seed, self.replica, self.index, microbatch), self.device)
 
     @torch.no_grad()
     def infer(self, x: Tensor) -> Tensor:
         """The output in eval mode, at the weights of now."""
-        if self.device is not None:
-            x = x.to(self.device)
+        x = _moved(x, self.device)
         modes = {module: module.training for module in self.module.modules()}
         try:
             self.module.eval()
-            with self.rng(-1):
-                out: Tensor = self.module(x if self._changes_input is False else x.clone())
+            with self.rng(-1), AutocastState.now(x.device.type).region():
+                out: Tensor = self.module(x if self._changes_input is False else aligned_clone(x))
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -452,6 +418,19 @@ class Stage:
         """Micro-batches between their F and their B."""
         return len(self._stash)
 
+    def check_trainable(self) -> None:
+        """Refuse parameters that were frozen or freed since the stage was made: its optimizer would not know."""
+        now = [name for name, p in self.module.named_parameters() if p.requires_grad]
+        if now != self.names:
+            changed = sorted(set(now) ^ set(self.names))[0]
+            raise RuntimeError(
+                f"requires_grad of {changed} has changed since the pipeline was made; make a new Pipeline"
+            )
+
+    def rest(self) -> None:
+        """Let go of the gradients of the last update."""
+        self._spent = []
+
     def forget_predictions(self) -> None:
         """What was predicted from other weights than those of now."""
         self._predicted_for = None
@@ -459,29 +438,47 @@ class Stage:
 
     def drop(self) -> None:
         """Forget what is in flight."""
+        self.rest()
         self._stash.clear()
         self._predicted = None
         self.forget_predictions()
-        self.gradients, self._spent = [None] * len(self.parameters), []
-
-    def _stash_bytes(self) -> int:
-        versions = {id(held.weights): held.weights.nbytes for held in self._stash if held.weights is not None}
-        return sum(held.nbytes for held in self._stash) + sum(versions.values())
+        self.gradients = [None] * len(self.parameters)
 
     def _note_peak(self, graph_bytes: int) -> None:
-        stash = self._stash_bytes()
-        self._stash_peak = max(self._stash_peak, stash)
-        self._activations_peak = max(self._activations_peak, stash + graph_bytes)
+        stash = stash_bytes(self._stash)
+        self.stash_peak = max(self.stash_peak, stash)
+        self.activations_peak = max(self.activations_peak, stash + graph_bytes)
 
     def memory(self) -> dict[str, int]:
         """Bytes held, as in `Pipeline.memory`."""
-        state = self.optimizer.state.values() if self.optimizer is not None else ()
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        gradients = [g for g in [*self.gradients, *self._spent] if g is not None]
         return {
-            "weights": sum(t.nbytes for t in itertools.chain(self.module.parameters(), self.module.buffers())),
+            "weights": sum(map(tensor_bytes, itertools.chain(self.module.parameters(), self.module.buffers()))),
             "predicted": self._predicted.nbytes if self._predicted is not None else 0,
-            "optimizer": sum(t.nbytes for entry in state for t in entry.values() if isinstance(t, Tensor)),
-            "gradients": sum(g.nbytes for g in [*self.gradients, *self._spent] if g is not None),
-            "stash": self._stash_bytes(),
-            "stash_peak": self._stash_peak,
-            "activations_peak": self._activations_peak,
+            "optimizer": sum(tensor_bytes(t) for state in states for t in state.values() if isinstance(t, Tensor)),
+            "gradients": sum(map(tensor_bytes, gradients)),
+            "stash": stash_bytes(self._stash),
+            "stash_peak": self.stash_peak,
         }
+
+
+class _Inside(nn.Module):
+    """Runs a function while a module's weights are others: `functional_call` for what is no forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[[], None]) -> None:
+        function()
+
+
+def _differentiate(held: Held, grad: Tensor | None) -> None:
+    with torch.autocast(held.autocast.device_type, enabled=False):
+        torch.autograd.backward((held.root,), (grad,))  # type: ignore[arg-type]
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on ``device``; between accelerators without waiting (a CPU would read it too early)."""
+    return x.to(device, non_blocking=x.device.type != "cpu" and device.type != "cpu")

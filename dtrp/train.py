@@ -59,6 +59,7 @@ class TrainConfig:
     optimizer: str = "sgd"
     lr: float | None = None
     momentum: float = 0.9
+    nesterov: bool = True
     weight_decay: float = 5e-4
     lr_schedule: str = "cosine"
     warmup_updates: int = 0
@@ -92,6 +93,7 @@ class StageSummary:
     parameters: int
     delays: dict[int, int]
     memory: dict[str, int]
+    activations_peak: int
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ class Trainer:
         return torch.autocast(_devices(self.config.device)[0].type, dtype=torch.bfloat16)
 
     def _stage_summaries(self) -> tuple[StageSummary, ...]:
-        delays, memory = self.pipe.delays(), self.pipe.memory()
+        delays, memory, peaks = self.pipe.delays(), self.pipe.memory(), self.pipe.activations_peak()
         return tuple(
             StageSummary(
                 stage=k,
@@ -241,6 +243,7 @@ class Trainer:
                 parameters=sum(p.numel() for p in module.parameters()),
                 delays=dict(sorted(delays[k].items())),
                 memory=memory[k],
+                activations_peak=peaks[k],
             )
             for k, module in enumerate(self.pipe.stages)
         )
@@ -333,10 +336,12 @@ def lr_factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
 
 def make_optimizer(config: TrainConfig) -> Callable[[list[nn.Parameter]], Optimizer]:
     """The optimizer that the configuration names, for a stage's parameters."""
-    lr = config.lr if config.lr is not None else (0.1 if config.optimizer == "sgd" else 1e-3)
+    lr = config.lr if config.lr is not None else (0.05 if config.optimizer == "sgd" else 1e-3)
     decay = config.weight_decay
     makers: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
-        "sgd": lambda p: torch.optim.SGD(p, lr=lr, momentum=config.momentum, weight_decay=decay),
+        "sgd": lambda p: torch.optim.SGD(
+            p, lr=lr, momentum=config.momentum, weight_decay=decay, nesterov=config.nesterov and config.momentum > 0
+        ),
         "adam": lambda p: torch.optim.Adam(p, lr=lr, weight_decay=decay),
         "adamw": lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=decay),
         "nadam": lambda p: torch.optim.NAdam(p, lr=lr, weight_decay=decay, decoupled_weight_decay=True),

@@ -183,6 +183,7 @@ def written(text: str, name: str = "c.yaml") -> Callable[[Path], list[str]]:
         (written("epochs: {a: 1}"), "give one value"),
         (["--frobnicate"], "No such option"),
         (["--lr", "1e30", "--lr-schedule", "constant"], "the loss of mini-batch"),
+        (["--model", "resnet18", "--batch-size", "1"], "Expected more than 1 value per channel"),
     ],
 )
 def test_a_mistake_is_answered_with_one_line_and_nothing_written(

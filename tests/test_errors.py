@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -24,6 +26,9 @@ cross_entropy = nn.functional.cross_entropy
         ({"num_stages": 9}, ValueError, "num_stages=9 but the model has 8 layers; pass num_stages<=8"),
         ({"num_stages": 0}, ValueError, "num_stages=0: pass a whole number of at least 1"),
         ({"num_stages": 2.0}, ValueError, "num_stages=2.0"),
+        ({"num_microbatches": 1.5}, ValueError, "num_microbatches=1.5"),
+        ({"seed": 2**63}, ValueError, "seed=9223372036854775808: pass a whole number from 0"),
+        ({"cuts": ["a"]}, ValueError, "pass whole numbers"),
         ({"cuts": [3, 3]}, ValueError, "put them in rising order, each once"),
         ({"cuts": [5, 2]}, ValueError, "put them in rising order"),
         ({"cuts": [0, 2]}, ValueError, "0 is out of range; the model has 8 layers, cut at 1..7"),
@@ -214,6 +219,7 @@ def test_a_stages_output_is_one_tensor_that_fits(name: str, gives: Any, rule: st
     [
         (lambda out, y: cross_entropy(out, y, reduction="none"), r"loss_fn returned a tensor of shape \(25,\)"),
         (lambda out, y: 1.0, "loss_fn returned a float; it returns a scalar tensor"),
+        (lambda out, y: cross_entropy(out, y).detach(), "the loss has no gradient"),
         (lambda out, y: cross_entropy(out, y) * float("nan"), "the loss of mini-batch 0 is nan"),
         (lambda out, y: cross_entropy(out, y) / 0, "the loss of mini-batch 0 is inf"),
     ],
@@ -252,7 +258,7 @@ class SometimesInPlace(nn.Module):
 @pytest.mark.parametrize("name", ["dtrp", "fdg", "bp"])
 def test_a_stage_that_starts_to_write_its_input_later_is_refused(name: str) -> None:
     pipe = pipeline([nn.Linear(5, 5), nn.Sequential(SometimesInPlace(), nn.Linear(5, 3))], method=name)
-    with pytest.raises(StageError, match=r"stage 1.*in.place"):
+    with pytest.raises(StageError, match=r"stage 1.*in.?place"):
         for x, y in minibatches(8):
             pipe.step(x, y)
 
@@ -262,10 +268,38 @@ def test_rng_of_a_stage_that_is_not() -> None:
         pipeline(network(), num_stages=3).rng(3, 0)
 
 
-def test_inference_mode_is_refused() -> None:
-    pipe = pipeline(network())
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside torch.inference_mode"):
+def test_inference_mode_is_for_infer_and_not_for_step() -> None:
+    pipe = pipeline(network(), num_stages=3)
+    x, y = minibatches(1)[0]
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match="outside torch.inference_mode"):
+            pipe.step(x, y)
+        assert pipe.infer(x).shape == (25, 3)
+        made_there = x * 1.0
+    for _ in range(4):
+        pipe.step(made_there, y)
+    pipe.flush()
+
+
+def test_parameters_frozen_or_freed_later_are_refused() -> None:
+    model = network()
+    pipe = pipeline(model, num_stages=3)
+    pipe.step(*minibatches(1)[0])
+    next(model.parameters()).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="requires_grad of block0.0.weight has changed since the pipeline was made"):
         pipe.step(*minibatches(1)[0])
+
+
+def test_a_failed_pipeline_lets_go_of_the_batch() -> None:
+    pipe = pipeline(three(Fails(2)), method="fdg")
+    x, y = minibatches(1)[0]
+    gone = weakref.ref(x)
+    pipe.step(x, y)
+    with pytest.raises(StageError, match="on fire"):
+        pipe.step(x, y)
+    del x
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_clean_exit_flushes_and_an_error_does_not() -> None:
@@ -348,6 +382,8 @@ def test_state_dicts_of_another_model_are_refused_before_anything_is_written() -
         pipe.load_state_dict(narrow)
     with pytest.raises(ValueError, match="lacks optimizer, scheduler, num_updates"):
         pipe.load_state_dict({"model": {}})
+    with pytest.raises(ValueError, match="it was saved with another optimizer"):
+        pipe.load_state_dict(pipeline(network(), adamw, num_stages=2).state_dict())
     plain = Pipeline(network(), sgd, cross_entropy).state_dict()
     with pytest.raises(ValueError, match="differ in having a learning-rate scheduler"):
         pipe.load_state_dict(plain)
@@ -374,6 +410,30 @@ def test_the_saved_model_loads_into_the_plain_model(tmp_path: Any) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
+def test_rates_that_differ_by_stage_survive_loading() -> None:
+    """A scheduler's state tells the time; the base rates are each stage's own."""
+
+    def make(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        matrices = [p for p in params if p.dim() > 1]
+        vectors = [p for p in params if p.dim() == 1]
+        groups = [{"params": matrices, "lr": 0.1}, {"params": vectors, "lr": 0.01}]
+        return torch.optim.SGD([group for group in groups if group["params"]], lr=1.0)
+
+    def run(pipe: Pipeline, count: int) -> list[list[float]]:
+        for x, y in minibatches(count):
+            pipe.step(x, y)
+        pipe.flush()
+        return [[group["lr"] for group in o.param_groups] for o in pipe.optimizers if o is not None]
+
+    parts = [nn.Linear(5, 5), nn.LayerNorm(5), nn.Linear(5, 3)]
+    first = pipeline(parts, make)
+    run(first, 3)
+    state = first.state_dict()
+    second = pipeline([clone(part) for part in parts], make)
+    second.load_state_dict(state)
+    assert run(second, 2) == run(first, 2)
+
+
 def test_a_model_that_cannot_be_written_leaves_the_old_one(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline(network(), num_stages=2)
     pipe.save_model(tmp_path / "model.pt")
@@ -387,6 +447,11 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(tmp_path: Any, monkey
         pipe.save_model(tmp_path / "model.pt")
     assert (tmp_path / "model.pt").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        pipe.save_model(tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "model.pt"]
 
 
 def test_groups_of_different_options_by_parameter_name() -> None:

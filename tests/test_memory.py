@@ -121,7 +121,7 @@ def test_declared_stash_is_measured_stash(name: str, num_microbatches: int) -> N
         memory = pipe.memory()[k]
         if recomputes:
             assert memory["stash_peak"] == peak[k] * micro_bytes, f"stage {k}"
-            assert memory["activations_peak"] >= memory["stash_peak"]
+            assert pipe.activations_peak()[k] >= memory["stash_peak"], "the graph under B comes on top"
         if not method.flush:
             after_a_slot = lead(method, num_stages, k)
             assert held[k] == after_a_slot, f"stage {k}"
@@ -142,7 +142,7 @@ def test_memory_adds_up() -> None:
         assert memory["optimizer"] == weights, "one momentum buffer"
         assert memory["gradients"] in (0, weights), "those of the last update until the next work"
     pipe.flush()
-    assert all(memory["stash"] == 0 for memory in pipe.memory().values())
+    assert all(memory["stash"] == memory["gradients"] == 0 for memory in pipe.memory().values())
     pipe.close()
 
 

@@ -39,6 +39,7 @@ def test_any_field_can_be_changed() -> None:
     [
         ("spectran", {}, "unknown method 'spectran'; did you mean 'spectrain'"),
         ("nothing like it", {}, "unknown method 'nothing like it'; known: bp, gpipe"),
+        ("fdg", {"name": "my fdg"}, "name='my fdg': a method's name is one word"),
         ("fdg", {"ahead": 0.5}, "ahead=0.5: a gradient takes at least one slot"),
         ("fdg", {"ahead": float("inf")}, "ahead=inf"),
         ("fdg", {"ahead": float("nan")}, "ahead=nan"),

@@ -43,12 +43,16 @@ def test_every_measured_number_links_to_a_file_that_holds_it() -> None:
         assert (ROOT / link).exists(), link
     table = re.search(r"<!-- microbatches -->\n(.*?)\n\n", TEXT, re.S)
     assert table is not None
-    rows = [json.loads(x) for x in (ROOT / "benchmarks/microbatches/results/microbatches.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(x) for x in (ROOT / "benchmarks/microbatches/results/microbatches.jsonl").read_text().splitlines()
+    ]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()[2:]]
     assert len(lines) >= 4
     for name, *cells in lines:
         for micro, cell in zip((1, 4), cells, strict=True):
-            found = [r["test_accuracy"] for r in rows if r["method"] == name.strip("`*") and r["num_microbatches"] == micro]
+            found = [
+                r["test_accuracy"] for r in rows if r["method"] == name.strip("`*") and r["num_microbatches"] == micro
+            ]
             mean = sum(found) / len(found)
             deviation = (sum((a - mean) ** 2 for a in found) / max(1, len(found) - 1)) ** 0.5
             assert cell == f"{100 * mean:.1f} ± {100 * deviation:.1f}", f"{name}, A={micro}: {cell}"

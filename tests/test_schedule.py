@@ -118,7 +118,7 @@ def broken(words: str, stage: int, **changes: object) -> Schedule:
 @pytest.mark.parametrize(
     ("stage", "words", "rule"),
     [
-        (0, "F0 | F1 | B0 U F2 | B1 U F3 | B2 U", r"stage 0 ends after 4 F, 3 B and 3 U; the run has 4, 4 and 4"),
+        (0, "F0 | F1 | B0 U F2 | B1 U F3 | B2 U", r"stage 0 ends after 4 F, 3 B and 3 U; the run has 4, 4 and 4[\s\S]*>end<"),
         (0, "F0 | B0 U F1 | B1 U F2 | B2 U F3 | B3 U", r"stage 0 declares delay 1 for micro-batch 1; counted: 0[\s\S]*>F1<"),
         (0, "F0 | F1 | B1 U F2 | B0 U F3 | B2 U | B3 U", r"stage 0 runs B1 where B0 is next[\s\S]*>B1<"),
         (0, "B0 U F0 | F1 | B1 U F2 | F3 | B2 U | B3 U", r"stage 0 runs B0 before F0[\s\S]*>B0<"),
@@ -159,6 +159,7 @@ def test_a_text_that_is_no_grid(text: str, rule: str) -> None:
     [
         (("dtrp", 0, 1), "num_stages=0"),
         (("dtrp", 1, 0), "num_minibatches=0"),
+        (("dtrp", 1.5, 1), "num_stages=1.5"),
         (("dtrp", 1, 1, 0), "num_microbatches=0"),
         (("dtrp", 1, 3, [1, 2]), "one for each of the num_minibatches=3"),
         (("dtrpp", 1, 1), "did you mean 'dtrp'"),

@@ -1,0 +1,86 @@
+"""What a stage keeps of a micro-batch between its forward and its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What every stage must know of a micro-batch.
+
+    Args:
+        index: m, counted since the pipeline was made.
+        minibatch: b(m).
+        share: its samples over those of its mini-batch.
+    """
+
+    index: int
+    minibatch: int
+    share: float
+
+
+class AutocastState(NamedTuple):
+    """The caller's autocast settings for one type of device, to be used again when a forward is repeated."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, device_type: str) -> AutocastState:
+        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+
+    def region(self) -> torch.autocast:
+        # The cache of casts is keyed by parameter object: it would serve weights of another version.
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+
+class WeightVersion:
+    """A copy of a stage's trainable weights: ``tensors`` to write, ``leaves`` for graphs to stand on."""
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self.tensors = [torch.empty_like(t, requires_grad=False) for t in like]
+        self.leaves = [t.detach().requires_grad_() for t in self.tensors]
+        self.nbytes = sum(t.nbytes for t in self.tensors)
+
+    @torch.no_grad()
+    def copy_from(self, parameters: Sequence[Tensor]) -> None:
+        """Take the weights of now."""
+        for t, p in zip(self.tensors, parameters, strict=True):
+            t.copy_(p)
+
+
+@dataclass
+class Held:
+    """The stash's entry for one micro-batch."""
+
+    micro: MicroBatch
+    version: int  # updates when F ran
+    autocast: AutocastState
+    leaf: Tensor  # the input
+    nbytes: int  # of the input, and of the graph where it is kept
+    target: Tensor | None = None  # what the loss compares with, at the last stage
+    weights: WeightVersion | None = None  # the copy that F read, where B needs it
+    has_graph: bool = False
+    root: Tensor | GradientEdge | None = None  # where differentiation starts; None where it has nothing to do
+    input_gradient: list[Tensor] = field(default_factory=list)  # filled by B; empty where the input needs none
+
+
+def stash_bytes(stash: Iterable[Held]) -> int:
+    """What the entries hold together; entries may share a copy of the weights."""
+    versions = {id(held.weights): held.weights.nbytes for held in stash if held.weights is not None}
+    return sum(held.nbytes for held in stash) + sum(versions.values())
+
+
+def tensor_bytes(t: Tensor) -> int:
+    """``t.nbytes``, for a sparse tensor too."""
+    if t.layout is torch.sparse_coo:
+        return t._indices().nbytes + t._values().nbytes
+    return t.nbytes
