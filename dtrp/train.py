@@ -7,16 +7,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from . import checkpoint
 from .data import batches, load_data
 from .methods import get_method
 from .models import get_model
 from .names import unknown
 from .pipeline import Pipeline
+from .runs import RunFolder
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 _TEST_BATCH = 500
@@ -206,7 +201,7 @@ class Trainer:
             )
             epochs.append(metrics)
             if self.run_folder is not None:
-                self.run_folder.write(config, metrics, pipe.model_state_dict())
+                self.run_folder.write(config_text(config), dataclasses.asdict(metrics), pipe.model_state_dict())
             reporter.epoch(metrics)
             if pipe.num_updates == self.total_updates:
                 break
@@ -247,60 +242,6 @@ class Trainer:
             )
             for k, module in enumerate(self.pipe.stages)
         )
-
-
-class RunFolder:
-    """``--out``: ``config``, ``metrics.jsonl`` and ``model.pt``, all three as of the last finished epoch.
-
-    The folder appears, whole, when the first epoch is through; what it replaces goes then.
-    """
-
-    def __init__(self, path: str, *, overwrite: bool) -> None:
-        self.path = Path(path).expanduser().absolute()
-        self._made = False
-        if self.path.exists() and not overwrite:
-            raise ValueError(f"--out {path} exists; choose another name, or pass --overwrite to replace it")
-        if self.path.exists() and not _is_run(self.path):
-            raise ValueError(f"--out {path} exists and is no run of dtrp train; nothing is overwritten")
-        parent = next(p for p in self.path.parents if p.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise ValueError(f"--out {path}: {parent} cannot be written to; choose another place")
-
-    def write(self, config: TrainConfig, metrics: EpochMetrics, model: dict[str, Tensor]) -> None:
-        if self._made:
-            checkpoint.write_model(model, self.path / "model.pt")
-            self._append(self.path, metrics)
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
-        try:
-            (folder / "config").write_text(config_text(config))
-            checkpoint.write_model(model, folder / "model.pt")
-            self._append(folder, metrics)
-            folder.chmod(0o755)
-            if self.path.exists():
-                old = folder.with_name(folder.name + ".old")
-                self.path.rename(old)
-                folder.rename(self.path)
-                shutil.rmtree(old)
-            else:
-                folder.rename(self.path)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        self._made = True
-
-    @staticmethod
-    def _append(folder: Path, metrics: EpochMetrics) -> None:
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
-
-
-def _is_run(path: Path) -> bool:
-    """Whether it is an empty folder, or one that a run made."""
-    return path.is_dir() and (
-        not any(path.iterdir()) or all((path / name).is_file() for name in ("config", "metrics.jsonl"))
-    )
 
 
 def config_text(config: TrainConfig) -> str:

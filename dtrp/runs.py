@@ -1,0 +1,69 @@
+"""A run on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import checkpoint
+
+
+class RunFolder:
+    """``--out``: ``config``, ``metrics.jsonl`` and ``model.pt``, all three as of the last finished epoch.
+
+    The folder appears, whole, when the first epoch is through; what it replaces goes then.
+    """
+
+    def __init__(self, path: str, *, overwrite: bool) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self._made = False
+        if self.path.exists() and not overwrite:
+            raise ValueError(f"--out {path} exists; choose another name, or pass --overwrite to replace it")
+        if self.path.exists() and not _is_run(self.path):
+            raise ValueError(f"--out {path} exists and is no run of dtrp train; nothing is overwritten")
+        parent = next(p for p in self.path.parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise ValueError(f"--out {path}: {parent} cannot be written to; choose another place")
+
+    def write(self, config: str, metrics: dict[str, Any], model: dict[str, Tensor]) -> None:
+        """An epoch is through: its line, and the model as it is now."""
+        if self._made:
+            checkpoint.write_model(model, self.path / "model.pt")
+            self._append(self.path, metrics)
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        try:
+            (folder / "config").write_text(config)
+            checkpoint.write_model(model, folder / "model.pt")
+            self._append(folder, metrics)
+            folder.chmod(0o755)
+            if self.path.exists():
+                old = folder.with_name(folder.name + ".old")
+                self.path.rename(old)
+                folder.rename(self.path)
+                shutil.rmtree(old)
+            else:
+                folder.rename(self.path)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._made = True
+
+    @staticmethod
+    def _append(folder: Path, metrics: dict[str, Any]) -> None:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+
+def _is_run(path: Path) -> bool:
+    """Whether it is an empty folder, or one that a run made."""
+    return path.is_dir() and (
+        not any(path.iterdir()) or all((path / name).is_file() for name in ("config", "metrics.jsonl"))
+    )
