@@ -101,7 +101,7 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     return value
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.version_option(__version__, prog_name="dtrp")
 def cli() -> None:
     """Train a network that is spread over several workers, without waiting."""
@@ -143,14 +143,14 @@ _CHOICES = {field: Name(field.replace("_", " "), names) for field, names in CHOI
 @click.option("--max-updates", type=int, help="Stop after so many mini-batches.")
 @click.option("--limit-train", type=int, help="Use the first N training samples.")
 @click.option("--limit-test", type=int, help="Use the first N test samples.")
-@click.option("--batch-size", type=int, default=128, help="Samples in a mini-batch.")
+@click.option("--batch-size", type=int, default=64, help="Samples in a mini-batch.")
 @click.option("--optimizer", type=_CHOICES["optimizer"], default="sgd", help="Optimizer of each stage.")
-@click.option("--lr", type=float, help="Base learning rate (sgd 0.05, the others 0.001).")
+@click.option("--lr", type=float, help="Base learning rate (sgd 0.03, the others 0.001).")
 @click.option("--momentum", type=float, default=0.9, help="Of sgd.")
 @click.option(
     "--nesterov/--no-nesterov",
     default=True,
-    help="Nesterov momentum for sgd; it bears a delay better than plain momentum.",
+    help="Nesterov momentum for sgd.",
 )
 @click.option("--weight-decay", type=float, default=5e-4, help="Weight decay (decoupled for adamw and nadam).")
 @click.option(
@@ -180,7 +180,7 @@ def train(**options: Any) -> None:
 
 @cli.command()
 @click.option("--epochs", type=int, default=12, help="Passes over the training split.")
-@click.option("--threads", type=int, help="CPU threads (torch's default).")
+@click.option("--threads", type=int, default=1, help="CPU threads; the networks are too small for more.")
 @click.option("--seed", type=int, default=0, help="Of weights, order and dropout.")
 def demo(epochs: int, threads: int | None, seed: int) -> None:
     """Train a small ResNet on handwritten digits with bp and with dtrp, and show the two side by side."""

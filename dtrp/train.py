@@ -50,7 +50,7 @@ class TrainConfig:
     max_updates: int | None = None
     limit_train: int | None = None
     limit_test: int | None = None
-    batch_size: int = 128
+    batch_size: int = 64
     optimizer: str = "sgd"
     lr: float | None = None
     momentum: float = 0.9
@@ -277,7 +277,7 @@ def lr_factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
 
 def make_optimizer(config: TrainConfig) -> Callable[[list[nn.Parameter]], Optimizer]:
     """The optimizer that the configuration names, for a stage's parameters."""
-    lr = config.lr if config.lr is not None else (0.05 if config.optimizer == "sgd" else 1e-3)
+    lr = config.lr if config.lr is not None else (0.03 if config.optimizer == "sgd" else 1e-3)
     decay = config.weight_decay
     makers: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
         "sgd": lambda p: torch.optim.SGD(
