@@ -54,7 +54,7 @@ class TrainConfig:
     optimizer: str = "sgd"
     lr: float | None = None
     momentum: float = 0.9
-    nesterov: bool = True
+    nesterov: bool = False
     weight_decay: float = 5e-4
     lr_schedule: str = "cosine"
     warmup_updates: int = 0

@@ -3,7 +3,7 @@
     python benchmarks/microbatches/run.py --data-dir FOLDER --seeds 0 1        # FOLDER holds cifar-10-batches-py
 
 A 14-layer ResNet of width 8 on the first 10,000 CIFAR-10 images, 8 epochs, batch 128, K=4 stages, SGD
-(lr 0.05, Nesterov momentum 0.9, weight decay 5e-4, cosine to 0), crop and flip, one thread: about 1.5 minutes
+(lr 0.05, momentum 0.9, weight decay 5e-4, cosine to 0), crop and flip, one thread: about 1.5 minutes
 a run on one core. Every finished run is a line of results/microbatches.jsonl; a run that is there is not repeated.
 """
 
@@ -37,7 +37,7 @@ def train(data: Dataset, method: str, num_microbatches: int, seed: int) -> dict[
     factor = lr_factor("cosine", 0, updates)
     pipe = dtrp.Pipeline(
         model,
-        lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True),
+        lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=5e-4),
         cross_entropy,
         num_stages=STAGES,
         method=method,
