@@ -34,8 +34,8 @@ class ConsoleReporter(Reporter):
         config, data, pipe = trainer.config, trainer.dataset, trainer.pipe
         self.console.print(
             f"{config.model} on {config.data}: {len(data.train_y)} training and {len(data.test_y)} test images; "
-            f"{config.method}, {pipe.num_stages} stages, {pipe.num_microbatches} micro-batches of "
-            f"{config.batch_size} samples, {trainer.total_updates} updates",
+            f"{config.method}, {pipe.num_stages} stages, mini-batches of {config.batch_size} in {pipe.num_microbatches} "
+            f"micro-batch{'es' if pipe.num_microbatches > 1 else ''}, {trainer.total_updates} updates",
             highlight=False,
         )
 

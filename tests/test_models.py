@@ -199,7 +199,7 @@ def test_unknown_name():
         ValueError, match=r"unknown model 'resnet-20'; did you mean 'resnet20'\? known: resnet20, .*mlp"
     ):
         get_model("resnet-20")
-    with pytest.raises(ValueError, match=r"unknown model 'xyzzy'; models: resnet20, "):
+    with pytest.raises(ValueError, match=r"unknown model 'xyzzy'; known: resnet20, "):
         get_model("xyzzy")
 
 

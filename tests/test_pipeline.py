@@ -493,6 +493,14 @@ def test_the_returned_model_is_the_callers() -> None:
     assert [name for stage in pipe.stages for name, _ in stage.named_parameters()] == names
 
 
+@pytest.mark.parametrize("devices", ["cpu", torch.device("cpu"), ["cpu", "cpu", "cpu"]])
+def test_devices(devices: Any) -> None:
+    pipe = pipeline([nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)], devices=devices)
+    for x, y in minibatches(4):
+        assert pipe.step(x, y).device.type == "cpu"
+    pipe.flush()
+
+
 def test_repr_says_what_it_is() -> None:
     pipe = pipeline(network(), num_stages=3)
     assert repr(pipe).startswith("Pipeline(method='dtrp', num_stages=3, layers=[3, 3, 2], num_microbatches=1")

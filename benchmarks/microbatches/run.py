@@ -26,7 +26,7 @@ from dtrp.models import cifar_resnet
 from dtrp.train import lr_factor
 
 EPOCHS, BATCH, STAGES, TRAIN = 8, 128, 4, 10_000
-CELLS = [(method, parts) for method in ("bp", "fdg", "dtr", "dtrp", "spectrain") for parts in (1, 4)]
+CELLS = [(method, parts) for method in ("bp", "fdg", "dtr", "dtrp") for parts in (1, 4)]
 
 
 def train(data: Dataset, method: str, num_microbatches: int, seed: int) -> dict[str, Any]:
