@@ -62,21 +62,25 @@ class ConsoleReporter(Reporter):
 class PlainReporter(ConsoleReporter):
     """Lines for a log: one an epoch, and one every half minute of a long epoch."""
 
-    _printed = 0.0
-
     def start(self, trainer: Trainer) -> None:
         super().start(trainer)
         self._total = trainer.total_updates
         self._printed = self._began = time.perf_counter()
+        self._samples = 0  # since the last line
 
     def update(self, epoch: int, update: int, loss: Callable[[], float], samples: int) -> None:
         now = time.perf_counter()
-        if now - self._printed >= _LINE_EVERY_S:
-            self._printed = now
-            left = (now - self._began) / update * (self._total - update)
-            self.console.print(
-                f"  update {update:6} of {self._total}  loss {loss():.4f}  {left:6.0f} s left", highlight=False
-            )
+        self._samples += samples
+        since = now - self._printed
+        if since < _LINE_EVERY_S:
+            return
+        left = (now - self._began) / update * (self._total - update)
+        self.console.print(
+            f"  update {update:6} of {self._total}  loss {loss():.4f}  {self._samples / since:6.0f} samples/s  "
+            f"{left:6.0f} s left",
+            highlight=False,
+        )
+        self._printed, self._samples = now, 0
 
 
 class LiveReporter(ConsoleReporter):
