@@ -107,6 +107,7 @@ def cli() -> None:
     """Train a network that is spread over several workers, without waiting."""
 
 
+_DEFAULTS = TrainConfig()
 _MODELS = Name("model", tuple(list_models()))
 _DATA = Name("data", tuple(list_data()))
 _METHODS = Name("method", tuple(list_methods()))
@@ -122,48 +123,58 @@ _CHOICES = {field: Name(field.replace("_", " "), names) for field, names in CHOI
     expose_value=False,
     help="YAML or TOML file of these options (a run's own 'config' too); the command line wins.",
 )
-@click.option("--data", type=_DATA, default="digits", help="Data set; digits is embedded, the others lie on disk.")
+@click.option(
+    "--data", type=_DATA, default=_DEFAULTS.data, help="Data set; digits is embedded, the others lie on disk."
+)
 @click.option("--data-dir", type=click.Path(), help="Where the data set lies.")
 @click.option("--image-size", type=int, help="Side that the images of --data folder are brought to (32).")
-@click.option("--augment/--no-augment", default=True, help="Random crop and flip, where the data set suits it.")
-@click.option("--model", type=_MODELS, default="resnet20", help="Network.")
-@click.option("--method", type=_METHODS, default="dtrp", help="Training method; see 'dtrp methods'.")
+@click.option(
+    "--augment/--no-augment", default=_DEFAULTS.augment, help="Random crop and flip, where the data set suits it."
+)
+@click.option("--model", type=_MODELS, default=_DEFAULTS.model, help="Network.")
+@click.option("--method", type=_METHODS, default=_DEFAULTS.method, help="Training method; see 'dtrp methods'.")
 @click.option("--stages", type=int, help="K: the parts the network is cut into, of equal numbers of layers (4).")
 @click.option("--cuts", type=Cuts(), help="First layer of each stage but the first, instead of --stages.")
 @click.option(
     "--num-microbatches",
     type=int,
-    default=1,
+    default=_DEFAULTS.num_microbatches,
     help="Parts of a mini-batch; about half the lead keeps the delay at 2 updates or less.",
 )
 @click.option("--grad-shrink", type=float, help="Every stage multiplies the gradient it receives by this (fdg's beta).")
 @click.option("--lr-shrink", type=float, help="Learning rate times this, per stage behind (dtrp's gamma).")
 @click.option("--prediction", type=_CHOICES["prediction"], help="Weight prediction instead of the method's own.")
-@click.option("--epochs", type=int, default=10, help="Passes over the training split.")
+@click.option("--epochs", type=int, default=_DEFAULTS.epochs, help="Passes over the training split.")
 @click.option("--max-updates", type=int, help="Stop after so many mini-batches.")
 @click.option("--limit-train", type=int, help="Use the first N training samples.")
 @click.option("--limit-test", type=int, help="Use the first N test samples.")
-@click.option("--batch-size", type=int, default=64, help="Samples in a mini-batch.")
-@click.option("--optimizer", type=_CHOICES["optimizer"], default="sgd", help="Optimizer of each stage.")
+@click.option("--batch-size", type=int, default=_DEFAULTS.batch_size, help="Samples in a mini-batch.")
+@click.option("--optimizer", type=_CHOICES["optimizer"], default=_DEFAULTS.optimizer, help="Optimizer of each stage.")
 @click.option("--lr", type=float, help="Base learning rate (sgd 0.03, the others 0.001).")
-@click.option("--momentum", type=float, default=0.9, help="Of sgd.")
+@click.option("--momentum", type=float, default=_DEFAULTS.momentum, help="Of sgd.")
 @click.option(
     "--nesterov/--no-nesterov",
-    default=True,
+    default=_DEFAULTS.nesterov,
     help="Nesterov momentum for sgd.",
 )
-@click.option("--weight-decay", type=float, default=5e-4, help="Weight decay (decoupled for adamw and nadam).")
+@click.option(
+    "--weight-decay", type=float, default=_DEFAULTS.weight_decay, help="Weight decay (decoupled for adamw and nadam)."
+)
 @click.option(
     "--lr-schedule",
     type=_CHOICES["lr_schedule"],
-    default="cosine",
+    default=_DEFAULTS.lr_schedule,
     help="constant; cosine to 0; multistep: a tenth at half and again at three quarters of the run.",
 )
-@click.option("--warmup-updates", type=int, default=0, help="Updates over which the learning rate rises.")
-@click.option("--device", default="cpu", help="Device, or one per stage: cuda:0,cuda:1,...")
-@click.option("--dtype", type=_CHOICES["dtype"], default="float32", help="bfloat16: autocast over float32 weights.")
+@click.option(
+    "--warmup-updates", type=int, default=_DEFAULTS.warmup_updates, help="Updates over which the learning rate rises."
+)
+@click.option("--device", default=_DEFAULTS.device, help="Device, or one per stage: cuda:0,cuda:1,...")
+@click.option(
+    "--dtype", type=_CHOICES["dtype"], default=_DEFAULTS.dtype, help="bfloat16: autocast over float32 weights."
+)
 @click.option("--threads", type=int, help="CPU threads (torch's default).")
-@click.option("--seed", type=int, default=0, help="Of weights, order, augmentation and dropout.")
+@click.option("--seed", type=int, default=_DEFAULTS.seed, help="Of weights, order, augmentation and dropout.")
 @click.option("--out", type=click.Path(), help="Folder for config, metrics.jsonl and model.pt.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 def train(**options: Any) -> None:

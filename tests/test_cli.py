@@ -225,6 +225,18 @@ def test_every_option_is_documented() -> None:
     assert names == {field.name for field in dataclasses.fields(TrainConfig)} | {"config"}
 
 
+def test_without_options_it_is_the_default_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[TrainConfig] = []
+
+    def stop(config: TrainConfig) -> Trainer:
+        made.append(config)
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr("dtrp.cli.Trainer", stop)
+    assert run(["train"]) == 2
+    assert made == [TrainConfig()]
+
+
 def test_schedule_prints_a_grid_and_checks_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["schedule", "--method", "dtrp", "--stages", "4", "--minibatches", "8"]) == 0
     text = capsys.readouterr().out
