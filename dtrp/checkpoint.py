@@ -61,8 +61,11 @@ def load_into(stages: Sequence[Stage], state: dict[str, Any]) -> None:
     Everything is checked before anything is written.
 
     Raises:
+        TypeError: no dict.
         ValueError: a part is missing, or names or shapes are not this model's.
     """
+    if not isinstance(state, dict):
+        raise TypeError(f"the state is a {type(state).__name__}; pass what pipe.state_dict() returned")
     missing = [key for key in ("model", "optimizer", "scheduler", "num_updates") if key not in state]
     if missing:
         raise ValueError(f"the state dict lacks {', '.join(missing)}; pass what pipe.state_dict() returned")

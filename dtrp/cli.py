@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import yaml
+from click.core import ParameterSource
 
 from . import __version__
 from .console import make_reporter, show_side_by_side
@@ -126,7 +127,7 @@ _CHOICES = {field: Name(field.replace("_", " "), names) for field, names in CHOI
 @click.option(
     "--data", type=_DATA, default=_DEFAULTS.data, help="Data set; digits is embedded, the others lie on disk."
 )
-@click.option("--data-dir", type=click.Path(), help="Where the data set lies.")
+@click.option("--data-dir", type=click.Path(), help="Where the data set lies (for CIFAR, the current folder).")
 @click.option("--image-size", type=int, help="Side that the images of --data folder are brought to (32).")
 @click.option(
     "--augment/--no-augment", default=_DEFAULTS.augment, help="Random crop and flip, where the data set suits it."
@@ -183,6 +184,11 @@ def train(**options: Any) -> None:
     Settings are checked before anything is written. The folder of --out appears when the first epoch is
     through, and then always holds the last finished one.
     """
+    # --stages and --cuts say the same thing: one that is typed replaces the other where a file brought it.
+    source = click.get_current_context().get_parameter_source
+    for typed, other in (("stages", "cuts"), ("cuts", "stages")):
+        if source(typed) == ParameterSource.COMMANDLINE and source(other) == ParameterSource.DEFAULT_MAP:
+            options[other] = None
     trainer = _checked(TrainConfig(**options))
     reporter = make_reporter()
     with reporter:

@@ -79,8 +79,8 @@ class Pipeline:
         if not isinstance(self.method, Method):
             raise TypeError(f"method is a {type(method).__name__}; pass a name or what get_method returns")
         num_microbatches = _whole("num_microbatches", num_microbatches)
-        if seed is not None and not 0 <= seed < 2**63:
-            raise ValueError(f"seed={seed}: pass a whole number from 0 to 2**63 - 1")
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
+            raise ValueError(f"seed={seed!r}: pass a whole number from 0 to 2**63 - 1")
         _check_callables(optimizer, loss_fn, lr_scheduler)
         modules = into_stages(model, num_stages, cuts)
         if not any(p.requires_grad for module in modules for p in module.parameters()):
@@ -369,7 +369,10 @@ def _places(modules: Sequence[nn.Module], devices: Device | Sequence[Device] | N
                 f"devices has {len(given)} entries for {len(modules)} stages; pass one device, or one per stage"
             )
         # A tensor knows the index that "cuda" leaves out.
-        places = [torch.empty(0, device=device).device for device in given]
+        try:
+            places = [torch.empty(0, device=device).device for device in given]
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ValueError(f"devices={devices!r}: torch cannot use them ({str(error).splitlines()[0]})") from error
         for module, place in zip(modules, places, strict=True):
             module.to(place)
         return places

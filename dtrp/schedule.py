@@ -146,7 +146,8 @@ class Schedule:
 
     ``str(schedule)`` is a grid, stage by slot, and `Schedule.parse` reads it back. A column of the grid
     is one slot long (a forward and a backward, together or either alone); what is sent in one column
-    is there in the next; an empty cell is a worker that waits.
+    is there in the next; an empty cell is a worker that waits. A schedule is the order in each row: in which
+    column a cell stands is how it is shown, and not checked.
 
     >>> print(Schedule.build("dtrp", num_stages=2, num_minibatches=4))
     dtrp: stages 2, mini-batches 4, micro-batches in each 1
@@ -366,6 +367,8 @@ class Schedule:
         sizes = tuple(map(int, header[4].split()))
         if len(sizes) == 1:
             sizes *= int(header[3])
+        if int(header[2]) < 1:
+            raise ScheduleError(f"a grid has at least one stage; got {first!r}")
         if len(sizes) != int(header[3]) or not sizes or min(sizes) < 1:
             raise ScheduleError(f"one number of micro-batches, at least 1, for each mini-batch; got {first!r}")
         stages: list[tuple[Action, ...]] = []

@@ -169,19 +169,26 @@ class Stage:
             held.nbytes += graph_bytes
         self._stash.append(held)
         self._note_peak(0)
-        return out.detach()
+        return aligned_clone(out) if self._is_weight(out) else out.detach()
 
     def _own(self, x: Tensor) -> Tensor:
         """The input, detached, on this stage's device; a copy of the caller's tensor where it outlives the step."""
         leaf = x.detach()
         if leaf.device != self.device:
             leaf = _moved(leaf, self.device)
-        outlives = self.trains and self.distance > 0 and not self.method.flush
+        # Also for a stage that keeps nothing: what it passes on may be a view of its input.
+        outlives = self.distance > 0 and not self.method.flush
         if self.index == 0 and outlives and leaf.data_ptr() == x.data_ptr():
             leaf = aligned_clone(leaf)
         if self.needs_input_grad and (leaf.is_floating_point() or leaf.is_complex()):
             leaf.requires_grad_()
         return leaf
+
+    def _is_weight(self, out: Tensor) -> bool:
+        """Whether an output is (a view of) a tensor that will be written while a later stage keeps it."""
+        weights = itertools.chain(self.parameters, self._predicted.tensors if self._predicted else ())
+        place = out.untyped_storage().data_ptr()
+        return any(t.untyped_storage().data_ptr() == place for t in weights)
 
     def _prediction(self, micro: MicroBatch, horizon: int) -> WeightVersion | None:
         """The predicted weights, in the stage's one buffer for them; None where nothing is predicted."""

@@ -281,7 +281,7 @@ def make_optimizer(config: TrainConfig) -> Callable[[list[nn.Parameter]], Optimi
     decay = config.weight_decay
     makers: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
         "sgd": lambda p: torch.optim.SGD(
-            p, lr=lr, momentum=config.momentum, weight_decay=decay, nesterov=config.nesterov and config.momentum > 0
+            p, lr=lr, momentum=config.momentum, weight_decay=decay, nesterov=config.nesterov
         ),
         "adam": lambda p: torch.optim.Adam(p, lr=lr, weight_decay=decay),
         "adamw": lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=decay),
@@ -314,6 +314,10 @@ def _check_numbers(config: TrainConfig) -> None:
         value = getattr(config, field)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{_option(field)} {value}: a finite number of at least 0")
+    if config.nesterov and config.momentum == 0:
+        raise ValueError(
+            "--nesterov with --momentum 0: there is no momentum to look ahead with; raise it, or leave --nesterov out"
+        )
     if config.batch_size < config.num_microbatches:
         raise ValueError(
             f"--batch-size {config.batch_size} is smaller than --num-microbatches {config.num_microbatches}; every "

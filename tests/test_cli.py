@@ -70,6 +70,16 @@ def test_a_runs_config_repeats_it_and_the_command_line_wins(tmp_path: Path) -> N
     assert yaml.safe_load((tmp_path / "c" / "config").read_text())["seed"] == 1
 
 
+def test_typed_cuts_replace_a_files_stages(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("stages: 2\n")
+    assert run([*SMALL, "--config", str(file), "--cuts", "1,2", "--out", str(tmp_path / "a")]) == 0
+    assert "stages" not in yaml.safe_load((tmp_path / "a" / "config").read_text())
+    file.write_text("cuts: [1, 2]\n")
+    assert run([*SMALL, "--config", str(file), "--stages", "2", "--out", str(tmp_path / "b")]) == 0
+    assert yaml.safe_load((tmp_path / "b" / "config").read_text())["stages"] == 2
+
+
 def test_a_toml_file(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text('model = "mlp"\ncuts = [1, 2]\nepochs = 1\n"limit-train" = 64\nlimit_test = 20\naugment = false\n')
@@ -153,13 +163,14 @@ def written(text: str, name: str = "c.yaml") -> Callable[[Path], list[str]]:
         (["--batch-size", "3", "--num-microbatches", "4"], "--batch-size 3 is smaller than --num-microbatches 4"),
         (["--batch-size", "0"], "--batch-size 0: at least 1"),
         (["--method", "dtpr"], "unknown method 'dtpr'; did you mean"),
-        (["--model", "resnet21"], "unknown model 'resnet21'; did you mean 'resnet"),
+        (["--model", "resnet21"], "unknown model 'resnet21'; did you mean 'resnet20'"),
         (["--data", "cifar11"], "unknown data 'cifar11'; did you mean 'cifar10'"),
         (["--optimizer", "agd"], "unknown optimizer 'agd'; did you mean 'sgd'"),
         (["--lr-schedule", "cosin"], "did you mean 'cosine'"),
         (["--prediction", "magic"], "unknown prediction 'magic'"),
         (["--method", "bp", "--prediction", "linear"], "no delay to predict over"),
         (["--grad-shrink", "2"], "a shrinking factor"),
+        (["--momentum", "0", "--nesterov"], "there is no momentum to look ahead with"),
         (["--lr", "nan"], "--lr nan: a finite number"),
         (["--lr", "-1"], "--lr -1.0"),
         (["--epochs", "0"], "--epochs 0: at least 1"),
@@ -168,7 +179,7 @@ def written(text: str, name: str = "c.yaml") -> Callable[[Path], list[str]]:
         (["--device", "cuda:99"], "torch cannot use 'cuda:99'"),
         (["--device", "cpu,cpu", "--stages", "3"], "devices has 2 entries for 3 stages"),
         (["--model", "vgg11"], "image_size=8 but vgg11 halves the image 5 times"),
-        (["--data", "cifar10"], "--data-dir"),
+        (["--data", "cifar10"], "download cifar-10-python.tar.gz"),
         (["--data", "cifar10", "--data-dir", "{tmp}/none"], "cifar-10-python.tar.gz"),
         (["--data", "digits", "--data-dir", "{tmp}"], "digits"),
         (no_classes, "folder"),

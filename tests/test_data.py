@@ -122,10 +122,13 @@ def test_unknown_name():
         load_data("xyzzy")
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "folder"])
-def test_data_dir_missing(name):
-    with pytest.raises(ValueError, match=rf"data '{name}' needs files; pass data_dir \(--data-dir\)"):
-        load_data(name)
+def test_data_dir_missing(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"data 'folder' needs files; pass data_dir \(--data-dir\)"):
+        load_data("folder")
+    monkeypatch.chdir(tmp_path)
+    for name, archive in (("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz")):
+        with pytest.raises(FileNotFoundError, match=rf"download {archive} .* as data_dir \(--data-dir\)"):
+            load_data(name)
 
 
 @pytest.mark.parametrize("name", ["digits", "random"])

@@ -29,6 +29,8 @@ cross_entropy = nn.functional.cross_entropy
         ({"num_microbatches": 1.5}, ValueError, "num_microbatches=1.5"),
         ({"seed": 2**63}, ValueError, "seed=9223372036854775808: pass a whole number from 0"),
         ({"cuts": ["a"]}, ValueError, "pass whole numbers"),
+        ({"seed": 1.5}, ValueError, "seed=1.5: pass a whole number"),
+        ({"devices": "cpuu"}, ValueError, "devices='cpuu': torch cannot use them"),
         ({"cuts": [3, 3]}, ValueError, "put them in rising order, each once"),
         ({"cuts": [5, 2]}, ValueError, "put them in rising order"),
         ({"cuts": [0, 2]}, ValueError, "0 is out of range; the model has 8 layers, cut at 1..7"),
@@ -380,6 +382,8 @@ def test_state_dicts_of_another_model_are_refused_before_anything_is_written() -
     narrow["model"]["head.bias"] = torch.zeros(4)
     with pytest.raises(ValueError, match=r"head.bias has shape \(4,\) there, \(3,\) here"):
         pipe.load_state_dict(narrow)
+    with pytest.raises(TypeError, match="the state is a NoneType"):
+        pipe.load_state_dict(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="lacks optimizer, scheduler, num_updates"):
         pipe.load_state_dict({"model": {}})
     with pytest.raises(ValueError, match="it was saved with another optimizer"):

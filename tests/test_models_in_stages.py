@@ -173,6 +173,34 @@ def test_an_activation_checkpoint_runs_again_at_the_weights_of_its_forward(metho
         assert torch.equal(results[0][name], results[1][name]), name
 
 
+class Tokens(nn.Module):
+    """Learned tokens: the output is a view of the stage's own parameter."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(6))
+        self.view = view
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.tokens.expand(len(x), 6)
+        return out if self.view else out * 1.0
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", dtrp.list_methods())
+def test_an_output_that_is_a_view_of_a_weight_does_not_change_in_the_next_stages_stash(method: str) -> None:
+    results = []
+    for view in (True, False):
+        torch.manual_seed(1)
+        pipe = pipeline([Tokens(view), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)], method=method)
+        for x, y in batches_of(rows):
+            pipe.step(x, y)
+        pipe.flush()
+        results.append(pipe.model_state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-12, atol=0)
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", ["fdg", "pipedream", "spectrain", "dtrp"])
 def test_a_buffer_that_is_read_and_moved_is_no_error(method: str) -> None:

@@ -420,11 +420,15 @@ def test_a_stage_that_writes_its_input(name: str, num_stages: int) -> None:
     assert_same(results[0][1], results[1][1])
 
 
-def test_the_callers_batch_may_change_while_it_is_in_flight() -> None:
+@pytest.mark.parametrize("front", [None, nn.Flatten(), nn.Identity()])
+@pytest.mark.parametrize("name", dtrp.list_methods())
+def test_the_callers_batch_may_change_while_it_is_in_flight(name: str, front: nn.Module | None) -> None:
+    """Also where the first stage passes on a view of it."""
     results = []
     for reuse in (True, False):
         torch.manual_seed(0)
-        pipe = pipeline(network(), num_stages=4)
+        model = network(4)
+        pipe = pipeline(list(model) if front is None else [front, *model], method=name)
         x, y = minibatches(1, last=32)[0]
         losses = []
         for step in range(8):

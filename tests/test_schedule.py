@@ -145,6 +145,7 @@ def test_a_broken_schedule_is_refused_with_the_cell_marked(stage: int, words: st
         ("x: stages 1, mini-batches 1, micro-batches in each 1\nstage 1 | F0 B0 U", "expected a line 'stage 0"),
         ("x: stages 2, mini-batches 1, micro-batches in each 1\nstage 0 | F0 B0 U", "says 2 stages; the grid has 1"),
         ("x: stages 1, mini-batches 3, micro-batches in each 1 2\nstage 0 | F0", "one number of micro-batches"),
+        ("x: stages 0, mini-batches 1, micro-batches in each 1", "at least one stage"),
         ("x: stages 1, mini-batches 1, micro-batches in each 0\nstage 0 |", "at least 1, for each mini-batch"),
         ("x: stages 1, mini-batches 1, micro-batches in each 1\nstage 0 | F0 B0 U\ndelay 0 | a", "whole numbers"),
     ],

@@ -22,11 +22,7 @@ from .synthetic import load_random
 __all__ = ["Dataset", "batches", "list_data", "load_data"]
 
 _FIXED_SIZE = {"digits": 8, "cifar10": 32, "cifar100": 32}
-_FROM_DIR = {
-    "cifar10": "the folder that holds cifar-10-batches-py",
-    "cifar100": "the folder that holds cifar-100-python",
-    "folder": "a folder with train/<class>/ and test/<class>/",
-}
+_FROM_DIR = ("cifar10", "cifar100", "folder")
 _NAMES = ("digits", "cifar10", "cifar100", "folder", "random")
 
 
@@ -54,7 +50,7 @@ def load_data(
 
     Args:
         name: one of `list_data`.
-        data_dir: where the files are, for the data sets that have files.
+        data_dir: where the files are, for the data sets that have files. None: for CIFAR, the current folder.
         seed: of the images of random, and of the split of a folder that has none. The others do not depend on it.
         image_size: H and W, for folder and random. None: the data's own, or 32.
 
@@ -65,8 +61,10 @@ def load_data(
     """
     if name not in _NAMES:
         raise ValueError(unknown("data", name, _NAMES))
-    if name in _FROM_DIR and data_dir is None:
-        raise ValueError(f"data {name!r} needs files; pass data_dir (--data-dir), {_FROM_DIR[name]}")
+    if name == "folder" and data_dir is None:
+        raise ValueError(
+            "data 'folder' needs files; pass data_dir (--data-dir), a folder with train/<class>/ and test/<class>/"
+        )
     if name not in _FROM_DIR and data_dir is not None:
         raise ValueError(
             f"data {name!r} reads no files, but data_dir={str(data_dir)!r}; leave data_dir (--data-dir) out"
@@ -81,7 +79,7 @@ def load_data(
         return load_digits()
     if name == "random":
         return load_random(seed, image_size or 32)
-    assert data_dir is not None
+    place = Path(data_dir) if data_dir is not None else Path()
     if name == "folder":
-        return load_folder(Path(data_dir), seed, image_size or 32)
-    return load_cifar(name, Path(data_dir))
+        return load_folder(place, seed, image_size or 32)
+    return load_cifar(name, place)
