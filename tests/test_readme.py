@@ -56,3 +56,11 @@ def test_every_measured_number_links_to_a_file_that_holds_it() -> None:
             mean = sum(found) / len(found)
             deviation = (sum((a - mean) ** 2 for a in found) / max(1, len(found) - 1)) ** 0.5
             assert cell == f"{100 * mean:.1f} ± {100 * deviation:.1f}", f"{name}, A={micro}: {cell}"
+
+
+def test_the_engines_cost_is_that_of_its_file() -> None:
+    record = json.loads((ROOT / "benchmarks/engine/results/engine.jsonl").read_text().splitlines()[-1])
+    shown = re.search(r"K=1 takes ([\d.]+) times a plain\s+PyTorch loop, `dtrp` at K=4 ([\d.]+) times", TEXT)
+    assert shown is not None
+    assert [float(text) for text in shown.groups()] == [round(record["ratios"][name], 3) for name in ("bp", "dtrp")]
+    assert f"medians of {record['rounds']} turns" in TEXT
