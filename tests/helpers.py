@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import dtrp
+from dtrp.splitting import equal_cuts, into_stages
 
 WIDTH = 5
 
@@ -133,3 +134,46 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], bound: float = 1e-1
 
 def clone(model: nn.Module) -> Any:
     return copy.deepcopy(model)
+
+
+class Prophet:
+    """Knows the weights of every version, from a run of backpropagation."""
+
+    def __init__(self, history: list[list[list[Tensor]]]) -> None:
+        self.history = history
+        self.asked: list[tuple[int, int]] = []
+
+    def __call__(self, parameters: Any, optimizer: Any, horizon: int, out: Any, **where: int) -> None:
+        self.asked.append((where["stage"], where["microbatch"]))
+        for o, w in zip(out, self.history[where["stage"]][where["version"] + horizon], strict=True):
+            o.copy_(w)
+
+
+def check_perfect_prediction(
+    model: nn.Sequential,
+    batches: list[tuple[Tensor, Tensor]],
+    num_stages: int,
+    *,
+    num_microbatches: int,
+    name: str = "dtrp",
+) -> tuple[dtrp.Pipeline, Prophet]:
+    """With the weights of a run of backpropagation for predictions, a method is that run, to the bit."""
+    plain = clone(model)
+    stages = into_stages(plain, num_stages)
+    history: list[list[list[Tensor]]] = [[] for _ in stages]
+
+    def record() -> None:
+        for versions, stage in zip(history, stages, strict=True):
+            versions.append([p.detach().clone() for p in stage.parameters()])
+
+    record()
+    prophet = Prophet(history)
+    method = dtrp.get_method(name, predict=prophet)
+    pipe = pipeline(model, num_stages=num_stages, method=method, num_microbatches=num_microbatches)
+    cuts = equal_cuts(len(plain), num_stages)
+    want = plain_loop(plain, batches, sgd, pipe.rng, cuts=cuts, num_microbatches=num_microbatches, after_update=record)
+    losses = [pipe.step(x, y) for x, y in batches]
+    pipe.flush()
+    assert all(torch.equal(a, b) for a, b in zip(losses, want, strict=True))
+    assert_same(pipe.model_state_dict(), plain.state_dict())
+    return pipe, prophet

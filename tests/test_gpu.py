@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, clone, minibatches, network, pipeline, plain_loop, sgd
-from test_pipeline import Prophet
+from helpers import assert_same, check_perfect_prediction, clone, minibatches, network, pipeline, plain_loop, sgd
 from torch import Tensor, nn
 
 import dtrp
 from dtrp.models import cifar_resnet
-from dtrp.splitting import equal_cuts, into_stages
+from dtrp.splitting import equal_cuts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,25 +50,7 @@ def test_without_delay_it_is_a_plain_loop(num_stages: int, num_microbatches: int
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("num_microbatches", [1, 4])
 def test_with_perfect_prediction_it_is_backpropagation(num_microbatches: int) -> None:
-    model = network().cuda()
-    plain, batches = clone(model), on_gpu(minibatches(20))
-    stages = into_stages(plain, 4)
-    history: list[list[list[Tensor]]] = [[] for _ in stages]
-
-    def record() -> None:
-        for versions, stage in zip(history, stages, strict=True):
-            versions.append([p.detach().clone() for p in stage.parameters()])
-
-    record()
-    method = dtrp.get_method("dtrp", predict=Prophet(history))
-    pipe = pipeline(model, num_stages=4, method=method, num_microbatches=num_microbatches)
-    want = plain_loop(
-        plain, batches, sgd, pipe.rng, cuts=[2, 4, 6], num_microbatches=num_microbatches, after_update=record
-    )
-    losses = [pipe.step(x, y) for x, y in batches]
-    pipe.flush()
-    assert all(torch.equal(a, b) for a, b in zip(losses, want, strict=True))
-    assert_same(model.state_dict(), plain.state_dict())
+    check_perfect_prediction(network().cuda(), on_gpu(minibatches(20)), 4, num_microbatches=num_microbatches)
 
 
 @pytest.mark.parametrize("method", dtrp.list_methods())

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, clone, pipeline, plain_loop, sgd
-from test_pipeline import Prophet
+from helpers import assert_same, check_perfect_prediction, clone, pipeline, plain_loop, sgd
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dtrp
-from dtrp.splitting import into_stages
 
 
 class Mixer(nn.Module):
@@ -137,25 +135,7 @@ def test_without_delay_they_train_as_unsplit_to_the_bit(
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "a buffer that is read"])
 def test_with_perfect_prediction_they_train_as_unsplit_to_the_bit(kind: str, num_microbatches: int) -> None:
     make, data = MODELS[kind]
-    model = nn.Sequential(*make())
-    plain, batches = clone(model), batches_of(data)
-    stages = into_stages(plain, 4)
-    history: list[list[list[Tensor]]] = [[] for _ in stages]
-
-    def record() -> None:
-        for versions, stage in zip(history, stages, strict=True):
-            versions.append([p.detach().clone() for p in stage.parameters()])
-
-    record()
-    method = dtrp.get_method("dtrp", predict=Prophet(history))
-    pipe = pipeline(model, num_stages=4, method=method, num_microbatches=num_microbatches)
-    want = plain_loop(
-        plain, batches, sgd, pipe.rng, cuts=[1, 2, 3], num_microbatches=num_microbatches, after_update=record
-    )
-    losses = [pipe.step(x, y) for x, y in batches]
-    pipe.flush()
-    assert all(torch.equal(a, b) for a, b in zip(losses, want, strict=True))
-    assert_same(model.state_dict(), plain.state_dict())
+    check_perfect_prediction(nn.Sequential(*make()), batches_of(data), 4, num_microbatches=num_microbatches)
 
 
 @pytest.mark.usefixtures("float64")

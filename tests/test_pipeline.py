@@ -11,9 +11,11 @@ import oracles
 import pytest
 import torch
 from helpers import (
+    Prophet,
     adamw,
     assert_close,
     assert_same,
+    check_perfect_prediction,
     clone,
     minibatches,
     network,
@@ -137,19 +139,6 @@ def test_without_delay_it_is_a_plain_loop_to_the_bit(
         assert all(p.grad is None for p in model.parameters())
 
 
-class Prophet:
-    """Knows the weights of every version, from a run of backpropagation."""
-
-    def __init__(self, history: list[list[list[Tensor]]]) -> None:
-        self.history = history
-        self.asked: list[tuple[int, int]] = []
-
-    def __call__(self, parameters: Any, optimizer: Any, horizon: int, out: Any, **where: int) -> None:
-        self.asked.append((where["stage"], where["microbatch"]))
-        for o, w in zip(out, self.history[where["stage"]][where["version"] + horizon], strict=True):
-            o.copy_(w)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ["dtrp", "dtrp-1f1b"])
 @pytest.mark.parametrize(("num_stages", "num_microbatches"), [(2, 1), (4, 1), (4, 4), (3, 2)])
@@ -157,24 +146,9 @@ def test_with_perfect_prediction_it_is_backpropagation_to_the_bit(
     name: str, num_stages: int, num_microbatches: int, dtype: torch.dtype
 ) -> None:
     torch.set_default_dtype(dtype)
-    model = network()
-    plain, batches, cuts = clone(model), minibatches(40), equal_cuts(8, num_stages)
-    stages = into_stages(plain, num_stages)
-    history: list[list[list[Tensor]]] = [[] for _ in stages]
-
-    def record() -> None:
-        for versions, stage in zip(history, stages, strict=True):
-            versions.append([p.detach().clone() for p in stage.parameters()])
-
-    record()
-    prophet = Prophet(history)
-    method = dtrp.get_method(name, predict=prophet)
-    pipe = pipeline(model, sgd, num_stages=num_stages, num_microbatches=num_microbatches, method=method)
-    want = plain_loop(plain, batches, sgd, pipe.rng, cuts=cuts, num_microbatches=num_microbatches, after_update=record)
-    losses = [pipe.step(x, y) for x, y in batches]
-    pipe.flush()
-    assert all(torch.equal(a, b) for a, b in zip(losses, want, strict=True))
-    assert_same(pipe.model_state_dict(), plain.state_dict())
+    pipe, prophet = check_perfect_prediction(
+        network(), minibatches(40), num_stages, num_microbatches=num_microbatches, name=name
+    )
     late = sum(n for delays in pipe.delays().values() for delay, n in delays.items() if delay)
     assert len(prophet.asked) == len(set(prophet.asked)) == late > 0, "asked once per F(m) with a delay"
 

@@ -64,3 +64,11 @@ def test_the_engines_cost_is_that_of_its_file() -> None:
     assert shown is not None
     assert [float(text) for text in shown.groups()] == [round(record["ratios"][name], 3) for name in ("bp", "dtrp")]
     assert f"medians of {record['rounds']} turns" in TEXT
+
+
+def test_the_epoch_on_cifar10_is_that_of_its_file() -> None:
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/real_data/results/cifar10.jsonl").read_text().splitlines()]
+    shown = re.search(r"bp ([\d.]+) and ([\d.]+) %, dtrp ([\d.]+) and ([\d.]+) %", TEXT)
+    assert shown is not None
+    found = {(row["method"], row["seed"]): round(100 * row["test_accuracy"], 1) for row in rows}
+    assert [float(text) for text in shown.groups()] == [found[m, seed] for m in ("bp", "dtrp") for seed in (0, 1)]
