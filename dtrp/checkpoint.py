@@ -32,7 +32,7 @@ def optimizer_state_dict(stages: Sequence[Stage]) -> dict[str, Any]:
     for stage in stages:
         if stage.optimizer is None:
             continue
-        names = {id(p): name for name, p in zip(stage.names, stage.parameters, strict=True)}
+        names = _names(stage)
         for p, entry in stage.optimizer.state.items():
             state[names[id(p)]] = {key: _snapshot(value) for key, value in entry.items()}
         for group in stage.optimizer.param_groups:
@@ -83,7 +83,7 @@ def load_into(stages: Sequence[Stage], state: dict[str, Any]) -> None:
     for stage in stages:
         if stage.optimizer is None:
             continue
-        names = {id(p): name for name, p in zip(stage.names, stage.parameters, strict=True)}
+        names = _names(stage)
         index = _numbers(stage)
         groups = []
         for group in stage.optimizer.param_groups:
@@ -133,10 +133,15 @@ def _reseat(scheduler: Any, groups: list[dict[str, Any]]) -> None:
         _reseat(inner, groups)
 
 
+def _names(stage: Stage) -> dict[int, str]:
+    """The names of a stage's trainable parameters, by the parameter's id."""
+    return {id(p): name for name, p in zip(stage.names, stage.parameters, strict=True)}
+
+
 def _numbers(stage: Stage) -> dict[str, int]:
     """The number under which an optimizer's own state dict knows each parameter."""
     assert stage.optimizer is not None
-    names = {id(p): name for name, p in zip(stage.names, stage.parameters, strict=True)}
+    names = _names(stage)
     members = [p for group in stage.optimizer.param_groups for p in group["params"]]
     return {names[id(p)]: i for i, p in enumerate(members)}
 

@@ -140,7 +140,7 @@ def _sgd_rollout(p: Tensor, state: dict[str, Any], group: dict[str, Any], horizo
 
 
 def _is_decoupled(group: dict[str, Any]) -> bool:
-    # Adam, AdamW and NAdam all carry the flag in recent torch; older AdamW does not (see _adamw).
+    # Adam, AdamW and NAdam all carry the flag in recent torch; older AdamW does not (see _with_flag).
     return bool(group.get("decoupled_weight_decay", False))
 
 

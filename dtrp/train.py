@@ -128,6 +128,7 @@ class Trainer:
         options = {"grad_shrink": config.grad_shrink, "lr_shrink": config.lr_shrink, "predict": config.prediction}
         method = get_method(config.method, **{key: value for key, value in options.items() if value is not None})
         devices = _devices(config.device)
+        self.device_type = devices[0].type
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.dtype = _DTYPES[config.dtype]
@@ -227,7 +228,7 @@ class Trainer:
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.dtype != "bfloat16":
             return nullcontext()
-        return torch.autocast(_devices(self.config.device)[0].type, dtype=torch.bfloat16)
+        return torch.autocast(self.device_type, dtype=torch.bfloat16)
 
     def _stage_summaries(self) -> tuple[StageSummary, ...]:
         delays, memory, peaks = self.pipe.delays(), self.pipe.memory(), self.pipe.activations_peak()
