@@ -9,28 +9,72 @@ one model neither happens, so it must not happen between stages.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_LINE_BYTES = 512  # a multiple of every cache line, and what allocators on accelerators align to
+LINE_BYTES = 512  # a multiple of every cache line, and what allocators on accelerators align to
+
+
+class Layout(NamedTuple):
+    """How a tensor lies in memory: enough to lay its values down elsewhere so that no kernel sees a difference."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # elements
+    span: int  # elements from the first to the last, both counted
+    shift: int  # bytes from a line's beginning to the first element
+
+    @classmethod
+    def of(cls, x: Tensor) -> Layout:
+        """The layout of x; of its contiguous copy where x is mostly holes, or overlaps itself other than by expansion."""
+        span = 1
+        dense = x.data_ptr() % x.element_size() == 0
+        for n, stride in sorted(zip(x.shape, x.stride(), strict=True), key=lambda dim: dim[1]):
+            if n > 1 and stride:
+                dense &= stride >= span
+                span += (n - 1) * stride
+        if x.numel() and dense and span <= 4 * x.numel():
+            return cls(tuple(x.shape), x.stride(), span, x.data_ptr() % LINE_BYTES)
+        strides = torch.empty(x.shape, device="meta").stride()
+        return cls(tuple(x.shape), strides, x.numel(), 0)
+
+    @property
+    def expanded(self) -> bool:
+        """Whether elements share their place."""
+        return any(n > 1 and not stride for n, stride in zip(self.shape, self.strides, strict=True))
+
+    def over(self, room: Tensor, dtype: torch.dtype, start: int = 0) -> Tensor:
+        """A tensor of this layout on the storage of ``room``, its line beginning ``start`` bytes after that of ``room``.
+
+        ``room`` is one of `aligned_room`'s. The result is a tensor of its own, no view, so that it may be written in place.
+        """
+        offset = (room.storage_offset() + start + self.shift) // dtype.itemsize
+        tensor = torch.empty(0, dtype=dtype, device=room.device)
+        return tensor.set_(room.untyped_storage(), offset, self.shape, self.strides)
+
+    def fill(self, tensor: Tensor, x: Tensor) -> None:
+        """Copy the values of x into ``tensor``, of this layout, each once though it be expanded."""
+        for dim, (n, stride) in enumerate(zip(self.shape, self.strides, strict=True)):
+            if n > 1 and not stride:
+                tensor, x = tensor.narrow(dim, 0, 1), x.narrow(dim, 0, 1)
+        tensor.copy_(x)
+
+
+def aligned_room(nbytes: int, device: torch.device | None = None, *, pinned: bool = False) -> Tensor:
+    """``nbytes`` of memory that begin at a line, as uint8."""
+    room = torch.empty(nbytes + LINE_BYTES, dtype=torch.uint8, device=device, pin_memory=pinned)
+    return room.narrow(0, -room.data_ptr() % LINE_BYTES, nbytes)
 
 
 def aligned_clone(x: Tensor) -> Tensor:
     """``x.detach().clone()`` with the strides of x and its address modulo the line."""
     x = x.detach()
-    size = x.element_size()
-    strides = [(n, stride) for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1]
-    span = sum((n - 1) * stride for n, stride in strides) + 1
-    expanded = any(stride == 0 for _, stride in strides)
-    if not x.numel() or expanded or span > 4 * x.numel() or x.data_ptr() % size:
+    layout = Layout.of(x)
+    if not x.numel() or layout.expanded:
         return x.clone()
-    room = torch.empty(span + _LINE_BYTES // size, dtype=x.dtype, device=x.device)
-    shift = (x.data_ptr() - room.data_ptr()) % _LINE_BYTES // size
-    # A tensor of its own and no view of `room`, so that it may be written in place.
-    clone = torch.empty(0, dtype=x.dtype, device=x.device)
-    return clone.set_(room.untyped_storage(), shift, x.shape, x.stride()).copy_(x)
+    room = aligned_room(layout.shift + layout.span * x.element_size(), x.device)
+    return layout.over(room, x.dtype).copy_(x)
 
 
 def enter(x: Tensor, gradients: list[Tensor], *, copy: bool) -> Tensor:

@@ -10,55 +10,85 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .stage import Stage
 
 
-def model_state_dict(stages: Sequence[Stage]) -> dict[str, Tensor]:
-    """A snapshot of the whole model's state dict, under the unsplit model's names."""
-    return {name: _snapshot(value) for stage in stages for name, value in stage.module.state_dict().items()}
+def model_part(stage: Stage) -> dict[str, Tensor]:
+    """A snapshot of a stage's part of the model's state dict, under the unsplit model's names."""
+    return {name: _snapshot(value) for name, value in stage.module.state_dict().items()}
 
 
-def optimizer_state_dict(stages: Sequence[Stage]) -> dict[str, Any]:
-    """A snapshot of all stages' optimizers as one, by parameter name."""
-    state: dict[str, Any] = {}
-    groups: list[dict[str, Any]] = []
-    for stage in stages:
-        if stage.optimizer is None:
-            continue
+def merge_model(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The whole model's state dict, from all stages' parts."""
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def state_part(stage: Stage) -> dict[str, Any]:
+    """A snapshot of what one stage adds to `Pipeline.state_dict`."""
+    part: dict[str, Any] = {"model": model_part(stage), "state": {}, "param_groups": [], "scheduler": None}
+    if stage.optimizer is not None:
         names = _names(stage)
         for p, entry in stage.optimizer.state.items():
-            state[names[id(p)]] = {key: _snapshot(value) for key, value in entry.items()}
+            part["state"][names[id(p)]] = {key: _snapshot(value) for key, value in entry.items()}
         for group in stage.optimizer.param_groups:
             options = {key: _snapshot(value) for key, value in group.items() if key != "params"}
-            params = [names[id(p)] for p in group["params"]]
-            same = next((g for g in groups if {k: v for k, v in g.items() if k != "params"} == options), None)
+            part["param_groups"].append({"params": [names[id(p)] for p in group["params"]], **options})
+    if stage.lr_scheduler is not None:
+        part["scheduler"] = copy.deepcopy(stage.lr_scheduler.state_dict())
+    return part
+
+
+def merge_state(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """``{"model", "optimizer", "scheduler"}`` from all stages' parts, in which their number does not show."""
+    state: dict[str, Any] = {}
+    groups: list[dict[str, Any]] = []
+    for part in parts:
+        state |= part["state"]
+        for group in part["param_groups"]:
+            same = next((g for g in groups if _options(g) == _options(group)), None)
             if same is None:
-                groups.append({"params": params, **options})
+                groups.append(dict(group))
             else:
-                same["params"] += params
-    return {"state": state, "param_groups": groups}
+                same["params"] = same["params"] + group["params"]
+    return {
+        "model": merge_model([part["model"] for part in parts]),
+        "optimizer": {"state": state, "param_groups": groups},
+        "scheduler": next((part["scheduler"] for part in parts if part["scheduler"] is not None), None),
+    }
 
 
-def scheduler_state_dict(stages: Sequence[Stage]) -> dict[str, Any] | None:
-    """The learning-rate scheduler's state, the same at every stage; None without one."""
-    for stage in stages:
-        if stage.lr_scheduler is not None:
-            state: dict[str, Any] = copy.deepcopy(stage.lr_scheduler.state_dict())
-            return state
-    return None
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
 
 
-def load_into(stages: Sequence[Stage], state: dict[str, Any]) -> None:
-    """Load what `Pipeline.state_dict` returned, at this or another number of stages.
+def shapes_of(modules: Sequence[nn.Module]) -> dict[str, torch.Size | None]:
+    """The shape of every tensor of the modules' state dicts; None for what is no tensor."""
+    return {
+        name: value.shape if isinstance(value, Tensor) else None
+        for module in modules
+        for name, value in module.state_dict().items()
+    }
 
-    Everything is checked before anything is written.
+
+def check_state(
+    stages: Sequence[Stage], state: dict[str, Any], shapes: dict[str, torch.Size | None], *, scheduler: bool
+) -> Callable[[], None]:
+    """Check what `Pipeline.state_dict` returned, at this or another number of stages.
+
+    Args:
+        stages: those to load it into.
+        shapes: of the whole model, as `shapes_of`.
+        scheduler: whether the stages have learning-rate schedulers.
+
+    Returns:
+        What loads it. Nothing has been written before.
 
     Raises:
         TypeError: no dict.
@@ -69,16 +99,15 @@ def load_into(stages: Sequence[Stage], state: dict[str, Any]) -> None:
     missing = [key for key in ("model", "optimizer", "scheduler", "num_updates") if key not in state]
     if missing:
         raise ValueError(f"the state dict lacks {', '.join(missing)}; pass what pipe.state_dict() returned")
-    own = {name: value for stage in stages for name, value in stage.module.state_dict().items()}
-    _check_names(own, state["model"])
-    if (state["scheduler"] is None) != (scheduler_state_dict(stages) is None):
+    _check_names(shapes, state["model"])
+    if (state["scheduler"] is None) == scheduler:
         raise ValueError(
             "the state dict and this pipeline differ in having a learning-rate scheduler; make both with one"
         )
     options: dict[str, dict[str, Any]] = {}
     for group in state["optimizer"]["param_groups"]:
         for name in group["params"]:
-            options[name] = {key: value for key, value in group.items() if key != "params"}
+            options[name] = _options(group)
     plans = []
     for stage in stages:
         if stage.optimizer is None:
@@ -110,17 +139,21 @@ def load_into(stages: Sequence[Stage], state: dict[str, Any]) -> None:
             if name in state["optimizer"]["state"]
         }
         plans.append((stage.optimizer, {"state": entries, "param_groups": groups}))
-    for stage in stages:
-        stage.module.load_state_dict({name: state["model"][name] for name in stage.module.state_dict()})
-    for optimizer, plan in plans:
-        optimizer.load_state_dict(plan)
-    for stage in stages:
-        if stage.lr_scheduler is not None:
-            stage.lr_scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
-            assert stage.optimizer is not None
-            _reseat(stage.lr_scheduler, stage.optimizer.param_groups)
-        stage.version = state["num_updates"]
-        stage.forget_predictions()
+
+    def load() -> None:
+        for stage in stages:
+            stage.module.load_state_dict({name: state["model"][name] for name in stage.module.state_dict()})
+        for optimizer, plan in plans:
+            optimizer.load_state_dict(plan)
+        for stage in stages:
+            if stage.lr_scheduler is not None:
+                stage.lr_scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
+                assert stage.optimizer is not None
+                _reseat(stage.lr_scheduler, stage.optimizer.param_groups)
+            stage.version = state["num_updates"]
+            stage.forget_predictions()
+
+    return load
 
 
 def _reseat(scheduler: Any, groups: list[dict[str, Any]]) -> None:
@@ -152,7 +185,7 @@ def write_model(state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         temporary = Path(file.name)
         try:
-            torch.save({name: _on_cpu(value) for name, value in state.items()}, file)
+            torch.save(on_cpu(state), file)
             file.flush()
             os.fsync(file.fileno())
             temporary.chmod(0o666 & ~_umask())
@@ -162,8 +195,13 @@ def write_model(state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
             raise
 
 
-def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
+def on_cpu(value: Any) -> Any:
+    """The value with every tensor in it, however deep in dicts and lists, on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(entry) for key, entry in value.items()}
+    return [on_cpu(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _umask() -> int:
@@ -176,7 +214,7 @@ def _snapshot(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def _check_names(own: dict[str, Any], given: dict[str, Any]) -> None:
+def _check_names(own: dict[str, torch.Size | None], given: dict[str, Any]) -> None:
     lost, strange = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if lost or strange:
         parts = [f"lacks {lost[0]}"] if lost else []
@@ -184,9 +222,9 @@ def _check_names(own: dict[str, Any], given: dict[str, Any]) -> None:
         raise ValueError(
             f"the state dict is another model's: it {' and '.join(parts)} ({len(lost) + len(strange)} names differ)"
         )
-    for name, value in own.items():
-        if isinstance(value, Tensor) and value.shape != given[name].shape:
+    for name, shape in own.items():
+        if shape is not None and shape != given[name].shape:
             raise ValueError(
                 f"the state dict is another model's: {name} has shape {tuple(given[name].shape)} there, "
-                f"{tuple(value.shape)} here"
+                f"{tuple(shape)} here"
             )

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .engine import Losses
 from .methods import Method
 from .schedule import Action, StageOrder
 from .stage import Stage, StageError
 from .stash import MicroBatch
+from .trace import Tracer
+
+T = TypeVar("T")
 
 
 class LocalEngine:
@@ -22,47 +27,71 @@ class LocalEngine:
     waiting, and on several devices launches the work of all before it waits for any.
     """
 
-    def __init__(self, stages: Sequence[Stage], method: Method) -> None:
+    alone = is_first = takes_x = takes_y = True
+    name = "all stages, in one process"
+
+    def __init__(self, stages: Sequence[Stage], method: Method, num_microbatches: int, tracer: Tracer) -> None:
         num = len(stages)
-        self._stages = stages
+        self.stages = stages
+        self.num_updates = 0
+        self._num_microbatches = num_microbatches
+        self._next_microbatch = 0
+        self._tracer = tracer
         self._orders = [StageOrder(method, num, stage) for stage in range(num)]
         self._queues: list[deque[deque[Action]]] = [deque() for _ in stages]
         self._inputs: list[dict[int, Tensor]] = [{} for _ in stages]
         self._gradients: list[dict[int, Tensor | None]] = [{} for _ in stages]
         self._micros: dict[int, MicroBatch] = {}
         self._targets: dict[int, Tensor] = {}
-        self._losses: list[Tensor] = []  # of the current mini-batch
-        # With one device the loss is looked at before anything is learned from it. With several, looking would
-        # make the launches wait for the last device in every slot: it is looked at when the next one is asked for.
-        self._look_at_once = len({stage.device for stage in stages}) == 1
-        self._unseen: list[tuple[MicroBatch, Tensor]] = []
+        self._losses = Losses(num - 1, at_once=len({stage.device for stage in stages}) == 1)
 
-    def step(self, micros: Sequence[tuple[MicroBatch, Tensor, Tensor]]) -> Tensor:
-        self._look()
-        for micro, x, target in micros:
-            self._micros[micro.index] = micro
-            self._inputs[0][micro.index] = x
-            self._targets[micro.index] = target
+    def step(self, x: Tensor | None, y: Tensor | None) -> Tensor:
+        assert x is not None
+        assert y is not None
+        self._losses.check()
+        parts = min(self._num_microbatches, len(x))
+        for part, target in zip(torch.tensor_split(x, parts), torch.tensor_split(y, parts), strict=True):
+            m = self._next_microbatch
+            self._micros[m] = MicroBatch(m, self.num_updates, len(part) / len(x))
+            self._inputs[0][m] = part
+            self._targets[m] = target
+            self._next_microbatch += 1
+        self.num_updates += 1
         for queue, order in zip(self._queues, self._orders, strict=True):
-            queue.extend(deque(slot) for slot in order.minibatch(len(micros)))
+            queue.extend(deque(slot) for slot in order.minibatch(parts))
         self._run()
-        total = self._losses[0]
-        for term in self._losses[1:]:
-            total = total + term
-        self._losses.clear()
-        return total
+        return self._losses.total()
 
     def flush(self) -> None:
         for queue, order in zip(self._queues, self._orders, strict=True):
             queue.extend(deque(slot) for slot in order.flush())
         self._run()
-        self._look()
-        for stage in self._stages:
+        self._losses.check()
+        for stage in self.stages:
             stage.rest()
 
-    def drop(self) -> None:
-        """Forget what is in flight."""
-        for stage in self._stages:
+    def infer(self, x: Tensor | None) -> Tensor:
+        assert x is not None
+        for stage in self.stages:
+            x = stage.infer(x)
+        return x
+
+    def gather(self, method: str, value: T) -> list[T]:
+        return [value]
+
+    def of_stages(self, method: str, part: Callable[[Stage], T]) -> list[T]:
+        return [part(stage) for stage in self.stages]
+
+    of_stages_to_first = of_stages
+
+    def all_or_none(self, method: str, job: Callable[[], T]) -> T:
+        return job()
+
+    def fail(self, error: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for stage in self.stages:
             stage.drop()
         for queue in self._queues:
             queue.clear()
@@ -71,8 +100,7 @@ class LocalEngine:
             gradients.clear()
         self._micros.clear()
         self._targets.clear()
-        self._losses.clear()
-        self._unseen.clear()
+        self._losses.drop()
 
     def _run(self) -> None:
         while any(self._queues):
@@ -88,14 +116,17 @@ class LocalEngine:
     def _ready(self, stage: int, action: Action) -> bool:
         if action.kind == "F":
             return action.index in self._inputs[stage]
-        if action.kind == "B" and stage < len(self._stages) - 1:
+        if action.kind == "B" and stage < len(self.stages) - 1:
             return action.index in self._gradients[stage]
         return True
 
     def _do(self, index: int, action: Action) -> None:
-        stage, last = self._stages[index], len(self._stages) - 1
+        stage, last = self.stages[index], len(self.stages) - 1
         minibatch = stage.version if action.kind == "U" else self._micros[action.index].minibatch
-        try:
+        with (
+            StageError.naming(index, action, minibatch),
+            self._tracer.span(f"{action.kind}{action.index}", action.kind, f"stage {index}"),
+        ):
             if action.kind == "F":
                 micro = self._micros[action.index]
                 target = self._targets.pop(action.index) if index == last else None
@@ -103,10 +134,7 @@ class LocalEngine:
                 if index < last:
                     self._inputs[index + 1][action.index] = out
                 else:
-                    self._losses.append(out)
-                    self._unseen.append((micro, out))
-                    if self._look_at_once:
-                        self._look()
+                    self._losses.add(micro, out)
             elif action.kind == "B":
                 gradient = stage.backward(self._gradients[index].pop(action.index) if index < last else None)
                 if index:
@@ -115,18 +143,3 @@ class LocalEngine:
                     del self._micros[action.index]
             else:
                 stage.update()
-        except StageError:
-            raise
-        except Exception as error:
-            raise StageError(index, action, minibatch, error) from error
-
-    def _look(self) -> None:
-        """Refuse a loss that is not finite."""
-        for micro, loss in self._unseen:
-            if not torch.isfinite(loss):
-                cause = FloatingPointError(
-                    f"the loss of mini-batch {micro.minibatch} is {loss.item()}; lower the learning rate, or look at "
-                    "the data of this mini-batch"
-                )
-                raise StageError(len(self._stages) - 1, Action("F", micro.index), micro.minibatch, cause) from cause
-        self._unseen.clear()

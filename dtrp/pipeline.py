@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,29 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from . import checkpoint
+from .distributed import DistributedEngine, agree
+from .engine import Engine
 from .local import LocalEngine
 from .methods import Method, get_method
+from .ranks import Ranks, find_ranks
+from .rng import microbatch_seed, seeded
 from .splitting import into_stages, stage_device
 from .stage import LossFn, Stage
-from .stash import MicroBatch
+from .trace import Tracer, write_chrome_trace
+from .transport import Transport
 
 Device = torch.device | str | int
+T = TypeVar("T")
 
 
 class Pipeline:
     """A network in K stages, each with its own optimizer, trained by one of the family's methods.
 
-    All stages live in this process, on one device or on one each; the user keeps the training loop.
+    The user keeps the training loop. All stages live in this process, on one device or on one each; or, under
+    ``torchrun --nproc-per-node K`` and wherever `torch.distributed` is initialized with more than one rank, each rank hosts
+    one, and every rank calls the same methods in the same order. There ``x`` matters on the first rank and ``y`` on the
+    last, each stage's initial values are rank 0's, and what a stage returns to the caller, the loss and the output of
+    `infer`, is returned by the last rank, None by the others.
 
     Args:
         model: an `nn.Sequential`, which is cut between its top-level layers, or a list of modules, one a
@@ -45,9 +56,19 @@ class Pipeline:
         lr_scheduler: optimizer -> scheduler, stepped once an update.
         seed: of the stages' random draws (dropout); None: drawn once from the global generator.
         devices: one device for all stages or one for each; None: where the model is.
+        group: the process group whose ranks host the stages, in order; None: all ranks.
+        mesh: a `torch.distributed.device_mesh.DeviceMesh` with the dimensions ``("replica", "stage")``. Each replica
+            passes its own shard of the mini-batch, and a stage's gradients are averaged over its replicas at U,
+            weighted by samples. The loss is then that of the whole mini-batch. Running statistics are the first
+            replica's, unless the model has `torch.nn.SyncBatchNorm`.
+        loss_on: ``"last"``: `step` returns the loss on the last rank; ``"all"``: on every rank, which then waits for
+            the last one in every step, so that the stages take turns instead of overlapping.
+        timeout_s: the longest that a rank waits for another before an error says who waits for whom.
+        trace: record when each F, B, U, send and receive runs, for `save_trace`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what to change.
+        TimeoutError: the other ranks did not come.
 
     Example:
         >>> import torch
@@ -74,6 +95,11 @@ class Pipeline:
         lr_scheduler: Callable[[Optimizer], Any] | None = None,
         seed: int | None = None,
         devices: Device | Sequence[Device] | None = None,
+        group: Any = None,
+        mesh: Any = None,
+        loss_on: Literal["last", "all"] = "last",
+        timeout_s: float = 300.0,
+        trace: bool = False,
     ) -> None:
         self.method = get_method(method) if isinstance(method, str) else method
         if not isinstance(self.method, Method):
@@ -82,40 +108,67 @@ class Pipeline:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
             raise ValueError(f"seed={seed!r}: pass a whole number from 0 to 2**63 - 1")
         _check_callables(optimizer, loss_fn, lr_scheduler)
+        if loss_on not in ("last", "all"):
+            raise ValueError(f"loss_on={loss_on!r}: choose 'last' or 'all'")
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < math.inf:
+            raise ValueError(f"timeout_s={timeout_s!r}: pass a number of seconds above 0")
+        ranks = find_ranks(group, mesh, timeout_s)
+        if num_stages is None and cuts is None and ranks is not None and isinstance(model, nn.Module):
+            num_stages = ranks.num_stages
         modules = into_stages(model, num_stages, cuts)
         if not any(p.requires_grad for module in modules for p in module.parameters()):
             raise ValueError("the model has no parameter that requires a gradient; there is nothing to train")
-        places = _places(modules, devices)
         self.num_stages = len(modules)
         self.num_microbatches = num_microbatches
         self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else int(seed)
-        self.num_updates = 0
+        self._closed = False
+        self._broken: str | None = None
+        self._shapes = checkpoint.shapes_of(modules)
+        self._schedules_lr = lr_scheduler is not None
+        self._tracer = Tracer(bool(trace))
 
-        self._stages: list[Stage] = []
-        trained = False  # whether any stage before has something to train
-        for index, (module, place) in enumerate(zip(modules, places, strict=True)):
-            stage = Stage(
+        def make_stage(index: int, place: torch.device, replica: int = 0) -> Stage:
+            return Stage(
                 index,
-                self.num_stages,
-                module,
+                len(modules),
+                modules[index],
                 self.method,
                 _checked_optimizer(optimizer),
                 _checked_scheduler(lr_scheduler),
-                loss_fn=loss_fn if index == self.num_stages - 1 else None,
-                needs_input_grad=trained,
+                loss_fn=loss_fn if index == len(modules) - 1 else None,
+                needs_input_grad=any(p.requires_grad for module in modules[:index] for p in module.parameters()),
                 seed=self.seed,
                 device=place,
+                replica=replica,
             )
-            trained |= bool(stage.parameters)
-            self._stages.append(stage)
-        self._engine = LocalEngine(self._stages, self.method)
-        self._next_microbatch = 0
-        self._closed = False
-        self._broken: str | None = None
+
+        self._engine: Engine
+        if ranks is None:
+            places = _places(modules, devices)
+            stages = [make_stage(index, place) for index, place in enumerate(places)]
+            self._engine = LocalEngine(stages, self.method, num_microbatches, self._tracer)
+        else:
+            _check_world(len(modules), ranks)
+            place = _places(modules, devices, only=ranks.stage)[ranks.stage]
+            transport = Transport(ranks, timeout_s, self._tracer)
+            try:
+                settings = {
+                    "num_microbatches": num_microbatches,
+                    "loss_on": loss_on,
+                    "seed": seed,
+                    "method": self.method,
+                }
+                self.seed = agree(transport, modules, place, settings, self.seed)
+                stage = make_stage(ranks.stage, place, ranks.replica)
+                self._engine = DistributedEngine(stage, self.method, num_microbatches, transport, self._tracer, loss_on)
+            except BaseException as error:
+                transport.fail(error)
+                transport.close()
+                raise
 
     # -- training ---------------------------------------------------------------------------------------
 
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
+    def step(self, x: Tensor | None, y: Tensor | None) -> Tensor | None:
         """Train on one mini-batch.
 
         Args:
@@ -123,37 +176,27 @@ class Pipeline:
             y: the targets, as many.
 
         Returns:
-            The mean loss of this mini-batch, at the weights its forward met: a detached scalar tensor.
+            The mean loss of this mini-batch, at the weights its forward met: a detached scalar tensor; None on ranks
+            that do not host the last stage.
 
         Raises:
             TypeError, ValueError: x and y that do not fit; nothing has happened then.
             StageError: what failed inside a stage; the pipeline is of no use after it.
         """
         self._check_usable(trains=True)
-        for stage in self._stages:
-            stage.check_trainable()
-        for label, value in (("x", x), ("y", y)):
-            if not isinstance(value, Tensor):
-                raise TypeError(
-                    f"{label} is a {type(value).__name__}; step takes tensors with samples along dimension 0"
+        engine = self._engine
+        with self._shared():
+            x = _samples("x", x) if engine.takes_x else None
+            # The first rank may be given y too, and then both are checked against each other.
+            y = _samples("y", y) if engine.takes_y or (engine.takes_x and isinstance(y, Tensor)) else None
+            for stage in engine.stages:
+                stage.check_trainable()
+            if x is not None and y is not None and len(x) != len(y):
+                raise ValueError(
+                    f"x has {len(x)} samples and y has {len(y)}; a mini-batch needs as many targets as inputs"
                 )
-            if not value.dim():
-                raise ValueError(f"{label} has no dimension; its first one counts the samples")
-        if len(x) != len(y):
-            raise ValueError(f"x has {len(x)} samples and y has {len(y)}; a mini-batch needs as many targets as inputs")
-        if not len(x):
-            raise ValueError("an empty mini-batch; pass at least one sample")
-        if x.is_inference():  # no graph can save such a tensor
-            x = x.clone()
-        parts = min(self.num_microbatches, len(x))
-        micros = []
-        for part, target in zip(torch.tensor_split(x, parts), torch.tensor_split(y, parts), strict=True):
-            micro = MicroBatch(self._next_microbatch, self.num_updates, len(part) / len(x))
-            micros.append((micro, part, target))
-            self._next_microbatch += 1
-        self.num_updates += 1
         with self._breaking():
-            return self._engine.step(micros)
+            return engine.step(x, y)
 
     def flush(self) -> None:
         """Run the backwards and updates that are left. After it every stage has made one update per mini-batch."""
@@ -161,15 +204,16 @@ class Pipeline:
         with self._breaking():
             self._engine.flush()
 
-    def infer(self, x: Tensor) -> Tensor:
+    def infer(self, x: Tensor | None) -> Tensor | None:
         """The model's output for ``x``, any number of samples, in eval mode, with the weights as they are.
 
         Batches in flight stay in flight. Modules that were in train mode are again after it.
         """
         self._check_usable()
-        for stage in self._stages:
-            x = stage.infer(x)
-        return x
+        with self._shared():
+            if self._engine.takes_x and not isinstance(x, Tensor):
+                raise TypeError(f"x is a {type(x).__name__}; infer takes a tensor with samples along dimension 0")
+            return self._engine.infer(x)
 
     def rng(self, stage: int, microbatch: int) -> AbstractContextManager[None]:
         """The context in which ``stage`` draws its random numbers for ``microbatch``.
@@ -179,14 +223,15 @@ class Pipeline:
         """
         if not 0 <= stage < self.num_stages:
             raise ValueError(f"stage={stage}: the pipeline has stages 0..{self.num_stages - 1}")
-        context: AbstractContextManager[None] = self._stages[stage].rng(microbatch)
-        return context
+        # The stage's own device and replica, or those of this rank's stage.
+        near = next((own for own in self._engine.stages if own.index == stage), self._engine.stages[0])
+        return seeded(microbatch_seed(self.seed, near.replica, stage, microbatch), near.device)
 
     # -- what it holds ------------------------------------------------------------------------------------
 
     def delays(self) -> dict[int, Counter[int]]:
         """``{stage: Counter({delay: micro-batches})}``, in updates, of the micro-batches that are through."""
-        return {stage.index: Counter(stage.delays) for stage in self._stages}
+        return {stage.index: Counter(stage.delays) for stage in self._engine.stages}
 
     def memory(self) -> dict[int, dict[str, int]]:
         """Bytes that each stage holds now, measured from its tensors.
@@ -197,32 +242,41 @@ class Pipeline:
         ``stash_peak``, its maximum so far. A graph is weighed by the storages it saves, once for each shape of
         input; one whose saved tensors go through hooks of the caller's weighs nothing.
         """
-        return {stage.index: stage.memory() for stage in self._stages}
+        return {stage.index: stage.memory() for stage in self._engine.stages}
 
     def activations_peak(self) -> dict[int, int]:
         """``{stage: bytes}``: the most that the stash and the graph that a backward recomputes took together."""
-        return {stage.index: stage.activations_peak for stage in self._stages}
+        return {stage.index: stage.activations_peak for stage in self._engine.stages}
 
     @property
     def stages(self) -> tuple[nn.Module, ...]:
         """The stages' modules, made of the model's own layers."""
-        return tuple(stage.module for stage in self._stages)
+        return tuple(stage.module for stage in self._engine.stages)
 
     @property
     def optimizers(self) -> tuple[Optimizer | None, ...]:
         """Each stage's optimizer; None where there is nothing to train."""
-        return tuple(stage.optimizer for stage in self._stages)
+        return tuple(stage.optimizer for stage in self._engine.stages)
+
+    @property
+    def num_updates(self) -> int:
+        """Mini-batches stepped."""
+        return self._engine.num_updates
 
     @property
     def in_flight(self) -> int:
-        """Micro-batches whose backward some stage has not run yet."""
-        return max(stage.in_flight for stage in self._stages)
+        """Micro-batches whose backward some stage of this process has not run yet."""
+        return max(stage.in_flight for stage in self._engine.stages)
 
     # -- saving -------------------------------------------------------------------------------------------
 
     def model_state_dict(self) -> dict[str, Tensor]:
-        """A snapshot of the whole model under the unsplit model's names; it loads into the plain model."""
-        return checkpoint.model_state_dict(self._stages)
+        """A snapshot of the whole model under the unsplit model's names; it loads into the plain model.
+
+        On every rank; where there are several, its tensors are on the CPU.
+        """
+        with self._shared():
+            return checkpoint.merge_model(self._engine.of_stages("model_state_dict", checkpoint.model_part))
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot: ``{"model", "optimizer", "scheduler", "num_updates"}``, of no particular K.
@@ -230,12 +284,9 @@ class Pipeline:
         ``optimizer`` is ``{"state": {name: ...}, "param_groups": [...]}`` by parameter name. Batches in flight
         are not part of it: flush first to have every stage at the same update.
         """
-        return {
-            "model": checkpoint.model_state_dict(self._stages),
-            "optimizer": checkpoint.optimizer_state_dict(self._stages),
-            "scheduler": checkpoint.scheduler_state_dict(self._stages),
-            "num_updates": self.num_updates,
-        }
+        with self._shared():
+            parts = self._engine.of_stages("state_dict", checkpoint.state_part)
+            return {**checkpoint.merge_state(parts), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned, here or at another K, method or engine.
@@ -245,22 +296,58 @@ class Pipeline:
             RuntimeError: batches are in flight.
         """
         self._check_usable(trains=True)
-        if self.in_flight:
-            raise RuntimeError(f"{self.in_flight} micro-batches are in flight; call flush() before load_state_dict()")
-        checkpoint.load_into(self._stages, state)
-        self.num_updates = state["num_updates"]
+
+        def check() -> Callable[[], None]:
+            if self.in_flight:
+                raise RuntimeError(
+                    f"{self.in_flight} micro-batches are in flight; call flush() before load_state_dict()"
+                )
+            scheduler = self._schedules_lr
+            return checkpoint.check_state(self._engine.stages, state, self._shapes, scheduler=scheduler)
+
+        load = self._engine.all_or_none("load_state_dict", check)
+        load()
+        self._engine.num_updates = state["num_updates"]
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
-        """Write `model_state_dict` to ``path`` with `torch.save`, on the CPU, whole or not at all."""
-        checkpoint.write_model(self.model_state_dict(), path)
+        """Write `model_state_dict` to ``path`` with `torch.save`, on the CPU, whole or not at all; rank 0 writes."""
+        with self._shared():
+            parts = self._engine.of_stages_to_first("save_model", checkpoint.model_part)
+        self._engine.all_or_none(
+            "save_model",
+            lambda: checkpoint.write_model(checkpoint.merge_model(parts), path) if parts is not None else None,
+        )
+
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write what ran when, on all ranks, as one Chrome trace (for chrome://tracing or ui.perfetto.dev); rank 0 writes.
+
+        Raises:
+            RuntimeError: the pipeline was made without ``trace=True``.
+        """
+        if not self._tracer.on:
+            raise RuntimeError("nothing has been traced; make the Pipeline with trace=True")
+        with self._shared():
+            processes = self._engine.gather("save_trace", (self._engine.name, self._tracer.spans))
+        self._engine.all_or_none(
+            "save_trace", lambda: write_chrome_trace(path, processes) if self._engine.is_first else None
+        )
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's ``value``, by rank, on every rank: for metrics that one rank knows. Picklable; one process: [value]."""
+        self._check_usable()
+        with self._shared():
+            return self._engine.gather("gather", value)
 
     # -- the end ------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Drop what is in flight. Training ends here; the model stays as it is."""
+        """Drop what is in flight, and leave the other ranks. Training ends here; the model stays as it is.
+
+        Each rank waits until all others have closed theirs, or have ended.
+        """
         if not self._closed:
             self._closed = True
-            self._engine.drop()
+            self._engine.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -268,6 +355,8 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None and not self._closed:
+            self._engine.fail(error)
         try:
             if kind is None and not self._closed and self._broken is None:
                 self.flush()
@@ -275,9 +364,11 @@ class Pipeline:
             self.close()
 
     def __repr__(self) -> str:
-        sizes = ", ".join(str(len(stage.module)) for stage in self._stages)  # type: ignore[arg-type]
+        own = self._engine.stages
+        sizes = ", ".join(str(len(stage.module)) for stage in own)  # type: ignore[arg-type]
+        here = "" if self._engine.alone else f"stage={own[0].index}, "
         return (
-            f"Pipeline(method={self.method.name!r}, num_stages={self.num_stages}, layers=[{sizes}], "
+            f"Pipeline(method={self.method.name!r}, num_stages={self.num_stages}, {here}layers=[{sizes}], "
             f"num_microbatches={self.num_microbatches}, num_updates={self.num_updates}, in_flight={self.in_flight})"
         )
 
@@ -291,13 +382,48 @@ class Pipeline:
 
     @contextmanager
     def _breaking(self) -> Iterator[None]:
-        """Half a slot cannot be taken back: what fails in the middle ends the pipeline."""
+        """Half a slot cannot be taken back: what fails in the middle ends the pipeline, on every rank."""
         try:
             yield
         except BaseException as error:
             self._broken = str(error) or type(error).__name__
-            self._engine.drop()
+            self._engine.fail(error)
             raise
+
+    @contextmanager
+    def _shared(self) -> Iterator[None]:
+        """What fails before anything has happened is harmless, unless other ranks are in the same call by now."""
+        if self._engine.alone:
+            yield
+        else:
+            with self._breaking():
+                yield
+
+
+def _samples(label: str, value: Any) -> Tensor:
+    """A tensor with at least one sample along dimension 0."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{label} is a {type(value).__name__}; step takes tensors with samples along dimension 0")
+    if not value.dim():
+        raise ValueError(f"{label} has no dimension; its first one counts the samples")
+    if not len(value):
+        raise ValueError("an empty mini-batch; pass at least one sample (each replica needs at least one)")
+    return value.clone() if value.is_inference() else value  # no graph can save an inference tensor
+
+
+def _check_world(num_stages: int, ranks: Ranks) -> None:
+    if num_stages == ranks.num_stages:
+        return
+    if ranks.num_replicas > 1:
+        raise ValueError(
+            f"num_stages={num_stages} but the mesh has {ranks.num_stages} ranks along its stage dimension; make the mesh "
+            f"({ranks.num_replicas}, {num_stages}), with {ranks.num_replicas * num_stages} ranks, or pass "
+            f"num_stages={ranks.num_stages}"
+        )
+    raise ValueError(
+        f"num_stages={num_stages} but {ranks.num_stages} ranks take part, and each hosts one stage; start {num_stages} "
+        f"(torchrun --nproc-per-node {num_stages}), pass num_stages={ranks.num_stages}, or a mesh for several replicas"
+    )
 
 
 def _whole(label: str, value: Any) -> int:
@@ -360,21 +486,30 @@ def _checked_scheduler(make: Callable[[Optimizer], Any] | None) -> Callable[[Opt
     return checked
 
 
-def _places(modules: Sequence[nn.Module], devices: Device | Sequence[Device] | None) -> list[torch.device]:
-    """Each stage's device; the modules are moved there if ``devices`` says so."""
+def _places(
+    modules: Sequence[nn.Module], devices: Device | Sequence[Device] | None, only: int | None = None
+) -> list[torch.device]:
+    """Each stage's device; the modules are moved there if ``devices`` says so.
+
+    Args:
+        only: the one stage that this process hosts: the others' devices are not touched.
+    """
     if devices is not None:
         given = [devices] * len(modules) if isinstance(devices, (torch.device, str, int)) else list(devices)
         if len(given) != len(modules):
             raise ValueError(
                 f"devices has {len(given)} entries for {len(modules)} stages; pass one device, or one per stage"
             )
+        hosted = range(len(modules)) if only is None else [only]
         # A tensor knows the index that "cuda" leaves out.
         try:
-            places = [torch.empty(0, device=device).device for device in given]
+            places = [
+                torch.empty(0, device=device if index in hosted else "cpu").device for index, device in enumerate(given)
+            ]
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(f"devices={devices!r}: torch cannot use them ({str(error).splitlines()[0]})") from error
-        for module, place in zip(modules, places, strict=True):
-            module.to(place)
+        for index in hosted:
+            modules[index].to(places[index])
         return places
     found = [stage_device(module) for module in modules]
     # A stage without tensors works where the stage before it does, or the first that has any.

@@ -104,6 +104,17 @@ class StageOrder:
         self.next_backward = 0  # micro-batch
         self.next_update = 0  # mini-batch
         self._left: deque[int] = deque()  # backwards left in each open mini-batch
+        self._begun = False  # whether the B of the next slot has been handed out by `begin`
+
+    def begin(self) -> Slot:
+        """What comes before the first F of the next mini-batch, of whatever size it is; `minibatch` gives the rest.
+
+        For a stage that learns the number of micro-batches from its first input.
+        """
+        if self._begun or not self.backward_first or not self._due():
+            return ()
+        self._begun = True
+        return self._backward()
 
     def minibatch(self, num_microbatches: int) -> list[Slot]:
         """The slots of the next mini-batch, which has ``num_microbatches`` micro-batches."""
@@ -116,14 +127,17 @@ class StageOrder:
         return [self._backward() for _ in range(self.next_backward, self.next_forward)]
 
     def _slot(self) -> Slot:
-        micro = self.next_forward
-        # After a flush the lead builds up again: micro - lead may be long done.
-        due = not self.forward_all and micro - self.lead >= self.next_backward
+        forward: Slot = (Action("F", self.next_forward),)
+        due = not self._begun and self._due()
+        self._begun = False
         self.next_forward += 1
-        forward: Slot = (Action("F", micro),)
         if not due:
             return forward
         return self._backward() + forward if self.backward_first else forward + self._backward()
+
+    def _due(self) -> bool:
+        """Whether the next slot has a B; after a flush the lead builds up again: its B may be long done."""
+        return not self.forward_all and self.next_forward - self.lead >= self.next_backward
 
     def _backward(self) -> Slot:
         backward = Action("B", self.next_backward)

@@ -64,6 +64,25 @@ class StageError(RuntimeError):
         }[action.kind]
         super().__init__(f"stage {stage}, {doing} (mini-batch {minibatch}): {type(cause).__name__}: {cause}")
 
+    @classmethod
+    def told(cls, text: str, stage: int, microbatch: int | None, minibatch: int) -> StageError:
+        """What another worker's StageError said, without its cause."""
+        error = cls.__new__(cls)
+        RuntimeError.__init__(error, text)
+        error.stage, error.microbatch, error.minibatch = stage, microbatch, minibatch
+        return error
+
+    @classmethod
+    @contextmanager
+    def naming(cls, stage: int, action: Action, minibatch: int) -> Iterator[None]:
+        """Within it an exception becomes a StageError that says where."""
+        try:
+            yield
+        except StageError:
+            raise
+        except Exception as error:
+            raise cls(stage, action, minibatch, error) from error
+
 
 class Stage:
     """A contiguous part of the network with its own optimizer.

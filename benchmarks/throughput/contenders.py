@@ -1,0 +1,166 @@
+"""What is compared: dtrp's methods, the schedules of torch.distributed.pipelining, and one worker, behind one `step`.
+
+All of them train the same stages on the same mini-batches and make one optimizer step a mini-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleavedZeroBubble
+from torch.optim import Optimizer
+
+import dtrp
+from dtrp.schedule import steady_delay
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+
+SCHEDULES: dict[str, Any] = {
+    "GPipe": ScheduleGPipe,
+    "1F1B": Schedule1F1B,
+    "InterleavedZeroBubble": ScheduleInterleavedZeroBubble,
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who trains, how.
+
+    Args:
+        engine: ``"dtrp"``, ``"torch"`` (torch.distributed.pipelining), or ``"plain"`` (rank 0 alone, a plain loop).
+        method: a row of dtrp or one of `SCHEDULES`; of no meaning to ``"plain"``.
+        num_microbatches: A.
+    """
+
+    engine: Literal["dtrp", "torch", "plain"]
+    method: str = ""
+    num_microbatches: int = 1
+
+    @property
+    def name(self) -> str:
+        if self.engine == "plain":
+            return "one worker"
+        return f"torch {self.method}" if self.engine == "torch" else self.method
+
+    def stages_per_rank(self) -> int:
+        return 2 if self.method == "InterleavedZeroBubble" else 1
+
+    def recomputes(self, num_stages: int, stage: int) -> bool:
+        return self.engine == "dtrp" and dtrp.get_method(self.method).recomputes(num_stages, stage)
+
+    def delay(self, num_stages: int) -> int:
+        """The largest delay in steady state, in updates: that of stage 0's first micro-batch."""
+        if self.engine != "dtrp":
+            return 0
+        return steady_delay(dtrp.get_method(self.method), num_stages, 0, self.num_microbatches, 0)
+
+
+class Running(Protocol):
+    """A contender at work in this rank."""
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """One mini-batch; the loss on the last rank."""
+
+    def close(self) -> None:
+        """Finish what is in flight."""
+
+
+class _Dtrp:
+    def __init__(
+        self, contender: Contender, stages: Sequence[nn.Module], optimizer: MakeOptimizer, loss_fn: LossFn
+    ) -> None:
+        self.pipe = dtrp.Pipeline(
+            list(stages),
+            optimizer,
+            loss_fn,
+            num_stages=len(stages),
+            method=contender.method,
+            num_microbatches=contender.num_microbatches,
+            seed=0,
+            timeout_s=120.0,
+        )
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor | None:
+        return self.pipe.step(x, y)
+
+    def close(self) -> None:
+        self.pipe.flush()
+        self.pipe.close()
+
+
+class _Torch:
+    def __init__(
+        self, contender: Contender, stages: Sequence[nn.Module], optimizer: MakeOptimizer, loss_fn: LossFn, x: Tensor
+    ) -> None:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        parts = contender.num_microbatches
+        hosted, h = {}, torch.tensor_split(x, parts)[0]
+        for index, stage in enumerate(stages):  # what goes between stages, by example
+            out = stage(h).detach().requires_grad_()
+            if index % world == rank:
+                device = torch.device("cpu")
+                hosted[index] = PipelineStage(stage, index, len(stages), device, input_args=(h,), output_args=(out,))
+            h = out
+        self.first, self.last = rank == 0, rank == world - 1
+        self.optimizer = optimizer([p for index in hosted for p in stages[index].parameters()])
+        own = list(hosted.values())
+        schedule = SCHEDULES[contender.method]
+        self.schedule = schedule(own if contender.stages_per_rank() > 1 else own[0], parts, loss_fn=loss_fn)
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor | None:
+        self.optimizer.zero_grad()
+        losses: list[Tensor] = []
+        inputs = (x,) if self.first else ()
+        target = {"target": y, "losses": losses} if self.last else {}
+        self.schedule.step(*inputs, **target, return_outputs=False)
+        self.optimizer.step()
+        return torch.stack([loss.detach() for loss in losses]).mean() if self.last else None
+
+    def close(self) -> None:
+        pass
+
+
+class _Plain:
+    def __init__(self, stages: Sequence[nn.Module], optimizer: MakeOptimizer, loss_fn: LossFn) -> None:
+        self.works = dist.get_rank() == 0
+        self.model = nn.Sequential(*stages)
+        self.optimizer = optimizer(list(self.model.parameters()))
+        self.loss_fn = loss_fn
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor | None:
+        if not self.works:
+            return None
+        self.optimizer.zero_grad()
+        loss = self.loss_fn(self.model(x), y)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def close(self) -> None:
+        pass
+
+
+def start(
+    contender: Contender, stages: Sequence[nn.Module], optimizer: MakeOptimizer, loss_fn: LossFn, x: Tensor
+) -> Running:
+    """Put a contender to work; collective. ``stages``: all of them, of which a rank trains its own; ``x``: a mini-batch."""
+    if contender.engine == "dtrp":
+        return _Dtrp(contender, stages, optimizer, loss_fn)
+    if contender.engine == "torch":
+        return _Torch(contender, stages, optimizer, loss_fn, x)
+    return _Plain(stages, optimizer, loss_fn)
+
+
+def chosen(contenders: Sequence[Contender], only: Sequence[str]) -> list[Contender]:
+    """Those whose names are in ``only``; all where it is empty."""
+    unknown = set(only) - {contender.name for contender in contenders}
+    if unknown:
+        names = ", ".join(dict.fromkeys(repr(contender.name) for contender in contenders))
+        raise SystemExit(f"--only {' '.join(map(repr, sorted(unknown)))}: choose among {names}")
+    return [contender for contender in contenders if not only or contender.name in only]

@@ -1,0 +1,74 @@
+"""How fast the stages of a pipeline train, in processes of their own.
+
+    python benchmarks/throughput/run.py sleeping     # the order of work alone: dtrp's methods beside torch's schedules
+    python benchmarks/throughput/run.py compute      # ResNets on two cores, each contender at its own best cut
+    python benchmarks/throughput/run.py links        # what latency costs
+    python benchmarks/throughput/run.py tun          # the same on a real delayed link; as root on Linux
+
+Contenders take turns within one run, and ratios are of medians over its rounds. Each part prints its table and
+appends a line for each configuration to results/<part>.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import compute
+import sleeping
+import tun
+from ranks import launch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
+    for name, stages, rounds, minibatches in (
+        ("sleeping", [2, 4, 8], 5, 20),
+        ("links", [4], 5, 20),
+        ("tun", [2], 5, 20),
+        ("compute", [2], 7, 12),
+    ):
+        part = parts.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        if name in ("sleeping", "links"):
+            part.add_argument("--stages", type=int, nargs="+", default=stages, help="numbers of stages, K")
+        part.add_argument("--rounds", type=int, default=rounds, help="turns of every contender")
+        part.add_argument("--minibatches", type=int, default=minibatches, help="timed in a turn")
+        part.add_argument("--only", nargs="+", default=[], metavar="CONTENDER", help="leave the others out")
+        part.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{name}.jsonl")
+        if name == "compute":
+            part.add_argument("--models", nargs="+", default=["resnet20", "resnet56"])
+            part.add_argument("--batch", type=int, default=128)
+            part.add_argument("--microbatches", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers to try, A")
+            part.add_argument("--trial", type=int, default=6, help="mini-batches timed for a candidate cut")
+    options = parser.parse_args()
+    run = time.strftime("%Y-%m-%dT%H:%M:%S")
+    if options.part == "compute":
+        for model in options.models:
+            launch(
+                compute.compute,
+                2,
+                compute.Options(
+                    model=model,
+                    batch=options.batch,
+                    rounds=options.rounds,
+                    minibatches=options.minibatches,
+                    trial=options.trial,
+                    microbatches=tuple(options.microbatches),
+                    only=tuple(options.only),
+                    out=options.out,
+                    run=run,
+                ),
+            )
+        return
+    settings = sleeping.Options(options.rounds, options.minibatches, tuple(options.only), options.out, run)
+    if options.part == "tun":
+        tun.run(settings)
+        return
+    for num_stages in options.stages:
+        launch(getattr(sleeping, options.part), num_stages, settings)
+
+
+if __name__ == "__main__":
+    main()

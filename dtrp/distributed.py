@@ -1,0 +1,330 @@
+"""The engine that runs one stage a process, over `torch.distributed`.
+
+The slots are those of the local engine; what differs is that an input may have to be waited for. What
+a rank does in slot m of a method that recomputes, backward first::
+
+      1. recompute m - lead                   the forward that is repeated hides the message of 2
+      2. wait for the gradient of m - lead    sent by the stage after, in its last slot
+      3. differentiate; send the input's gradient; U if it was the mini-batch's last
+      4. wait for the input of m              sent by the stage before, in its last slot
+      5. forward; send the output
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import on_cpu
+from .engine import Losses
+from .messages import Kind, Message, Note, memory_of
+from .methods import Method
+from .schedule import Action, StageOrder
+from .stage import Stage, StageError
+from .stash import MicroBatch
+from .trace import Tracer
+from .transport import Receiver, Transport
+
+T = TypeVar("T")
+
+
+class DistributedEngine:
+    """One stage of the pipeline, in this process; the others are other ranks'.
+
+    Args:
+        stage: this rank's.
+        method: the row to work by.
+        num_microbatches: A; it matters on the first rank alone, whose messages tell the others.
+        transport: the connections to the other ranks.
+        tracer: hears of every action.
+        loss_on: ``"last"``, or ``"all"``: every rank waits for the last one's loss in every step.
+    """
+
+    alone = False
+
+    def __init__(
+        self,
+        stage: Stage,
+        method: Method,
+        num_microbatches: int,
+        transport: Transport,
+        tracer: Tracer,
+        loss_on: str,
+    ) -> None:
+        ranks = transport.ranks
+        self.stages = (stage,)
+        self.takes_x, self.takes_y = ranks.before is None, ranks.after is None
+        self.is_first = ranks.rank == ranks.all[0]
+        replica = f" of replica {ranks.replica}" if ranks.num_replicas > 1 else ""
+        self.name = f"rank {ranks.rank}: stage {ranks.stage}{replica}"
+        self.num_updates = 0
+        self._stage, self._transport, self._tracer, self._loss_on = stage, transport, tracer, loss_on
+        self._num_microbatches = num_microbatches
+        self._order = StageOrder(method, ranks.num_stages, ranks.stage)
+        self._losses = Losses(ranks.num_stages - 1, at_once=stage.device.type == "cpu")
+        self._inputs: deque[Tensor] = deque()  # of the current mini-batch, on the first rank
+        self._targets: deque[Tensor] = deque()  # of the current mini-batch, on the last rank
+        self._notes: deque[Note] = deque()  # of the micro-batches between F and B
+        self._samples: deque[int] = deque()  # in each mini-batch that has not had its U
+        self._given: Note | None = None  # what the first rank's messages of the current mini-batch say
+        self._message: Message | None = None  # received to learn `_given` from, and not yet used
+        self._mean_loss: float | None = None  # over all replicas
+        self._next_microbatch = 0
+
+    def step(self, x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        self._begin(f"in step {self.num_updates}")
+        self._losses.check()
+        for action in self._order.begin():
+            self._do(action)
+        note = self._first_note(x, y) if self.takes_x else self._received_note()
+        if self.takes_y:
+            assert y is not None
+            if not self.takes_x:
+                _check_targets(note, y)
+            self._targets.extend(torch.tensor_split(y, note.parts))
+        self._given = note
+        self._samples.append(note.total)
+        for slot in self._order.minibatch(note.parts):
+            for action in slot:
+                self._do(action)
+        self.num_updates += 1
+        self._transport.num_updates = self.num_updates
+        loss = self._losses.total() if self.takes_y else None
+        if loss is not None and self._mean_loss is not None:
+            loss = loss.new_tensor(self._mean_loss)
+        if self._loss_on == "all":
+            loss = self._transport.spread_back("step", loss)
+        return loss
+
+    def _first_note(self, x: Tensor | None, y: Tensor | None) -> Note:
+        assert x is not None
+        parts = min(self._num_microbatches, len(x))
+        self._inputs.extend(torch.tensor_split(x, parts))
+        checksum = _checksum(y) if y is not None and not self.takes_y else -1
+        return Note(-1, self.num_updates, parts, 0, len(x), checksum)
+
+    def _received_note(self) -> Note:
+        self._message = self._receive(self._transport.forward_in, "forward", self._next_microbatch)
+        return self._message.note
+
+    def flush(self) -> None:
+        self._begin("in flush()")
+        steps = self._transport.exchange("flush", self.num_updates)
+        if len(set(steps)) > 1:
+            counts = ", ".join(f"{n} on rank {rank}" for rank, n in zip(self._transport.ranks.all, steps, strict=True))
+            raise RuntimeError(
+                f"step() was called {counts} times; every rank must call step() the same number of times"
+            )
+        for slot in self._order.flush():
+            for action in slot:
+                self._do(action)
+        self._losses.check()
+        self._stage.rest()
+
+    def infer(self, x: Tensor | None) -> Tensor | None:
+        self._begin("in infer()")
+        return self._transport.hand_over("infer", x, self._stage.infer)
+
+    def gather(self, method: str, value: T) -> list[T]:
+        self._begin(f"in {method}()")
+        return self._transport.exchange(method, value)
+
+    def of_stages(self, method: str, part: Callable[[Stage], T]) -> list[T]:
+        return self.gather(method, self._own(part))[: self._transport.ranks.num_stages]
+
+    def of_stages_to_first(self, method: str, part: Callable[[Stage], T]) -> list[T] | None:
+        self._begin(f"in {method}()")
+        values = self._transport.collect(method, self._own(part))
+        return None if values is None else values[: self._transport.ranks.num_stages]
+
+    def all_or_none(self, method: str, job: Callable[[], T]) -> T:
+        error: Exception | None = None
+        try:
+            result = job()
+        except Exception as failed:
+            error = failed
+        errors = self.gather(method, None if error is None else str(error) or type(error).__name__)
+        if error is not None:
+            raise error
+        for rank, text in zip(self._transport.ranks.all, errors, strict=True):
+            if text is not None:
+                raise RuntimeError(f"{method}() failed on rank {rank}: {text}")
+        return result
+
+    def _own(self, part: Callable[[Stage], T]) -> Any:
+        """Replicas agree, so the first speaks for all."""
+        return on_cpu(part(self._stage)) if self._transport.ranks.replica == 0 else None
+
+    def fail(self, error: BaseException) -> None:
+        self._transport.fail(error)
+        self._drop()
+
+    def close(self) -> None:
+        self._drop()
+        self._transport.close()
+
+    def _drop(self) -> None:
+        self._stage.drop()
+        for held in (self._inputs, self._targets, self._notes, self._samples):
+            held.clear()
+        self._message = self._given = None
+        self._losses.drop()
+
+    def _begin(self, doing: str) -> None:
+        self._transport.board.doing = doing
+        self._transport.board.check()
+
+    # -- one action -----------------------------------------------------------------------------------------
+
+    def _do(self, action: Action) -> None:
+        lane = f"stage {self._stage.index}"
+        with self._tracer.span(f"{action.kind}{action.index}", action.kind, lane):
+            {"F": self._forward, "B": self._backward, "U": self._update}[action.kind](action)
+
+    def _forward(self, action: Action) -> None:
+        assert self._given is not None
+        m = action.index
+        if self.takes_x:
+            x = self._inputs.popleft()
+            note = self._given._replace(microbatch=m, samples=len(x))
+        else:
+            message = self._message or self._receive(self._transport.forward_in, "forward", m)
+            self._message, note = None, message.note
+            assert message.tensor is not None
+            x = message.tensor
+        micro = MicroBatch(m, self.num_updates, note.samples / note.total)
+        with StageError.naming(self._stage.index, action, micro.minibatch):
+            out = self._stage.forward(micro, x, self._targets.popleft() if self.takes_y else None)
+            if self.takes_y:
+                self._losses.add(micro, out)
+            else:
+                assert self._transport.forward_out is not None
+                self._transport.forward_out.send(Kind.TENSOR, note, out)
+        self._notes.append(note._replace(minibatch=self.num_updates))
+        self._next_microbatch = m + 1
+
+    def _backward(self, action: Action) -> None:
+        note = self._notes.popleft()
+        gradient = None
+        with StageError.naming(self._stage.index, action, note.minibatch):
+            self._stage.recompute()
+        if not self.takes_y:
+            gradient = self._receive(self._transport.backward_in, "backward", action.index).tensor
+        with StageError.naming(self._stage.index, action, note.minibatch):
+            gradient = self._stage.backward(gradient)
+            if not self.takes_x:
+                assert self._transport.backward_out is not None
+                kind = Kind.NOTHING if gradient is None else Kind.TENSOR
+                self._transport.backward_out.send(kind, note, gradient)
+
+    def _update(self, action: Action) -> None:
+        samples = self._samples.popleft()
+        with StageError.naming(self._stage.index, action, self._stage.version):
+            if self._transport.ranks.num_replicas > 1:
+                loss = self._losses.sum() if self.takes_y else 0.0
+                self._mean_loss = self._transport.average(self._stage.gradients, self._stage.parameters, samples, loss)
+            self._stage.update()
+
+    def _receive(self, link: Receiver | None, direction: str, m: int) -> Message:
+        assert link is not None
+        with self._tracer.span(f"wait {direction} {m}", "wait", f"stage {self._stage.index}"):
+            message = self._transport.receive(link, lambda: f"the {direction} message of micro-batch {m}")
+        assert message.note.microbatch == m, f"expected micro-batch {m}, received {message.note}"
+        return message
+
+
+def agree(
+    transport: Transport, modules: Sequence[nn.Module], device: torch.device, settings: dict[str, Any], seed: int
+) -> int:
+    """Make all ranks one pipeline: what must be the same is, the first rank's initial values are taken, and links made.
+
+    Args:
+        modules: of all stages.
+        device: of this rank's stage.
+        settings: what else must be the same on every rank, by the name of its argument.
+        seed: the first rank's is everyone's.
+
+    Returns:
+        The seed.
+
+    Raises:
+        ValueError: a rank differs from the first.
+    """
+    ranks = transport.ranks
+    settings = {**settings, "method": _values(settings["method"])}
+    own = {"settings": settings, "stages": [_fingerprint(module) for module in modules]}
+    facts = transport.exchange("Pipeline", (own, socket.gethostname(), str(device)))
+    for rank, (theirs, _, _) in zip(ranks.all, facts, strict=True):
+        _check_alike(rank, theirs, facts[0][0])
+    values = [_tensors(module) for module in modules] * ranks.num_replicas
+    given = transport.scatter("Pipeline", on_cpu(values) if ranks.rank == ranks.all[0] else None)
+    with torch.no_grad():
+        for name, tensor in _tensors(modules[ranks.stage]).items():
+            tensor.copy_(given[name])
+    seed = transport.spread("Pipeline", seed)
+    # NCCL carries tensors between GPUs of which each rank has one to itself.
+    places = [(host, place) for _, host, place in facts]
+    apart = len(set(places)) == len(places) and all(place.startswith("cuda") for _, place in places)
+    transport.connect(device, "nccl" if apart and torch.distributed.is_nccl_available() else "gloo")
+    return int(seed)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict([*module.named_parameters(), *module.named_buffers()])
+
+
+def _fingerprint(module: nn.Module) -> dict[str, str]:
+    """What a stage's tensors are, by name."""
+    return {
+        name: f"shape {tuple(t.shape)}, {t.dtype}, {'trained' if t.requires_grad else 'not trained'}"
+        for name, t in _tensors(module).items()
+    }
+
+
+def _values(method: Method) -> dict[str, Any]:
+    """A method as values that can be compared; a predictor object by its type."""
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    if not isinstance(method.predict, (str, NoneType)):
+        values["predict"] = type(method.predict).__name__
+    return values
+
+
+def _check_alike(rank: int, theirs: dict[str, Any], first: dict[str, Any]) -> None:
+    same = "make the same Pipeline on every rank"
+    for name, value in first["settings"].items():
+        if theirs["settings"][name] != value:
+            raise ValueError(f"rank {rank} has {name}={theirs['settings'][name]}, rank 0 has {value}; {same}")
+    for stage, (a, b) in enumerate(zip(theirs["stages"], first["stages"], strict=True)):
+        for name in dict.fromkeys([*b, *a]):
+            if a.get(name) != b.get(name):
+                raise ValueError(
+                    f"the models differ: {name} of stage {stage} is {a.get(name, 'missing')} on rank {rank}, "
+                    f"{b.get(name, 'missing')} on rank 0; {same}"
+                )
+
+
+def _checksum(y: Tensor) -> int:
+    """Of the targets' values, shape and dtype; -1 where looking at them would hold up an accelerator."""
+    if y.device.type != "cpu":
+        return -1
+    y = y.detach().contiguous()
+    shape = repr((tuple(y.shape), y.dtype)).encode()
+    return zlib.crc32(memory_of(y), zlib.crc32(shape))
+
+
+def _check_targets(note: Note, y: Tensor) -> None:
+    seed = "seed the sampler, so that every rank sees the same mini-batches"
+    if len(y) != note.total:
+        raise ValueError(f"the first rank was given {note.total} samples and the last rank {len(y)} targets; {seed}")
+    if note.checksum != -1 and y.device.type == "cpu" and _checksum(y) != note.checksum:
+        raise ValueError(
+            f"the first and the last rank were given different targets for mini-batch {note.minibatch}; {seed}"
+        )

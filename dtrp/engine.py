@@ -1,0 +1,115 @@
+"""What `Pipeline` asks of an engine, and the bookkeeping of losses that engines share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from .schedule import Action
+from .stage import Stage, StageError
+from .stash import MicroBatch
+
+T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """Runs the slots of this process's stages: all of them (`LocalEngine`), or one (`DistributedEngine`)."""
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """This process's stages."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other rank takes part."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files."""
+
+    @property
+    def name(self) -> str:
+        """Of this process, for people."""
+
+    @property
+    def takes_x(self) -> bool:
+        """Whether this process hosts the first stage."""
+
+    @property
+    def takes_y(self) -> bool:
+        """Whether this process hosts the last stage."""
+
+    num_updates: int  # mini-batches stepped
+
+    def step(self, x: Tensor | None, y: Tensor | None) -> Tensor | None: ...
+    def flush(self) -> None: ...
+    def infer(self, x: Tensor | None) -> Tensor | None: ...
+
+    def gather(self, method: str, value: T) -> list[T]:
+        """Every process's value, by rank, on every rank; ``method``, called on every rank, is for messages."""
+
+    def of_stages(self, method: str, part: Callable[[Stage], T]) -> list[T]:
+        """``part`` of every stage, on every rank."""
+
+    def of_stages_to_first(self, method: str, part: Callable[[Stage], T]) -> list[T] | None:
+        """``part`` of every stage, on the first rank; None elsewhere."""
+
+    def all_or_none(self, method: str, job: Callable[[], T]) -> T:
+        """Run ``job`` on every rank; if it fails on one, every rank raises, and the run goes on."""
+
+    def fail(self, error: BaseException) -> None:
+        """An error ends the run: let go of what is in flight, and tell the other ranks."""
+
+    def close(self) -> None:
+        """Let go of what is in flight, and of the other ranks."""
+
+
+class Losses:
+    """The shares of a mini-batch's loss, and whether they are finite.
+
+    Args:
+        at_once: look at each before anything is learned from it. Else, since looking would make the launches of
+            a slot wait for an accelerator, when the next mini-batch comes.
+    """
+
+    def __init__(self, last_stage: int, *, at_once: bool) -> None:
+        self._last_stage = last_stage
+        self._at_once = at_once
+        self._terms: list[Tensor] = []  # of the current mini-batch
+        self._unseen: list[tuple[MicroBatch, Tensor]] = []
+
+    def add(self, micro: MicroBatch, loss: Tensor) -> None:
+        self._terms.append(loss)
+        self._unseen.append((micro, loss))
+        if self._at_once:
+            self.check()
+
+    def sum(self) -> float:
+        """Of the current mini-batch's so far."""
+        return sum(float(term) for term in self._terms)
+
+    def total(self) -> Tensor:
+        """The mini-batch's loss; the next one begins."""
+        total = self._terms[0]
+        for term in self._terms[1:]:
+            total = total + term
+        self._terms.clear()
+        return total
+
+    def check(self) -> None:
+        """Refuse a loss that is not finite."""
+        for micro, loss in self._unseen:
+            if not torch.isfinite(loss):
+                cause = FloatingPointError(
+                    f"the loss of mini-batch {micro.minibatch} is {loss.item()}; lower the learning rate, or look at "
+                    "the data of this mini-batch"
+                )
+                raise StageError(self._last_stage, Action("F", micro.index), micro.minibatch, cause) from cause
+        self._unseen.clear()
+
+    def drop(self) -> None:
+        self._terms.clear()
+        self._unseen.clear()

@@ -1,0 +1,173 @@
+"""What ends a run of several ranks, said once and heard on every rank.
+
+A `Board` is where a rank's threads meet: the helper threads of `dtrp.transport` put up what arrives and what
+fails, and the main thread waits there, and only there. The wait is Python's own, so that Ctrl-C and
+SIGTERM are heard in it; it ends with what was waited for, with a failure on any rank, or after ``timeout_s``.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from .stage import StageError
+
+T = TypeVar("T")
+_SLICE_S = 0.5  # the longest that a notice which slipped through goes unseen
+_NEWS_S = 1.0  # from a process's death to the watch's word of it, at most
+
+
+class WorkerError(RuntimeError):
+    """Another rank ended the run; the message names it and says why."""
+
+
+class WaitTimeoutError(WorkerError, TimeoutError):
+    """A rank waited longer than ``timeout_s`` for another."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run ends.
+
+    Args:
+        kind: ``gone`` (a process that ended without a word), ``timeout``, ``stage`` (a `StageError`), ``ended``
+            (anything else).
+        rank: who is to blame.
+        text: the reason, beginning with the rank it is about; a `StageError`'s message for ``stage``.
+        place: a `StageError`'s (stage, microbatch, minibatch).
+        trace: the traceback on that rank.
+    """
+
+    kind: Literal["gone", "timeout", "stage", "ended"]
+    rank: int
+    text: str
+    place: tuple[int, int | None, int] | None = None
+    trace: str = ""
+
+    @classmethod
+    def of(cls, rank: int, error: BaseException) -> Failure:
+        """What ``error``, raised on ``rank``, is for the other ranks."""
+        trace = "".join(traceback.format_exception(error))
+        if isinstance(error, StageError):
+            return cls("stage", rank, str(error), (error.stage, error.microbatch, error.minibatch), trace)
+        if isinstance(error, WaitTimeoutError):
+            return cls("timeout", rank, str(error))
+        if isinstance(error, KeyboardInterrupt):
+            return cls("ended", rank, f"rank {rank} was interrupted")
+        if isinstance(error, SystemExit):
+            return cls("ended", rank, f"rank {rank} has ended (exit code {error.code})")
+        return cls("ended", rank, f"rank {rank} has ended with {type(error).__name__}: {error}", None, trace)
+
+    def error(self, doing: str) -> Exception:
+        """The exception for a rank that hears of it while it was ``doing`` something."""
+        if self.kind == "stage":
+            assert self.place is not None
+            error: Exception = StageError.told(self.text, *self.place)
+        elif self.kind == "timeout":
+            error = WaitTimeoutError(self.text)
+        else:
+            error = WorkerError(f"{self.text}; this process was {doing}")
+        if self.trace:
+            error.__cause__ = WorkerError(f"on rank {self.rank}:\n{self.trace}")
+        return error
+
+
+class Board:
+    """Where the threads of one rank meet.
+
+    Args:
+        timeout_s: the longest wait.
+        on_failure: called once, by the thread that brings the first failure; must not block.
+    """
+
+    def __init__(self, timeout_s: float, on_failure: Callable[[Failure], None]) -> None:
+        self.timeout_s = timeout_s
+        self.doing = "starting"  # for messages
+        self.failure: Failure | None = None
+        self.raised = False  # whether the main thread knows
+        self._on_failure = on_failure
+        self._first = threading.Lock()
+        self._condition = threading.Condition()
+
+    def fail(self, failure: Failure) -> None:
+        """The run ends because of ``failure``, unless it already does because of another."""
+        with self._first:
+            if self.failure is not None:
+                return
+            self.failure = failure  # before anything that may wait: a signal handler polls it
+        self._on_failure(failure)
+        self.notify()
+
+    def notify(self) -> None:
+        """Something has been put up."""
+        with self._condition:
+            self._condition.notify_all()
+
+    def check(self) -> None:
+        """Raise what has failed."""
+        if self.failure is not None:
+            self.raised = True
+            raise self.failure.error(self.doing)
+
+    def wait(self, take: Callable[[], T | None], describe: Callable[[], str]) -> T:
+        """Wait until ``take`` returns something.
+
+        Args:
+            take: looks for what is waited for; must not block.
+            describe: who waits for what, "rank 1 ... for rank 0: ...", with ``{}`` where the seconds belong.
+
+        Raises:
+            WaitTimeoutError: after ``timeout_s``.
+            StageError, WorkerError: the run has failed.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        with self._condition:
+            while True:
+                value = take()
+                if value is not None:
+                    return value
+                self.check()
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise WaitTimeoutError(describe().format(f"{self.timeout_s:g} s"))
+                self._condition.wait(min(left, _SLICE_S))
+
+
+class SigtermHandler:
+    """SIGTERM as an exception in the main thread, one that names who failed.
+
+    torchrun ends the other workers so when one has died, and the signal is often faster than the news. Installed
+    only where nobody else listens, and only in the main thread; `restore` puts things back.
+    """
+
+    def __init__(self, board: Board, rank: int) -> None:
+        self._board, self._rank = board, rank
+        self._before: Any = None
+        try:
+            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                self._before = signal.signal(signal.SIGTERM, self._handle)
+        except ValueError:  # not the main thread
+            return
+
+    def restore(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._board.raised:  # the process is ending already, and saying why
+            return
+        until = time.monotonic() + _NEWS_S
+        while self._board.failure is None and time.monotonic() < until:
+            time.sleep(0.01)
+        self._board.fail(Failure("ended", self._rank, f"rank {self._rank} was told to end (SIGTERM)"))
+        own = self._board.failure is not None and self._board.failure.rank == self._rank
+        if not own:
+            self._board.check()
+        self._board.raised = True
+        raise SystemExit(128 + number)

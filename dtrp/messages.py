@@ -1,0 +1,136 @@
+"""What one message between two ranks looks like: a header of fixed size, and a tensor that arrives as it lay.
+
+::
+
+    0                 512              512 + shift          nbytes
+    | header, int64s  | (to the place  | the tensor's       |
+    |                 |  in its line)  | elements, as laid  |
+
+Both sides lay a buffer at the beginning of a line, so that the received tensor, which stands on the
+buffer itself, has the strides of the one sent and its address modulo the line: see `dtrp.aligned`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .aligned import LINE_BYTES, Layout, aligned_room
+
+HEADER_BYTES = LINE_BYTES
+_WORDS = HEADER_BYTES // 8
+_MAGIC = 0x64747270_0001  # "dtrp", and the version of this layout
+_MOST_DIMS = 24
+_DTYPES = (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,
+    torch.int64, torch.bool, torch.complex64, torch.complex128,
+)  # fmt: skip
+
+
+class Kind(IntEnum):
+    """What a message is."""
+
+    TENSOR = 0
+    NOTHING = 1  # no tensor: a gradient that does not exist
+    OBJECT = 2  # a pickled object
+    GROW = 3  # the next message needs a buffer of so many bytes
+    END = 4  # the sender sends no more
+
+
+class Note(NamedTuple):
+    """What a message says of its micro-batch.
+
+    Args:
+        microbatch, minibatch: m and b(m).
+        parts: micro-batches in the mini-batch.
+        samples: in the micro-batch.
+        total: samples in the mini-batch.
+        checksum: of the mini-batch's targets as the first rank was given them; -1: it was not.
+    """
+
+    microbatch: int = -1
+    minibatch: int = -1
+    parts: int = 0
+    samples: int = 0
+    total: int = 0
+    checksum: int = -1
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message as received; ``nbytes``, for GROW, the size of the buffer that the next one needs."""
+
+    kind: Kind
+    note: Note
+    tensor: Tensor | None = None
+    nbytes: int = 0
+
+    def object(self) -> Any:
+        """What `object_tensor` packed."""
+        assert self.kind is Kind.OBJECT
+        assert self.tensor is not None
+        return torch.load(io.BytesIO(memory_of(self.tensor)), map_location="cpu", weights_only=False)
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, where they are (`Tensor.numpy` would need NumPy)."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+
+
+def object_tensor(value: Any) -> Tensor:
+    """A picklable value as bytes; tensors in it arrive on the CPU."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
+
+
+def encode(kind: Kind, note: Note, tensor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A message's header, as bytes on the CPU, and its buffer, on the tensor's device, whose beginning awaits the header.
+
+    Raises:
+        TypeError: a tensor that no message can carry.
+    """
+    header = torch.zeros(_WORDS, dtype=torch.int64)
+    words = [_MAGIC, kind, *note]
+    nbytes = HEADER_BYTES
+    if tensor is not None:
+        tensor = tensor.detach()
+        if tensor.layout is not torch.strided or tensor.dtype not in _DTYPES or tensor.dim() > _MOST_DIMS:
+            raise TypeError(
+                f"a stage's output is a {tensor.layout} tensor of {tensor.dtype} with {tensor.dim()} dimensions; ranks "
+                f"exchange dense ones of the common dtypes with at most {_MOST_DIMS} dimensions"
+            )
+        layout = Layout.of(tensor)
+        nbytes += layout.shift + layout.span * tensor.element_size()
+        words += [_DTYPES.index(tensor.dtype), tensor.dim(), layout.span, layout.shift, *layout.shape, *layout.strides]
+    header[: len(words)] = torch.tensor(words)
+    room = aligned_room(nbytes, tensor.device if tensor is not None else None)
+    if tensor is not None:
+        layout.fill(layout.over(room, tensor.dtype, HEADER_BYTES), tensor)
+    return header.view(torch.uint8), room
+
+
+def decode(header: Tensor, room: Tensor) -> Message:
+    """The message in ``room``, its tensor standing on it.
+
+    Args:
+        header: the first `HEADER_BYTES` of ``room``, on the CPU.
+    """
+    words = header.view(torch.int64).tolist()
+    if words[0] != _MAGIC:
+        raise RuntimeError("a message that is none of dtrp's; all ranks must run the same version of dtrp")
+    count = len(Note._fields)
+    kind, note, rest = Kind(words[1]), Note(*words[2 : 2 + count]), words[2 + count :]
+    if kind is Kind.GROW:
+        return Message(kind, note, nbytes=note.total)
+    if kind not in (Kind.TENSOR, Kind.OBJECT):
+        return Message(kind, note)
+    dtype, dims, span, shift = rest[:4]
+    layout = Layout(tuple(rest[4 : 4 + dims]), tuple(rest[4 + dims : 4 + 2 * dims]), span, shift)
+    return Message(kind, note, layout.over(room, _DTYPES[dtype], HEADER_BYTES))

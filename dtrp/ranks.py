@@ -1,0 +1,172 @@
+"""Which rank hosts what, and how a process that torchrun has started joins the others."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+_MOST_WAIT_S = 5.0  # for a process whose launcher is gone to end by itself
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run: ``rows[replica][stage]``, and which of them this process is."""
+
+    rows: tuple[tuple[int, ...], ...]
+    rank: int
+
+    @property
+    def all(self) -> list[int]:
+        """Every rank, row by row: the chain."""
+        return list(itertools.chain(*self.rows))
+
+    @property
+    def replica(self) -> int:
+        return next(i for i, row in enumerate(self.rows) if self.rank in row)
+
+    @property
+    def stage(self) -> int:
+        return self.rows[self.replica].index(self.rank)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.rows[0])
+
+    @property
+    def num_replicas(self) -> int:
+        return len(self.rows)
+
+    @property
+    def replicas(self) -> list[int]:
+        """The ranks that host this rank's stage."""
+        return [row[self.stage] for row in self.rows]
+
+    @property
+    def before(self) -> int | None:
+        """The rank of the stage before."""
+        return self.rows[self.replica][self.stage - 1] if self.stage else None
+
+    @property
+    def after(self) -> int | None:
+        """The rank of the stage after."""
+        return self.rows[self.replica][self.stage + 1] if self.stage + 1 < self.num_stages else None
+
+
+def find_ranks(group: Any, mesh: Any, timeout_s: float) -> Ranks | None:
+    """The ranks that ``group`` or ``mesh`` say, else all there are; None: this process works alone.
+
+    A process that torchrun has started joins its group first.
+
+    Raises:
+        TypeError, ValueError: a group or mesh of which no pipeline can be made.
+    """
+    if group is not None and mesh is not None:
+        raise ValueError("group= and mesh= both say which ranks take part; pass one of the two")
+    if mesh is not None:
+        return _of_mesh(mesh)
+    if group is not None:
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"group is a {type(group).__name__}; pass a process group, as from torch.distributed.new_group"
+            )
+        return Ranks((tuple(dist.get_process_group_ranks(group)),), dist.get_rank())
+    if not dist.is_available():
+        return None
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _interruptibly(lambda: _join(timeout_s), timeout_s)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return Ranks((tuple(range(dist.get_world_size())),), dist.get_rank())
+    return None
+
+
+def _of_mesh(mesh: Any) -> Ranks:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"mesh is a {type(mesh).__name__}; pass init_device_mesh(device_type, (replicas, stages), "
+            "mesh_dim_names=('replica', 'stage'))"
+        )
+    names = mesh.mesh_dim_names
+    if mesh.ndim != 2 or names not in (None, ("replica", "stage")):
+        raise ValueError(
+            f"mesh has the dimensions {names or mesh.ndim}; it needs two, ('replica', 'stage'): "
+            "init_device_mesh(device_type, (replicas, stages), mesh_dim_names=('replica', 'stage'))"
+        )
+    rows = tuple(tuple(int(rank) for rank in row) for row in mesh.mesh.tolist())
+    if not any(dist.get_rank() in row for row in rows):
+        raise ValueError(f"rank {dist.get_rank()} is not in the mesh; only ranks of the mesh make a Pipeline on it")
+    return Ranks(rows, dist.get_rank())
+
+
+def _join(timeout_s: float) -> None:
+    """`init_process_group` under a prefix of this start's own.
+
+    What a killed start left in the store would be read by the next one under the same keys.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+    start = "/".join(
+        os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    )
+    nccl = dist.is_nccl_available() and torch.cuda.is_available()
+    own_device = nccl and int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) <= torch.cuda.device_count()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if own_device else "gloo",
+        store=dist.PrefixStore(  # type: ignore[attr-defined]
+            f"dtrp/{start}", store
+        ),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+
+
+def _interruptibly(job: Callable[[], None], timeout_s: float) -> None:
+    """Run in a thread what would not hear Ctrl-C; ``job`` has a time-out of its own, a little under ours."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            job()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="dtrp join", daemon=True)
+    thread.start()
+    deadline = time.monotonic() + timeout_s + 5
+    while thread.is_alive() and time.monotonic() < deadline:
+        thread.join(0.1)
+    if errors or thread.is_alive():
+        rank, world_size = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
+        reason = f" ({str(errors[0]).splitlines()[0]})" if errors and str(errors[0]) else ""
+        raise TimeoutError(
+            f"rank {rank} could not join the {world_size} ranks of the run within {timeout_s:g} s{reason}; start all of them, "
+            "and see that MASTER_ADDR and MASTER_PORT can be reached"
+        ) from (errors[0] if errors else None)
+
+
+def watch_launcher(on_gone: Callable[[], None]) -> None:
+    """Call ``on_gone`` when the torchrun agent that started this process is gone, and end the process soon after."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        on_gone()
+        time.sleep(_MOST_WAIT_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="dtrp launcher", daemon=True).start()

@@ -1,0 +1,83 @@
+"""When each F, B, U, send and receive ran: spans, as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Span(NamedTuple):
+    """Something that ran: times in nanoseconds since the epoch, ``lane`` the row that shows it."""
+
+    name: str
+    kind: str
+    lane: str
+    begin_ns: int
+    end_ns: int
+
+
+class Tracer:
+    """Collects the spans of one process, if ``on``."""
+
+    def __init__(self, on: bool) -> None:
+        self.on = on
+        self.spans: list[Span] = []
+        self._lock = threading.Lock()
+
+    def span(self, name: str, kind: str, lane: str) -> AbstractContextManager[None]:
+        """A span around what runs within it, and a range of `torch.profiler`."""
+        return self._span(name, kind, lane) if self.on else nullcontext()
+
+    def add(self, name: str, kind: str, lane: str, begin_ns: int) -> None:
+        """A span that ends now."""
+        if self.on:
+            with self._lock:
+                self.spans.append(Span(name, kind, lane, begin_ns, time.time_ns()))
+
+    @contextmanager
+    def _span(self, name: str, kind: str, lane: str) -> Iterator[None]:
+        begin_ns = time.time_ns()
+        with torch.profiler.record_function(name):
+            yield
+        self.add(name, kind, lane, begin_ns)
+
+
+def write_chrome_trace(path: str | os.PathLike[str], processes: Sequence[tuple[str, Sequence[Span]]]) -> None:
+    """Write the spans of some processes, each with its name, whole or not at all.
+
+    A process becomes a ``pid``, each of its lanes a ``tid``; times are microseconds since the first span.
+    """
+    begin = min((span.begin_ns for _, spans in processes for span in spans), default=0)
+    events: list[dict[str, Any]] = []
+    for pid, (name, spans) in enumerate(processes):
+        events.append({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}})
+        lanes = list(dict.fromkeys(span.lane for span in spans))
+        for tid, lane in enumerate(lanes):
+            events.append({"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": lane}})
+        for span in sorted(spans, key=lambda span: span.begin_ns):
+            events.append(
+                {
+                    "name": span.name,
+                    "cat": span.kind,
+                    "ph": "X",
+                    "pid": pid,
+                    "tid": lanes.index(span.lane),
+                    "ts": (span.begin_ns - begin) / 1000,
+                    "dur": (span.end_ns - span.begin_ns) / 1000,
+                }
+            )
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
