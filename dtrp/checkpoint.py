@@ -84,6 +84,7 @@ def check_state(
 
     Args:
         stages: those to load it into.
+        state: what it returned.
         shapes: of the whole model, as `shapes_of`.
         scheduler: whether the stages have learning-rate schedulers.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from click.core import ParameterSource
 from . import __version__
 from .console import make_reporter, show_side_by_side
 from .data import list_data
+from .failure import WorkerError
 from .methods import get_method, list_methods
 from .models import list_models
 from .names import unknown
+from .runs import RunFolder
 from .schedule import Schedule, ScheduleError
 from .stage import StageError
-from .train import CHOICES, TrainConfig, Trainer
+from .train import CHOICES, Reporter, TrainConfig, Trainer, check_settings, config_text, workers_per_replica
+from .workers import WorkersError, run_workers, under_torchrun
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -32,7 +36,7 @@ def run(arguments: list[str] | None = None) -> int:
         return 2
     except click.ClickException as error:
         return _complain(error.format_message())
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         return _complain("interrupted", 130)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stdout = None
@@ -135,6 +139,13 @@ _CHOICES = {field: Name(field.replace("_", " "), names) for field, names in CHOI
 @click.option("--model", type=_MODELS, default=_DEFAULTS.model, help="Network.")
 @click.option("--method", type=_METHODS, default=_DEFAULTS.method, help="Training method; see 'dtrp methods'.")
 @click.option("--stages", type=int, help="K: the parts the network is cut into, of equal numbers of layers (4).")
+@click.option("--workers", type=int, help="Train in as many processes, a stage each, instead of in one.")
+@click.option(
+    "--replicas",
+    type=int,
+    default=_DEFAULTS.replicas,
+    help="Copies of the pipeline, each with --workers processes and its share of every mini-batch.",
+)
 @click.option("--cuts", type=Cuts(), help="First layer of each stage but the first, instead of --stages.")
 @click.option(
     "--num-microbatches",
@@ -189,10 +200,40 @@ def train(**options: Any) -> None:
     for typed, other in (("stages", "cuts"), ("cuts", "stages")):
         if source(typed) == ParameterSource.COMMANDLINE and source(other) == ParameterSource.DEFAULT_MAP:
             options[other] = None
-    trainer = _checked(TrainConfig(**options))
-    reporter = make_reporter()
+    config = TrainConfig(**options)
+    if (config.workers is not None or config.replicas > 1) and not under_torchrun():
+        _train_in_workers(config)
+        return
+    trainer = _checked(config)
+    reporter = make_reporter() if trainer.reports else Reporter()
     with reporter:
         _trained(trainer, reporter)
+
+
+def _train_in_workers(config: TrainConfig) -> None:
+    """The same command in as many processes as it asks for."""
+    try:
+        check_settings(config)
+        num_workers = workers_per_replica(config)
+        if config.out:
+            RunFolder(config.out, overwrite=config.overwrite)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    with tempfile.NamedTemporaryFile("w", prefix="dtrp-", suffix=".yaml") as file:
+        file.write(config_text(dataclasses.replace(config, workers=num_workers)))
+        file.flush()
+        arguments = ["-m", "dtrp", "train", "--config", file.name]
+        if config.out:
+            arguments += ["--out", config.out, *(["--overwrite"] if config.overwrite else [])]
+        try:
+            # The last stage of the first replica knows the loss.
+            run_workers(arguments, num_workers * config.replicas, shown=num_workers - 1)
+        except WorkersError as error:
+            message = str(error)
+            if not message.startswith("dtrp: "):
+                click.echo(error.log, err=True)
+                message = f"dtrp: rank {error.rank} failed: {message}"
+            raise click.ClickException(message.removeprefix("dtrp: ")) from None
 
 
 @cli.command()
@@ -227,6 +268,8 @@ def _trained(trainer: Trainer, reporter: Any) -> Any:
     except StageError as error:
         cause = error.__cause__ if isinstance(error.__cause__, FloatingPointError) else error
         raise click.ClickException(str(cause)) from error
+    except WorkerError as error:
+        raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"cannot write the run: {error}") from error
 

@@ -23,19 +23,13 @@ class ConsoleReporter(Reporter):
         self.console = console
         self.table = table
 
-    def __enter__(self) -> ConsoleReporter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
-
     def start(self, trainer: Trainer) -> None:
         config, data, pipe = trainer.config, trainer.dataset, trainer.pipe
         self.console.print(
             f"{config.model} on {config.data}: {len(data.train_y)} training and {len(data.test_y)} test images; "
-            f"{config.method}, {pipe.num_stages} stages, mini-batches of {config.batch_size} in {pipe.num_microbatches} "
-            f"micro-batch{'es' if pipe.num_microbatches > 1 else ''}, {trainer.total_updates} updates",
+            f"{config.method}, {pipe.num_stages} stages{_processes(trainer)}, mini-batches of {config.batch_size} in "
+            f"{pipe.num_microbatches} micro-batch{'es' if pipe.num_microbatches > 1 else ''}, "
+            f"{trainer.total_updates} updates",
             highlight=False,
         )
 
@@ -137,6 +131,13 @@ def make_reporter(*, table: bool = True) -> LiveReporter | PlainReporter:
     if console.is_terminal:
         return LiveReporter(console, table=table)
     return PlainReporter(Console(width=140), table=table)
+
+
+def _processes(trainer: Trainer) -> str:
+    config = trainer.config
+    if trainer.pipe.is_first and trainer.pipe.is_last and config.replicas == 1:
+        return ""
+    return " in a process each" + (f" and {config.replicas} replicas" if config.replicas > 1 else "")
 
 
 def _stage_table(result: TrainResult) -> Table:

@@ -80,7 +80,7 @@ class DistributedEngine:
         self._next_microbatch = 0
 
     def step(self, x: Tensor | None, y: Tensor | None) -> Tensor | None:
-        self._begin(f"in step {self.num_updates}")
+        self._begin(f"in step() of mini-batch {self.num_updates}")
         self._losses.check()
         for action in self._order.begin():
             self._do(action)
@@ -116,7 +116,7 @@ class DistributedEngine:
         return self._message.note
 
     def flush(self) -> None:
-        self._begin("in flush()")
+        self._begin(f"in flush() after {self.num_updates} steps")
         steps = self._transport.exchange("flush", self.num_updates)
         if len(set(steps)) > 1:
             counts = ", ".join(f"{n} on rank {rank}" for rank, n in zip(self._transport.ranks.all, steps, strict=True))
@@ -247,6 +247,7 @@ def agree(
     """Make all ranks one pipeline: what must be the same is, the first rank's initial values are taken, and links made.
 
     Args:
+        transport: the connections made so far.
         modules: of all stages.
         device: of this rank's stage.
         settings: what else must be the same on every rank, by the name of its argument.

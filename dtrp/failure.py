@@ -55,8 +55,8 @@ class Failure:
         trace = "".join(traceback.format_exception(error))
         if isinstance(error, StageError):
             return cls("stage", rank, str(error), (error.stage, error.microbatch, error.minibatch), trace)
-        if isinstance(error, WaitTimeoutError):
-            return cls("timeout", rank, str(error))
+        if isinstance(error, WorkerError):
+            return cls("timeout" if isinstance(error, TimeoutError) else "ended", rank, str(error))
         if isinstance(error, KeyboardInterrupt):
             return cls("ended", rank, f"rank {rank} was interrupted")
         if isinstance(error, SystemExit):
@@ -69,7 +69,7 @@ class Failure:
             assert self.place is not None
             error: Exception = StageError.told(self.text, *self.place)
         elif self.kind == "timeout":
-            error = WaitTimeoutError(self.text)
+            error = WaitTimeoutError(f"{self.text}; this process was {doing}")
         else:
             error = WorkerError(f"{self.text}; this process was {doing}")
         if self.trace:

@@ -121,6 +121,7 @@ def decode(header: Tensor, room: Tensor) -> Message:
 
     Args:
         header: the first `HEADER_BYTES` of ``room``, on the CPU.
+        room: the buffer that was received.
     """
     words = header.view(torch.int64).tolist()
     if words[0] != _MAGIC:

@@ -254,6 +254,16 @@ class Pipeline:
         return tuple(stage.module for stage in self._engine.stages)
 
     @property
+    def is_first(self) -> bool:
+        """Whether this process hosts the first stage, and so reads ``x``."""
+        return self._engine.takes_x
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this process hosts the last stage, and so reads ``y`` and returns the loss."""
+        return self._engine.takes_y
+
+    @property
     def optimizers(self) -> tuple[Optimizer | None, ...]:
         """Each stage's optimizer; None where there is nothing to train."""
         return tuple(stage.optimizer for stage in self._engine.stages)
@@ -492,6 +502,8 @@ def _places(
     """Each stage's device; the modules are moved there if ``devices`` says so.
 
     Args:
+        modules: the stages.
+        devices: as given to `Pipeline`.
         only: the one stage that this process hosts: the others' devices are not touched.
     """
     if devices is not None:

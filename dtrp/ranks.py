@@ -82,11 +82,20 @@ def find_ranks(group: Any, mesh: Any, timeout_s: float) -> Ranks | None:
         return Ranks((tuple(dist.get_process_group_ranks(group)),), dist.get_rank())
     if not dist.is_available():
         return None
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _interruptibly(lambda: _join(timeout_s), timeout_s)
+    join(timeout_s)
     if dist.is_initialized() and dist.get_world_size() > 1:
         return Ranks((tuple(range(dist.get_world_size())),), dist.get_rank())
     return None
+
+
+def join(timeout_s: float) -> None:
+    """Initialize torch.distributed where torchrun has started this process and nobody has done so.
+
+    Raises:
+        TimeoutError: the other ranks did not come.
+    """
+    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _interruptibly(lambda: _join(timeout_s), timeout_s)
 
 
 def _of_mesh(mesh: Any) -> Ranks:
@@ -121,11 +130,10 @@ def _join(timeout_s: float) -> None:
     )
     nccl = dist.is_nccl_available() and torch.cuda.is_available()
     own_device = nccl and int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) <= torch.cuda.device_count()
+    prefixed = dist.PrefixStore(f"dtrp/{start}", store)  # type: ignore[attr-defined]
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if own_device else "gloo",
-        store=dist.PrefixStore(  # type: ignore[attr-defined]
-            f"dtrp/{start}", store
-        ),
+        store=prefixed,
         rank=rank,
         world_size=world_size,
         timeout=timeout,

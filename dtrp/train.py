@@ -7,15 +7,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
@@ -24,10 +28,12 @@ from .methods import get_method
 from .models import get_model
 from .names import unknown
 from .pipeline import Pipeline
+from .ranks import join
 from .runs import RunFolder
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 _TEST_BATCH = 500
+_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class TrainConfig:
     model: str = "resnet20"
     method: str = "dtrp"
     stages: int | None = None
+    workers: int | None = None
+    replicas: int = 1
     cuts: tuple[int, ...] | None = None
     num_microbatches: int = 1
     grad_shrink: float | None = None
@@ -108,6 +116,13 @@ class TrainResult:
 class Reporter:
     """Hears of a run's progress; this one says nothing."""
 
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
     def start(self, trainer: Trainer) -> None: ...
     def update(self, epoch: int, update: int, loss: Callable[[], float], samples: int) -> None: ...
     def epoch(self, metrics: EpochMetrics) -> None: ...
@@ -117,33 +132,52 @@ class Reporter:
 class Trainer:
     """A run, checked and ready.
 
+    In a process that torchrun has started, or `dtrp.workers`, it is one of the run's ranks: it trains one stage, on
+    one replica's share of each mini-batch, and ``reports`` says whether it is the one that shows the progress.
+
     Raises:
         ValueError, OSError: a setting that does not fit, with what to change. No file has been touched.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        _check_numbers(config)
-        self.run_folder = RunFolder(config.out, overwrite=config.overwrite) if config.out else None
+        rank, world_size = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
+        )
+        check_settings(config)
+        num_workers = workers_per_replica(config, world_size) if world_size > 1 else None
+        self.run_folder = RunFolder(config.out, overwrite=config.overwrite) if config.out and rank == 0 else None
         options = {"grad_shrink": config.grad_shrink, "lr_shrink": config.lr_shrink, "predict": config.prediction}
         method = get_method(config.method, **{key: value for key, value in options.items() if value is not None})
         devices = _devices(config.device)
-        self.device_type = devices[0].type
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        stage = rank % (num_workers or 1)
+        self.replica = rank // (num_workers or 1)
+        here = devices[stage if len(devices) > 1 and stage < len(devices) else 0]
+        self.device_type = here.type
+        # As torchrun does: as many threads as cores in each worker would take turns on the cores.
+        threads = config.threads or (1 if num_workers else None)
+        if threads is not None:
+            torch.set_num_threads(threads)
         self.dtype = _DTYPES[config.dtype]
         dataset = load_data(config.data, config.data_dir, seed=config.seed, image_size=config.image_size)
         dataset = dataset.limit(config.limit_train, config.limit_test)
+        _check_shards(len(dataset.train_y), config)
         torch.manual_seed(config.seed)
         model = get_model(config.model, dataset.in_channels, dataset.num_classes, image_size=dataset.image_size)
         model = model.to(self.dtype)
-        self.dataset = dataset.to(devices[0])
+        self.dataset = dataset.to(here)
         self.updates_per_epoch = math.ceil(len(dataset.train_y) / config.batch_size)
         self.total_updates = config.epochs * self.updates_per_epoch
         if config.max_updates is not None:
             self.total_updates = min(self.total_updates, config.max_updates)
         factor = lr_factor(config.lr_schedule, config.warmup_updates, self.total_updates)
-        num_stages = config.stages if config.stages is not None or config.cuts is not None else min(4, len(model))
+        num_stages = config.stages if num_workers is None else num_workers
+        if num_stages is None and config.cuts is None:
+            num_stages = min(4, len(model))
+        mesh = None
+        if num_workers is not None and config.replicas > 1:
+            join(_TIMEOUT_S)
+            mesh = init_device_mesh("cpu", (config.replicas, num_workers), mesh_dim_names=("replica", "stage"))
         self.pipe = Pipeline(
             model,
             make_optimizer(config),
@@ -155,75 +189,99 @@ class Trainer:
             lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
             seed=config.seed,
             devices=devices if len(devices) > 1 else devices[0],
+            mesh=mesh,
+            timeout_s=_TIMEOUT_S,
         )
+        self.reports = self.pipe.is_last and self.replica == 0
 
     def run(self, reporter: Reporter | None = None) -> TrainResult:
         """Train, test after each epoch, and keep the run folder whole all the while."""
         reporter = reporter or Reporter()
-        config, data, pipe = self.config, self.dataset, self.pipe
-        reporter.start(self)
-        start = time.perf_counter()
-        epochs: list[EpochMetrics] = []
-        for epoch in range(config.epochs):
-            began = time.perf_counter()
-            loss_sum: Tensor | None = None
-            samples = 0
-            for x, y in batches(
-                data.train_x,
-                data.train_y,
-                config.batch_size,
-                dataset=data,
-                seed=config.seed,
-                epoch=epoch,
-                augment=config.augment and data.augment,
-                dtype=self.dtype,
-            ):
-                with self._autocast():
-                    loss = pipe.step(x, y)
-                term = loss.double() * len(y)
-                loss_sum = term if loss_sum is None else loss_sum + term
-                samples += len(y)
-                reporter.update(epoch, pipe.num_updates, loss.item, len(y))
+        config, pipe = self.config, self.pipe
+        with ExitStack() as failing:
+            failing.push(pipe)  # an error here is told to the other ranks at once
+            reporter.start(self)
+            start = time.perf_counter()
+            epochs: list[EpochMetrics] = []
+            for epoch in range(config.epochs):
+                began = time.perf_counter()
+                loss_sum, samples = self._train(epoch, reporter)
+                pipe.flush()
+                train_loss = float(loss_sum) / samples  # waits for the device, so that the time is the epoch's
+                trained = time.perf_counter() - began
+                test_loss, accuracy = self.test()
+                own = EpochMetrics(
+                    epoch=epoch + 1,
+                    update=pipe.num_updates,
+                    train_loss=train_loss,
+                    test_loss=test_loss,
+                    test_accuracy=accuracy,
+                    samples_per_s=samples / trained,
+                    elapsed_s=time.perf_counter() - start,
+                )
+                metrics = next(m for m in pipe.gather(own if self.reports else None) if m is not None)
+                epochs.append(metrics)
+                if config.out:
+                    model = pipe.model_state_dict()
+                    if self.run_folder is not None:
+                        self.run_folder.write(config_text(config), dataclasses.asdict(metrics), model)
+                reporter.epoch(metrics)
                 if pipe.num_updates == self.total_updates:
                     break
-            pipe.flush()
-            assert loss_sum is not None
-            train_loss = float(loss_sum) / samples  # waits for the device, so that the time is the epoch's
-            trained = time.perf_counter() - began
-            test_loss, accuracy = self.test()
-            metrics = EpochMetrics(
-                epoch=epoch + 1,
-                update=pipe.num_updates,
-                train_loss=train_loss,
-                test_loss=test_loss,
-                test_accuracy=accuracy,
-                samples_per_s=samples / trained,
-                elapsed_s=time.perf_counter() - start,
-            )
-            epochs.append(metrics)
-            if self.run_folder is not None:
-                self.run_folder.write(config_text(config), dataclasses.asdict(metrics), pipe.model_state_dict())
-            reporter.epoch(metrics)
-            if pipe.num_updates == self.total_updates:
-                break
-        result = TrainResult(config, tuple(epochs), self._stage_summaries())
+            result = TrainResult(config, tuple(epochs), self._stage_summaries())
+            failing.pop_all()
         reporter.finish(result)
         return result
 
+    def _train(self, epoch: int, reporter: Reporter) -> tuple[Tensor, int]:
+        """An epoch's steps; the sum of the losses of its samples, where the loss is known, and their number."""
+        config, data, pipe = self.config, self.dataset, self.pipe
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        samples = 0
+        for x, y in batches(
+            data.train_x,
+            data.train_y,
+            config.batch_size,
+            dataset=data,
+            seed=config.seed,
+            epoch=epoch,
+            augment=config.augment and data.augment,
+            dtype=self.dtype,
+            images=pipe.is_first,
+        ):
+            with self._autocast():
+                loss = pipe.step(self._shard(x), self._shard(y))
+            samples += len(y)
+            if loss is not None:
+                loss_sum = loss_sum.to(loss.device) + loss.double() * len(y)
+                reporter.update(epoch, pipe.num_updates, loss.item, len(y))
+            if pipe.num_updates == self.total_updates:
+                break
+        return loss_sum, samples
+
+    def _shard(self, batch: Tensor | None) -> Tensor | None:
+        """This replica's part of a mini-batch."""
+        if batch is None or self.config.replicas == 1:
+            return batch
+        return torch.tensor_split(batch, self.config.replicas)[self.replica]
+
     def test(self) -> tuple[float, float]:
-        """(mean loss, accuracy in 0..1) on the test split, with the weights as they are."""
+        """(mean loss, accuracy in 0..1) on the test split, with the weights as they are; replicas take turns."""
         data = self.dataset
         loss = correct = 0.0
-        for x, y in batches(
+        every = batches(
             data.test_x, data.test_y, _TEST_BATCH, dataset=data, seed=0, epoch=0, augment=False, shuffle=False,
-            dtype=self.dtype,
-        ):  # fmt: skip
+            dtype=self.dtype, images=self.pipe.is_first,
+        )  # fmt: skip
+        for x, y in itertools.islice(every, self.replica, None, self.config.replicas):
             with self._autocast():
-                out = self.pipe.infer(x).float()
-            target = y.to(out.device)
-            loss += float(cross_entropy(out, target, reduction="sum"))
-            correct += float((out.argmax(1) == target).sum())
-        return loss / len(data.test_y), correct / len(data.test_y)
+                out = self.pipe.infer(x)
+            if out is not None:
+                target = y.to(out.device)
+                loss += float(cross_entropy(out.float(), target, reduction="sum"))
+                correct += float((out.argmax(1) == target).sum())
+        sums = self.pipe.gather((loss, correct))
+        return sum(s[0] for s in sums) / len(data.test_y), sum(s[1] for s in sums) / len(data.test_y)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.dtype != "bfloat16":
@@ -232,7 +290,7 @@ class Trainer:
 
     def _stage_summaries(self) -> tuple[StageSummary, ...]:
         delays, memory, peaks = self.pipe.delays(), self.pipe.memory(), self.pipe.activations_peak()
-        return tuple(
+        own = [
             StageSummary(
                 stage=k,
                 layers=tuple(name for name, _ in module.named_children()),
@@ -241,8 +299,10 @@ class Trainer:
                 memory=memory[k],
                 activations_peak=peaks[k],
             )
-            for k, module in enumerate(self.pipe.stages)
-        )
+            for k, module in zip(delays, self.pipe.stages, strict=True)
+        ]
+        every = self.pipe.gather(own if self.replica == 0 else [])
+        return tuple(summary for summaries in every for summary in summaries)
 
 
 def config_text(config: TrainConfig) -> str:
@@ -299,13 +359,58 @@ CHOICES = {
 }
 
 
-def _check_numbers(config: TrainConfig) -> None:
+def workers_per_replica(config: TrainConfig, num_processes: int | None = None) -> int:
+    """K, when each stage has a worker of its own.
+
+    Args:
+        config: what says ``workers`` and ``replicas``.
+        num_processes: how many torchrun has started, if it has.
+
+    Raises:
+        ValueError: they do not make up as many; or the stages are another number.
+    """
+    num_workers = config.workers
+    if num_workers is None:
+        num_workers = num_processes // config.replicas if num_processes is not None else config.stages
+    if num_workers is None and config.cuts is not None:
+        num_workers = len(config.cuts) + 1
+    if num_workers is None:
+        raise ValueError(f"--replicas {config.replicas} without --workers; say how many workers a replica has")
+    if num_processes is not None and num_workers * config.replicas != num_processes:
+        raise ValueError(
+            f"--workers {num_workers} and --replicas {config.replicas} make {num_workers * config.replicas} processes, and "
+            f"{num_processes} were started; start as many (torchrun --nproc-per-node {num_workers * config.replicas})"
+        )
+    stages = config.stages if config.cuts is None else len(config.cuts) + 1
+    if stages is not None and stages != num_workers:
+        raise ValueError(
+            f"{stages} stages and --workers {num_workers}: each worker has one stage; leave --stages out, or make them equal"
+        )
+    return num_workers
+
+
+def _check_shards(num_samples: int, config: TrainConfig) -> None:
+    smallest = min(num_samples, num_samples % config.batch_size or config.batch_size)
+    if smallest < config.replicas:
+        raise ValueError(
+            f"an epoch's last mini-batch has {smallest} of the {num_samples} samples, and each of the {config.replicas} "
+            "replicas needs at least one; choose another --batch-size or --limit-train"
+        )
+
+
+def check_settings(config: TrainConfig) -> None:
+    """What can be checked without data.
+
+    Raises:
+        ValueError: a number out of range, or a name that nobody knows.
+    """
     for field, names in CHOICES.items():
         value = getattr(config, field)
         if value is not None and value not in names:
             raise ValueError(unknown(_option(field), value, names))
     for field, least in (
         ("epochs", 1), ("batch_size", 1), ("num_microbatches", 1), ("stages", 1), ("max_updates", 1),
+        ("workers", 1), ("replicas", 1),
         ("limit_train", 1), ("limit_test", 1), ("threads", 1), ("warmup_updates", 0), ("image_size", 1),
     ):  # fmt: skip
         value = getattr(config, field)
@@ -334,6 +439,8 @@ def _option(field: str) -> str:
 
 def _devices(text: str) -> list[torch.device]:
     devices = []
+    if text.strip() == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        text = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"  # a worker's own
     for name in text.split(","):
         try:
             devices.append(torch.empty(0, device=name.strip()).device)

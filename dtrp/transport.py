@@ -584,7 +584,7 @@ class Transport:
         return result
 
     def _next_control(self, link: Receiver, method: str) -> Message:
-        message = self.receive(link, lambda: f"{method}()")
+        message = self.receive(link, lambda: f"its part in {method}()")
         if (message.kind is Kind.TENSOR) != (method == "infer"):
             other = "infer" if message.kind is Kind.TENSOR else message.object()[0]
             raise self._out_of_step(link.peer, other, method)
@@ -597,7 +597,7 @@ class Transport:
         )
 
     def _describe(self, link: Receiver, what: str) -> str:
-        text = f"rank {self.ranks.rank} has waited {{}} for rank {link.peer}: {what}, while it was {self.board.doing}"
+        text = f"rank {self.ranks.rank}, {self.board.doing}, has waited {{}} for rank {link.peer}: {what}"
         for control in (self._from_left, self._from_right):
             message = control.peek() if control is not None else None
             if message is not None:
@@ -611,8 +611,8 @@ class Transport:
         assert self._watch is not None
         if peer in self._watch.done:
             raise WorkerError(
-                f"rank {peer} has closed its pipeline after {self._watch.done[peer]} steps, and this rank, {self.board.doing}, "
-                f"waits for it: {what()}. Every rank must call step() the same number of times"
+                f"rank {peer} has closed its pipeline after {self._watch.done[peer]} steps, and rank {self.ranks.rank}, "
+                f"{self.board.doing}, waits for it: {what()}. Every rank must call step() the same number of times"
             )
 
     # -- the end ------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ def batches(
     augment: bool,
     shuffle: bool = True,
     dtype: torch.dtype = torch.float32,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    images: bool = True,
+) -> Iterator[tuple[Tensor | None, Tensor]]:
     """One epoch, in normalized batches, on the device of ``x``; each image once, so the last batch may be smaller.
 
     Order and crops depend on ``seed`` and ``epoch`` only (the crops not on ``batch_size`` either): they are drawn on
@@ -45,9 +46,10 @@ def batches(
             zeros are put around the normalized image, so they are the mean colour.
         shuffle: a new order every epoch, or the order of ``x``.
         dtype: of the images.
+        images: whether to make them; a worker that only compares with the classes needs none.
 
     Returns:
-        An iterator over (images (B, C, H, H), classes (B,)).
+        An iterator over (images (B, C, H, H), or None, and classes (B,)).
 
     Raises:
         ValueError: ``x`` and ``y`` of different lengths, ``batch_size`` below 1, a ``dtype`` that is no float.
@@ -59,7 +61,10 @@ def batches(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}: normalized images need a float; pass torch.float32")
     order = epoch_order(len(x), seed=seed, epoch=epoch) if shuffle else torch.arange(len(x), device="cpu")
-    crops = draw_crops(len(x), x.shape[-1], seed=seed, epoch=epoch) if augment else None
+    crops = draw_crops(len(x), x.shape[-1], seed=seed, epoch=epoch) if augment and images else None
+    if not images:
+        order = order.to(y.device)
+        return ((None, y[chosen]) for chosen in torch.split(order, batch_size))
     return _batches(x, y, batch_size, order, crops, dataset, dtype)
 
 

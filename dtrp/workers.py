@@ -1,0 +1,87 @@
+"""Starts the processes of a run on this machine, through torchrun's own interface."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+_LINES = 30  # of a failed worker's log
+
+
+class WorkersError(RuntimeError):
+    """A worker ended with an error.
+
+    Attributes:
+        rank, exit_code: whose, and which.
+        log: the end of what it wrote to its standard error.
+    """
+
+    def __init__(self, rank: int, exit_code: int, log: str) -> None:
+        self.rank, self.exit_code, self.log = rank, exit_code, log
+        if log.strip():
+            super().__init__(log.strip().splitlines()[-1])
+        elif exit_code < 0:
+            super().__init__(f"dtrp: rank {rank} was killed by signal {-exit_code} ({signal.Signals(-exit_code).name})")
+        else:
+            super().__init__(f"dtrp: rank {rank} ended with exit code {exit_code}, and nothing in its log")
+
+
+def under_torchrun() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def run_workers(arguments: Sequence[str], num_processes: int, *, shown: int) -> None:
+    """Run ``python -m ...`` in several processes, as torchrun would, and wait for them.
+
+    Args:
+        arguments: what follows ``python``.
+        num_processes: how many.
+        shown: the local rank whose standard output is this process's; the others' goes to logs that are thrown away.
+
+    Raises:
+        WorkersError: one failed; the others have been ended.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM; all have been ended.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all of them are on this machine
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what they would say is said better below
+    with tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
+        redirects = {rank: Std.ERR if rank == shown else Std.ALL for rank in range(num_processes)}
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=redirects),
+        )
+        try:
+            elastic_launch(config, sys.executable)(*arguments)
+        except ChildFailedError as error:
+            rank, failure = min(error.failures.items(), key=lambda item: (item[1].timestamp, item[0]))
+            raise WorkersError(rank, failure.exitcode, _log(Path(folder), rank)) from None
+        except SignalException:
+            raise KeyboardInterrupt from None
+
+
+def _log(folder: Path, rank: int) -> str:
+    files = sorted(folder.glob(f"*/attempt_*/{rank}/stderr.log"))
+    return "\n".join(files[-1].read_text(errors="replace").splitlines()[-_LINES:]) if files else ""
