@@ -10,6 +10,7 @@ session of its own, its output in files, and an ordinary end. `start_torchrun` s
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,12 @@ class Ranks:
         ]
 
     def left(self) -> list[int]:
-        """The ranks of whose sessions a process remains."""
-        return [rank for rank, pid in enumerate(self.pids) if _session_exists(pid)]
+        """The ranks of whose process groups something remains."""
+        return [rank for rank, pid in enumerate(self.pids) if _group_exists(pid)]
 
     def logs(self) -> str:
-        return "\n".join(f"-- rank {rank}:\n{self._read(f'err{rank}')[-3000:]}" for rank in range(len(self.pids)))
+        tails = [self._read(f"out{rank}")[-300:] + self._read(f"err{rank}")[-3000:] for rank in range(len(self.pids))]
+        return "\n".join(f"-- rank {rank}:\n{tail}" for rank, tail in enumerate(tails))
 
     def end(self) -> None:
         """Kill what is left."""
@@ -131,9 +133,7 @@ def start_ranks(
 ) -> Iterator[Ranks]:
     """``num_ranks`` processes of ``rank_programs.PROGRAMS[program](folder, *arguments)``; none is left after it.
 
-    Args:
-        arguments: must survive JSON.
-        environment: variables besides those of a bare launch.
+    ``arguments`` must survive JSON; ``environment`` adds to the variables of a bare launch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -245,7 +245,7 @@ def free_port() -> int:
         return port
 
 
-def _session_exists(pid: int) -> bool:
+def _group_exists(pid: int) -> bool:
     try:
         os.killpg(pid, 0)
     except ProcessLookupError:
@@ -271,6 +271,8 @@ def _serve() -> dict[str, Any]:
                 if not answer:
                     living.clear()
                     return request
+                with contextlib.suppress(PermissionError, ProcessLookupError):
+                    os.setpgid(answer, answer)  # as in `_become`: whichever comes first
                 living.add(answer)
             print(json.dumps(answer), flush=True)
     finally:
@@ -281,7 +283,8 @@ def _serve() -> dict[str, Any]:
 
 def _become(request: dict[str, Any]) -> None:
     """Make this fork look like a process that a shell has started."""
-    os.setsid()
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have been told to ignore it
     for number, path in enumerate((os.devnull, request["out"], request["err"])):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(opened, number)
@@ -289,25 +292,15 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
 
 
-def _preload() -> Sequence[Any]:
-    """What every rank would import."""
-    import torch._dynamo
-    import torch.distributed.device_mesh
-    import torch.profiler
-
-    import rank_programs
-
-    return torch._dynamo, torch.distributed.device_mesh, torch.profiler, rank_programs
-
-
 def _main() -> None:
-    _preload()
+    # What every rank would import, some of it when its first optimizer steps.
+    for name in ("torch._dynamo", "torch.distributed.device_mesh", "torch.profiler"):
+        importlib.import_module(name)
+    programs = importlib.import_module("rank_programs")
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"
-    request: Mapping[str, Any] = _serve()
-    _become(dict(request))
-    import rank_programs
-
-    rank_programs.main(request["program"], request["arguments"])
+    request = _serve()
+    _become(request)
+    programs.main(request["program"], request["arguments"])
 
 
 if __name__ == "__main__":

@@ -314,12 +314,12 @@ def test_a_clean_exit_flushes_and_an_error_does_not() -> None:
         for x, y in minibatches(6):
             pipe.step(x, y)
         assert pipe.in_flight > 0
-    assert [stage.version for stage in pipe._stages] == [6] * 4
+    assert [stage.version for stage in pipe._engine.stages] == [6] * 4
     with pytest.raises(KeyError, match="mine"), pipeline(network(), num_stages=4) as pipe:
         for x, y in minibatches(6):
             pipe.step(x, y)
         raise KeyError("mine")
-    assert [stage.version for stage in pipe._stages] == [0, 2, 4, 6]
+    assert [stage.version for stage in pipe._engine.stages] == [0, 2, 4, 6]
 
 
 # -- state dicts ------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_declared_stash_is_measured_stash(name: str, num_microbatches: int) -> N
     held = [0] * num_stages
     for _ in range(count):
         pipe.step(x, x)
-        held = [max(h, stage.in_flight) for h, stage in zip(held, pipe._stages, strict=True)]
+        held = [max(h, stage.in_flight) for h, stage in zip(held, pipe._engine.stages, strict=True)]
     peak = dtrp.Schedule.build(name, num_stages, count, num_microbatches).peak_stash()
     method = pipe.method
     micro_bytes = x.nbytes // num_microbatches
@@ -152,7 +152,7 @@ def test_kept_graphs_share_one_copy_per_live_version() -> None:
                     num_microbatches=4)  # fmt: skip
     for x, y in minibatches(6, last=32):
         pipe.step(x, y)
-    stage = pipe._stages[0]
+    stage = pipe._engine.stages[0]
     copies = {id(held.weights) for held in stage._stash if held.weights is not None}
     delays = dtrp.Schedule.build("adl", 4, 6, 4).delays()[0][-len(stage._stash) :]
     versions = {

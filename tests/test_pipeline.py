@@ -112,7 +112,7 @@ def test_every_field_of_a_row_equals_its_equations(name: str, options: dict[str,
 def test_flush_in_the_middle(name: str) -> None:
     segments = [minibatches(5, seed=1), minibatches(9, seed=2), minibatches(1, seed=3)]
     pipe = check_against_oracle(oracles.ROWS[name], dtrp.get_method(name), 3, 2, "adamw", segments)
-    assert [stage.version for stage in pipe._stages] == [15, 15, 15] == [pipe.num_updates] * 3
+    assert [stage.version for stage in pipe._engine.stages] == [15, 15, 15] == [pipe.num_updates] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -214,7 +214,7 @@ def test_no_sample_is_lost_and_the_last_partial_minibatch_counts(name: str) -> N
         pipe.step(part[:, None], part)
     pipe.flush()
     assert sorted(seen) == y.tolist()
-    assert [stage.version for stage in pipe._stages] == [4, 4, 4]
+    assert [stage.version for stage in pipe._engine.stages] == [4, 4, 4]
     assert sum(pipe.delays()[0].values()) == 4 + 3 + 2 + 1
 
 
@@ -508,4 +508,4 @@ def test_schedulers_step_once_an_update() -> None:
     for x, y in minibatches(9):
         pipe.step(x, y)
     pipe.flush()
-    assert [s.lr_scheduler.last_epoch for s in pipe._stages] == [9] * 4  # type: ignore[union-attr]
+    assert [s.lr_scheduler.last_epoch for s in pipe._engine.stages] == [9] * 4  # type: ignore[union-attr]

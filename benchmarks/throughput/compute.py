@@ -22,7 +22,8 @@ from dtrp.models import get_model
 
 Cuts = tuple[int, ...]
 WARMUP = 4  # past the start-up at K=2, whose longest lead is 2 micro-batches
-MOST_TRIALS = 8  # candidate cuts of one contender
+MOST_CANDIDATES = 8  # cuts that are tried for one contender
+TRIALS = 2  # of a candidate; the better counts
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Options:
     microbatches: tuple[int, ...]
     only: tuple[str, ...]
     out: Path
-    run: str
+    run: dict[str, object]  # when, and the load of the machine before
 
 
 def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -104,7 +105,7 @@ def search(begin: Cuts, num_layers: int, trial: Callable[[Cuts], float]) -> dict
     best = begin
     while True:
         for cuts in neighbours(best, num_layers):
-            if cuts not in tried and len(tried) < MOST_TRIALS:
+            if cuts not in tried and len(tried) < MOST_CANDIDATES:
                 tried[cuts] = trial(cuts)
         if min(tried, key=tried.__getitem__) == best:
             return tried
@@ -133,7 +134,7 @@ def compute(options: Options) -> None:
         return take_turn(begin, data, warmup=WARMUP, timed=timed)
 
     def trial(contender: Contender, cuts: Cuts) -> float:
-        return turn(contender, cuts, options.trial).last_rank_s
+        return min(turn(contender, cuts, options.trial).typical_s for _ in range(TRIALS))
 
     all_turns: dict[Contender, Turns] = {}
     for contender in chosen(contenders(options.microbatches), options.only):

@@ -62,7 +62,9 @@ class Contender:
 
 
 class Running(Protocol):
-    """A contender at work in this rank."""
+    """A contender in this rank; ``works``: whether it has anything to do here."""
+
+    works: bool
 
     def step(self, x: Tensor, y: Tensor) -> Tensor | None:
         """One mini-batch; the loss on the last rank."""
@@ -72,6 +74,8 @@ class Running(Protocol):
 
 
 class _Dtrp:
+    works = True
+
     def __init__(
         self, contender: Contender, stages: Sequence[nn.Module], optimizer: MakeOptimizer, loss_fn: LossFn
     ) -> None:
@@ -95,6 +99,8 @@ class _Dtrp:
 
 
 class _Torch:
+    works = True
+
     def __init__(
         self, contender: Contender, stages: Sequence[nn.Module], optimizer: MakeOptimizer, loss_fn: LossFn, x: Tensor
     ) -> None:

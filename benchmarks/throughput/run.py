@@ -12,6 +12,7 @@ appends a line for each configuration to results/<part>.jsonl.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def main() -> None:
         ("sleeping", [2, 4, 8], 5, 20),
         ("links", [4], 5, 20),
         ("tun", [2], 5, 20),
-        ("compute", [2], 7, 12),
+        ("compute", [2], 5, 12),
     ):
         part = parts.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         if name in ("sleeping", "links"):
@@ -43,7 +44,9 @@ def main() -> None:
             part.add_argument("--microbatches", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers to try, A")
             part.add_argument("--trial", type=int, default=6, help="mini-batches timed for a candidate cut")
     options = parser.parse_args()
-    run = time.strftime("%Y-%m-%dT%H:%M:%S")
+    run = {"run": time.strftime("%Y-%m-%dT%H:%M:%S"), "load_before": os.getloadavg()[0]}
+    if os.getloadavg()[0] > 0.5:
+        print(f"the machine is busy (load {os.getloadavg()[0]:.1f}): what follows is not to be relied on")
     if options.part == "compute":
         for model in options.models:
             launch(

@@ -87,7 +87,7 @@ class Options:
     minibatches: int
     only: tuple[str, ...]
     out: Path
-    run: str
+    run: dict[str, object]  # when, and the load of the machine before
 
 
 def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -144,7 +144,7 @@ def rounds_of(
                 "backward_ms": 1e3 * BACKWARD_S,
                 "batch": BATCH,
                 "width": WIDTH,
-                "latency_ms": 1e3 * latency_s,
+                "latency_ms": round(1e3 * latency_s, 3),
                 **({} if measured_s is None else {"measured_latency_ms": 1e3 * measured_s[latency_s]}),
                 "link": link,
                 "warmup": warmup,
@@ -254,7 +254,7 @@ def report_losses(num_stages: int, all_turns: Sequence[Turns], targets: dict[flo
     header = [f"K={num_stages}, ms (lost)", "A", *(f"{t:g} ms" for t in latencies)]
     print(f"\n{table(header, rows)}\n")
     for share, names in targets.items():
-        latency = 1e3 * FORWARD_S * share
+        latency = round(1e3 * FORWARD_S * share, 3)
         for name in (name for name in names if name in methods):
             print(check(f"{name}, % lost at {share:g} F", lost(name, latency), most=5.0))
     print(flush=True)

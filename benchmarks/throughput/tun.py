@@ -48,6 +48,7 @@ def run(options: Options) -> None:
     if reason is not None:
         print(f"tun: skipped, {reason}")
         return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warning that an address has no name here
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         link = Link(str(Path(folder, "line")), context.Value("d", 0.0))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -23,9 +26,17 @@ import dtrp
 
 @dataclass(frozen=True)
 class Turn:
-    """Seconds a mini-batch in steady state, and the last loss."""
+    """Seconds a mini-batch in steady state, and the last loss.
+
+    Args:
+        last_rank_s: the time of all timed steps on the last rank over their number.
+        typical_s: the median of those steps.
+        slowest_rank_s: as the first, on the rank where it is longest.
+        loss: of the last mini-batch.
+    """
 
     last_rank_s: float
+    typical_s: float
     slowest_rank_s: float
     loss: float
 
@@ -70,12 +81,17 @@ def take_turn(start: Callable[[], Running], data: Sequence[tuple[Tensor, Tensor]
         stamps.append(time.perf_counter())
         loss = loss if value is None else value
     running.close()
-    mine = (stamps[warmup + timed - 1] - stamps[warmup - 1]) / timed
-    alone = getattr(running, "works", None)  # the plain loop runs on one rank only
+    steps = [after - before for before, after in itertools.pairwise(stamps[warmup - 1 : warmup + timed])]
+    mine = Turn(
+        last_rank_s=statistics.mean(steps),
+        typical_s=statistics.median(steps),
+        slowest_rank_s=0.0,
+        loss=math.nan if loss is None else float(loss),
+    )
     report: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(report, None if alone is False else (mine, None if loss is None else float(loss)))
-    at_work = [entry for entry in report if entry is not None]
-    return Turn(at_work[-1][0], max(entry[0] for entry in at_work), at_work[-1][1])
+    dist.all_gather_object(report, mine if running.works else None)
+    at_work: list[Turn] = [turn for turn in report if turn is not None]
+    return dataclasses.replace(at_work[-1], slowest_rank_s=max(turn.last_rank_s for turn in at_work))
 
 
 def environment() -> dict[str, Any]:
@@ -96,16 +112,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(path: Path, run: str, all_turns: Sequence[Turns]) -> None:
-    """Append a line for each configuration. ``run`` is the same for all that were measured side by side."""
+def write(path: Path, run: dict[str, Any], all_turns: Sequence[Turns]) -> None:
+    """Append a line for each configuration. ``run``: the same for all that were measured side by side."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         for turns in all_turns:
             record = {
-                "run": run,
+                **run,
                 **turns.config,
                 "median_ms": 1e3 * turns.median_s,
                 "rounds_ms": [1e3 * t for t in turns.times],
+                "rounds_typical_ms": [1e3 * turn.typical_s for turn in turns.turns],
                 "slowest_rank_ms": [1e3 * turn.slowest_rank_s for turn in turns.turns],
                 "losses": [turn.loss for turn in turns.turns],
                 **environment(),

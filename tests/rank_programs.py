@@ -1,0 +1,684 @@
+"""What ranks run: training runs, which the same functions also do in one process, and programs that go wrong.
+
+    python rank_programs.py PROGRAM ARGUMENT...     one rank, in the environment of torchrun
+
+A `Case` is a run of which the local engine and the ranks must make the same. Everything is drawn from seeds, so that
+each process makes the same model and mini-batches by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from helpers import WIDTH, adamw, minibatches, network, pipeline, scheduler, sgd
+from test_models_in_stages import MODELS, Tokens
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import dtrp
+
+OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
+Batch = tuple[Tensor, Tensor]
+Result = dict[str, Any]
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """1 in the process that makes the reference."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run on ``num_ranks`` ranks; ``run`` does it there, and in one process."""
+
+    num_ranks: int
+    run: Callable[[], Result]
+
+
+CASES: dict[str, Case] = {}
+
+
+def run_case(name: str) -> Result:
+    torch.manual_seed(0)
+    try:
+        return CASES[name].run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def train(
+    model: nn.Sequential | list[nn.Module],
+    segments: list[list[Batch]],
+    make_optimizer: Any = sgd,
+    *,
+    ends: tuple[int, int] | None = None,
+    around: Callable[[], Any] = contextlib.nullcontext,
+    **options: Any,
+) -> Result:
+    """Train with a flush after each segment; only the first rank is given x, and only the last one y.
+
+    ``ends`` are the ranks that host the first and the last stage, if not the first and the last of all; every step runs
+    within ``around``.
+    """
+    options.setdefault("timeout_s", 10.0)
+    first, last = ends or (0, world_size() - 1)
+    with pipeline(model, make_optimizer, **options) as pipe:
+        losses = []
+        for segment in segments:
+            for x, y in segment:
+                with around():
+                    losses.append(pipe.step(x if rank() == first else None, y if rank() == last else None))
+            pipe.flush()
+        return result(pipe, losses)
+
+
+def result(pipe: dtrp.Pipeline, losses: list[Tensor | None], **more: Any) -> Result:
+    return {
+        "losses": losses,
+        "weights": pipe.model_state_dict(),
+        "delays": pipe.delays(),
+        "gradients": [p for stage in pipe.stages for p in stage.parameters() if p.grad is not None],
+        **more,
+    }
+
+
+# -- every method, K, A and optimizer -------------------------------------------------------------------------
+
+
+def matrix_case(method: str, num_stages: int, num_microbatches: int, optimizer: str) -> str:
+    return f"{method} K={num_stages} A={num_microbatches} {optimizer}"
+
+
+def _matrix(method: str, num_stages: int, num_microbatches: int, optimizer: str) -> Callable[[], Result]:
+    return lambda: train(
+        network(),
+        [minibatches(6, seed=1), minibatches(3, seed=2)],
+        OPTIMIZERS[optimizer],
+        num_stages=num_stages,
+        method=method,
+        num_microbatches=num_microbatches,
+    )
+
+
+MATRIX = list(itertools.product(dtrp.list_methods(), (2, 3, 4), (1, 2, 4), OPTIMIZERS))
+CASES.update({matrix_case(*cell): Case(cell[1], _matrix(*cell)) for cell in MATRIX})
+
+# -- kinds of models ------------------------------------------------------------------------------------------
+
+
+def _kind(kind: str, method: str) -> Result:
+    make, data = MODELS[kind]
+    model = nn.Sequential(*make())
+    batches = [(data(), torch.randint(3, (12,))) for _ in range(6)]
+    batches.append((batches[0][0][:7], batches[0][1][:7]))
+    return train(model, [batches], num_stages=4, method=method, num_microbatches=2)
+
+
+def _expanded(method: str) -> Result:
+    model = nn.Sequential(Tokens(view=True), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    batches = [(torch.randn(12, 6), torch.randint(3, (12,))) for _ in range(6)]
+    return train(model, [batches], num_stages=4, method=method, num_microbatches=2)
+
+
+KINDS = [f"{kind}, {method}" for kind in [*MODELS, "expanded output"] for method in ("dtrp", "fdg", "gpipe")]
+for _name in KINDS:
+    _kind_of, _, _method = _name.rpartition(", ")
+    CASES[_name] = Case(
+        4,
+        (lambda method=_method: _expanded(method))
+        if _kind_of == "expanded output"
+        else (lambda kind=_kind_of, method=_method: _kind(kind, method)),
+    )
+
+# -- one by one -----------------------------------------------------------------------------------------------
+
+SPECIAL: list[str] = []
+
+
+def special(num_ranks: int, *variants: Any) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Makes a function a case, or one for each of its first argument's ``variants``."""
+
+    def register(run: Callable[..., Result]) -> Callable[..., Result]:
+        base = run.__name__.strip("_").replace("_", " ")
+        for variant in variants or (None,):
+            name = base if variant is None else f"{base}, {variant}"
+            CASES[name] = Case(num_ranks, run if variant is None else (lambda variant=variant: run(variant)))
+            SPECIAL.append(name)
+        return run
+
+    return register
+
+
+def without_noise(layers: int = 4, width: int = WIDTH) -> nn.Sequential:
+    """Neither BatchNorm, which one sample is too few for, nor dropout."""
+    inner = [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(layers - 1)]
+    return nn.Sequential(*inner, nn.Linear(width, 3))
+
+
+@special(3, "dtrp", "spectrain", "bp")
+def _image_sizes_and_batch_sizes_change(method: str) -> Result:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
+        nn.Conv2d(4, 6, 3),
+        nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(6, 3),
+    )
+    shapes = [(8, 8, 8), (5, 12, 10), (16, 6, 6), (4, 20, 16), (9, 8, 8), (2, 5, 31), (32, 9, 9), (6, 8, 8)]
+    batches = [(torch.randn(n, 3, h, w), torch.randint(3, (n,))) for n, h, w in shapes]
+    return train(model, [batches], num_stages=3, method=method, num_microbatches=2)
+
+
+@special(3, *dtrp.list_methods())
+def _fewer_samples_than_microbatches(method: str) -> Result:
+    batches = [(torch.randn(n, WIDTH), torch.randint(3, (n,))) for n in (8, 2, 1, 3, 8, 1, 4, 1, 1, 5)]
+    return train(without_noise(), [batches], num_stages=3, method=method, num_microbatches=4)
+
+
+@special(3, "dtrp", "fdg", "bp", "spectrain")
+def _frozen_front_stage(method: str) -> Result:
+    model = network()
+    for p in model[:3].parameters():
+        p.requires_grad_(False)
+    return train(model, [minibatches(7)], num_stages=3, method=method, num_microbatches=2)
+
+
+@special(4, "dtrp", "fdg", "bp")
+def _frozen_stages_in_front_and_in_the_middle(method: str) -> Result:
+    model = network()
+    for k in (0, 1, 2, 3, 5):
+        model[k].requires_grad_(False)
+    return train(model, [minibatches(7)], adamw, cuts=[2, 4, 5], method=method)
+
+
+@special(3, "dtrp", "fdg", "bp")
+def _a_stage_without_parameters(method: str) -> Result:
+    stages = [nn.Linear(WIDTH, WIDTH), nn.Sequential(nn.Tanh(), nn.Dropout(0.2)), nn.Linear(WIDTH, 3)]
+    return train(stages, [minibatches(7)], method=method, num_microbatches=2)
+
+
+@special(2, *dtrp.list_methods())
+def _autocast(method: str) -> Result:
+    return train(
+        network(),
+        [minibatches(6)],
+        num_stages=2,
+        method=method,
+        num_microbatches=2,
+        around=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    )
+
+
+@special(2, torch.float64, torch.bfloat16)
+def _dtype(dtype: torch.dtype) -> Result:
+    model = without_noise().to(dtype)
+    batches = [(x.to(dtype), y) for x, y in minibatches(6)]
+    return train(model, [batches], num_stages=2)
+
+
+@special(3, "dtrp", "bp")
+def _models_made_from_different_seeds_and_no_seed_given(method: str) -> Result:
+    torch.manual_seed(100 + rank())
+    model = network()
+    with dtrp.Pipeline(
+        model, sgd, nn.functional.cross_entropy, num_stages=3, method=method, lr_scheduler=scheduler
+    ) as pipe:
+        batches = minibatches(6)
+        losses = [pipe.step(x if rank() == 0 else None, y if rank() == world_size() - 1 else None) for x, y in batches]
+        pipe.flush()
+        return result(pipe, losses, seed=pipe.seed)
+
+
+@special(3, "dtrp", "fdg", "bp")
+def _a_list_of_modules(method: str) -> Result:
+    stages = [nn.Sequential(*part) for part in (network()[:2], network()[2:5], network()[5:])]
+    done = train(stages, [minibatches(7)], method=method, num_microbatches=2)
+    # The parameters stay the model's own objects; this rank trained those of its stage.
+    return {**done, "own": {f"{k}.{name}": t for k, s in enumerate(stages) for name, t in s.state_dict().items()}}
+
+
+@special(3, "dtrp", "gpipe")
+def _number_of_stages_from_the_world(method: str) -> Result:
+    options = {} if world_size() > 1 else {"num_stages": 3}
+    return train(network(), [minibatches(7)], method=method, **options)
+
+
+@special(3, "dtrp", "adl")
+def _uneven_cuts(method: str) -> Result:
+    return train(network(), [minibatches(7)], cuts=[1, 6], method=method, num_microbatches=2)
+
+
+@special(3, "grad_shrink", "lr_shrink", "ahead", "forward first", "input kept")
+def _a_field_of_the_row(field: str) -> Result:
+    method = {
+        "grad_shrink": dtrp.get_method("fdg", grad_shrink=0.5),
+        "lr_shrink": dtrp.get_method("dtrp", lr_shrink=0.7),
+        "ahead": dtrp.get_method("dtrp", ahead=1.5, predict="linear"),
+        "forward first": dtrp.get_method("dtrp", backward_first=False),
+        "input kept": dtrp.get_method("pipedream", keep="input"),
+    }[field]
+    return train(network(), [minibatches(8)], num_stages=3, method=method, num_microbatches=2)
+
+
+@special(3, "dtrp", "bp")
+def _the_loss_on_all_ranks(method: str) -> Result:
+    return train(network(), [minibatches(7)], num_stages=3, method=method, num_microbatches=2, loss_on="all")
+
+
+@special(2, "dtrp", "fdg")
+def _flush_after_every_minibatch_and_twice(method: str) -> Result:
+    segments: list[list[Batch]] = [[batch] for batch in minibatches(4)]
+    return train(network(), [[], *segments, []], num_stages=2, method=method, num_microbatches=2)
+
+
+@special(3, "dtrp", "spectrain")
+def _state_dicts_and_infer(method: str) -> Result:
+    """All that is collective, some of it with micro-batches in flight."""
+    seen: dict[str, Any] = {}
+    last = world_size() - 1
+
+    def feed(pipe: dtrp.Pipeline, batches: list[Batch]) -> list[Tensor | None]:
+        return [pipe.step(x if rank() == 0 else None, y if rank() == last else None) for x, y in batches]
+
+    def infer(pipe: dtrp.Pipeline, n: int) -> Tensor | None:
+        x = torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(n))
+        return pipe.infer(x if rank() == 0 else None)
+
+    options = {"num_stages": 3, "method": method, "num_microbatches": 2}
+    with pipeline(network(), adamw, **options) as pipe:
+        losses = feed(pipe, minibatches(5))
+        seen["infer"] = [infer(pipe, n) for n in (1, 3, 200)]
+        seen["state in flight"] = pipe.state_dict()
+        seen["model in flight"] = pipe.model_state_dict()
+        losses += feed(pipe, minibatches(3, seed=2))
+        pipe.flush()
+        state = pipe.state_dict()
+        seen["state"] = state
+        losses += feed(pipe, minibatches(3, seed=3))
+        pipe.flush()
+        pipe.load_state_dict(state)
+        seen["num_updates"] = pipe.num_updates
+        seen["infer"].append(infer(pipe, 4))
+        losses += feed(pipe, minibatches(3, seed=4))
+        pipe.flush()
+        path = Path(os.environ.get("SCRATCH", "."), f"model{world_size()}.{method}.pt")
+        pipe.save_model(path)
+        seen["saved"] = torch.load(path)
+        if rank() == 0:
+            path.unlink()
+        first = result(pipe, losses)
+    with pipeline(network(), adamw, **options) as pipe:  # the next one goes on from it
+        pipe.load_state_dict(state)
+        more = feed(pipe, minibatches(3, seed=4))
+        pipe.flush()
+        seen["continued"] = pipe.model_state_dict()
+        return {**first, "losses": [*losses, *more], **seen}
+
+
+@special(2, 1, 4)
+def _a_predictor_of_the_users(num_microbatches: int) -> Result:
+    """A predictor of the user's: called with this stage's parameters, and its answer is read."""
+    asked: list[tuple[int, int, int, int]] = []
+
+    def predictor(parameters: Any, optimizer: Any, horizon: int, out: Any, **where: int) -> None:
+        asked.append((where["stage"], where["microbatch"], where["version"], horizon))
+        for o, w in zip(out, parameters, strict=True):
+            o.copy_(w * (1 - 0.001 * horizon))
+
+    method = dtrp.get_method("dtrp", predict=predictor)
+    done = train(network(), [minibatches(7)], num_stages=2, method=method, num_microbatches=num_microbatches)
+    return {**done, "asked": asked}
+
+
+# -- groups of ranks ------------------------------------------------------------------------------------------
+
+
+def subset(method: str) -> Result:
+    """A pipeline of two on the ranks 1 and 2 of three; rank 0 has none."""
+    if world_size() == 1:
+        return train(network(), [minibatches(6)], num_stages=2, method=method, num_microbatches=2)
+    join()
+    group = dist.new_group([1, 2])
+    if rank() == 0:
+        return {}
+    return train(network(), [minibatches(6)], num_stages=2, method=method, num_microbatches=2, group=group, ends=(1, 2))
+
+
+SUBSETS = {f"a subset of the ranks, {method}": method for method in ("dtrp", "fdg", "bp")}
+CASES.update({name: Case(3, lambda method=method: subset(method)) for name, method in SUBSETS.items()})
+
+# The parts of the shards have such sizes that tensor_split cuts their concatenation into the same micro-batches.
+SHARDS = {
+    "equal": [(8, 8)] * 6 + [(4, 4)],
+    "unequal": [(6, 4), (7, 4), (2, 8), (6, 4), (12, 4), (7, 4), (4, 2)],
+    "fewer than A": [(6, 4), (1, 2), (2, 4), (1, 2), (1, 2), (6, 4), (4, 2)],
+}
+
+
+def replicas(method: str, num_microbatches: int, shards: str, optimizer: str = "sgd") -> Result:
+    """Two replicas of two stages, or one process whose micro-batches are the replicas' ones put together."""
+    torch.set_default_dtype(torch.float64)
+    model = without_noise()
+    batches = []
+    for sizes in SHARDS[shards]:
+        parts = []
+        for n in sizes:
+            x, y = torch.randn(n, WIDTH), torch.randint(3, (n,))
+            cut = min(n, num_microbatches)
+            parts.append(list(zip(torch.tensor_split(x, cut), torch.tensor_split(y, cut), strict=True)))
+        if world_size() == 1:
+            mine = [part for together in itertools.zip_longest(*parts) for part in together if part is not None]
+            whole = [[p for p in ps if p is not None] for ps in itertools.zip_longest(*parts)]
+            cuts = [len(x) for x in torch.tensor_split(torch.empty(sum(sizes)), len(whole))]
+            assert cuts == [sum(len(x) for x, _ in ps) for ps in whole], "the test's own sizes"
+        else:
+            mine = parts[rank() // 2]
+        batches.append((torch.cat([x for x, _ in mine]), torch.cat([y for _, y in mine])))
+    options: dict[str, Any] = {"num_stages": 2, "method": method, "num_microbatches": num_microbatches}
+    if world_size() > 1:
+        join()
+        options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "stage"))
+        options["ends"] = (rank() // 2 * 2, rank() // 2 * 2 + 1)
+    return train(model, [batches[:4], batches[4:]], OPTIMIZERS[optimizer], **options)
+
+
+REPLICAS = {
+    f"replicas, {method}, A={a}, {shards}, {optimizer}": (method, a, shards, optimizer)
+    for method, a, shards, optimizer in [
+        *itertools.product(("bp", "dtrp", "fdg"), (1, 2), ("equal", "unequal"), OPTIMIZERS),
+        *itertools.product(("bp", "dtrp", "fdg"), (2,), ("fewer than A",), ("sgd",)),
+    ]
+}
+CASES.update({name: Case(4, lambda cell=cell: replicas(*cell)) for name, cell in REPLICAS.items()})
+
+# -- programs -------------------------------------------------------------------------------------------------
+
+
+def join() -> None:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def ready(folder: str) -> None:
+    """For `Ranks.await_ready`: this rank is in the middle of its work."""
+    path = Path(folder, f"ready{rank()}")
+    temporary = path.with_suffix(".new")
+    temporary.write_text(str(os.getpid()))
+    temporary.replace(path)
+
+
+def endless() -> Iterator[tuple[int, Tensor, Tensor]]:
+    for i in itertools.count():
+        generator = torch.Generator().manual_seed(i)
+        yield i, torch.randn(32, WIDTH, generator=generator), torch.randint(3, (32,), generator=generator)
+
+
+def cases(folder: str, *names: str) -> None:
+    """Run cases in one process group, each with a Pipeline of its own; results are written even if one fails."""
+    os.environ["SCRATCH"] = folder
+    results: dict[str, Any] = {}
+    try:
+        for name in names:
+            print(name, flush=True)  # for who looks at a launch that does not end
+            try:
+                results[name] = run_case(name)
+            except BaseException:
+                results[name] = traceback.format_exc()
+                raise
+    finally:
+        torch.save(results, Path(folder, f"results{rank()}.pt"))
+
+
+def train_until_killed(folder: str, method: str, timeout_s: float = 10.0) -> None:
+    pipe = pipeline(network(), num_stages=world_size(), method=method, num_microbatches=2, timeout_s=timeout_s)
+    for i, x, y in endless():
+        pipe.step(x, y)
+        if i == 3:
+            ready(folder)
+
+
+class Fails(nn.Module):
+    """Raises in the forward, or in the backward, of a micro-batch."""
+
+    def __init__(self, where: str, microbatch: int, recomputes: bool) -> None:
+        super().__init__()
+        self.where, self.microbatch, self.recomputes, self.calls = where, microbatch, recomputes, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A method that recomputes runs a micro-batch without a graph first, and with one in its backward.
+        first = not (self.recomputes and torch.is_grad_enabled())
+        if self.recomputes and first == (self.where == "backward"):
+            return x
+        self.calls += 1
+        now = self.calls == self.microbatch + 1
+        if self.where == "backward":
+            out: Tensor = FailsBackward.apply(x, now)
+            return out
+        if now:
+            raise ValueError("the sensor is on fire")
+        return x
+
+
+class FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fails: bool) -> Tensor:
+        ctx.fails = fails
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.fails:
+            raise ValueError("the sensor is on fire")
+        return grad, None
+
+
+def fail_in_stage(folder: str, where: str, method: str, stage: int, context: bool) -> None:
+    """Training that fails at micro-batch 5 of a stage."""
+    del folder
+    model = network(8)
+    recomputes = dtrp.get_method(method).keep == "input" and stage < 3
+    model[2 * stage] = nn.Sequential(model[2 * stage], Fails(where, 5, recomputes))
+    pipe = pipeline(model, num_stages=4, method=method, timeout_s=10)
+    with pipe if context else contextlib.nullcontext():
+        for _, x, y in endless():
+            pipe.step(x, y)
+
+
+def fail_outside(folder: str, culprit: int, how: str) -> None:
+    """One rank's own program goes wrong between two steps."""
+    del folder
+    pipe = pipeline(network(), num_stages=world_size(), timeout_s=10)
+    for i, x, y in endless():
+        pipe.step(x, y)
+        if i == 5 and rank() == culprit:
+            if how == "raise":
+                raise KeyError("no such column")
+            if how == "sys.exit":
+                sys.exit(3)
+            os._exit(4)
+
+
+def stall(folder: str, culprit: int) -> None:
+    """One rank does something else for longer than the others wait."""
+    del folder
+    pipe = pipeline(network(), num_stages=world_size(), timeout_s=2)
+    for i, x, y in endless():
+        pipe.step(x, y)
+        if i == 5 and rank() == culprit:
+            time.sleep(5)
+
+
+def end_without_close(folder: str, flush: bool) -> None:
+    pipe = pipeline(network(), num_stages=world_size(), timeout_s=10)
+    for x, y in minibatches(6):
+        pipe.step(x, y)
+    if flush:
+        pipe.flush()
+    print(pipe.num_updates)
+    if rank() == 0:
+        Path(folder, "through").touch()
+
+
+def wrong(folder: str, what: str) -> None:
+    """Ranks that do not fit together."""
+    del folder
+    size, last = world_size(), rank() == world_size() - 1
+    model, options = network(), {"timeout_s": 3.0}
+    if what == "num_stages":
+        options["num_stages"] = size + 1
+    elif what in ("mesh", "a bad mesh", "an empty shard"):
+        join()
+        names = ("rows", "columns") if what == "a bad mesh" else ("replica", "stage")
+        options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+        options["num_stages"] = 3 if what == "mesh" else 2
+    elif what == "names" and last:
+        model = nn.Sequential(*model)  # 0, 1, 2 in place of block0, block1, block2
+    elif what == "shapes" and last:
+        model[-1] = nn.Linear(WIDTH, 4)
+    elif what == "dtypes" and last:
+        model[3].double()
+    elif what == "frozen" and last:
+        model[3].requires_grad_(False)
+    elif what == "method":
+        options["method"] = "fdg" if last else "dtrp"
+    elif what == "num_microbatches":
+        options["num_microbatches"] = 2 if last else 4
+    pipe = pipeline(model, **options)
+    for i, (x, y) in enumerate(minibatches(6)):
+        if what == "targets" and last and i == 4:
+            y = (y + 1) % 3
+        if what == "target shapes" and last and i == 4:
+            x, y = x[:-1], y[:-1]
+        if what == "an empty shard" and rank() >= 2 and i == 4:
+            x, y = x[:0], y[:0]
+        pipe.step(x, y)
+    if what == "flush and state_dict":
+        pipe.state_dict() if last else pipe.flush()
+    elif what == "infer and flush":
+        pipe.flush() if last else pipe.infer(x)
+    elif what == "save_model and step":
+        pipe.step(x, y) if last else pipe.save_model("never.pt")
+    elif what.startswith("steps"):
+        more = {"steps: more on the last": last, "steps: more on the first": rank() == 0}[what]
+        if more:
+            for _ in range(12):
+                pipe.step(x, y)
+    pipe.flush()
+    pipe.close()
+
+
+def close_too_early(folder: str, culprit: int) -> None:
+    """One rank closes its pipeline while the others step on."""
+    del folder
+    pipe = pipeline(network(), num_stages=world_size(), timeout_s=3)
+    for x, y in minibatches(6):
+        pipe.step(x, y)
+    if rank() != culprit:
+        for x, y in minibatches(20):
+            pipe.step(x, y)
+    pipe.close()
+
+
+def wait_for_nobody(folder: str) -> None:
+    """The Pipeline of a rank that waits for others that never come."""
+    del folder
+    if rank() == 0:
+        pipeline(network(), num_stages=world_size(), timeout_s=2)
+
+
+def traced(folder: str) -> None:
+    with pipeline(network(), num_stages=3, method="dtrp", num_microbatches=2, trace=True) as pipe:
+        for x, y in minibatches(5):
+            pipe.step(x, y)
+        pipe.flush()
+        pipe.save_trace(Path(folder, "trace.json"))
+
+
+class SleepBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        time.sleep(ctx.seconds)
+        return grad, None
+
+
+class Sleeps(nn.Module):
+    """A stage whose work is to sleep; messages and updates are real."""
+
+    def __init__(self, forward_s: float, backward_s: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.forward_s, self.backward_s = forward_s, backward_s
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.forward_s)
+        out: Tensor = SleepBackward.apply(self.linear(x), self.backward_s)
+        return out
+
+
+def sleeping_stages(
+    folder: str, method: str, steps: int, warm_up: int, forward_s: float, backward_s: float, num_microbatches: int
+) -> None:
+    """Writes the seconds of each step of each rank."""
+    model = [Sleeps(forward_s, backward_s) for _ in range(world_size())]
+    make = dtrp.Pipeline(
+        model, sgd, nn.functional.mse_loss, method=method, num_microbatches=num_microbatches, timeout_s=60
+    )
+    seconds, x = [], torch.randn(32, WIDTH)
+    with make as pipe:
+        for _ in range(warm_up + steps):
+            began = time.perf_counter()
+            pipe.step(x, x)
+            seconds.append(time.perf_counter() - began)
+        pipe.flush()
+    Path(folder, f"seconds{rank()}.json").write_text(json.dumps(seconds[warm_up:]))
+
+
+PROGRAMS: dict[str, Callable[..., None]] = {
+    function.__name__: function
+    for function in (
+        cases,
+        train_until_killed,
+        fail_in_stage,
+        fail_outside,
+        stall,
+        end_without_close,
+        wrong,
+        close_too_early,
+        wait_for_nobody,
+        traced,
+        sleeping_stages,
+    )
+}
+
+
+def main(program: str, arguments: list[Any]) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    PROGRAMS[program](*arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

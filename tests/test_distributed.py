@@ -1,0 +1,559 @@
+"""K workers: equal to the local engine to the bit, and an end that every rank hears of.
+
+The runs are in `rank_programs`; one launch runs many of them, and its results are read by the tests, on all workers
+of pytest-xdist. Tests of failure have a launch each.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close, assert_same
+from launching import Outcome, Server, run_ranks, runs, start_ranks, start_torchrun
+from rank_programs import CASES, KINDS, MATRIX, REPLICAS, SPECIAL, SUBSETS, matrix_case, run_case
+from torch import Tensor
+
+pytestmark = pytest.mark.timeout(300)
+
+PROGRAMS = Path(__file__).with_name("rank_programs.py")
+Results = dict[str, list[Any]]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def results_of(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Results]:
+    """What the ranks came to in a group of cases; run once, whoever of pytest-xdist's workers asks first."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    known: dict[str, Results] = {}
+
+    def results_of(group: str, names: list[str]) -> Results:
+        if group not in known:
+            path = shared / f"{group}.pt"
+            with (shared / f"{group}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    torch.save(launch_cases(server, shared / group, names), path)
+            known[group] = torch.load(path, weights_only=False)
+        return known[group]
+
+    return results_of
+
+
+def launch_cases(server: Server, folder: Path, names: list[str]) -> Results:
+    """The results of cases by rank, a text in place of what failed; what came after that has a launch of its own."""
+    (num_ranks,) = {CASES[name].num_ranks for name in names}
+    done: Results = {}
+    while rest := [name for name in names if name not in done]:
+        where = folder / str(len(done))
+        with start_ranks(server, where, num_ranks, "cases", *rest) as ranks:
+            try:
+                outcomes = ranks.wait(240)
+            except AssertionError as error:
+                done[rest[0]] = [str(error)]
+                return done | {name: ["an earlier case did not end"] for name in rest[1:]}
+        written = [torch.load(path, weights_only=False) for path in sorted(where.glob("results*.pt"))]
+        for name in rest:
+            found = [results[name] for results in written if name in results]
+            if len(found) < num_ranks or any(isinstance(result, str) for result in found):
+                done[name] = [result for result in found if isinstance(result, str)] or [ranks.logs()]
+                break
+            done[name] = found
+        else:
+            assert all(outcome.returncode == 0 for outcome in outcomes), ranks.logs()
+            assert all(outcome.err == "" for outcome in outcomes), ranks.logs()
+    return done
+
+
+def ranks_and_reference(name: str, results: Results) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(what each rank that took part came to, what one process comes to)."""
+    found = results[name]
+    texts = [result for result in found if isinstance(result, str)]
+    assert not texts, "\n\n".join(texts)
+    return [result for result in found if result], run_case(name)
+
+
+def check_losses(losses: list[list[Tensor | None]], want: list[Tensor], *, on_all: bool = False) -> None:
+    for rank, own in enumerate(losses):
+        if on_all or rank == len(losses) - 1:
+            assert len(own) == len(want)
+            for n, (a, b) in enumerate(zip(own, want, strict=True)):
+                assert a is not None
+                assert torch.equal(a, b), f"loss {n}: {a} and {b}"
+                assert not a.requires_grad
+        else:
+            assert own == [None] * len(want)
+
+
+def check_equal(name: str, results: Results, **options: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Weights, losses and delays of all ranks are those of one process, to the bit."""
+    ranks, want = ranks_and_reference(name, results)
+    check_losses([result["losses"] for result in ranks], want["losses"], **options)
+    for stage, result in enumerate(ranks):
+        assert_same(result["weights"], want["weights"])
+        assert result["delays"] == {stage: want["delays"][stage]}
+        assert result["gradients"] == [], "p.grad is None outside U"
+    return ranks, want
+
+
+# -- equal to one process -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "num_stages", "num_microbatches", "optimizer"), MATRIX)
+def test_it_equals_the_local_engine_to_the_bit(
+    results_of: Callable[..., Results], method: str, num_stages: int, num_microbatches: int, optimizer: str
+) -> None:
+    names = [matrix_case(*cell) for cell in MATRIX if cell[1] == num_stages]
+    results = results_of(f"matrix{num_stages}", names)
+    ranks, _ = check_equal(matrix_case(method, num_stages, num_microbatches, optimizer), results)
+    assert len(ranks) == num_stages
+
+
+@pytest.fixture
+def one_by_one(
+    results_of: Callable[..., Results], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Results]:
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    everything = [*KINDS, *SPECIAL, *SUBSETS]
+
+    def results(name: str) -> Results:
+        num_ranks = CASES[name].num_ranks
+        return results_of(f"special{num_ranks}", [n for n in everything if CASES[n].num_ranks == num_ranks])
+
+    return results
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_model_equals_the_local_engine(one_by_one: Callable[[str], Results], name: str) -> None:
+    check_equal(name, one_by_one(name))
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_case(one_by_one: Callable[[str], Results], name: str) -> None:
+    ranks, want = check_equal(name, one_by_one(name), on_all=name.startswith("the loss on all ranks"))
+    last = ranks[-1]
+    if "infer" in want:
+        assert all(result["infer"] == [None] * 4 for result in ranks[:-1])
+        for a, b in zip(last["infer"], want["infer"], strict=True):
+            assert torch.equal(a, b)
+    for key in ("model in flight", "saved", "continued"):
+        if key in want:
+            for result in ranks:
+                assert_same(result[key], want[key])
+    for key in ("state in flight", "state"):
+        if key in want:
+            for result in ranks:
+                check_state(result[key], want[key])
+    for key in ("seed", "num_updates"):
+        if key in want:
+            assert [result[key] for result in ranks] == [want[key]] * len(ranks)
+    for k, result in enumerate(ranks):
+        if "own" in want:
+            trained = [key for key in want["own"] if key.startswith(f"{k}.")]
+            assert_same({key: result["own"][key] for key in trained}, {key: want["own"][key] for key in trained})
+        if "asked" in want:
+            assert result["asked"] == [call for call in want["asked"] if call[0] == k]
+            assert k == len(ranks) - 1 or len(result["asked"]) >= 6
+
+
+def check_state(a: Any, b: Any) -> None:
+    """Two state dicts, however deep."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            check_state(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            check_state(x, y)
+    elif isinstance(a, Tensor):
+        assert torch.equal(a, b)
+    elif not callable(a):
+        assert a == b
+
+
+@pytest.mark.parametrize("name", SUBSETS)
+def test_some_of_the_ranks(one_by_one: Callable[[str], Results], name: str) -> None:
+    ranks, _ = check_equal(name, one_by_one(name))
+    assert len(ranks) == 2
+
+
+@pytest.mark.parametrize("name", REPLICAS)
+def test_replicas_equal_one_process_with_their_shards_put_together(
+    results_of: Callable[..., Results], name: str
+) -> None:
+    """Micro-batch j is the replicas' j-th parts concatenated; 1e-12 in float64."""
+    ranks, want = ranks_and_reference(name, results_of("replicas", list(REPLICAS)))
+    assert len(ranks) == 4
+    losses = dict(enumerate(want["losses"]))
+    for rank, result in enumerate(ranks):
+        assert_close(result["weights"], want["weights"])
+        assert_same(result["weights"], ranks[0]["weights"])
+        if rank % 2:
+            assert_close(dict(enumerate(result["losses"])), losses)
+        else:
+            assert result["losses"] == [None] * len(losses)
+        assert result["delays"] == {rank % 2: want["delays"][rank % 2]}
+
+
+SCRIPT = """
+import sys
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import dtrp
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+data = TensorDataset(torch.randn(70, 6), torch.randint(3, (70,)))
+loader = DataLoader(data, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(3))
+pipe = dtrp.Pipeline(model, lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9), F.cross_entropy,
+                     num_stages=3, method="dtrp", num_microbatches=2)
+for epoch in range(2):
+    for x, y in loader:
+        loss = pipe.step(x, y)
+        if loss is not None:
+            print(epoch, f"{loss.item():.17g}")
+pipe.flush()
+out = pipe.infer(data.tensors[0])
+if out is not None:
+    print((out.argmax(1) == data.tensors[1]).sum().item())
+pipe.save_model(sys.argv[1])
+"""
+
+
+def test_the_same_script_in_one_process_and_under_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    with start_torchrun(tmp_path / "run", 3, script, str(tmp_path / "ranks.pt")) as torchrun:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(script), str(tmp_path / "one.pt")]
+        one = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert one.returncode == 0, one.stderr
+        assert torchrun.wait(120) == 0, torchrun.logs()
+        assert [torchrun.read(rank) for rank in range(3)] == [""] * 3
+        assert [torchrun.read(rank, "stdout") for rank in range(3)] == ["", "", one.stdout]
+    assert len(one.stdout.splitlines()) == 11
+    assert_same(torch.load(tmp_path / "ranks.pt"), torch.load(tmp_path / "one.pt"))
+
+
+# -- failure --------------------------------------------------------------------------------------------------
+
+
+def check_ended(outcomes: list[Outcome], *patterns: str, skip: tuple[int, ...] = ()) -> None:
+    """All ranks but those of ``skip`` ended by an error of their own whose last words match all patterns."""
+    for rank, outcome in enumerate(outcomes):
+        if rank in skip:
+            continue
+        assert outcome.returncode == 1, f"rank {rank}: {outcome.returncode}\n{outcome.err}"
+        for pattern in patterns:
+            assert re.search(pattern, outcome.last_line), f"rank {rank}: {pattern!r} is not in\n{outcome.err}"
+
+
+@pytest.mark.parametrize("context", [False, True], ids=["bare", "context manager"])
+@pytest.mark.parametrize(
+    ("where", "method", "stage"),
+    [("forward", "dtrp", 2), ("backward", "dtrp", 2), ("forward", "fdg", 2), ("backward", "bp", 2), ("forward", "dtrp", 0),
+     ("backward", "spectrain", 3)],
+)  # fmt: skip
+def test_an_exception_in_a_stage_is_every_ranks(
+    server: Server, tmp_path: Path, where: str, method: str, stage: int, context: bool
+) -> None:
+    outcomes = run_ranks(server, tmp_path, 4, "fail_in_stage", where, method, stage, context, timeout_s=15)
+    place = rf"StageError: stage {stage}, {where} of micro-batch 5 \(mini-batch 5\)"
+    check_ended(outcomes, place, "ValueError: the sensor is on fire")
+    for outcome in outcomes:
+        assert "raise ValueError" in outcome.err, "the cause's traceback"
+
+
+def kill_a_worker(server: Server, folder: Path, num_ranks: int, method: str, victim: int, after_s: float) -> None:
+    with start_ranks(server, folder, num_ranks, "train_until_killed", method) as ranks:
+        ranks.await_ready()
+        time.sleep(after_s)
+        ranks.kill(signal.SIGKILL, victim)
+        outcomes = ranks.wait(15)
+    assert outcomes[victim].returncode == -signal.SIGKILL
+    check_names_the_dead({r: o.err for r, o in enumerate(outcomes) if r != victim}, victim)
+    check_ended(outcomes, rf"rank {victim} is gone", skip=(victim,))
+
+
+def check_names_the_dead(logs: dict[int, str], victim: int) -> None:
+    """Every log says of that rank, and of no other, that it is gone."""
+    for rank, log in logs.items():
+        named = {int(n) for n in re.findall(r"rank (\d+) (?:is gone|cannot be reached|has ended)", log)}
+        assert named == {victim}, f"rank {rank} names {named}, gone is {victim}:\n{log}"
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "method", "victim"), [(4, "dtrp", 2), (3, "bp", 0), (3, "fdg", 2), (2, "dtrp", 1)]
+)
+def test_a_killed_rank_is_named_by_all_others(
+    server: Server, tmp_path: Path, num_ranks: int, method: str, victim: int
+) -> None:
+    after_s = random.SystemRandom().uniform(0, 0.3)
+    kill_a_worker(server, tmp_path, num_ranks, method, victim, after_s)
+
+
+@pytest.mark.full
+def test_twenty_killed_ranks_at_random_moments(server: Server, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    for i in range(20):
+        num_ranks = draw.choice([2, 3, 4])
+        victim, method = draw.randrange(num_ranks), draw.choice(["dtrp", "fdg", "bp", "dtrp-1f1b"])
+        kill_a_worker(server, tmp_path / str(i), num_ranks, method, victim, draw.uniform(0, 1))
+
+
+def kill_under_torchrun(folder: Path, num_ranks: int, victim: int) -> None:
+    with start_torchrun(folder, num_ranks, PROGRAMS, "train_until_killed", str(folder), "dtrp") as torchrun:
+        pids = torchrun.await_ready()
+        began = time.monotonic()
+        os.kill(pids[victim], signal.SIGKILL)
+        status = torchrun.wait(60)
+        check_gone(pids, began + 15)
+        logs = {rank: torchrun.read(rank) for rank in range(num_ranks) if rank != victim}
+        assert status != 0
+        check_names_the_dead(logs, victim)
+        for log in logs.values():
+            assert f"rank {victim} is gone" in log.strip().rpartition("\n")[2], log
+
+
+def check_gone(pids: list[int], deadline: float) -> None:
+    while left := [pid for pid in pids if runs(pid)]:
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.02)
+
+
+def test_a_killed_rank_is_named_under_torchrun(tmp_path: Path) -> None:
+    kill_under_torchrun(tmp_path, 3, 2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_any_killed_rank_is_named_under_torchrun(tmp_path: Path, victim: int) -> None:
+    kill_under_torchrun(tmp_path, 3, victim)
+
+
+def test_no_process_is_left_when_the_agent_is_killed(tmp_path: Path) -> None:
+    with start_torchrun(tmp_path, 2, PROGRAMS, "train_until_killed", str(tmp_path), "dtrp") as torchrun:
+        pids = torchrun.await_ready()
+        torchrun.agent.kill()
+        torchrun.wait(5)
+        check_gone(pids, time.monotonic() + 15)
+        assert all("launcher" in torchrun.read(rank) for rank in range(2)), torchrun.logs()
+
+
+@pytest.mark.parametrize("method", ["dtrp", "bp"])
+def test_ctrl_c_ends_all_ranks(server: Server, tmp_path: Path, method: str) -> None:
+    """As a terminal does it: SIGINT to every process."""
+    with start_ranks(server, tmp_path, 3, "train_until_killed", method) as ranks:
+        ranks.await_ready()
+        ranks.kill(signal.SIGINT)
+        outcomes = ranks.wait(10)
+    for outcome in outcomes:
+        assert outcome.returncode in (1, -signal.SIGINT, 130), outcome
+        assert "KeyboardInterrupt" in outcome.last_line or "interrupted" in outcome.last_line, outcome.err
+        assert "Fatal Python error" not in outcome.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("culprit", [0, 2])
+def test_a_signal_to_one_rank_ends_all(server: Server, tmp_path: Path, culprit: int, number: signal.Signals) -> None:
+    with start_ranks(server, tmp_path, 3, "train_until_killed", "dtrp") as ranks:
+        ranks.await_ready()
+        ranks.kill(number, culprit)
+        outcomes = ranks.wait(10)
+    assert outcomes[culprit].returncode not in (0, -signal.SIGABRT, -signal.SIGSEGV), outcomes[culprit]
+    check_ended(outcomes, rf"rank {culprit}", skip=(culprit,))
+
+
+@pytest.mark.parametrize("culprit", [0, 1, 2])
+def test_an_exception_outside_the_pipeline_on_one_rank(server: Server, tmp_path: Path, culprit: int) -> None:
+    outcomes = run_ranks(server, tmp_path, 3, "fail_outside", culprit, "raise", timeout_s=15)
+    check_ended(outcomes, "KeyError: 'no such column'")
+    check_ended(outcomes, rf"rank {culprit}", skip=(culprit,))
+
+
+@pytest.mark.parametrize(("how", "status"), [("sys.exit", 3), ("os._exit", 4)])
+def test_a_rank_that_exits(server: Server, tmp_path: Path, how: str, status: int) -> None:
+    outcomes = run_ranks(server, tmp_path, 3, "fail_outside", 1, how, timeout_s=15)
+    assert outcomes[1].returncode == status
+    check_ended(outcomes, r"rank 1\b", skip=(1,))
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_script_that_ends_without_close(server: Server, tmp_path: Path, flush: bool) -> None:
+    began = time.monotonic()
+    outcomes = run_ranks(server, tmp_path, 3, "end_without_close", flush, timeout_s=15)
+    assert outcomes == [Outcome(0, "6\n", "")] * 3
+    assert time.monotonic() - began < 8
+
+
+def test_a_wait_that_takes_too_long_says_who_waits_for_whom(server: Server, tmp_path: Path) -> None:
+    outcomes = run_ranks(server, tmp_path, 3, "stall", 1, timeout_s=15)
+    check_ended(outcomes, r"rank [02]\b.*waited 2 s for rank 1\b", r"(forward|backward)\b.*micro-batch \d+")
+
+
+def test_a_rank_that_never_makes_its_pipeline(server: Server, tmp_path: Path) -> None:
+    with start_ranks(server, tmp_path, 2, "wait_for_nobody") as ranks:
+        outcomes = ranks.wait(15)
+    assert outcomes[0].returncode == 1
+    assert re.search(r"rank 0\b.*\b2 s\b", outcomes[0].last_line), outcomes[0].err
+
+
+# -- wrong use ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "num_ranks", "patterns"),
+    [
+        ("num_stages", 2, ["ValueError: num_stages=3", "2 ranks"]),
+        ("mesh", 4, ["ValueError: num_stages=3", r"2 ranks|\(2, 3\)"]),
+        ("a bad mesh", 4, ["ValueError: mesh has the dimensions", "'replica', 'stage'"]),
+        ("names", 2, [r"the models differ", r"rank 1", r"block0\.0\.weight|0\.0\.weight"]),
+        ("shapes", 3, [r"the models differ", r"head\.weight", r"rank 2", r"\(4, 5\)", r"\(3, 5\)"]),
+        ("dtypes", 2, [r"the models differ", r"block3\.0\.weight", r"rank 1", "float64", "float32"]),
+        ("frozen", 2, [r"the models differ", r"block3\.0\.weight", "rank 1"]),
+        ("method", 2, ["rank 1", "fdg", "dtrp"]),
+        ("num_microbatches", 2, ["rank 1", "num_microbatches=2", "4"]),
+        ("targets", 3, ["different targets", "mini-batch 4", "seed the sampler"]),
+        ("target shapes", 3, ["32", "31", "seed the sampler"]),
+        ("an empty shard", 4, ["each replica needs at least one sample"]),
+        ("flush and state_dict", 2, [r"flush\(\)", r"state_dict\(\)", "same methods in the same order"]),
+        ("infer and flush", 2, [r"infer\(\)", r"flush\(\)", "same methods in the same order"]),
+        ("save_model and step", 2, [r"save_model\(\)", r"step\(\)"]),
+        ("steps: more on the last", 2, ["the same number of times"]),
+        ("steps: more on the last", 3, ["the same number of times"]),
+        ("steps: more on the first", 3, ["the same number of times"]),
+    ],
+)
+def test_wrong_use_is_an_error_on_every_rank(
+    server: Server, tmp_path: Path, what: str, num_ranks: int, patterns: list[str]
+) -> None:
+    outcomes = run_ranks(server, tmp_path, num_ranks, "wrong", what, timeout_s=15)
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.returncode == 1, f"rank {rank}: {outcome.returncode}\n{outcome.err}"
+        for pattern in patterns:
+            assert re.search(pattern, outcome.last_line), f"rank {rank}: {pattern!r} is not in\n{outcome.err}"
+
+
+@pytest.mark.parametrize("culprit", [0, 2])
+def test_a_rank_that_closes_early(server: Server, tmp_path: Path, culprit: int) -> None:
+    outcomes = run_ranks(server, tmp_path, 3, "close_too_early", culprit, timeout_s=15)
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.returncode == 1, f"rank {rank}: {outcome.returncode}\n{outcome.err}"
+        assert re.search(rf"rank {culprit}\b.*same number of times", outcome.last_line), f"rank {rank}: {outcome.err}"
+
+
+# -- the trace ------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_of_all_ranks(server: Server, tmp_path: Path) -> None:
+    """5 mini-batches of 2 micro-batches on 3 ranks: each F, B, U, send and receive of training is a span."""
+    outcomes = run_ranks(server, tmp_path, 3, "traced")
+    assert all(outcome == Outcome(0, "", "") for outcome in outcomes), outcomes
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    events = trace["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event.get("name") == "process_name"}
+    assert len(names) == 3
+    assert all(f"rank {rank}" in names[pid] for rank, pid in enumerate(sorted(names)))
+    spans = [event for event in events if event["ph"] == "X"]
+    assert all(span["ts"] >= 0 and span["dur"] >= 0 and span["pid"] in names for span in spans)
+    for rank, pid in enumerate(sorted(names)):
+        own = Counter(span["name"] for span in spans if span["pid"] == pid)
+        for kind, count in (("F", 10), ("B", 10), ("U", 5)):
+            assert {name: own[name] for name in own if re.fullmatch(rf"{kind}\d+", name)} == {
+                f"{kind}{i}": 1 for i in range(count)
+            }
+        wanted = {
+            "send forward": rank < 2,
+            "receive forward": rank > 0,
+            "send backward": rank > 0,
+            "receive backward": rank < 2,
+        }
+        for name, expected in wanted.items():
+            assert [own[f"{name} {m}"] for m in range(10)] == [int(expected)] * 10, name
+    at = {(span["pid"], span["name"]): span for span in spans}
+    for m in range(10):
+        sent, received = at[0, f"send forward {m}"], at[1, f"receive forward {m}"]
+        assert at[0, f"F{m}"]["ts"] <= sent["ts"]
+        assert received["ts"] + received["dur"] <= at[1, f"F{m}"]["ts"] + at[1, f"F{m}"]["dur"]
+
+
+# -- the time it takes ----------------------------------------------------------------------------------------
+
+
+def seconds_of_steps(
+    server: Server,
+    folder: Path,
+    num_ranks: int,
+    method: str,
+    steps: int,
+    *,
+    warm_up: int,
+    forward_s: float = 0.02,
+    backward_s: float = 0.04,
+    num_microbatches: int = 1,
+    latency_s: float = 0.0,
+) -> list[float]:
+    """Of every rank: seconds a step."""
+    arguments = (method, steps, warm_up, forward_s, backward_s, num_microbatches)
+    environment = {"DTRP_MESSAGE_LATENCY_S": str(latency_s)}
+    outcomes = run_ranks(server, folder, num_ranks, "sleeping_stages", *arguments, timeout_s=200, **environment)
+    assert all(outcome == Outcome(0, "", "") for outcome in outcomes), outcomes
+    return [
+        sum(json.loads((folder / f"seconds{rank}.json").read_text())) / steps for rank in range(num_ranks)
+    ]  # the mean: a rank may be late in one step and catch up in the next
+
+
+def test_stages_work_at_the_same_time_and_latency_counts(server: Server, tmp_path: Path) -> None:
+    """K=2: (F+B) each way is 0.12 s a mini-batch with bp; dtrp's slot 2F+B = 0.08 s hides a latency, bp waits twice for it."""
+    dtrp = seconds_of_steps(server, tmp_path / "dtrp", 2, "dtrp", 8, warm_up=5, latency_s=0.02)
+    bp = seconds_of_steps(server, tmp_path / "bp", 2, "bp", 5, warm_up=1, latency_s=0.05)
+    assert 0.078 <= statistics.mean(dtrp) <= 0.11, dtrp
+    assert 0.218 <= statistics.mean(bp) <= 0.28, bp
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+@pytest.mark.parametrize(("method", "best_s"), [("dtrp", 0.08), ("fdg", 0.06), ("spectrain", 0.06)])
+def test_a_minibatch_takes_one_slot(server: Server, tmp_path: Path, method: str, best_s: float, num_ranks: int) -> None:
+    seconds = seconds_of_steps(server, tmp_path, num_ranks, method, 60, warm_up=4 * num_ranks)
+    print(method, num_ranks, seconds)
+    assert max(seconds) <= 1.06 * best_s
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("method", "share"), [("dtrp", 0.5), ("dtrp-1f1b", 0.5), ("fdg", 0.5), ("dtrp", 0.9), ("fdg", 0.9)]
+)
+def test_links_are_hidden(server: Server, tmp_path: Path, method: str, share: float) -> None:
+    """K=4, a latency of ``share`` F on every message costs at most 5 % of the throughput."""
+    fast = seconds_of_steps(server, tmp_path / "fast", 4, method, 60, warm_up=16)
+    slow = seconds_of_steps(server, tmp_path / "slow", 4, method, 60, warm_up=16, latency_s=share * 0.02)
+    print(method, share, fast, slow)
+    assert max(slow) <= max(fast) / 0.95
