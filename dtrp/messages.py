@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -96,7 +97,6 @@ def encode(kind: Kind, note: Note, tensor: Tensor | None) -> tuple[Tensor, Tenso
     Raises:
         TypeError: a tensor that no message can carry.
     """
-    header = torch.zeros(_WORDS, dtype=torch.int64)
     words = [_MAGIC, kind, *note]
     nbytes = HEADER_BYTES
     if tensor is not None:
@@ -109,11 +109,11 @@ def encode(kind: Kind, note: Note, tensor: Tensor | None) -> tuple[Tensor, Tenso
         layout = Layout.of(tensor)
         nbytes += layout.shift + layout.span * tensor.element_size()
         words += [_DTYPES.index(tensor.dtype), tensor.dim(), layout.span, layout.shift, *layout.shape, *layout.strides]
-    header[: len(words)] = torch.tensor(words)
     room = aligned_room(nbytes, tensor.device if tensor is not None else None)
     if tensor is not None:
         layout.fill(layout.over(room, tensor.dtype, HEADER_BYTES), tensor)
-    return header.view(torch.uint8), room
+    packed = struct.pack(f"<{len(words)}q", *words).ljust(HEADER_BYTES, b"\0")
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8), room
 
 
 def decode(header: Tensor, room: Tensor) -> Message:
@@ -123,7 +123,7 @@ def decode(header: Tensor, room: Tensor) -> Message:
         header: the first `HEADER_BYTES` of ``room``, on the CPU.
         room: the buffer that was received.
     """
-    words = header.view(torch.int64).tolist()
+    words = struct.unpack(f"<{_WORDS}q", memory_of(header))
     if words[0] != _MAGIC:
         raise RuntimeError("a message that is none of dtrp's; all ranks must run the same version of dtrp")
     count = len(Note._fields)

@@ -151,6 +151,9 @@ class Stage:
         self._versions: WeakValueDictionary[tuple[int, int], WeightVersion] = WeakValueDictionary()
         self._predicted: WeightVersion | None = None
         self._predicted_for: tuple[int, int] | None = None  # (version, horizon) of what _predicted holds
+        # Looking for tied weights in every call would cost as much as a small layer.
+        every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        self._ties_weights = len({id(t) for _, t in every}) < len(every)
         self._changes_input: bool | None = None  # does the module write its input? None: not seen yet
         self._graph_bytes: dict[Any, int] = {}
 
@@ -291,7 +294,8 @@ class Stage:
             _differentiate(held, grad)
         else:  # an activation checkpoint inside the module runs a part of it again: at the same weights
             weights = {f"module.{name}": leaf for name, leaf in zip(self.names, leaves, strict=True)}
-            functional_call(_Inside(self.module), weights, (lambda: _differentiate(held, grad),))
+            differentiate = (lambda: _differentiate(held, grad),)
+            functional_call(_Inside(self.module), weights, differentiate, tie_weights=self._ties_weights)
         for i, leaf in enumerate(leaves):
             self.gradients[i], leaf.grad = leaf.grad, None
         return held.input_gradient[0] if held.input_gradient else None
@@ -350,7 +354,8 @@ class Stage:
             x = aligned_clone(held.leaf) if copy else held.leaf
         before = x._version
         with self.rng(held.micro.index), held.autocast.region():
-            out = functional_call(self.module, tensors, (x,)) if tensors else self.module(x)
+            ties = self._ties_weights
+            out = functional_call(self.module, tensors, (x,), tie_weights=ties) if tensors else self.module(x)
             if not isinstance(out, Tensor):
                 raise TypeError(f"its output is a {type(out).__name__}; a stage passes on one tensor")
             if self.loss_fn is not None:

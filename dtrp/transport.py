@@ -31,6 +31,8 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.util import Finalize
 from typing import Any
@@ -47,6 +49,7 @@ from .trace import Tracer
 
 _FOREVER = timedelta(days=365)  # a receive that is posted ahead waits as long as the user pleases
 _WATCH_BYTES = 16384
+_SMALL_BYTES = 64 * 2**10
 _BUCKET_BYTES = 25 * 2**20
 _GRACE_S = 2.0  # for the watch to say whose end broke a connection, and for threads to finish after a failure
 LATENCY_VARIABLE = "DTRP_MESSAGE_LATENCY_S"
@@ -125,52 +128,93 @@ class _Link:
         raise NotImplementedError
 
 
+@dataclass
+class _Job:
+    """A message on its way out."""
+
+    kind: Kind
+    note: Note
+    header: Tensor
+    buffer: Tensor
+    ready: Any  # an event after which the buffer is there, or None
+    due: float  # not to be sent before this time
+    works: list[dist.Work] | None = None  # what is left to wait for, once it has been handed to the backend
+
+
 class Sender(_Link):
     """The sending end of a connection; `send` never waits."""
 
     def __init__(self, *link: Any, latency_s: float = 0.0) -> None:
         super().__init__(*link)
         self._latency_s = latency_s
-        self._jobs: queue.SimpleQueue[tuple[float, Kind, Note, Tensor, Tensor, Any]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._capacity = HEADER_BYTES
+        self._unsent = 0  # jobs that the thread has yet to hand to the backend
+        self._counting = threading.Lock()
         self._finished = threading.Lock()
         self._thread.start()
 
     def send(self, kind: Kind, note: Note, tensor: Tensor | None = None) -> None:
         """Send a message; the tensor may be written when this returns."""
         header, buffer, ready = self._wire.out(kind, note, tensor)
-        self._jobs.put((time.monotonic() + self._latency_s, kind, note, header, buffer, ready))
+        job = _Job(kind, note, header, buffer, ready, time.monotonic() + self._latency_s if self._latency_s else 0.0)
+        with self._counting:
+            # A small message is handed over here: waking the thread would cost more than the message.
+            at_once = buffer.numel() <= _SMALL_BYTES and not (self._unsent or job.due or ready or self._wire.full)
+            self._unsent += 1
+        if at_once:
+            with suppress(RuntimeError):  # the connection is broken: the thread will say so
+                job.works = self._issue(job)
+                self._sent()
+        self._jobs.put(job)
+
+    def _sent(self) -> None:
+        with self._counting:
+            self._unsent -= 1
 
     def finish(self) -> None:
         """Nothing more comes; once is enough."""
         if self._finished.acquire(blocking=False):
             header, buffer = encode(Kind.END, Note(), None)
-            self._jobs.put((0.0, Kind.END, Note(), header, buffer, None))
+            with self._counting:
+                self._unsent += 1
+            self._jobs.put(_Job(Kind.END, Note(), header, buffer, None, 0.0))
 
     def _work(self) -> None:
         kind = None
         while kind is not Kind.END:
-            due, kind, note, header, buffer, ready = self._jobs.get()
-            if (early := due - time.monotonic()) > 0:
-                time.sleep(early)
-            if ready is not None:
-                ready.synchronize()
-            with self._tracer.span(f"send {self.name} {note.microbatch}", "send", self.name):
-                nbytes = buffer.numel()
-                if nbytes > self._capacity:
-                    self._post(*encode(Kind.GROW, Note(total=nbytes), None))
-                    self._capacity = nbytes
-                self._post(header, buffer)
-                if kind is Kind.OBJECT:  # rare and large: not a size to keep room for
-                    self._capacity = HEADER_BYTES
+            job = self._jobs.get()
+            kind, began = job.kind, time.time_ns()
+            if job.works is None:
+                if (early := job.due - time.monotonic()) > 0:
+                    time.sleep(early)
+                if job.ready is not None:
+                    job.ready.synchronize()
+                job.works = self._issue(job)
+                self._sent()
+            for work in job.works:
+                _finish(work, self._wire)
+            self._tracer.add(f"send {self.name} {job.note.microbatch}", "send", self.name, began)
 
-    def _post(self, header: Tensor, buffer: Tensor) -> None:
+    def _issue(self, job: _Job) -> list[dist.Work]:
+        """Hand a message to the backend, after the announcement that it may need."""
+        works = []
+        nbytes = job.buffer.numel()
+        if nbytes > self._capacity:
+            works.append(self._post(*encode(Kind.GROW, Note(total=nbytes), None)))
+            self._capacity = nbytes
+        works.append(self._post(job.header, job.buffer))
+        if job.kind is Kind.OBJECT:  # rare and large: not a size to keep room for
+            self._capacity = HEADER_BYTES
+        return works
+
+    def _post(self, header: Tensor, buffer: Tensor) -> dist.Work:
         if self._wire.full:
             room = self._wire.room(self._capacity)
             room[: buffer.numel()].copy_(buffer)
             buffer = room
         buffer[:HEADER_BYTES].copy_(header)
-        _finish(dist.isend(buffer, dst=self.peer, group=self._group), self._wire)
+        return _started(dist.isend(buffer, dst=self.peer, group=self._group))
 
 
 class Receiver(_Link):
@@ -225,7 +269,7 @@ class Receiver(_Link):
 
     def _receive(self, capacity: int) -> Message:
         room = self._wire.room(capacity)
-        _finish(dist.irecv(room, src=self.peer, group=self._group), self._wire)
+        _finish(_started(dist.irecv(room, src=self.peer, group=self._group)), self._wire)
         return self._wire.arrived(room)
 
 
@@ -705,9 +749,9 @@ def _started(work: dist.Work | None) -> dist.Work:
     return work
 
 
-def _finish(work: dist.Work | None, wire: Wire) -> None:
+def _finish(work: dist.Work, wire: Wire) -> None:
     """Wait for a send or receive; NCCL's wait only holds up the stream."""
-    _started(work).wait()
+    work.wait()
     if wire.full:
         torch.accelerator.current_stream(wire.device).synchronize()
 
