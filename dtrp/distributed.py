@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from .checkpoint import on_cpu
 from .engine import Losses
+from .links import Receiver
 from .messages import Kind, Message, Note, memory_of
 from .methods import Method
 from .schedule import Action, StageOrder
 from .stage import Stage, StageError
 from .stash import MicroBatch
 from .trace import Tracer
-from .transport import Receiver, Transport
+from .transport import Transport
 
 T = TypeVar("T")
 

@@ -7,10 +7,12 @@ SIGTERM are heard in it; it ends with what was waited for, with a failure on any
 
 from __future__ import annotations
 
+import queue
 import signal
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -19,6 +21,7 @@ from .stage import StageError
 
 T = TypeVar("T")
 _SLICE_S = 0.5  # the longest that a notice which slipped through goes unseen
+GRACE_S = 2.0  # for the watch to say whose end broke a connection, and for threads to finish after a failure
 _NEWS_S = 1.0  # from a process's death to the watch's word of it, at most
 
 
@@ -136,6 +139,45 @@ class Board:
                 if left <= 0:
                     raise WaitTimeoutError(describe().format(f"{self.timeout_s:g} s"))
                 self._condition.wait(min(left, _SLICE_S))
+
+
+class Helper:
+    """Runs one thing at a time beside the main thread, which waits for it on the board."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._jobs: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
+        self._results: deque[tuple[Any, BaseException | None]] = deque()
+        self._thread = threading.Thread(target=self._work, name="dtrp helper", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def run(self, job: Callable[[], Any], describe: Callable[[], str]) -> Any:
+        """What ``job`` returns or raises."""
+        self._jobs.put(job)
+        result, error = self._board.wait(lambda: self._results.popleft() if self._results else None, describe)
+        if error is not None:
+            # A peer's end looks like an error of the backend: what the watch says of it comes first.
+            until = time.monotonic() + GRACE_S
+            while isinstance(error, RuntimeError) and time.monotonic() < until:
+                self._board.check()
+                time.sleep(0.02)
+            raise error
+        return result
+
+    def finish(self) -> None:
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._results.append((job(), None))
+            except Exception as error:
+                self._results.append((None, error))
+            self._board.notify()
 
 
 class SigtermHandler:

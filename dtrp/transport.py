@@ -1,4 +1,4 @@
-"""Messages between ranks: the only file that sends or receives tensors.
+"""The connections of a rank; with its parts `dtrp.links` and `dtrp.watch`, all that sends or receives tensors.
 
 ::
 
@@ -9,10 +9,7 @@
                  every rank  <--watch-->  every rank                         who has failed, or is done
                  rank 0  <--replicas-->  rank 3                              gradients, at U
 
-Nothing blocks the main thread but `Board.wait`: a link has a thread at each end. The receiver's posts its
-next receive as soon as the last message has been taken, a slot before the next one comes, since gloo moves
-data only into a receive that is posted. Buffers have an agreed capacity; a message that exceeds it is
-announced by one that says so, and the receive after that has the room.
+Nothing blocks the main thread but `Board.wait`: a link has a thread at each end.
 
 The end is a message too: every rank tells all others that it is done, or why it fails (`Watch`), and closes
 its links, so that no thread stays in a wait. Of a process that ends without a word the watch hears first,
@@ -22,18 +19,11 @@ and directly, since each rank waits for a word from every other.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import queue
 import sys
-import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -41,378 +31,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .aligned import aligned_room
-from .failure import Board, Failure, SigtermHandler, WorkerError
-from .messages import HEADER_BYTES, Kind, Message, Note, decode, encode, object_tensor
+from .failure import GRACE_S, Board, Failure, Helper, SigtermHandler, WorkerError
+from .groups import POOL
+from .links import Link, Receiver, Sender, Wire
+from .messages import Kind, Message, Note, object_tensor
 from .ranks import Ranks, watch_launcher
 from .trace import Tracer
+from .watch import Watch
 
-_FOREVER = timedelta(days=365)  # a receive that is posted ahead waits as long as the user pleases
-_WATCH_BYTES = 16384
-_SMALL_BYTES = 64 * 2**10
 _BUCKET_BYTES = 25 * 2**20
-_GRACE_S = 2.0  # for the watch to say whose end broke a connection, and for threads to finish after a failure
 LATENCY_VARIABLE = "DTRP_MESSAGE_LATENCY_S"
-
-
-class Wire:
-    """How bytes get from a stage's device into a message and back.
-
-    With gloo, or two ranks on one GPU, the tensors of an accelerator go through pinned host memory, on a stream of
-    their own; NCCL takes them where they are, in messages that always have the full capacity.
-    """
-
-    def __init__(self, device: torch.device, backend: str) -> None:
-        self.device = device
-        self.direct = device.type == "cpu" or backend == "nccl"
-        self.full = backend == "nccl"
-        self._stream = torch.Stream(device) if device.type != "cpu" else None
-
-    def out(self, kind: Kind, note: Note, tensor: Tensor | None) -> tuple[Tensor, Tensor, Any]:
-        """(header, buffer, event after which the buffer is there); called by the main thread."""
-        if tensor is not None and tensor.device != self.device and kind is not Kind.OBJECT:
-            tensor = tensor.to(self.device)
-        header, buffer = encode(kind, note, tensor)
-        if self._stream is None or buffer.device.type == "cpu":
-            return header, buffer, None
-        computed = torch.accelerator.current_stream(self.device).record_event()
-        if self.direct:
-            return header, buffer, computed
-        with self._stream:
-            self._stream.wait_event(computed)
-            host = aligned_room(buffer.numel(), pinned=True)
-            host.copy_(buffer, non_blocking=True)
-            buffer.record_stream(self._stream)
-            return header, host, self._stream.record_event()
-
-    def room(self, nbytes: int) -> Tensor:
-        """Memory for a message to be received into."""
-        if self.full:
-            return aligned_room(nbytes, self.device)
-        return aligned_room(nbytes, pinned=self.device.type != "cpu" and nbytes > HEADER_BYTES)
-
-    def arrived(self, room: Tensor) -> Message:
-        """The message in a buffer that has been filled, its tensor on the stage's device; called by a helper thread."""
-        header = room[:HEADER_BYTES].cpu()
-        if room.device != self.device and Kind(int(header.view(torch.int64)[1])) is Kind.TENSOR:
-            assert self._stream is not None
-            with self._stream:
-                here = aligned_room(room.numel(), self.device)
-                here.copy_(room, non_blocking=True)
-            self._stream.synchronize()
-            room = here
-        return decode(header, room)
-
-
-class _Link:
-    """One end of a connection to another rank, with a thread of its own."""
-
-    def __init__(self, name: str, group: Any, peer: int, wire: Wire, board: Board, tracer: Tracer) -> None:
-        self.name, self.peer = name, peer
-        self._group, self._wire, self._board, self._tracer = group, wire, board, tracer
-        self._thread = threading.Thread(target=self._run, name=f"dtrp {name} {peer}", daemon=True)
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
-        try:
-            if self._wire.device.type != "cpu":
-                torch.accelerator.set_device_index(self._wire.device.index or 0)
-            self._work()
-        except Exception as error:
-            _broken(self._board, self.peer, error)
-
-    def _work(self) -> None:
-        raise NotImplementedError
-
-
-@dataclass
-class _Job:
-    """A message on its way out."""
-
-    kind: Kind
-    note: Note
-    header: Tensor
-    buffer: Tensor
-    ready: Any  # an event after which the buffer is there, or None
-    due: float  # not to be sent before this time
-    works: list[dist.Work] | None = None  # what is left to wait for, once it has been handed to the backend
-
-
-class Sender(_Link):
-    """The sending end of a connection; `send` never waits."""
-
-    def __init__(self, *link: Any, latency_s: float = 0.0) -> None:
-        super().__init__(*link)
-        self._latency_s = latency_s
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._capacity = HEADER_BYTES
-        self._unsent = 0  # jobs that the thread has yet to hand to the backend
-        self._counting = threading.Lock()
-        self._finished = threading.Lock()
-        self._thread.start()
-
-    def send(self, kind: Kind, note: Note, tensor: Tensor | None = None) -> None:
-        """Send a message; the tensor may be written when this returns."""
-        header, buffer, ready = self._wire.out(kind, note, tensor)
-        job = _Job(kind, note, header, buffer, ready, time.monotonic() + self._latency_s if self._latency_s else 0.0)
-        with self._counting:
-            # A small message is handed over here: waking the thread would cost more than the message.
-            at_once = buffer.numel() <= _SMALL_BYTES and not (self._unsent or job.due or ready or self._wire.full)
-            self._unsent += 1
-        if at_once:
-            with suppress(RuntimeError):  # the connection is broken: the thread will say so
-                job.works = self._issue(job)
-                self._sent()
-        self._jobs.put(job)
-
-    def _sent(self) -> None:
-        with self._counting:
-            self._unsent -= 1
-
-    def finish(self) -> None:
-        """Nothing more comes; once is enough."""
-        if self._finished.acquire(blocking=False):
-            header, buffer = encode(Kind.END, Note(), None)
-            with self._counting:
-                self._unsent += 1
-            self._jobs.put(_Job(Kind.END, Note(), header, buffer, None, 0.0))
-
-    def _work(self) -> None:
-        kind = None
-        while kind is not Kind.END:
-            job = self._jobs.get()
-            kind, began = job.kind, time.time_ns()
-            if job.works is None:
-                if (early := job.due - time.monotonic()) > 0:
-                    time.sleep(early)
-                if job.ready is not None:
-                    job.ready.synchronize()
-                job.works = self._issue(job)
-                self._sent()
-            for work in job.works:
-                _finish(work, self._wire)
-            self._tracer.add(f"send {self.name} {job.note.microbatch}", "send", self.name, began)
-
-    def _issue(self, job: _Job) -> list[dist.Work]:
-        """Hand a message to the backend, after the announcement that it may need."""
-        works = []
-        nbytes = job.buffer.numel()
-        if nbytes > self._capacity:
-            works.append(self._post(*encode(Kind.GROW, Note(total=nbytes), None)))
-            self._capacity = nbytes
-        works.append(self._post(job.header, job.buffer))
-        if job.kind is Kind.OBJECT:  # rare and large: not a size to keep room for
-            self._capacity = HEADER_BYTES
-        return works
-
-    def _post(self, header: Tensor, buffer: Tensor) -> dist.Work:
-        if self._wire.full:
-            room = self._wire.room(self._capacity)
-            room[: buffer.numel()].copy_(buffer)
-            buffer = room
-        buffer[:HEADER_BYTES].copy_(header)
-        return _started(dist.isend(buffer, dst=self.peer, group=self._group))
-
-
-class Receiver(_Link):
-    """The receiving end of a connection: at most one message, or one posted receive, ahead of `take`."""
-
-    def __init__(self, *link: Any) -> None:
-        super().__init__(*link)
-        self._inbox: deque[Message] = deque()
-        self._permits = threading.Semaphore(1)
-        self._draining = False
-        self.ended = False  # the other end has finished
-        self._thread.start()
-
-    def peek(self) -> Message | None:
-        """The message that `take` would return."""
-        return self._inbox[0] if self._inbox else None
-
-    def take(self) -> Message | None:
-        """The next message, if it is there; lets the one after it come."""
-        if not self._inbox:
-            return None
-        message = self._inbox.popleft()
-        self._permits.release()
-        return message
-
-    def drain(self) -> None:
-        """Receive and forget what still comes."""
-        self._draining = True
-        self._permits.release()
-
-    def _work(self) -> None:
-        capacity = HEADER_BYTES
-        while True:
-            self._permits.acquire()
-            if self._draining:
-                self._permits.release()
-                self._inbox.clear()
-            began = time.time_ns()
-            message = self._receive(capacity)
-            if message.kind is Kind.GROW:
-                capacity = message.nbytes
-                message = self._receive(capacity)
-            if message.kind is Kind.OBJECT:
-                capacity = HEADER_BYTES
-            if message.kind is Kind.END:
-                self.ended = True
-                self._board.notify()
-                return
-            self._tracer.add(f"receive {self.name} {message.note.microbatch}", "receive", self.name, began)
-            self._inbox.append(message)
-            self._board.notify()
-
-    def _receive(self, capacity: int) -> Message:
-        room = self._wire.room(capacity)
-        _finish(_started(dist.irecv(room, src=self.peer, group=self._group)), self._wire)
-        return self._wire.arrived(room)
-
-
-class Watch:
-    """Who has failed, and who is done: one last word from every rank to every other."""
-
-    def __init__(self, ranks: Ranks, group: Any, board: Board) -> None:
-        self.done: dict[int, int] = {}  # ranks that are through, and the mini-batches they stepped
-        self._ranks, self._group, self._board = ranks, group, board
-        self._others = [rank for rank in ranks.all if rank != ranks.rank]
-        self._spoken = threading.Lock()
-        self._threads = [threading.Thread(target=self._hear, args=(rank,), daemon=True) for rank in self._others]
-        for thread in self._threads:
-            thread.start()
-
-    @property
-    def alive(self) -> bool:
-        return any(thread.is_alive() for thread in self._threads)
-
-    @property
-    def missing(self) -> list[int]:
-        """The ranks that have not said that they are through."""
-        return [rank for rank in self._others if rank not in self.done]
-
-    def say(self, word: dict[str, Any]) -> None:
-        """Tell all others, once, without waiting: ``{"done": mini-batches}``, or a failure's fields."""
-        if self._spoken.acquire(blocking=False):
-            thread = threading.Thread(target=self._tell, args=(word,), daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def _tell(self, word: dict[str, Any]) -> None:
-        if len(word.get("trace", "")) > _WATCH_BYTES // 4:
-            word = {**word, "trace": "...\n" + word["trace"][-_WATCH_BYTES // 4 :]}
-        if len(word.get("text", "")) > _WATCH_BYTES // 4:
-            word = {**word, "text": word["text"][: _WATCH_BYTES // 4] + " ..."}
-        packed = json.dumps(word).encode()[:_WATCH_BYTES].ljust(_WATCH_BYTES)
-        works = []
-        for rank in self._others:
-            try:
-                message = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-                works.append(_started(dist.isend(message, dst=rank, group=self._group)))
-            except RuntimeError:  # it is gone
-                continue
-        for work in works:
-            try:
-                work.wait()
-            except RuntimeError:
-                continue
-
-    def _hear(self, rank: int) -> None:
-        room = torch.empty(_WATCH_BYTES, dtype=torch.uint8)
-        try:
-            _started(dist.irecv(room, src=rank, group=self._group)).wait()
-        except RuntimeError:
-            self._board.fail(
-                Failure(
-                    "gone",
-                    rank,
-                    f"rank {rank} is gone: its process ended without a word (killed, out of memory, or a crash in native "
-                    "code; its own log may say more)",
-                )
-            )
-            return
-        word = json.loads(bytes(room.tolist()))
-        if "done" in word:
-            self.done[rank] = word["done"]
-            self._board.notify()
-        else:
-            place = word.pop("place")
-            self._board.fail(Failure(**word, place=tuple(place) if place else None))
-
-
-class Helper:
-    """Runs one thing at a time beside the main thread, which waits for it on the board."""
-
-    def __init__(self, board: Board) -> None:
-        self._board = board
-        self._jobs: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
-        self._results: deque[tuple[Any, BaseException | None]] = deque()
-        self._thread = threading.Thread(target=self._work, name="dtrp helper", daemon=True)
-        self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def run(self, job: Callable[[], Any], describe: Callable[[], str]) -> Any:
-        """What ``job`` returns or raises."""
-        self._jobs.put(job)
-        result, error = self._board.wait(lambda: self._results.popleft() if self._results else None, describe)
-        if error is not None:
-            # A peer's end looks like an error of the backend: what the watch says of it comes first.
-            until = time.monotonic() + _GRACE_S
-            while isinstance(error, RuntimeError) and time.monotonic() < until:
-                self._board.check()
-                time.sleep(0.02)
-            raise error
-        return result
-
-    def finish(self) -> None:
-        self._jobs.put(None)
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                self._results.append((job(), None))
-            except Exception as error:
-                self._results.append((None, error))
-            self._board.notify()
-
-
-class _GroupPool:
-    """Process groups that wait for the next Pipeline of this process.
-
-    torch names a group after its ranks, and would give the next one the name, and the addresses in the store, of
-    one that was destroyed. A transport that has ended leaves its groups empty, so they can serve again.
-    """
-
-    def __init__(self) -> None:
-        self._world: Any = None
-        self._free: dict[tuple[tuple[int, ...], str], list[Any]] = {}
-
-    def take(self, wanted: list[tuple[list[int], str]]) -> list[Any]:
-        """A group for each (ranks, backend), the same one on all of its ranks."""
-        if self._world is not dist.group.WORLD:  # what was made in another life of torch.distributed is void
-            self._world = dist.group.WORLD
-            self._free.clear()
-        return [self._take(ranks, backend) for ranks, backend in wanted]
-
-    def _take(self, ranks: list[int], backend: str) -> Any:
-        free = self._free.get((tuple(ranks), backend))
-        if free:
-            return free.pop(0)
-        return dist.new_group(ranks, timeout=_FOREVER, backend=backend, use_local_synchronization=True)
-
-    def put_back(self, groups: list[tuple[list[int], str, Any]]) -> None:
-        if self._world is dist.group.WORLD:
-            for ranks, backend, group in groups:
-                self._free.setdefault((tuple(ranks), backend), []).append(group)
-
-
-_POOL = _GroupPool()
 
 
 class Transport:
@@ -441,7 +69,7 @@ class Transport:
         self.num_updates = 0
         self.board = Board(timeout_s, self._on_failure)
         self._tracer = tracer
-        self._links: list[_Link] = []
+        self._links: list[Link] = []
         self._groups: list[tuple[list[int], str, Any]] = []
         self._replicas: Any = None
         self._watch: Watch | None = None
@@ -487,7 +115,7 @@ class Transport:
     def _take_groups(self, wanted: list[tuple[list[int], str]]) -> list[Any]:
         """Process groups; each is a set of connections of its own: a message meets only receives of its group."""
         groups: list[Any] = self._helper.run(
-            lambda: _POOL.take(wanted),
+            lambda: POOL.take(wanted),
             lambda: (
                 f"rank {self.ranks.rank} has waited {{}} for the other ranks to make their Pipeline; start all "
                 f"{len(self.ranks.all)} of them"
@@ -694,7 +322,7 @@ class Transport:
                 raise
         self._join()
         if not self._threads_left:
-            _POOL.put_back(self._groups)
+            POOL.put_back(self._groups)
             self._groups.clear()
             self._at_exit.cancel()
         if not failed:
@@ -703,7 +331,7 @@ class Transport:
             board.check()
 
     def _join(self) -> None:
-        until = time.monotonic() + _GRACE_S
+        until = time.monotonic() + GRACE_S
         while self._threads_left and time.monotonic() < until:
             time.sleep(0.002)
 
@@ -742,27 +370,6 @@ class Transport:
                 link.finish()
             elif isinstance(link, Receiver):
                 link.drain()
-
-
-def _started(work: dist.Work | None) -> dist.Work:
-    assert work is not None, "this rank is not in the group"
-    return work
-
-
-def _finish(work: dist.Work, wire: Wire) -> None:
-    """Wait for a send or receive; NCCL's wait only holds up the stream."""
-    work.wait()
-    if wire.full:
-        torch.accelerator.current_stream(wire.device).synchronize()
-
-
-def _broken(board: Board, peer: int, error: Exception) -> None:
-    """A connection broke: the watch knows whose end broke it, or nobody does."""
-    until = time.monotonic() + _GRACE_S
-    while board.failure is None and time.monotonic() < until:
-        time.sleep(0.02)
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    board.fail(Failure("gone", peer, f"rank {peer} cannot be reached any more: {reason}"))
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -25,18 +25,20 @@ from ranks import launch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
-    for name, stages, rounds, minibatches in (
-        ("sleeping", [2, 4, 8], 5, 20),
-        ("links", [4], 5, 20),
-        ("tun", [2], 5, 20),
-        ("compute", [2], 5, 12),
+    for name, contenders, rounds, minibatches in (
+        ("sleeping", sleeping.contenders(2), 5, 20),
+        ("links", sleeping.contenders_on_links(2), 5, 20),
+        ("tun", tun.contenders(), 5, 20),
+        ("compute", compute.contenders([2]), 5, 12),
     ):
         part = parts.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         if name in ("sleeping", "links"):
-            part.add_argument("--stages", type=int, nargs="+", default=stages, help="numbers of stages, K")
+            default = [4] if name == "links" else [2, 4, 8]
+            part.add_argument("--stages", type=int, nargs="+", default=default, help="numbers of stages, K")
         part.add_argument("--rounds", type=int, default=rounds, help="turns of every contender")
         part.add_argument("--minibatches", type=int, default=minibatches, help="timed in a turn")
-        part.add_argument("--only", nargs="+", default=[], metavar="CONTENDER", help="leave the others out")
+        names = [contender.name for contender in contenders]
+        part.add_argument("--only", nargs="+", default=[], choices=names, help="leave the others out")
         part.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{name}.jsonl")
         if name == "compute":
             part.add_argument("--models", nargs="+", default=["resnet20", "resnet56"])

@@ -221,18 +221,18 @@ def report(num_stages: int, all_turns: Sequence[Turns]) -> None:
 # -- part links -------------------------------------------------------------------------------------------
 
 
+def contenders_on_links(num_stages: int) -> list[Contender]:
+    decoupled = [Contender("dtrp", name) for name in ("dtrp", "dtrp-1f1b", "fdg")]
+    return [*decoupled, Contender("dtrp", "bp", num_stages)]
+
+
 def links(options: Options) -> None:
     """The methods on slower and slower links, on one K; runs on every rank."""
     num_stages = dist.get_world_size()
     slot = 2 * FORWARD_S + BACKWARD_S
     latencies = [0.0, FORWARD_S / 4, FORWARD_S / 2, 0.9 * FORWARD_S, FORWARD_S, 2 * FORWARD_S, slot]
-    methods = [
-        Contender("dtrp", "dtrp"),
-        Contender("dtrp", "dtrp-1f1b"),
-        Contender("dtrp", "fdg"),
-        Contender("dtrp", "bp", num_stages),
-    ]
-    cases = list(itertools.product(chosen(methods, options.only), latencies))
+    methods = chosen(contenders_on_links(num_stages), options.only)
+    cases = list(itertools.product(methods, latencies))
     all_turns = rounds_of("links", cases, options)
     if dist.get_rank() == 0:
         report_losses(num_stages, all_turns, {0.5: ("dtrp", "dtrp-1f1b", "fdg"), 0.9: ("dtrp", "fdg")})

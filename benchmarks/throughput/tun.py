@@ -188,6 +188,15 @@ def measured_latency_s(echoes: int = 20) -> float:
 # -- the run ----------------------------------------------------------------------------------------------
 
 
+def contenders() -> list[Contender]:
+    return [
+        Contender("dtrp", "dtrp"),
+        Contender("dtrp", "fdg"),
+        Contender("dtrp", "bp", 2),
+        Contender("torch", "1F1B", 2),
+    ]
+
+
 def delayed(options: Options, link: Link) -> None:
     """The methods at each latency; runs on both ranks."""
     os.environ[LATENCY] = "0"  # the link's own is enough
@@ -202,15 +211,7 @@ def delayed(options: Options, link: Link) -> None:
     for latency in latencies:
         set_latency(latency)
         measured[latency] = measured_latency_s()
-    methods = chosen(
-        [
-            Contender("dtrp", "dtrp"),
-            Contender("dtrp", "fdg"),
-            Contender("dtrp", "bp", 2),
-            Contender("torch", "1F1B", 2),
-        ],
-        options.only,
-    )
+    methods = chosen(contenders(), options.only)
     cases = [(method, latency) for method in methods for latency in latencies]
     link_text = "TUN devices in two network namespaces, joined by a delay line"
     all_turns = rounds_of("tun", cases, options, link=link_text, set_latency=set_latency, measured_s=measured)

@@ -1,0 +1,267 @@
+"""The two ends of a connection between ranks, each with a thread of its own.
+
+The receiver's thread posts its next receive as soon as the last message has been taken, a slot before the next
+one comes, since gloo moves data only into a receive that is posted. Buffers have an agreed capacity; a message that
+exceeds it is announced by one that says so, and the receive after that has the room.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .aligned import aligned_room
+from .failure import GRACE_S, Board, Failure
+from .messages import HEADER_BYTES, Kind, Message, Note, decode, encode
+from .trace import Tracer
+
+_SMALL_BYTES = 64 * 2**10
+
+
+class Wire:
+    """How bytes get from a stage's device into a message and back.
+
+    With gloo, or two ranks on one GPU, the tensors of an accelerator go through pinned host memory, on a stream of
+    their own; NCCL takes them where they are, in messages that always have the full capacity.
+    """
+
+    def __init__(self, device: torch.device, backend: str) -> None:
+        self.device = device
+        self.direct = device.type == "cpu" or backend == "nccl"
+        self.full = backend == "nccl"
+        self._stream = torch.Stream(device) if device.type != "cpu" else None
+
+    def out(self, kind: Kind, note: Note, tensor: Tensor | None) -> tuple[Tensor, Tensor, Any]:
+        """(header, buffer, event after which the buffer is there); called by the main thread."""
+        if tensor is not None and tensor.device != self.device and kind is not Kind.OBJECT:
+            tensor = tensor.to(self.device)
+        header, buffer = encode(kind, note, tensor)
+        if self._stream is None or buffer.device.type == "cpu":
+            return header, buffer, None
+        computed = torch.accelerator.current_stream(self.device).record_event()
+        if self.direct:
+            return header, buffer, computed
+        with self._stream:
+            self._stream.wait_event(computed)
+            host = aligned_room(buffer.numel(), pinned=True)
+            host.copy_(buffer, non_blocking=True)
+            buffer.record_stream(self._stream)
+            return header, host, self._stream.record_event()
+
+    def room(self, nbytes: int) -> Tensor:
+        """Memory for a message to be received into."""
+        if self.full:
+            return aligned_room(nbytes, self.device)
+        return aligned_room(nbytes, pinned=self.device.type != "cpu" and nbytes > HEADER_BYTES)
+
+    def arrived(self, room: Tensor) -> Message:
+        """The message in a buffer that has been filled, its tensor on the stage's device; called by a helper thread."""
+        header = room[:HEADER_BYTES].cpu()
+        if room.device != self.device and Kind(int(header.view(torch.int64)[1])) is Kind.TENSOR:
+            assert self._stream is not None
+            with self._stream:
+                here = aligned_room(room.numel(), self.device)
+                here.copy_(room, non_blocking=True)
+            self._stream.synchronize()
+            room = here
+        return decode(header, room)
+
+
+class Link:
+    """One end of a connection to another rank, with a thread of its own."""
+
+    def __init__(self, name: str, group: Any, peer: int, wire: Wire, board: Board, tracer: Tracer) -> None:
+        self.name, self.peer = name, peer
+        self._group, self._wire, self._board, self._tracer = group, wire, board, tracer
+        self._thread = threading.Thread(target=self._run, name=f"dtrp {name} {peer}", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            if self._wire.device.type != "cpu":
+                torch.accelerator.set_device_index(self._wire.device.index or 0)
+            self._work()
+        except Exception as error:
+            _broken(self._board, self.peer, error)
+
+    def _work(self) -> None:
+        raise NotImplementedError
+
+
+@dataclass
+class _Job:
+    """A message on its way out."""
+
+    kind: Kind
+    note: Note
+    header: Tensor
+    buffer: Tensor
+    ready: Any  # an event after which the buffer is there, or None
+    due: float  # not to be sent before this time
+    works: list[dist.Work] | None = None  # what is left to wait for, once it has been handed to the backend
+
+
+class Sender(Link):
+    """The sending end of a connection; `send` never waits."""
+
+    def __init__(self, *link: Any, latency_s: float = 0.0) -> None:
+        super().__init__(*link)
+        self._latency_s = latency_s
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._capacity = HEADER_BYTES
+        self._unsent = 0  # jobs that the thread has yet to hand to the backend
+        self._counting = threading.Lock()
+        self._finished = threading.Lock()
+        self._thread.start()
+
+    def send(self, kind: Kind, note: Note, tensor: Tensor | None = None) -> None:
+        """Send a message; the tensor may be written when this returns."""
+        header, buffer, ready = self._wire.out(kind, note, tensor)
+        job = _Job(kind, note, header, buffer, ready, time.monotonic() + self._latency_s if self._latency_s else 0.0)
+        with self._counting:
+            # A small message is handed over here: waking the thread would cost more than the message.
+            at_once = buffer.numel() <= _SMALL_BYTES and not (self._unsent or job.due or ready or self._wire.full)
+            self._unsent += 1
+        if at_once:
+            with suppress(RuntimeError):  # the connection is broken: the thread will say so
+                job.works = self._issue(job)
+                self._sent()
+        self._jobs.put(job)
+
+    def _sent(self) -> None:
+        with self._counting:
+            self._unsent -= 1
+
+    def finish(self) -> None:
+        """Nothing more comes; once is enough."""
+        if self._finished.acquire(blocking=False):
+            header, buffer = encode(Kind.END, Note(), None)
+            with self._counting:
+                self._unsent += 1
+            self._jobs.put(_Job(Kind.END, Note(), header, buffer, None, 0.0))
+
+    def _work(self) -> None:
+        kind = None
+        while kind is not Kind.END:
+            job = self._jobs.get()
+            kind, began = job.kind, time.time_ns()
+            if job.works is None:
+                if (early := job.due - time.monotonic()) > 0:
+                    time.sleep(early)
+                if job.ready is not None:
+                    job.ready.synchronize()
+                job.works = self._issue(job)
+                self._sent()
+            for work in job.works:
+                _finish(work, self._wire)
+            self._tracer.add(f"send {self.name} {job.note.microbatch}", "send", self.name, began)
+
+    def _issue(self, job: _Job) -> list[dist.Work]:
+        """Hand a message to the backend, after the announcement that it may need."""
+        works = []
+        nbytes = job.buffer.numel()
+        if nbytes > self._capacity:
+            works.append(self._post(*encode(Kind.GROW, Note(total=nbytes), None)))
+            self._capacity = nbytes
+        works.append(self._post(job.header, job.buffer))
+        if job.kind is Kind.OBJECT:  # rare and large: not a size to keep room for
+            self._capacity = HEADER_BYTES
+        return works
+
+    def _post(self, header: Tensor, buffer: Tensor) -> dist.Work:
+        if self._wire.full:
+            room = self._wire.room(self._capacity)
+            room[: buffer.numel()].copy_(buffer)
+            buffer = room
+        buffer[:HEADER_BYTES].copy_(header)
+        return started(dist.isend(buffer, dst=self.peer, group=self._group))
+
+
+class Receiver(Link):
+    """The receiving end of a connection: at most one message, or one posted receive, ahead of `take`."""
+
+    def __init__(self, *link: Any) -> None:
+        super().__init__(*link)
+        self._inbox: deque[Message] = deque()
+        self._permits = threading.Semaphore(1)
+        self._draining = False
+        self.ended = False  # the other end has finished
+        self._thread.start()
+
+    def peek(self) -> Message | None:
+        """The message that `take` would return."""
+        return self._inbox[0] if self._inbox else None
+
+    def take(self) -> Message | None:
+        """The next message, if it is there; lets the one after it come."""
+        if not self._inbox:
+            return None
+        message = self._inbox.popleft()
+        self._permits.release()
+        return message
+
+    def drain(self) -> None:
+        """Receive and forget what still comes."""
+        self._draining = True
+        self._permits.release()
+
+    def _work(self) -> None:
+        capacity = HEADER_BYTES
+        while True:
+            self._permits.acquire()
+            if self._draining:
+                self._permits.release()
+                self._inbox.clear()
+            began = time.time_ns()
+            message = self._receive(capacity)
+            if message.kind is Kind.GROW:
+                capacity = message.nbytes
+                message = self._receive(capacity)
+            if message.kind is Kind.OBJECT:
+                capacity = HEADER_BYTES
+            if message.kind is Kind.END:
+                self.ended = True
+                self._board.notify()
+                return
+            self._tracer.add(f"receive {self.name} {message.note.microbatch}", "receive", self.name, began)
+            self._inbox.append(message)
+            self._board.notify()
+
+    def _receive(self, capacity: int) -> Message:
+        room = self._wire.room(capacity)
+        _finish(started(dist.irecv(room, src=self.peer, group=self._group)), self._wire)
+        return self._wire.arrived(room)
+
+
+def started(work: dist.Work | None) -> dist.Work:
+    """The work of a send or receive; torch has none on a rank outside the group."""
+    assert work is not None, "this rank is not in the group"
+    return work
+
+
+def _finish(work: dist.Work, wire: Wire) -> None:
+    """Wait for a send or receive; NCCL's wait only holds up the stream."""
+    work.wait()
+    if wire.full:
+        torch.accelerator.current_stream(wire.device).synchronize()
+
+
+def _broken(board: Board, peer: int, error: Exception) -> None:
+    """A connection broke: the watch knows whose end broke it, or nobody does."""
+    until = time.monotonic() + GRACE_S
+    while board.failure is None and time.monotonic() < until:
+        time.sleep(0.02)
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    board.fail(Failure("gone", peer, f"rank {peer} cannot be reached any more: {reason}"))
