@@ -38,19 +38,20 @@ class Wire:
         self.device = device
         self.direct = device.type == "cpu" or backend == "nccl"
         self.full = backend == "nccl"
-        self._stream = torch.Stream(device) if device.type != "cpu" else None
+        self._module: Any = torch.get_device_module(device) if device.type != "cpu" else None
+        self._stream: Any = self._module.Stream(device) if self._module is not None else None
 
     def out(self, kind: Kind, note: Note, tensor: Tensor | None) -> tuple[Tensor, Tensor, Any]:
         """(header, buffer, event after which the buffer is there); called by the main thread."""
         if tensor is not None and tensor.device != self.device and kind is not Kind.OBJECT:
             tensor = tensor.to(self.device)
         header, buffer = encode(kind, note, tensor)
-        if self._stream is None or buffer.device.type == "cpu":
+        if self._module is None or buffer.device.type == "cpu":
             return header, buffer, None
-        computed = torch.accelerator.current_stream(self.device).record_event()
+        computed = self._module.current_stream(self.device).record_event()
         if self.direct:
             return header, buffer, computed
-        with self._stream:
+        with self._module.stream(self._stream):
             self._stream.wait_event(computed)
             host = aligned_room(buffer.numel(), pinned=True)
             host.copy_(buffer, non_blocking=True)
@@ -67,13 +68,28 @@ class Wire:
         """The message in a buffer that has been filled, its tensor on the stage's device; called by a helper thread."""
         header = room[:HEADER_BYTES].cpu()
         if room.device != self.device and Kind(int(header.view(torch.int64)[1])) is Kind.TENSOR:
-            assert self._stream is not None
-            with self._stream:
+            with self._module.stream(self._stream):
                 here = aligned_room(room.numel(), self.device)
                 here.copy_(room, non_blocking=True)
             self._stream.synchronize()
             room = here
         return decode(header, room)
+
+    def taken(self, tensor: Tensor | None) -> None:
+        """A received tensor is about to be used by the main thread, on its stream."""
+        if self._module is not None and tensor is not None and tensor.device == self.device:
+            tensor.record_stream(self._module.current_stream(self.device))
+
+    def own_thread(self) -> None:
+        """Work on this device in the calling thread."""
+        if self._module is not None:
+            self._module.set_device(self.device)
+
+    def finish(self, work: dist.Work) -> None:
+        """Wait for a send or receive; NCCL's wait only holds up the stream."""
+        work.wait()
+        if self.full:
+            self._module.current_stream(self.device).synchronize()
 
 
 class Link:
@@ -90,8 +106,7 @@ class Link:
 
     def _run(self) -> None:
         try:
-            if self._wire.device.type != "cpu":
-                torch.accelerator.set_device_index(self._wire.device.index or 0)
+            self._wire.own_thread()
             self._work()
         except Exception as error:
             _broken(self._board, self.peer, error)
@@ -165,7 +180,7 @@ class Sender(Link):
                 job.works = self._issue(job)
                 self._sent()
             for work in job.works:
-                _finish(work, self._wire)
+                self._wire.finish(work)
             self._tracer.add(f"send {self.name} {job.note.microbatch}", "send", self.name, began)
 
     def _issue(self, job: _Job) -> list[dist.Work]:
@@ -209,6 +224,7 @@ class Receiver(Link):
         if not self._inbox:
             return None
         message = self._inbox.popleft()
+        self._wire.taken(message.tensor)
         self._permits.release()
         return message
 
@@ -241,7 +257,7 @@ class Receiver(Link):
 
     def _receive(self, capacity: int) -> Message:
         room = self._wire.room(capacity)
-        _finish(started(dist.irecv(room, src=self.peer, group=self._group)), self._wire)
+        self._wire.finish(started(dist.irecv(room, src=self.peer, group=self._group)))
         return self._wire.arrived(room)
 
 
@@ -249,13 +265,6 @@ def started(work: dist.Work | None) -> dist.Work:
     """The work of a send or receive; torch has none on a rank outside the group."""
     assert work is not None, "this rank is not in the group"
     return work
-
-
-def _finish(work: dist.Work, wire: Wire) -> None:
-    """Wait for a send or receive; NCCL's wait only holds up the stream."""
-    work.wait()
-    if wire.full:
-        torch.accelerator.current_stream(wire.device).synchronize()
 
 
 def _broken(board: Board, peer: int, error: Exception) -> None:

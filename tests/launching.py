@@ -10,6 +10,7 @@ session of its own, its output in files, and an ordinary end. `start_torchrun` s
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -297,6 +298,7 @@ def _main() -> None:
     for name in ("torch._dynamo", "torch.distributed.device_mesh", "torch.profiler"):
         importlib.import_module(name)
     programs = importlib.import_module("rank_programs")
+    gc.freeze()  # a second a rank: its end would look at all these objects, and so copy them
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"
     request = _serve()
     _become(request)
