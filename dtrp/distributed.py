@@ -29,7 +29,7 @@ from .links import Receiver
 from .messages import Kind, Message, Note, memory_of
 from .methods import Method
 from .schedule import Action, StageOrder
-from .stage import Stage, StageError
+from .stage import Stage, naming
 from .stash import MicroBatch
 from .trace import Tracer
 from .transport import Transport
@@ -202,7 +202,7 @@ class DistributedEngine:
             assert message.tensor is not None
             x = message.tensor
         micro = MicroBatch(m, self.num_updates, note.samples / note.total)
-        with StageError.naming(self._stage.index, action, micro.minibatch):
+        with naming(self._stage.index, action, micro.minibatch):
             out = self._stage.forward(micro, x, self._targets.popleft() if self.takes_y else None)
             if self.takes_y:
                 self._losses.add(micro, out)
@@ -215,11 +215,11 @@ class DistributedEngine:
     def _backward(self, action: Action) -> None:
         note = self._notes.popleft()
         gradient = None
-        with StageError.naming(self._stage.index, action, note.minibatch):
+        with naming(self._stage.index, action, note.minibatch):
             self._stage.recompute()
         if not self.takes_y:
             gradient = self._receive(self._transport.backward_in, "backward", action.index).tensor
-        with StageError.naming(self._stage.index, action, note.minibatch):
+        with naming(self._stage.index, action, note.minibatch):
             gradient = self._stage.backward(gradient)
             if not self.takes_x:
                 assert self._transport.backward_out is not None
@@ -228,7 +228,7 @@ class DistributedEngine:
 
     def _update(self, action: Action) -> None:
         samples = self._samples.popleft()
-        with StageError.naming(self._stage.index, action, self._stage.version):
+        with naming(self._stage.index, action, self._stage.version):
             if self._transport.ranks.num_replicas > 1:
                 loss = self._losses.sum() if self.takes_y else 0.0
                 self._mean_loss = self._transport.average(self._stage.gradients, self._stage.parameters, samples, loss)

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from .aligned import aligned_room
 from .failure import GRACE_S, Board, Failure
-from .messages import HEADER_BYTES, Kind, Message, Note, decode, encode
+from .messages import HEADER_BYTES, Kind, Message, Note, decode, encode, read_header
 from .trace import Tracer
 
 _SMALL_BYTES = 64 * 2**10
+_MOST_KEPT = 16
 
 
 class Wire:
@@ -41,22 +42,22 @@ class Wire:
         self._module: Any = torch.get_device_module(device) if device.type != "cpu" else None
         self._stream: Any = self._module.Stream(device) if self._module is not None else None
 
-    def out(self, kind: Kind, note: Note, tensor: Tensor | None) -> tuple[Tensor, Tensor, Any]:
-        """(header, buffer, event after which the buffer is there); called by the main thread."""
+    def out(self, kind: Kind, note: Note, tensor: Tensor | None) -> tuple[Tensor, Any]:
+        """A message, and the event after which it is there; called by the main thread."""
         if tensor is not None and tensor.device != self.device and kind is not Kind.OBJECT:
             tensor = tensor.to(self.device)
-        header, buffer = encode(kind, note, tensor)
+        buffer = encode(kind, note, tensor)
         if self._module is None or buffer.device.type == "cpu":
-            return header, buffer, None
+            return buffer, None
         computed = self._module.current_stream(self.device).record_event()
         if self.direct:
-            return header, buffer, computed
+            return buffer, computed
         with self._module.stream(self._stream):
             self._stream.wait_event(computed)
             host = aligned_room(buffer.numel(), pinned=True)
             host.copy_(buffer, non_blocking=True)
             buffer.record_stream(self._stream)
-            return header, host, self._stream.record_event()
+            return host, self._stream.record_event()
 
     def room(self, nbytes: int) -> Tensor:
         """Memory for a message to be received into."""
@@ -66,8 +67,8 @@ class Wire:
 
     def arrived(self, room: Tensor) -> Message:
         """The message in a buffer that has been filled, its tensor on the stage's device; called by a helper thread."""
-        header = room[:HEADER_BYTES].cpu()
-        if room.device != self.device and Kind(int(header.view(torch.int64)[1])) is Kind.TENSOR:
+        header = read_header(room)
+        if room.device != self.device and header[0] is Kind.TENSOR:
             with self._module.stream(self._stream):
                 here = aligned_room(room.numel(), self.device)
                 here.copy_(room, non_blocking=True)
@@ -121,7 +122,6 @@ class _Job:
 
     kind: Kind
     note: Note
-    header: Tensor
     buffer: Tensor
     ready: Any  # an event after which the buffer is there, or None
     due: float  # not to be sent before this time
@@ -135,6 +135,7 @@ class Sender(Link):
         super().__init__(*link)
         self._latency_s = latency_s
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._kept: list[_Job] = []  # under way, and not handed to the thread yet
         self._capacity = HEADER_BYTES
         self._unsent = 0  # jobs that the thread has yet to hand to the backend
         self._counting = threading.Lock()
@@ -143,8 +144,8 @@ class Sender(Link):
 
     def send(self, kind: Kind, note: Note, tensor: Tensor | None = None) -> None:
         """Send a message; the tensor may be written when this returns."""
-        header, buffer, ready = self._wire.out(kind, note, tensor)
-        job = _Job(kind, note, header, buffer, ready, time.monotonic() + self._latency_s if self._latency_s else 0.0)
+        buffer, ready = self._wire.out(kind, note, tensor)
+        job = _Job(kind, note, buffer, ready, time.monotonic() + self._latency_s if self._latency_s else 0.0)
         with self._counting:
             # A small message is handed over here: waking the thread would cost more than the message.
             at_once = buffer.numel() <= _SMALL_BYTES and not (self._unsent or job.due or ready or self._wire.full)
@@ -153,7 +154,18 @@ class Sender(Link):
             with suppress(RuntimeError):  # the connection is broken: the thread will say so
                 job.works = self._issue(job)
                 self._sent()
-        self._jobs.put(job)
+        # A message under way must be kept until it is there. Small ones are kept a little longer, since the thread,
+        # once awake, would compete with the main one for the interpreter just when the next action begins.
+        with self._counting:
+            self._kept.append(job)
+        if not at_once or len(self._kept) >= _MOST_KEPT or self._tracer.on:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        with self._counting:
+            for job in self._kept:
+                self._jobs.put(job)
+            self._kept.clear()
 
     def _sent(self) -> None:
         with self._counting:
@@ -162,10 +174,10 @@ class Sender(Link):
     def finish(self) -> None:
         """Nothing more comes; once is enough."""
         if self._finished.acquire(blocking=False):
-            header, buffer = encode(Kind.END, Note(), None)
+            self._hand_over()
             with self._counting:
                 self._unsent += 1
-            self._jobs.put(_Job(Kind.END, Note(), header, buffer, None, 0.0))
+            self._jobs.put(_Job(Kind.END, Note(), encode(Kind.END, Note(), None), None, 0.0))
 
     def _work(self) -> None:
         kind = None
@@ -188,19 +200,18 @@ class Sender(Link):
         works = []
         nbytes = job.buffer.numel()
         if nbytes > self._capacity:
-            works.append(self._post(*encode(Kind.GROW, Note(total=nbytes), None)))
+            works.append(self._post(encode(Kind.GROW, Note(total=nbytes), None)))
             self._capacity = nbytes
-        works.append(self._post(job.header, job.buffer))
+        works.append(self._post(job.buffer))
         if job.kind is Kind.OBJECT:  # rare and large: not a size to keep room for
             self._capacity = HEADER_BYTES
         return works
 
-    def _post(self, header: Tensor, buffer: Tensor) -> dist.Work:
+    def _post(self, buffer: Tensor) -> dist.Work:
         if self._wire.full:
             room = self._wire.room(self._capacity)
             room[: buffer.numel()].copy_(buffer)
             buffer = room
-        buffer[:HEADER_BYTES].copy_(header)
         return started(dist.isend(buffer, dst=self.peer, group=self._group))
 
 
@@ -210,7 +221,8 @@ class Receiver(Link):
     def __init__(self, *link: Any) -> None:
         super().__init__(*link)
         self._inbox: deque[Message] = deque()
-        self._permits = threading.Semaphore(1)
+        self._permits: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._permits.put(None)
         self._draining = False
         self.ended = False  # the other end has finished
         self._thread.start()
@@ -225,20 +237,20 @@ class Receiver(Link):
             return None
         message = self._inbox.popleft()
         self._wire.taken(message.tensor)
-        self._permits.release()
+        self._permits.put(None)
         return message
 
     def drain(self) -> None:
         """Receive and forget what still comes."""
         self._draining = True
-        self._permits.release()
+        self._permits.put(None)
 
     def _work(self) -> None:
         capacity = HEADER_BYTES
         while True:
-            self._permits.acquire()
+            self._permits.get()
             if self._draining:
-                self._permits.release()
+                self._permits.put(None)
                 self._inbox.clear()
             began = time.time_ns()
             message = self._receive(capacity)

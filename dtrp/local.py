@@ -12,7 +12,7 @@ from torch import Tensor
 from .engine import Losses
 from .methods import Method
 from .schedule import Action, StageOrder
-from .stage import Stage, StageError
+from .stage import Stage, naming
 from .stash import MicroBatch
 from .trace import Tracer
 
@@ -124,7 +124,7 @@ class LocalEngine:
         stage, last = self.stages[index], len(self.stages) - 1
         minibatch = stage.version if action.kind == "U" else self._micros[action.index].minibatch
         with (
-            StageError.naming(index, action, minibatch),
+            naming(index, action, minibatch),
             self._tracer.span(f"{action.kind}{action.index}", action.kind, f"stage {index}"),
         ):
             if action.kind == "F":

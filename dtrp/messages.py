@@ -80,8 +80,8 @@ class Message:
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, where they are (`Tensor.numpy` would need NumPy)."""
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+    """The bytes of a contiguous tensor on the CPU, where they are, while it lives (`Tensor.numpy` would need NumPy)."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def object_tensor(value: Any) -> Tensor:
@@ -91,8 +91,8 @@ def object_tensor(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
 
 
-def encode(kind: Kind, note: Note, tensor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A message's header, as bytes on the CPU, and its buffer, on the tensor's device, whose beginning awaits the header.
+def encode(kind: Kind, note: Note, tensor: Tensor | None) -> Tensor:
+    """A message as bytes, on the tensor's device.
 
     Raises:
         TypeError: a tensor that no message can carry.
@@ -112,26 +112,40 @@ def encode(kind: Kind, note: Note, tensor: Tensor | None) -> tuple[Tensor, Tenso
     room = aligned_room(nbytes, tensor.device if tensor is not None else None)
     if tensor is not None:
         layout.fill(layout.over(room, tensor.dtype, HEADER_BYTES), tensor)
-    packed = struct.pack(f"<{len(words)}q", *words).ljust(HEADER_BYTES, b"\0")
-    return torch.frombuffer(bytearray(packed), dtype=torch.uint8), room
+    header = bytearray(struct.pack(f"<{len(words)}q", *words))
+    if room.device.type == "cpu":
+        memory_of(room)[: len(header)] = header
+    else:
+        room[: len(header)].copy_(torch.frombuffer(header, dtype=torch.uint8))
+    return room
 
 
-def decode(header: Tensor, room: Tensor) -> Message:
-    """The message in ``room``, its tensor standing on it.
+def read_header(room: Tensor) -> tuple[Kind, Note, tuple[int, ...]]:
+    """What the header of a received message says: its kind, its note, and how its tensor lies.
 
-    Args:
-        header: the first `HEADER_BYTES` of ``room``, on the CPU.
-        room: the buffer that was received.
+    Raises:
+        RuntimeError: it is no message.
     """
-    words = struct.unpack(f"<{_WORDS}q", memory_of(header))
+    header = room if room.device.type == "cpu" else room[:HEADER_BYTES].cpu()
+    words = struct.unpack(f"<{_WORDS}q", memory_of(header)[:HEADER_BYTES])
     if words[0] != _MAGIC:
         raise RuntimeError("a message that is none of dtrp's; all ranks must run the same version of dtrp")
     count = len(Note._fields)
-    kind, note, rest = Kind(words[1]), Note(*words[2 : 2 + count]), words[2 + count :]
+    return Kind(words[1]), Note(*words[2 : 2 + count]), words[2 + count :]
+
+
+def decode(header: tuple[Kind, Note, tuple[int, ...]], room: Tensor) -> Message:
+    """The message in ``room``, its tensor standing on it.
+
+    Args:
+        header: what `read_header` made of it.
+        room: the buffer that was received.
+    """
+    kind, note, rest = header
     if kind is Kind.GROW:
         return Message(kind, note, nbytes=note.total)
     if kind not in (Kind.TENSOR, Kind.OBJECT):
         return Message(kind, note)
     dtype, dims, span, shift = rest[:4]
-    layout = Layout(tuple(rest[4 : 4 + dims]), tuple(rest[4 + dims : 4 + 2 * dims]), span, shift)
+    layout = Layout(rest[4 : 4 + dims], rest[4 + dims : 4 + 2 * dims], span, shift)
     return Message(kind, note, layout.over(room, _DTYPES[dtype], HEADER_BYTES))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -24,14 +24,15 @@ def microbatch_seed(seed: int, replica: int, stage: int, microbatch: int) -> int
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Within it torch draws from ``seed``, on the CPU and on ``device``; after it, from where it was before."""
-    accelerator = device.type != "cpu"
-    with torch.random.fork_rng(
-        devices=[device] if accelerator else [], device_type=device.type if accelerator else "cuda"
-    ):
-        # Not torch.manual_seed: that would reseed every accelerator, and only one is put back.
-        torch.default_generator.manual_seed(seed)
-        if accelerator:
-            module = torch.get_device_module(device)
-            with module.device(device):
-                module.manual_seed(seed)
-        yield
+    with torch.random.fork_rng([device], device_type=device.type) if device.type != "cpu" else nullcontext():
+        before = torch.default_generator.get_state()
+        try:
+            # Not torch.manual_seed: that would reseed every accelerator, and only one is put back.
+            torch.default_generator.manual_seed(seed)
+            if device.type != "cpu":
+                module = torch.get_device_module(device)
+                with module.device(device):
+                    module.manual_seed(seed)
+            yield
+        finally:
+            torch.default_generator.set_state(before)

@@ -26,6 +26,7 @@ import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -72,16 +73,22 @@ class StageError(RuntimeError):
         error.stage, error.microbatch, error.minibatch = stage, microbatch, minibatch
         return error
 
-    @classmethod
-    @contextmanager
-    def naming(cls, stage: int, action: Action, minibatch: int) -> Iterator[None]:
-        """Within it an exception becomes a StageError that says where."""
-        try:
-            yield
-        except StageError:
-            raise
-        except Exception as error:
-            raise cls(stage, action, minibatch, error) from error
+
+class naming:
+    """Within it an exception becomes a StageError that says where."""
+
+    __slots__ = ("_where",)
+
+    def __init__(self, stage: int, action: Action, minibatch: int) -> None:
+        self._where = (stage, action, minibatch)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, StageError):
+            raise StageError(*self._where, error) from error
 
 
 class Stage:
@@ -506,7 +513,7 @@ class _Inside(nn.Module):
 
 
 def _differentiate(held: Held, grad: Tensor | None) -> None:
-    with torch.autocast(held.autocast.device_type, enabled=False):
+    with held.autocast._replace(enabled=False).region():
         torch.autograd.backward((held.root,), (grad,))  # type: ignore[arg-type]
 
 

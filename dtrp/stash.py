@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +38,10 @@ class AutocastState(NamedTuple):
     def now(cls, device_type: str) -> AutocastState:
         return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
 
-    def region(self) -> torch.autocast:
+    def region(self) -> AbstractContextManager[Any]:
+        """Within it these settings hold."""
+        if not self.enabled and not torch.is_autocast_enabled(self.device_type):
+            return nullcontext()
         # The cache of casts is keyed by parameter object: it would serve weights of another version.
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
 

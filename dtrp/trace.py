@@ -24,6 +24,9 @@ class Span(NamedTuple):
     end_ns: int
 
 
+_NO_SPAN = nullcontext()
+
+
 class Tracer:
     """Collects the spans of one process, if ``on``."""
 
@@ -34,7 +37,7 @@ class Tracer:
 
     def span(self, name: str, kind: str, lane: str) -> AbstractContextManager[None]:
         """A span around what runs within it, and a range of `torch.profiler`."""
-        return self._span(name, kind, lane) if self.on else nullcontext()
+        return self._span(name, kind, lane) if self.on else _NO_SPAN
 
     def add(self, name: str, kind: str, lane: str, begin_ns: int) -> None:
         """A span that ends now."""

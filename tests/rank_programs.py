@@ -118,6 +118,10 @@ def _matrix(method: str, num_stages: int, num_microbatches: int, optimizer: str)
 
 
 MATRIX = list(itertools.product(dtrp.list_methods(), (2, 3, 4), (1, 2, 4), OPTIMIZERS))
+# Every method with every K and A, and with both optimizers at every K.
+HALF_OF_THE_MATRIX = [
+    cell for cell in MATRIX if (sum(map(ord, cell[0])) + cell[1] + (1, 2, 4).index(cell[2])) % 2 == (cell[3] == "sgd")
+]
 CASES.update({matrix_case(*cell): Case(cell[1], _matrix(*cell)) for cell in MATRIX})
 
 # -- kinds of models ------------------------------------------------------------------------------------------
@@ -126,7 +130,7 @@ CASES.update({matrix_case(*cell): Case(cell[1], _matrix(*cell)) for cell in MATR
 def _kind(kind: str, method: str) -> Result:
     make, data = MODELS[kind]
     model = nn.Sequential(*make())
-    batches = [(data(), torch.randint(3, (12,))) for _ in range(6)]
+    batches = [(data(), torch.randint(3, (12,))) for _ in range(5)]
     batches.append((batches[0][0][:7], batches[0][1][:7]))
     return train(model, [batches], num_stages=4, method=method, num_microbatches=2)
 
@@ -137,7 +141,7 @@ def _expanded(method: str) -> Result:
     return train(model, [batches], num_stages=4, method=method, num_microbatches=2)
 
 
-KINDS = [f"{kind}, {method}" for kind in [*MODELS, "expanded output"] for method in ("dtrp", "fdg", "gpipe")]
+KINDS = [f"{kind}, {method}" for kind in [*MODELS, "expanded output"] for method in ("dtrp", "fdg")]
 for _name in KINDS:
     _kind_of, _, _method = _name.rpartition(", ")
     CASES[_name] = Case(
@@ -402,7 +406,8 @@ def replicas(method: str, num_microbatches: int, shards: str, optimizer: str = "
 REPLICAS = {
     f"replicas, {method}, A={a}, {shards}, {optimizer}": (method, a, shards, optimizer)
     for method, a, shards, optimizer in [
-        *itertools.product(("bp", "dtrp", "fdg"), (1, 2), ("equal", "unequal"), OPTIMIZERS),
+        *itertools.product(("bp", "dtrp"), (1, 2), ("equal", "unequal"), ("sgd",)),
+        *itertools.product(("fdg", "dtrp"), (2,), ("unequal",), ("adamw",)),
         *itertools.product(("bp", "dtrp", "fdg"), (2,), ("fewer than A",), ("sgd",)),
     ]
 }
@@ -518,11 +523,11 @@ def fail_outside(folder: str, culprit: int, how: str) -> None:
 def stall(folder: str, culprit: int) -> None:
     """One rank does something else for longer than the others wait."""
     del folder
-    pipe = pipeline(network(), num_stages=world_size(), timeout_s=2)
+    pipe = pipeline(network(), num_stages=world_size(), timeout_s=1)
     for i, x, y in endless():
         pipe.step(x, y)
         if i == 5 and rank() == culprit:
-            time.sleep(5)
+            time.sleep(2)
 
 
 def end_without_close(folder: str, flush: bool) -> None:
@@ -540,7 +545,7 @@ def wrong(folder: str, what: str) -> None:
     """Ranks that do not fit together."""
     del folder
     size, last = world_size(), rank() == world_size() - 1
-    model, options = network(), {"timeout_s": 3.0}
+    model, options = network(), {"timeout_s": 2.0}
     if what == "num_stages":
         options["num_stages"] = size + 1
     elif what in ("mesh", "a bad mesh", "an empty shard"):
@@ -587,7 +592,7 @@ def wrong(folder: str, what: str) -> None:
 def close_too_early(folder: str, culprit: int) -> None:
     """One rank closes its pipeline while the others step on."""
     del folder
-    pipe = pipeline(network(), num_stages=world_size(), timeout_s=3)
+    pipe = pipeline(network(), num_stages=world_size(), timeout_s=5)
     for x, y in minibatches(6):
         pipe.step(x, y)
     if rank() != culprit:
@@ -600,7 +605,7 @@ def wait_for_nobody(folder: str) -> None:
     """The Pipeline of a rank that waits for others that never come."""
     del folder
     if rank() == 0:
-        pipeline(network(), num_stages=world_size(), timeout_s=2)
+        pipeline(network(), num_stages=world_size(), timeout_s=1)
 
 
 def traced(folder: str) -> None:

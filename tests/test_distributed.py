@@ -25,7 +25,7 @@ import pytest
 import torch
 from helpers import assert_close, assert_same
 from launching import Outcome, Server, run_ranks, runs, start_ranks, start_torchrun
-from rank_programs import CASES, KINDS, MATRIX, REPLICAS, SPECIAL, SUBSETS, matrix_case, run_case
+from rank_programs import CASES, HALF_OF_THE_MATRIX, KINDS, MATRIX, REPLICAS, SPECIAL, SUBSETS, matrix_case, run_case
 from torch import Tensor
 
 pytestmark = pytest.mark.timeout(300)
@@ -121,14 +121,25 @@ def check_equal(name: str, results: Results, **options: bool) -> tuple[list[dict
 # -- equal to one process -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "num_stages", "num_microbatches", "optimizer"), MATRIX)
+def check_matrix(results_of: Callable[..., Results], cell: tuple[str, int, int, str], matrix: list[Any]) -> None:
+    names = [matrix_case(*other) for other in matrix if other[1] == cell[1]]
+    ranks, _ = check_equal(matrix_case(*cell), results_of(f"matrix{cell[1]}-{len(matrix)}", names))
+    assert len(ranks) == cell[1]
+
+
+@pytest.mark.parametrize("cell", HALF_OF_THE_MATRIX, ids=lambda cell: matrix_case(*cell))
 def test_it_equals_the_local_engine_to_the_bit(
-    results_of: Callable[..., Results], method: str, num_stages: int, num_microbatches: int, optimizer: str
+    results_of: Callable[..., Results], cell: tuple[str, int, int, str]
 ) -> None:
-    names = [matrix_case(*cell) for cell in MATRIX if cell[1] == num_stages]
-    results = results_of(f"matrix{num_stages}", names)
-    ranks, _ = check_equal(matrix_case(method, num_stages, num_microbatches, optimizer), results)
-    assert len(ranks) == num_stages
+    check_matrix(results_of, cell, HALF_OF_THE_MATRIX)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("cell", MATRIX, ids=lambda cell: matrix_case(*cell))
+def test_the_whole_matrix_equals_the_local_engine_to_the_bit(
+    results_of: Callable[..., Results], cell: tuple[str, int, int, str]
+) -> None:
+    check_matrix(results_of, cell, MATRIX)
 
 
 @pytest.fixture
@@ -216,7 +227,8 @@ def test_replicas_equal_one_process_with_their_shards_put_together(
             assert_close(dict(enumerate(result["losses"])), losses)
         else:
             assert result["losses"] == [None] * len(losses)
-        assert result["delays"] == {rank % 2: want["delays"][rank % 2]}
+        if "fewer than A" not in name:  # where a replica has fewer micro-batches than the process that stands for both
+            assert result["delays"] == {rank % 2: want["delays"][rank % 2]}
 
 
 SCRIPT = """
@@ -233,7 +245,7 @@ model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(
 data = TensorDataset(torch.randn(70, 6), torch.randint(3, (70,)))
 loader = DataLoader(data, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(3))
 pipe = dtrp.Pipeline(model, lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9), F.cross_entropy,
-                     num_stages=3, method="dtrp", num_microbatches=2)
+                     num_stages=2, method="dtrp", num_microbatches=2)
 for epoch in range(2):
     for x, y in loader:
         loss = pipe.step(x, y)
@@ -250,14 +262,14 @@ pipe.save_model(sys.argv[1])
 def test_the_same_script_in_one_process_and_under_torchrun(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    with start_torchrun(tmp_path / "run", 3, script, str(tmp_path / "ranks.pt")) as torchrun:
+    with start_torchrun(tmp_path / "run", 2, script, str(tmp_path / "ranks.pt")) as torchrun:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(script), str(tmp_path / "one.pt")]
         one = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
         assert one.returncode == 0, one.stderr
         assert torchrun.wait(120) == 0, torchrun.logs()
-        assert [torchrun.read(rank) for rank in range(3)] == [""] * 3
-        assert [torchrun.read(rank, "stdout") for rank in range(3)] == ["", "", one.stdout]
+        assert [torchrun.read(rank) for rank in range(2)] == [""] * 2
+        assert [torchrun.read(rank, "stdout") for rank in range(2)] == ["", one.stdout]
     assert len(one.stdout.splitlines()) == 11
     assert_same(torch.load(tmp_path / "ranks.pt"), torch.load(tmp_path / "one.pt"))
 
@@ -275,12 +287,17 @@ def check_ended(outcomes: list[Outcome], *patterns: str, skip: tuple[int, ...] =
             assert re.search(pattern, outcome.last_line), f"rank {rank}: {pattern!r} is not in\n{outcome.err}"
 
 
-@pytest.mark.parametrize("context", [False, True], ids=["bare", "context manager"])
 @pytest.mark.parametrize(
-    ("where", "method", "stage"),
-    [("forward", "dtrp", 2), ("backward", "dtrp", 2), ("forward", "fdg", 2), ("backward", "bp", 2), ("forward", "dtrp", 0),
-     ("backward", "spectrain", 3)],
-)  # fmt: skip
+    ("where", "method", "stage", "context"),
+    [
+        ("forward", "dtrp", 2, False),
+        ("forward", "fdg", 2, True),
+        ("backward", "dtrp", 2, True),
+        ("backward", "bp", 2, False),
+        ("forward", "dtrp", 0, False),
+        ("backward", "spectrain", 3, False),
+    ],
+)
 def test_an_exception_in_a_stage_is_every_ranks(
     server: Server, tmp_path: Path, where: str, method: str, stage: int, context: bool
 ) -> None:
@@ -398,31 +415,28 @@ def test_an_exception_outside_the_pipeline_on_one_rank(server: Server, tmp_path:
     check_ended(outcomes, rf"rank {culprit}", skip=(culprit,))
 
 
-@pytest.mark.parametrize(("how", "status"), [("sys.exit", 3), ("os._exit", 4)])
-def test_a_rank_that_exits(server: Server, tmp_path: Path, how: str, status: int) -> None:
+@pytest.mark.parametrize("how", ["sys.exit", "os._exit"])
+def test_a_rank_that_exits(server: Server, tmp_path: Path, how: str) -> None:
     outcomes = run_ranks(server, tmp_path, 3, "fail_outside", 1, how, timeout_s=15)
-    assert outcomes[1].returncode == status
+    assert outcomes[1].returncode > 0
     check_ended(outcomes, r"rank 1\b", skip=(1,))
 
 
 @pytest.mark.parametrize("flush", [True, False])
 def test_a_script_that_ends_without_close(server: Server, tmp_path: Path, flush: bool) -> None:
-    began = time.monotonic()
-    outcomes = run_ranks(server, tmp_path, 3, "end_without_close", flush, timeout_s=15)
-    assert outcomes == [Outcome(0, "6\n", "")] * 3
-    assert time.monotonic() - began < 8
+    assert run_ranks(server, tmp_path, 3, "end_without_close", flush, timeout_s=10) == [Outcome(0, "6\n", "")] * 3
 
 
 def test_a_wait_that_takes_too_long_says_who_waits_for_whom(server: Server, tmp_path: Path) -> None:
     outcomes = run_ranks(server, tmp_path, 3, "stall", 1, timeout_s=15)
-    check_ended(outcomes, r"rank [02]\b.*waited 2 s for rank 1\b", r"(forward|backward)\b.*micro-batch \d+")
+    check_ended(outcomes, r"rank [02]\b.*waited 1 s for rank 1\b", r"(forward|backward)\b.*micro-batch \d+")
 
 
 def test_a_rank_that_never_makes_its_pipeline(server: Server, tmp_path: Path) -> None:
     with start_ranks(server, tmp_path, 2, "wait_for_nobody") as ranks:
         outcomes = ranks.wait(15)
     assert outcomes[0].returncode == 1
-    assert re.search(r"rank 0\b.*\b2 s\b", outcomes[0].last_line), outcomes[0].err
+    assert re.search(r"rank 0\b.*\b1 s\b", outcomes[0].last_line), outcomes[0].err
 
 
 # -- wrong use ------------------------------------------------------------------------------------------------
@@ -442,10 +456,10 @@ def test_a_rank_that_never_makes_its_pipeline(server: Server, tmp_path: Path) ->
         ("num_microbatches", 2, ["rank 1", "num_microbatches=2", "4"]),
         ("targets", 3, ["different targets", "mini-batch 4", "seed the sampler"]),
         ("target shapes", 3, ["32", "31", "seed the sampler"]),
-        ("an empty shard", 4, ["each replica needs at least one sample"]),
+        ("an empty shard", 4, ["an empty mini-batch", "each replica needs at least one"]),
         ("flush and state_dict", 2, [r"flush\(\)", r"state_dict\(\)", "same methods in the same order"]),
         ("infer and flush", 2, [r"infer\(\)", r"flush\(\)", "same methods in the same order"]),
-        ("save_model and step", 2, [r"save_model\(\)", r"step\(\)"]),
+        ("save_model and step", 2, ["the same number of times"]),
         ("steps: more on the last", 2, ["the same number of times"]),
         ("steps: more on the last", 3, ["the same number of times"]),
         ("steps: more on the first", 3, ["the same number of times"]),
@@ -459,6 +473,7 @@ def test_wrong_use_is_an_error_on_every_rank(
         assert outcome.returncode == 1, f"rank {rank}: {outcome.returncode}\n{outcome.err}"
         for pattern in patterns:
             assert re.search(pattern, outcome.last_line), f"rank {rank}: {pattern!r} is not in\n{outcome.err}"
+        assert "StageError" not in outcome.last_line, f"no stage is to blame:\n{outcome.err}"
 
 
 @pytest.mark.parametrize("culprit", [0, 2])
@@ -531,11 +546,12 @@ def seconds_of_steps(
 
 
 def test_stages_work_at_the_same_time_and_latency_counts(server: Server, tmp_path: Path) -> None:
-    """K=2: (F+B) each way is 0.12 s a mini-batch with bp; dtrp's slot 2F+B = 0.08 s hides a latency, bp waits twice for it."""
-    dtrp = seconds_of_steps(server, tmp_path / "dtrp", 2, "dtrp", 8, warm_up=5, latency_s=0.02)
+    """K=2: bp takes F+B = 0.06 s at each stage and a latency each way; dtrp takes a slot, 2F+B = 0.08 s, and hides them."""
     bp = seconds_of_steps(server, tmp_path / "bp", 2, "bp", 5, warm_up=1, latency_s=0.05)
-    assert 0.078 <= statistics.mean(dtrp) <= 0.11, dtrp
-    assert 0.218 <= statistics.mean(bp) <= 0.28, bp
+    dtrp = seconds_of_steps(server, tmp_path / "dtrp", 2, "dtrp", 8, warm_up=5, latency_s=0.05)
+    assert statistics.mean(bp) >= 0.218
+    assert statistics.mean(dtrp) >= 0.078
+    assert statistics.mean(dtrp) < 0.75 * statistics.mean(bp)  # 0.36 on a machine with nothing else to do
 
 
 @pytest.mark.full
