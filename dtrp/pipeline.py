@@ -59,8 +59,9 @@ class Pipeline:
         group: the process group whose ranks host the stages, in order; None: all ranks.
         mesh: a `torch.distributed.device_mesh.DeviceMesh` with the dimensions ``("replica", "stage")``. Each replica
             passes its own shard of the mini-batch, and a stage's gradients are averaged over its replicas at U,
-            weighted by samples. The loss is then that of the whole mini-batch. Running statistics are the first
-            replica's, unless the model has `torch.nn.SyncBatchNorm`.
+            weighted by samples. The loss is then that of the whole mini-batch. BatchNorm sees its own shard (the running
+            statistics saved are the first replica's), unless it is a `torch.nn.SyncBatchNorm` made with the process
+            group ``mesh.get_group("replica")``.
         loss_on: ``"last"``: `step` returns the loss on the last rank; ``"all"``: on every rank, which then waits for
             the last one in every step, so that the stages take turns instead of overlapping.
         timeout_s: the longest that a rank waits for another before an error says who waits for whom.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -138,6 +139,12 @@ def _join(timeout_s: float) -> None:
         world_size=world_size,
         timeout=timeout,
     )
+    Finalize(None, _leave, exitpriority=50)  # after every Transport
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _interruptibly(job: Callable[[], None], timeout_s: float) -> None:

@@ -9,9 +9,11 @@ each process makes the same model and mini-batches by itself.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
+import statistics
 import sys
 import time
 import traceback
@@ -616,6 +618,21 @@ def traced(folder: str) -> None:
         pipe.save_trace(Path(folder, "trace.json"))
 
 
+@functools.cache
+def overshoot_s() -> float:
+    """How much longer than asked a sleep is here."""
+    seconds = []
+    for _ in range(20):
+        began = time.perf_counter()
+        time.sleep(0.01)
+        seconds.append(time.perf_counter() - began - 0.01)
+    return statistics.median(seconds)
+
+
+def sleep_until(end: float) -> None:
+    time.sleep(max(0.0, end - time.perf_counter() - overshoot_s()))
+
+
 class SleepBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
@@ -624,7 +641,7 @@ class SleepBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        time.sleep(ctx.seconds)
+        sleep_until(time.perf_counter() + ctx.seconds)
         return grad, None
 
 
@@ -637,8 +654,9 @@ class Sleeps(nn.Module):
         self.forward_s, self.backward_s = forward_s, backward_s
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(self.forward_s)
+        end = time.perf_counter() + self.forward_s
         out: Tensor = SleepBackward.apply(self.linear(x), self.backward_s)
+        sleep_until(end)
         return out
 
 
@@ -650,6 +668,7 @@ def sleeping_stages(
     make = dtrp.Pipeline(
         model, sgd, nn.functional.mse_loss, method=method, num_microbatches=num_microbatches, timeout_s=60
     )
+    overshoot_s()
     seconds, x = [], torch.randn(32, WIDTH)
     with make as pipe:
         for _ in range(warm_up + steps):

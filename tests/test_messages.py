@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dtrp.aligned import LINE_BYTES, aligned_room
-from dtrp.messages import HEADER_BYTES, Kind, Message, Note, decode, encode, object_tensor
+from dtrp.messages import HEADER_BYTES, Kind, Message, Note, decode, encode, object_tensor, read_header
 
 NOTE = Note(microbatch=7, minibatch=3, parts=2, samples=5, total=9, checksum=2**31)
 DTYPES = [
@@ -20,13 +20,12 @@ DTYPES = [
 
 def carry(kind: Kind, note: Note, tensor: Tensor | None = None) -> Message:
     """What arrives, in a buffer of the receiver's that is larger and held something else."""
-    header, sent = encode(kind, note, tensor)
-    sent[:HEADER_BYTES].copy_(header)
+    sent = encode(kind, note, tensor)
     room = aligned_room(sent.numel() + 1000)
     room.fill_(0xA5)
     room[: sent.numel()].copy_(sent)
     del sent
-    return decode(room[:HEADER_BYTES], room)
+    return decode(read_header(room), room)
 
 
 def arrived(tensor: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ def test_an_expanded_tensor_is_sent_once() -> None:
     tensor = torch.randn(6).expand(10000, 6)
     got = arrived(tensor)
     assert got.stride() == tensor.stride()
-    assert encode(Kind.TENSOR, NOTE, tensor)[1].numel() < 4 * HEADER_BYTES
+    assert encode(Kind.TENSOR, NOTE, tensor).numel() < 4 * HEADER_BYTES
     arrived(torch.randn(3, 1, 2).expand(3, 5, 2))
     arrived(torch.randn(()).expand(4, 4))
 
@@ -144,9 +143,9 @@ def test_what_no_message_can_carry(tensor: Tensor) -> None:
 def test_the_sender_may_write_its_tensor_and_the_receiver_its_own() -> None:
     tensor = torch.randn(4, 3)
     before = tensor.clone()
-    header, room = encode(Kind.TENSOR, NOTE, tensor)
+    room = encode(Kind.TENSOR, NOTE, tensor)
     tensor.zero_()
-    message = decode(header, room)
+    message = decode(read_header(room), room)
     assert message.tensor is not None
     assert torch.equal(message.tensor, before)
     message.tensor.add_(1)
@@ -178,4 +177,4 @@ def test_a_message_of_something_else_is_refused() -> None:
     room = aligned_room(2 * HEADER_BYTES)
     room.fill_(1)
     with pytest.raises(RuntimeError, match="the same version of dtrp"):
-        decode(room[:HEADER_BYTES], room)
+        read_header(room)
