@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .checkpoint import on_cpu
 from .engine import Losses
-from .links import Receiver
+from .links import Receiver, Sender
 from .messages import Kind, Message, Note, memory_of
 from .methods import Method
 from .schedule import Action, StageOrder
@@ -107,7 +107,9 @@ class DistributedEngine:
 
     def _first_note(self, x: Tensor | None, y: Tensor | None) -> Note:
         assert x is not None
-        parts = min(self._num_microbatches, len(x))
+        # Replicas work in step, so all cut into as many parts, whatever their shards; a part may be empty.
+        alone = self._transport.ranks.num_replicas == 1
+        parts = min(self._num_microbatches, len(x)) if alone else self._num_microbatches
         self._inputs.extend(torch.tensor_split(x, parts))
         checksum = _checksum(y) if y is not None and not self.takes_y else -1
         return Note(-1, self.num_updates, parts, 0, len(x), checksum)
@@ -193,46 +195,49 @@ class DistributedEngine:
     def _forward(self, action: Action) -> None:
         assert self._given is not None
         m = action.index
+        x: Tensor | None
         if self.takes_x:
             x = self._inputs.popleft()
             note = self._given._replace(microbatch=m, samples=len(x))
         else:
             message = self._message or self._receive(self._transport.forward_in, "forward", m)
-            self._message, note = None, message.note
-            assert message.tensor is not None
-            x = message.tensor
+            self._message, note, x = None, message.note, message.tensor
+        target = self._targets.popleft() if self.takes_y else None
         micro = MicroBatch(m, self.num_updates, note.samples / note.total)
-        with naming(self._stage.index, action, micro.minibatch):
-            out = self._stage.forward(micro, x, self._targets.popleft() if self.takes_y else None)
-            if self.takes_y:
-                self._losses.add(micro, out)
-            else:
-                assert self._transport.forward_out is not None
-                self._transport.forward_out.send(Kind.TENSOR, note, out)
         self._notes.append(note._replace(minibatch=self.num_updates))
         self._next_microbatch = m + 1
+        with naming(self._stage.index, action, micro.minibatch):
+            out = self._stage.forward(micro, x, target) if x is not None and note.samples else None
+            if not self.takes_y:
+                self._send(self._transport.forward_out, note, out)
+            elif out is not None:
+                self._losses.add(micro, out)
 
     def _backward(self, action: Action) -> None:
         note = self._notes.popleft()
         gradient = None
-        with naming(self._stage.index, action, note.minibatch):
-            self._stage.recompute()
+        if note.samples:
+            with naming(self._stage.index, action, note.minibatch):
+                self._stage.recompute()
         if not self.takes_y:
             gradient = self._receive(self._transport.backward_in, "backward", action.index).tensor
         with naming(self._stage.index, action, note.minibatch):
-            gradient = self._stage.backward(gradient)
+            if note.samples:
+                gradient = self._stage.backward(gradient)
             if not self.takes_x:
-                assert self._transport.backward_out is not None
-                kind = Kind.NOTHING if gradient is None else Kind.TENSOR
-                self._transport.backward_out.send(kind, note, gradient)
+                self._send(self._transport.backward_out, note, gradient)
 
     def _update(self, action: Action) -> None:
         samples = self._samples.popleft()
+        if self._transport.ranks.num_replicas > 1:
+            loss = self._losses.sum() if self.takes_y else 0.0
+            self._mean_loss = self._transport.average(self._stage.gradients, self._stage.parameters, samples, loss)
         with naming(self._stage.index, action, self._stage.version):
-            if self._transport.ranks.num_replicas > 1:
-                loss = self._losses.sum() if self.takes_y else 0.0
-                self._mean_loss = self._transport.average(self._stage.gradients, self._stage.parameters, samples, loss)
             self._stage.update()
+
+    def _send(self, link: Sender | None, note: Note, tensor: Tensor | None) -> None:
+        assert link is not None
+        link.send(Kind.NOTHING if tensor is None else Kind.TENSOR, note, tensor)
 
     def _receive(self, link: Receiver | None, direction: str, m: int) -> Message:
         assert link is not None
