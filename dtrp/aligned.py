@@ -14,7 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LINE_BYTES = 512  # a multiple of every cache line, and what allocators on accelerators align to
+LINE_BYTES = 512  # what allocators on accelerators align to, and a multiple of every cache line
+_CPU_LINE_BYTES = 128  # a multiple of every CPU's cache line and vector
+
+
+def shift_of(x: Tensor) -> int:
+    """Bytes from a line's beginning to the first element of x."""
+    return x.data_ptr() % (_CPU_LINE_BYTES if x.device.type == "cpu" else LINE_BYTES)
 
 
 class Layout(NamedTuple):
@@ -35,7 +41,7 @@ class Layout(NamedTuple):
                 dense &= stride >= span
                 span += (n - 1) * stride
         if x.numel() and dense and span <= 4 * x.numel():
-            return cls(tuple(x.shape), x.stride(), span, x.data_ptr() % LINE_BYTES)
+            return cls(tuple(x.shape), x.stride(), span, shift_of(x))
         strides = torch.empty(x.shape, device="meta").stride()
         return cls(tuple(x.shape), strides, x.numel(), 0)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .aligned import aligned_room
 from .failure import GRACE_S, Board, Failure
-from .messages import HEADER_BYTES, Kind, Message, Note, decode, encode, read_header
+from .messages import HEADER_BYTES, Kind, Message, Note, Packed, Packer, decode, read_header
 from .trace import Tracer
 
 _SMALL_BYTES = 64 * 2**10
@@ -42,22 +42,22 @@ class Wire:
         self._module: Any = torch.get_device_module(device) if device.type != "cpu" else None
         self._stream: Any = self._module.Stream(device) if self._module is not None else None
 
-    def out(self, kind: Kind, note: Note, tensor: Tensor | None) -> tuple[Tensor, Any]:
+    def out(self, packer: Packer, kind: Kind, note: Note, tensor: Tensor | None) -> tuple[Packed, Any]:
         """A message, and the event after which it is there; called by the main thread."""
         if tensor is not None and tensor.device != self.device and kind is not Kind.OBJECT:
             tensor = tensor.to(self.device)
-        buffer = encode(kind, note, tensor)
-        if self._module is None or buffer.device.type == "cpu":
-            return buffer, None
+        packed = packer.pack(kind, note, tensor)
+        if self._module is None or packed.buffer.device.type == "cpu":
+            return packed, None
         computed = self._module.current_stream(self.device).record_event()
         if self.direct:
-            return buffer, computed
+            return packed, computed
         with self._module.stream(self._stream):
             self._stream.wait_event(computed)
-            host = aligned_room(buffer.numel(), pinned=True)
-            host.copy_(buffer, non_blocking=True)
-            buffer.record_stream(self._stream)
-            return host, self._stream.record_event()
+            host = aligned_room(packed.buffer.numel(), pinned=True)
+            host.copy_(packed.buffer, non_blocking=True)
+            packed.buffer.record_stream(self._stream)
+            return Packed(host), self._stream.record_event()
 
     def room(self, nbytes: int) -> Tensor:
         """Memory for a message to be received into."""
@@ -122,7 +122,7 @@ class _Job:
 
     kind: Kind
     note: Note
-    buffer: Tensor
+    packed: Packed
     ready: Any  # an event after which the buffer is there, or None
     due: float  # not to be sent before this time
     works: list[dist.Work] | None = None  # what is left to wait for, once it has been handed to the backend
@@ -135,6 +135,8 @@ class Sender(Link):
         super().__init__(*link)
         self._latency_s = latency_s
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._packer = Packer()
+        self._place = dist.get_group_rank(self._group, self.peer)
         self._kept: list[_Job] = []  # under way, and not handed to the thread yet
         self._capacity = HEADER_BYTES
         self._unsent = 0  # jobs that the thread has yet to hand to the backend
@@ -144,11 +146,13 @@ class Sender(Link):
 
     def send(self, kind: Kind, note: Note, tensor: Tensor | None = None) -> None:
         """Send a message; the tensor may be written when this returns."""
-        buffer, ready = self._wire.out(kind, note, tensor)
-        job = _Job(kind, note, buffer, ready, time.monotonic() + self._latency_s if self._latency_s else 0.0)
+        packed, ready = self._wire.out(self._packer, kind, note, tensor)
+        job = _Job(kind, note, packed, ready, time.monotonic() + self._latency_s if self._latency_s else 0.0)
         with self._counting:
             # A small message is handed over here: waking the thread would cost more than the message.
-            at_once = buffer.numel() <= _SMALL_BYTES and not (self._unsent or job.due or ready or self._wire.full)
+            at_once = packed.buffer.numel() <= _SMALL_BYTES and not (
+                self._unsent or job.due or ready or self._wire.full
+            )
             self._unsent += 1
         if at_once:
             with suppress(RuntimeError):  # the connection is broken: the thread will say so
@@ -177,7 +181,7 @@ class Sender(Link):
             self._hand_over()
             with self._counting:
                 self._unsent += 1
-            self._jobs.put(_Job(Kind.END, Note(), encode(Kind.END, Note(), None), None, 0.0))
+            self._jobs.put(_Job(Kind.END, Note(), self._packer.pack(Kind.END, Note()), None, 0.0))
 
     def _work(self) -> None:
         kind = None
@@ -193,16 +197,17 @@ class Sender(Link):
                 self._sent()
             for work in job.works:
                 self._wire.finish(work)
+            self._packer.give_back(job.packed)
             self._tracer.add(f"send {self.name} {job.note.microbatch}", "send", self.name, began)
 
     def _issue(self, job: _Job) -> list[dist.Work]:
         """Hand a message to the backend, after the announcement that it may need."""
         works = []
-        nbytes = job.buffer.numel()
+        nbytes = job.packed.buffer.numel()
         if nbytes > self._capacity:
-            works.append(self._post(encode(Kind.GROW, Note(total=nbytes), None)))
+            works.append(self._post(self._packer.pack(Kind.GROW, Note(total=nbytes)).buffer))
             self._capacity = nbytes
-        works.append(self._post(job.buffer))
+        works.append(self._post(job.packed.buffer))
         if job.kind is Kind.OBJECT:  # rare and large: not a size to keep room for
             self._capacity = HEADER_BYTES
         return works
@@ -212,7 +217,8 @@ class Sender(Link):
             room = self._wire.room(self._capacity)
             room[: buffer.numel()].copy_(buffer)
             buffer = room
-        return started(dist.isend(buffer, dst=self.peer, group=self._group))
+        work: dist.Work = self._group.send([buffer], self._place, 0)  # dist.isend, without its checks of every call
+        return work
 
 
 class Receiver(Link):
@@ -221,6 +227,7 @@ class Receiver(Link):
     def __init__(self, *link: Any) -> None:
         super().__init__(*link)
         self._inbox: deque[Message] = deque()
+        self._place = dist.get_group_rank(self._group, self.peer)
         self._permits: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._permits.put(None)
         self._draining = False
@@ -269,7 +276,7 @@ class Receiver(Link):
 
     def _receive(self, capacity: int) -> Message:
         room = self._wire.room(capacity)
-        self._wire.finish(started(dist.irecv(room, src=self.peer, group=self._group)))
+        self._wire.finish(self._group.recv([room], self._place, 0))
         return self._wire.arrived(room)
 
 

@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .aligned import LINE_BYTES, Layout, aligned_room
+from .aligned import LINE_BYTES, Layout, aligned_room, shift_of
 
 HEADER_BYTES = LINE_BYTES
 _WORDS = HEADER_BYTES // 8
 _MAGIC = 0x64747270_0001  # "dtrp", and the version of this layout
 _MOST_DIMS = 24
+_MOST_FORMS = 8  # layouts whose memory is kept: full and partial mini-batches, and their parts
 _DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool, torch.complex64, torch.complex128,
@@ -91,33 +92,88 @@ def object_tensor(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
 
 
-def encode(kind: Kind, note: Note, tensor: Tensor | None) -> Tensor:
-    """A message as bytes, on the tensor's device.
+class _Form(NamedTuple):
+    """What messages of one layout have in common."""
 
-    Raises:
-        TypeError: a tensor that no message can carry.
-    """
-    words = [_MAGIC, kind, *note]
-    nbytes = HEADER_BYTES
-    if tensor is not None:
-        tensor = tensor.detach()
+    layout: Layout
+    dtype: torch.dtype
+    nbytes: int
+    words: tuple[int, ...]  # the header's, about the tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Form:
         if tensor.layout is not torch.strided or tensor.dtype not in _DTYPES or tensor.dim() > _MOST_DIMS:
             raise TypeError(
                 f"a stage's output is a {tensor.layout} tensor of {tensor.dtype} with {tensor.dim()} dimensions; ranks "
                 f"exchange dense ones of the common dtypes with at most {_MOST_DIMS} dimensions"
             )
         layout = Layout.of(tensor)
-        nbytes += layout.shift + layout.span * tensor.element_size()
-        words += [_DTYPES.index(tensor.dtype), tensor.dim(), layout.span, layout.shift, *layout.shape, *layout.strides]
-    room = aligned_room(nbytes, tensor.device if tensor is not None else None)
-    if tensor is not None:
-        layout.fill(layout.over(room, tensor.dtype, HEADER_BYTES), tensor)
-    header = bytearray(struct.pack(f"<{len(words)}q", *words))
-    if room.device.type == "cpu":
-        memory_of(room)[: len(header)] = header
-    else:
-        room[: len(header)].copy_(torch.frombuffer(header, dtype=torch.uint8))
-    return room
+        nbytes = HEADER_BYTES + layout.shift + layout.span * tensor.element_size()
+        words = (_DTYPES.index(tensor.dtype), tensor.dim(), layout.span, layout.shift, *layout.shape, *layout.strides)
+        return cls(layout, tensor.dtype, nbytes, words)
+
+
+class Packed(NamedTuple):
+    """A message as bytes."""
+
+    buffer: Tensor
+    inside: Tensor | None = None  # the tensor that stands on it
+    form: _Form | None = None
+
+
+_HEADER_ALONE = ()
+
+
+class Packer:
+    """Makes messages, one layout after another in the same memory: see `give_back`."""
+
+    def __init__(self) -> None:
+        self._forms: dict[Any, tuple[_Form, list[Packed]]] = {}
+
+    def pack(self, kind: Kind, note: Note, tensor: Tensor | None = None) -> Packed:
+        """A message, on the tensor's device.
+
+        Raises:
+            TypeError: a tensor that no message can carry.
+        """
+        words: tuple[int, ...] = _HEADER_ALONE
+        if tensor is None:
+            packed = Packed(aligned_room(HEADER_BYTES))
+        else:
+            tensor = tensor.detach()
+            form, free = self._form(tensor)
+            words = form.words
+            try:
+                packed = free.pop()
+            except IndexError:
+                room = aligned_room(form.nbytes, tensor.device)
+                packed = Packed(room, form.layout.over(room, form.dtype, HEADER_BYTES), form)
+            assert packed.inside is not None
+            form.layout.fill(packed.inside, tensor)
+        words = (_MAGIC, kind, *note, *words)
+        header = struct.pack(f"<{len(words)}q", *words)
+        if packed.buffer.device.type == "cpu":
+            memory_of(packed.buffer)[: len(header)] = header
+        else:
+            packed.buffer[: len(header)].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+        return packed
+
+    def _form(self, tensor: Tensor) -> tuple[_Form, list[Packed]]:
+        if tensor.layout is not torch.strided:
+            return _Form.of(tensor), []
+        key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, shift_of(tensor))
+        known = self._forms.get(key)
+        if known is None:
+            if len(self._forms) == _MOST_FORMS:
+                self._forms.clear()
+            known = self._forms[key] = (_Form.of(tensor), [])
+        return known
+
+    def give_back(self, packed: Packed) -> None:
+        """The message has been sent, and its memory may hold the next one of its layout."""
+        for form, free in list(self._forms.values()):
+            if form is packed.form:
+                free.append(packed)
 
 
 def read_header(room: Tensor) -> tuple[Kind, Note, tuple[int, ...]]:

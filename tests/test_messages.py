@@ -8,14 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrp.aligned import LINE_BYTES, aligned_room
-from dtrp.messages import HEADER_BYTES, Kind, Message, Note, decode, encode, object_tensor, read_header
+from dtrp.aligned import aligned_clone, aligned_room, shift_of
+from dtrp.messages import HEADER_BYTES, Kind, Message, Note, Packer, decode, object_tensor, read_header
 
 NOTE = Note(microbatch=7, minibatch=3, parts=2, samples=5, total=9, checksum=2**31)
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool, torch.complex64, torch.complex128,
 ]  # fmt: skip
+
+
+def encode(kind: Kind, note: Note, tensor: Tensor | None) -> Tensor:
+    return Packer().pack(kind, note, tensor).buffer
 
 
 def carry(kind: Kind, note: Note, tensor: Tensor | None = None) -> Message:
@@ -43,7 +47,7 @@ def arrived(tensor: Tensor) -> Tensor:
 def check_layout(tensor: Tensor) -> None:
     got = arrived(tensor)
     assert got.stride() == tensor.stride()
-    assert got.data_ptr() % LINE_BYTES == tensor.data_ptr() % LINE_BYTES
+    assert shift_of(got) == shift_of(tensor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -178,3 +182,25 @@ def test_a_message_of_something_else_is_refused() -> None:
     room.fill_(1)
     with pytest.raises(RuntimeError, match="the same version of dtrp"):
         read_header(room)
+
+
+def test_memory_that_is_given_back_holds_the_next_message_of_its_layout() -> None:
+    packer = Packer()
+    a = torch.arange(6.0)
+    b = aligned_clone(a).add_(1)
+    first = packer.pack(Kind.TENSOR, NOTE, a)
+    second = packer.pack(Kind.TENSOR, NOTE, b)
+    assert first.buffer.data_ptr() != second.buffer.data_ptr(), "the first is still under way"
+    packer.give_back(first)
+    third = packer.pack(Kind.TENSOR, NOTE._replace(microbatch=9), b)
+    assert third.buffer.data_ptr() == first.buffer.data_ptr()
+    message = decode(read_header(third.buffer), third.buffer)
+    assert message.note.microbatch == 9
+    assert message.tensor is not None
+    assert torch.equal(message.tensor, b)
+    other = packer.pack(Kind.TENSOR, NOTE, torch.arange(7.0))
+    packer.give_back(second)
+    assert other.buffer.data_ptr() != second.buffer.data_ptr()
+    for size in range(20):  # many layouts: memory of a few is kept
+        packer.give_back(packer.pack(Kind.TENSOR, NOTE, torch.zeros(size + 1)))
+    assert len(packer._forms) <= 8

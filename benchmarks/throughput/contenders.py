@@ -79,6 +79,7 @@ class _Dtrp:
     def __init__(
         self, contender: Contender, stages: Sequence[nn.Module], optimizer: MakeOptimizer, loss_fn: LossFn
     ) -> None:
+        self.first, self.last = dist.get_rank() == 0, dist.get_rank() == len(stages) - 1
         self.pipe = dtrp.Pipeline(
             list(stages),
             optimizer,
@@ -91,7 +92,7 @@ class _Dtrp:
         )
 
     def step(self, x: Tensor, y: Tensor) -> Tensor | None:
-        return self.pipe.step(x, y)
+        return self.pipe.step(x if self.first else None, y if self.last else None)
 
     def close(self) -> None:
         self.pipe.flush()
