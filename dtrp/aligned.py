@@ -9,6 +9,7 @@ one model neither happens, so it must not happen between stages.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -32,18 +33,27 @@ class Layout(NamedTuple):
     shift: int  # bytes from a line's beginning to the first element
 
     @classmethod
-    def of(cls, x: Tensor) -> Layout:
-        """The layout of x; of its contiguous copy where x is mostly holes, or overlaps itself other than by expansion."""
+    def of(cls, x: Tensor, *, holes: bool = False) -> Layout:
+        """The layout of x; of its contiguous copy where x overlaps itself other than by expansion.
+
+        Args:
+            x: any dense tensor.
+            holes: also where x is mostly holes.
+        """
         span = 1
         dense = x.data_ptr() % x.element_size() == 0
         for n, stride in sorted(zip(x.shape, x.stride(), strict=True), key=lambda dim: dim[1]):
             if n > 1 and stride:
                 dense &= stride >= span
                 span += (n - 1) * stride
-        if x.numel() and dense and span <= 4 * x.numel():
+        if x.numel() and dense and (holes or span <= 4 * x.numel()):
             return cls(tuple(x.shape), x.stride(), span, shift_of(x))
-        strides = torch.empty(x.shape, device="meta").stride()
-        return cls(tuple(x.shape), strides, x.numel(), 0)
+        return cls.contiguous(tuple(x.shape))
+
+    @classmethod
+    def contiguous(cls, shape: tuple[int, ...]) -> Layout:
+        """The layout of a new tensor."""
+        return cls(shape, torch.empty(shape, device="meta").stride(), math.prod(shape), 0)
 
     @property
     def expanded(self) -> bool:

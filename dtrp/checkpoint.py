@@ -12,12 +12,14 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .stage import Stage
+
+T = TypeVar("T")
 
 
 def model_part(stage: Stage) -> dict[str, Tensor]:
@@ -25,8 +27,8 @@ def model_part(stage: Stage) -> dict[str, Tensor]:
     return {name: _snapshot(value) for name, value in stage.module.state_dict().items()}
 
 
-def merge_model(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The whole model's state dict, from all stages' parts."""
+def merge_model(parts: Sequence[dict[str, T]]) -> dict[str, T]:
+    """The whole model's state dict, or what is said of its entries, from all stages' parts."""
     return {name: value for part in parts for name, value in part.items()}
 
 
@@ -68,13 +70,9 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def shapes_of(modules: Sequence[nn.Module]) -> dict[str, torch.Size | None]:
-    """The shape of every tensor of the modules' state dicts; None for what is no tensor."""
-    return {
-        name: value.shape if isinstance(value, Tensor) else None
-        for module in modules
-        for name, value in module.state_dict().items()
-    }
+def shapes_of(module: nn.Module) -> dict[str, torch.Size | None]:
+    """The shape of every tensor of the module's state dict; None for what is no tensor."""
+    return {name: value.shape if isinstance(value, Tensor) else None for name, value in module.state_dict().items()}
 
 
 def check_state(
@@ -197,12 +195,15 @@ def write_model(state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
 
 
 def on_cpu(value: Any) -> Any:
-    """The value with every tensor in it, however deep in dicts and lists, on the CPU."""
+    """The value with every tensor in it, however deep in dicts, lists and tuples, on the CPU."""
     if isinstance(value, Tensor):
         return value.cpu()
     if isinstance(value, dict):
-        return {key: on_cpu(entry) for key, entry in value.items()}
-    return [on_cpu(entry) for entry in value] if isinstance(value, list) else value
+        result = copy.copy(value)
+        for key, entry in value.items():
+            result[key] = on_cpu(entry)
+        return result
+    return type(value)(map(on_cpu, value)) if type(value) in (list, tuple) else value
 
 
 def _umask() -> int:

@@ -20,11 +20,11 @@ from .failure import WorkerError
 from .methods import get_method, list_methods
 from .models import list_models
 from .names import unknown
+from .ranks import under_launcher
 from .runs import RunFolder
 from .schedule import Schedule, ScheduleError
 from .stage import StageError
 from .train import CHOICES, Reporter, TrainConfig, Trainer, check_settings, config_text, workers_per_replica
-from .workers import WorkersError, run_workers, under_torchrun
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -201,7 +201,7 @@ def train(**options: Any) -> None:
         if source(typed) == ParameterSource.COMMANDLINE and source(other) == ParameterSource.DEFAULT_MAP:
             options[other] = None
     config = TrainConfig(**options)
-    if (config.workers is not None or config.replicas > 1) and not under_torchrun():
+    if (config.workers is not None or config.replicas > 1) and not under_launcher():
         _train_in_workers(config)
         return
     trainer = _checked(config)
@@ -212,6 +212,8 @@ def train(**options: Any) -> None:
 
 def _train_in_workers(config: TrainConfig) -> None:
     """The same command in as many processes as it asks for."""
+    from .workers import WorkersError, run_workers  # torchrun's interface takes a while to import
+
     try:
         check_settings(config)
         num_workers = workers_per_replica(config)
@@ -258,7 +260,7 @@ def demo(epochs: int, threads: int | None, seed: int) -> None:
 def _checked(config: TrainConfig) -> Trainer:
     try:
         return Trainer(config)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, StageError, WorkerError) as error:
         raise click.ClickException(str(error)) from error
 
 

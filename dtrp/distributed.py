@@ -13,6 +13,7 @@ a rank does in slot m of a method that recomputes, backward first::
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 import zlib
 from collections import deque
@@ -25,16 +26,19 @@ from torch import Tensor, nn
 
 from .checkpoint import on_cpu
 from .engine import Losses
+from .failure import WorkerError
 from .links import Receiver, Sender
 from .messages import Kind, Message, Note, memory_of
 from .methods import Method
 from .schedule import Action, StageOrder
-from .stage import Stage, naming
+from .stage import Stage, StageError, naming
 from .stash import MicroBatch
-from .trace import Tracer
+from .trace import Span, Tracer
 from .transport import Transport
 
 T = TypeVar("T")
+NCCL_VARIABLE = "DTRP_NCCL"
+_CHECKED_BYTES = 4 * 2**20  # of a mini-batch's targets; of larger ones every n-th value
 
 
 class DistributedEngine:
@@ -102,7 +106,7 @@ class DistributedEngine:
         if loss is not None and self._mean_loss is not None:
             loss = loss.new_tensor(self._mean_loss)
         if self._loss_on == "all":
-            loss = self._transport.spread_back("step", loss)
+            loss = self._transport.spread_back("step", loss).to(self._stage.device)
         return loss
 
     def _first_note(self, x: Tensor | None, y: Tensor | None) -> Note:
@@ -140,6 +144,11 @@ class DistributedEngine:
         self._begin(f"in {method}()")
         return self._transport.exchange(method, value)
 
+    def spans(self) -> list[Span]:
+        self._begin("in save_trace()")
+        self._transport.settle()
+        return list(self._tracer.spans)
+
     def of_stages(self, method: str, part: Callable[[Stage], T]) -> list[T]:
         return self.gather(method, self._own(part))[: self._transport.ranks.num_stages]
 
@@ -151,10 +160,14 @@ class DistributedEngine:
     def all_or_none(self, method: str, job: Callable[[], T]) -> T:
         error: Exception | None = None
         try:
-            result = job()
-        except Exception as failed:
-            error = failed
-        errors = self.gather(method, None if error is None else str(error) or type(error).__name__)
+            try:
+                result = job()
+            except Exception as failed:
+                error = failed
+            errors = self.gather(method, None if error is None else str(error) or type(error).__name__)
+        except BaseException as failed:
+            self.fail(failed)
+            raise
         if error is not None:
             raise error
         for rank, text in zip(self._transport.ranks.all, errors, strict=True):
@@ -182,6 +195,8 @@ class DistributedEngine:
         self._losses.drop()
 
     def _begin(self, doing: str) -> None:
+        if self._transport.closed:
+            raise RuntimeError("this pipeline has left the other ranks; do what needs all ranks before close()")
         self._transport.board.doing = doing
         self._transport.board.check()
 
@@ -190,7 +205,12 @@ class DistributedEngine:
     def _do(self, action: Action) -> None:
         lane = f"stage {self._stage.index}"
         with self._tracer.span(f"{action.kind}{action.index}", action.kind, lane):
-            {"F": self._forward, "B": self._backward, "U": self._update}[action.kind](action)
+            if action.kind == "F":
+                self._forward(action)
+            elif action.kind == "B":
+                self._backward(action)
+            else:
+                self._update(action)
 
     def _forward(self, action: Action) -> None:
         assert self._given is not None
@@ -231,7 +251,12 @@ class DistributedEngine:
         samples = self._samples.popleft()
         if self._transport.ranks.num_replicas > 1:
             loss = self._losses.sum() if self.takes_y else 0.0
-            self._mean_loss = self._transport.average(self._stage.gradients, self._stage.parameters, samples, loss)
+            try:
+                self._mean_loss = self._transport.average(self._stage.gradients, self._stage.parameters, samples, loss)
+            except WorkerError:
+                raise
+            except Exception as error:
+                raise StageError(self._stage.index, action, self._stage.version, error) from error
         with naming(self._stage.index, action, self._stage.version):
             self._stage.update()
 
@@ -268,8 +293,8 @@ def agree(
     ranks = transport.ranks
     settings = {**settings, "method": _values(settings["method"])}
     own = {"settings": settings, "stages": [_fingerprint(module) for module in modules]}
-    facts = transport.exchange("Pipeline", (own, socket.gethostname(), str(device)))
-    for rank, (theirs, _, _) in zip(ranks.all, facts, strict=True):
+    facts = transport.exchange("Pipeline", (own, _place(device)))
+    for rank, (theirs, _) in zip(ranks.all, facts, strict=True):
         _check_alike(rank, theirs, facts[0][0])
     values = [_tensors(module) for module in modules] * ranks.num_replicas
     given = transport.scatter("Pipeline", on_cpu(values) if ranks.rank == ranks.all[0] else None)
@@ -277,11 +302,18 @@ def agree(
         for name, tensor in _tensors(modules[ranks.stage]).items():
             tensor.copy_(given[name])
     seed = transport.spread("Pipeline", seed)
-    # NCCL carries tensors between GPUs of which each rank has one to itself.
-    places = [(host, place) for _, host, place in facts]
-    apart = len(set(places)) == len(places) and all(place.startswith("cuda") for _, place in places)
-    transport.connect(device, "nccl" if apart and torch.distributed.is_nccl_available() else "gloo")
+    places = [place for _, place in facts]
+    apart = len(set(places)) == len(places) and all(place.startswith("cuda") for place in places)
+    transport.connect(device, "nccl" if apart and os.environ.get(NCCL_VARIABLE) == "1" else "gloo")
     return int(seed)
+
+
+def _place(device: torch.device) -> str:
+    """One device of one machine, whatever number it goes by in this process."""
+    if device.type == "cuda":
+        device_id = getattr(torch.cuda.get_device_properties(device), "uuid", device)
+        return f"cuda {socket.gethostname()} {device_id}"
+    return str(device)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -322,8 +354,9 @@ def _checksum(y: Tensor) -> int:
     """Of the targets' values, shape and dtype; -1 where looking at them would hold up an accelerator."""
     if y.device.type != "cpu":
         return -1
-    y = y.detach().contiguous()
     shape = repr((tuple(y.shape), y.dtype)).encode()
+    y = y.detach().reshape(-1)
+    y = y[:: max(1, y.nbytes // _CHECKED_BYTES)].contiguous()
     return zlib.crc32(memory_of(y), zlib.crc32(shape))
 
 

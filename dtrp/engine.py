@@ -11,6 +11,7 @@ from torch import Tensor
 from .schedule import Action
 from .stage import Stage, StageError
 from .stash import MicroBatch
+from .trace import Span
 
 T = TypeVar("T")
 
@@ -50,6 +51,9 @@ class Engine(Protocol):
 
     def gather(self, method: str, value: T) -> list[T]:
         """Every process's value, by rank, on every rank; ``method``, called on every rank, is for messages."""
+
+    def spans(self) -> list[Span]:
+        """What this process has traced."""
 
     def of_stages(self, method: str, part: Callable[[Stage], T]) -> list[T]:
         """``part`` of every stage, on every rank."""

@@ -7,6 +7,7 @@ SIGTERM are heard in it; it ends with what was waited for, with a failure on any
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 import threading
@@ -23,6 +24,7 @@ from .stage import StageError
 T = TypeVar("T")
 _SLICE_S = 0.5  # the longest that a notice which slipped through goes unseen
 GRACE_S = 2.0  # for the watch to say whose end broke a connection, and for threads to finish after a failure
+_LAST_WORDS_S = 5.0  # from a SIGTERM that meets a process that is ending anyway to one that is obeyed
 _NEWS_S = 1.0  # from a process's death to the watch's word of it, at most
 
 
@@ -95,7 +97,7 @@ class Board:
         self.failure: Failure | None = None
         self.raised = False  # whether the main thread knows
         self._on_failure = on_failure
-        self._first = threading.Lock()
+        self._first = threading.RLock()  # a signal handler may come in between
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # written in C: a wait costs a few microseconds
 
     def fail(self, failure: Failure) -> None:
@@ -189,24 +191,36 @@ class SigtermHandler:
     """
 
     def __init__(self, board: Board, rank: int) -> None:
-        self._board, self._rank = board, rank
-        self._before: Any = None
+        self._board, self._rank, self._process = board, rank, os.getpid()
+        self._ignored_until: float | None = None
+        before = signal.getsignal(signal.SIGTERM)
+        self._installed = before is signal.SIG_DFL or isinstance(getattr(before, "__self__", None), SigtermHandler)
         try:
-            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-                self._before = signal.signal(signal.SIGTERM, self._handle)
+            if self._installed:
+                signal.signal(signal.SIGTERM, self._handle)
         except ValueError:  # not the main thread
-            return
+            self._installed = False
 
     def restore(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
+        """Listen no more, unless somebody else does by now."""
+        if self._installed and signal.getsignal(signal.SIGTERM) == self._handle:
+            with suppress(ValueError):
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._installed = False
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self._board.raised:  # the process is ending already, and saying why
+        now = time.monotonic()
+        if os.getpid() != self._process:  # a child that was forked with the handler, and has no part in the run
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
             return
-        until = time.monotonic() + _NEWS_S
-        while self._board.failure is None and time.monotonic() < until:
+        if self._board.raised:  # the process is about to end and to say why; but it cannot refuse for ever
+            if self._ignored_until is None:
+                self._ignored_until = now + _LAST_WORDS_S
+            if now < self._ignored_until:
+                return
+            raise SystemExit(128 + number)
+        while self._board.failure is None and time.monotonic() < now + _NEWS_S:
             time.sleep(0.01)
         self._board.fail(Failure("ended", self._rank, f"rank {self._rank} was told to end (SIGTERM)"))
         own = self._board.failure is not None and self._board.failure.rank == self._rank

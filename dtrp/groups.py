@@ -1,43 +1,50 @@
-"""The process groups that messages go over."""
+"""The process groups that messages go over.
+
+Each is a set of connections of its own: a message meets only receives of its group. They are made beside
+`torch.distributed.new_group`, which numbers groups by how many a rank has seen, and so finds no common name where
+some ranks have made groups without the others; here the name says whose the group is and how many of the same
+ranks came before.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 _FOREVER = timedelta(days=365)  # a receive that is posted ahead waits as long as the user pleases
+_made: Counter[tuple[int, ...]] = Counter()  # Pipelines so far, by their ranks: the same on each of these
 
 
-class GroupPool:
-    """Process groups that wait for the next Pipeline of this process.
+class Meeting:
+    """Where the ranks of one Pipeline find each other: a part of the default group's store that nobody else uses.
 
-    torch names a group after its ranks, and would give the next one the name, and the addresses in the store, of
-    one that was destroyed. A transport that has ended leaves its groups empty, so they can serve again.
+    Args:
+        ranks: all of them.
+        rank: this one's.
     """
 
-    def __init__(self) -> None:
-        self._world: Any = None
-        self._free: dict[tuple[tuple[int, ...], str], list[Any]] = {}
+    def __init__(self, ranks: Sequence[int], rank: int) -> None:
+        self.ranks, self.rank = list(ranks), rank
+        _made[tuple(ranks)] += 1
+        name = f"dtrp/{'-'.join(map(str, ranks))}/{_made[tuple(ranks)]}"
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+        self._store.set(f"here/{rank}", "")
 
-    def take(self, wanted: list[tuple[list[int], str]]) -> list[Any]:
-        """A group for each (ranks, backend), the same one on all of its ranks."""
-        if self._world is not dist.group.WORLD:  # what was made in another life of torch.distributed is void
-            self._world = dist.group.WORLD
-            self._free.clear()
-        return [self._take(ranks, backend) for ranks, backend in wanted]
+    def missing(self) -> list[int]:
+        """The ranks that have not come."""
+        return [rank for rank in self.ranks if not self._store.check([f"here/{rank}"])]
 
-    def _take(self, ranks: list[int], backend: str) -> Any:
-        free = self._free.get((tuple(ranks), backend))
-        if free:
-            return free.pop(0)
-        return dist.new_group(ranks, timeout=_FOREVER, backend=backend, use_local_synchronization=True)
-
-    def put_back(self, groups: list[tuple[list[int], str, Any]]) -> None:
-        if self._world is dist.group.WORLD:
-            for ranks, backend, group in groups:
-                self._free.setdefault((tuple(ranks), backend), []).append(group)
-
-
-POOL = GroupPool()
+    def group(self, purpose: str, ranks: Sequence[int], backend: str) -> Any:
+        """A new group of some of the ranks, this one among them; waits for the others."""
+        store = dist.PrefixStore(f"{purpose}/{ranks[0]}", self._store)  # type: ignore[attr-defined]
+        place = list(ranks).index(self.rank)
+        if backend == "gloo":
+            return dist.ProcessGroupGloo(store, place, len(ranks), _FOREVER)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = _FOREVER
+        return dist.ProcessGroupNCCL(store, place, len(ranks), options)

@@ -26,52 +26,51 @@ from .trace import Tracer
 
 _SMALL_BYTES = 64 * 2**10
 _MOST_KEPT = 16
+_MOST_WAITING = 2
+_CPU = torch.device("cpu")
 
 
 class Wire:
-    """How bytes get from a stage's device into a message and back.
+    """How one link's bytes get from a stage's device into a message, or back.
 
-    With gloo, or two ranks on one GPU, the tensors of an accelerator go through pinned host memory, on a stream of
-    their own; NCCL takes them where they are, in messages that always have the full capacity.
+    With gloo the tensors of an accelerator go through pinned host memory, on a stream of the link's own; NCCL takes
+    them where they are, in messages that always have the full capacity.
     """
 
     def __init__(self, device: torch.device, backend: str) -> None:
         self.device = device
-        self.direct = device.type == "cpu" or backend == "nccl"
         self.full = backend == "nccl"
         self._module: Any = torch.get_device_module(device) if device.type != "cpu" else None
+        if self._module is not None and not hasattr(self._module, "Stream"):
+            raise ValueError(f"stages on {device} cannot work in processes of their own; use the CPU, CUDA or XPU")
         self._stream: Any = self._module.Stream(device) if self._module is not None else None
 
-    def out(self, packer: Packer, kind: Kind, note: Note, tensor: Tensor | None) -> tuple[Packed, Any]:
-        """A message, and the event after which it is there; called by the main thread."""
-        if tensor is not None and tensor.device != self.device and kind is not Kind.OBJECT:
-            tensor = tensor.to(self.device)
-        packed = packer.pack(kind, note, tensor)
-        if self._module is None or packed.buffer.device.type == "cpu":
+    def out(self, packed: Packed) -> tuple[Packed, Any]:
+        """What to send, and the event after which it is there; called by the main thread."""
+        if packed.buffer.device.type == "cpu":
             return packed, None
         computed = self._module.current_stream(self.device).record_event()
-        if self.direct:
+        if self.full:
             return packed, computed
         with self._module.stream(self._stream):
             self._stream.wait_event(computed)
             host = aligned_room(packed.buffer.numel(), pinned=True)
             host.copy_(packed.buffer, non_blocking=True)
             packed.buffer.record_stream(self._stream)
-            return Packed(host), self._stream.record_event()
+            return Packed(host, packed.header), self._stream.record_event()
 
     def room(self, nbytes: int) -> Tensor:
         """Memory for a message to be received into."""
         if self.full:
             return aligned_room(nbytes, self.device)
-        return aligned_room(nbytes, pinned=self.device.type != "cpu" and nbytes > HEADER_BYTES)
+        return aligned_room(nbytes, _CPU, pinned=self.device.type != "cpu" and nbytes > HEADER_BYTES)
 
     def arrived(self, room: Tensor) -> Message:
         """The message in a buffer that has been filled, its tensor on the stage's device; called by a helper thread."""
         header = read_header(room)
         if room.device != self.device and header[0] is Kind.TENSOR:
-            with self._module.stream(self._stream):
-                here = aligned_room(room.numel(), self.device)
-                here.copy_(room, non_blocking=True)
+            here = aligned_room(room.numel(), self.device)
+            here.copy_(room, non_blocking=True)
             self._stream.synchronize()
             room = here
         return decode(header, room)
@@ -82,22 +81,24 @@ class Wire:
             tensor.record_stream(self._module.current_stream(self.device))
 
     def own_thread(self) -> None:
-        """Work on this device in the calling thread."""
+        """Work on this device, and the link's stream, in the calling thread."""
         if self._module is not None:
             self._module.set_device(self.device)
+            self._module.set_stream(self._stream)
 
     def finish(self, work: dist.Work) -> None:
-        """Wait for a send or receive; NCCL's wait only holds up the stream."""
+        """Wait for a send or receive; NCCL's wait only holds up the thread's stream."""
         work.wait()
         if self.full:
-            self._module.current_stream(self.device).synchronize()
+            self._stream.synchronize()
 
 
 class Link:
     """One end of a connection to another rank, with a thread of its own."""
 
-    def __init__(self, name: str, group: Any, peer: int, wire: Wire, board: Board, tracer: Tracer) -> None:
+    def __init__(self, name: str, group: Any, peer: int, place: int, wire: Wire, board: Board, tracer: Tracer) -> None:
         self.name, self.peer = name, peer
+        self._place = place  # of the peer in the group
         self._group, self._wire, self._board, self._tracer = group, wire, board, tracer
         self._thread = threading.Thread(target=self._run, name=f"dtrp {name} {peer}", daemon=True)
 
@@ -113,6 +114,10 @@ class Link:
             _broken(self._board, self.peer, error)
 
     def _work(self) -> None:
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """This rank is through with the link; never waits, and once is enough."""
         raise NotImplementedError
 
 
@@ -135,8 +140,8 @@ class Sender(Link):
         super().__init__(*link)
         self._latency_s = latency_s
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._packer = Packer()
-        self._place = dist.get_group_rank(self._group, self.peer)
+        self._packer = Packer(keeps=self.name != "control")
+        self.begun = self.finished = 0  # messages
         self._kept: list[_Job] = []  # under way, and not handed to the thread yet
         self._capacity = HEADER_BYTES
         self._unsent = 0  # jobs that the thread has yet to hand to the backend
@@ -146,7 +151,7 @@ class Sender(Link):
 
     def send(self, kind: Kind, note: Note, tensor: Tensor | None = None) -> None:
         """Send a message; the tensor may be written when this returns."""
-        packed, ready = self._wire.out(self._packer, kind, note, tensor)
+        packed, ready = self._wire.out(self._packer.pack(kind, note, tensor))
         job = _Job(kind, note, packed, ready, time.monotonic() + self._latency_s if self._latency_s else 0.0)
         with self._counting:
             # A small message is handed over here: waking the thread would cost more than the message.
@@ -160,6 +165,7 @@ class Sender(Link):
                 self._sent()
         # A message under way must be kept until it is there. Small ones are kept a little longer, since the thread,
         # once awake, would compete with the main one for the interpreter just when the next action begins.
+        self.begun += 1
         with self._counting:
             self._kept.append(job)
         if not at_once or len(self._kept) >= _MOST_KEPT or self._tracer.on:
@@ -175,8 +181,12 @@ class Sender(Link):
         with self._counting:
             self._unsent -= 1
 
-    def finish(self) -> None:
-        """Nothing more comes; once is enough."""
+    @property
+    def crowded(self) -> bool:
+        """Whether messages wait for the other end to take those before them."""
+        return self._jobs.qsize() > _MOST_WAITING
+
+    def end(self) -> None:
         if self._finished.acquire(blocking=False):
             self._hand_over()
             with self._counting:
@@ -195,29 +205,35 @@ class Sender(Link):
                     job.ready.synchronize()
                 job.works = self._issue(job)
                 self._sent()
-            for work in job.works:
-                self._wire.finish(work)
-            self._packer.give_back(job.packed)
+            with self._tracer.range(f"send {self.name}"):
+                for work in job.works:
+                    self._wire.finish(work)
+            job.packed.give_back()
             self._tracer.add(f"send {self.name} {job.note.microbatch}", "send", self.name, began)
+            self.finished += 1
+            if self.name == "control" or self._tracer.on:  # where the main thread waits for room, or for the span
+                self._board.notify()
 
     def _issue(self, job: _Job) -> list[dist.Work]:
         """Hand a message to the backend, after the announcement that it may need."""
         works = []
         nbytes = job.packed.buffer.numel()
         if nbytes > self._capacity:
-            works.append(self._post(self._packer.pack(Kind.GROW, Note(total=nbytes)).buffer))
+            works.append(self._post(self._packer.pack(Kind.GROW, Note(total=nbytes))))
             self._capacity = nbytes
-        works.append(self._post(job.packed.buffer))
+        works.append(self._post(job.packed))
         if job.kind is Kind.OBJECT:  # rare and large: not a size to keep room for
             self._capacity = HEADER_BYTES
         return works
 
-    def _post(self, buffer: Tensor) -> dist.Work:
+    def _post(self, packed: Packed) -> dist.Work:
+        packed.seal()
+        buffer = packed.buffer
         if self._wire.full:
             room = self._wire.room(self._capacity)
             room[: buffer.numel()].copy_(buffer)
             buffer = room
-        work: dist.Work = self._group.send([buffer], self._place, 0)  # dist.isend, without its checks of every call
+        work: dist.Work = self._group.send([buffer], self._place, 0)
         return work
 
 
@@ -227,7 +243,6 @@ class Receiver(Link):
     def __init__(self, *link: Any) -> None:
         super().__init__(*link)
         self._inbox: deque[Message] = deque()
-        self._place = dist.get_group_rank(self._group, self.peer)
         self._permits: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._permits.put(None)
         self._draining = False
@@ -236,18 +251,22 @@ class Receiver(Link):
 
     def peek(self) -> Message | None:
         """The message that `take` would return."""
-        return self._inbox[0] if self._inbox else None
+        try:
+            return self._inbox[0]
+        except IndexError:
+            return None
 
     def take(self) -> Message | None:
         """The next message, if it is there; lets the one after it come."""
-        if not self._inbox:
+        try:
+            message = self._inbox.popleft()
+        except IndexError:
             return None
-        message = self._inbox.popleft()
         self._wire.taken(message.tensor)
         self._permits.put(None)
         return message
 
-    def drain(self) -> None:
+    def end(self) -> None:
         """Receive and forget what still comes."""
         self._draining = True
         self._permits.put(None)
@@ -260,10 +279,11 @@ class Receiver(Link):
                 self._permits.put(None)
                 self._inbox.clear()
             began = time.time_ns()
-            message = self._receive(capacity)
-            if message.kind is Kind.GROW:
-                capacity = message.nbytes
+            with self._tracer.range(f"receive {self.name}"):
                 message = self._receive(capacity)
+                if message.kind is Kind.GROW:
+                    capacity = message.nbytes
+                    message = self._receive(capacity)
             if message.kind is Kind.OBJECT:
                 capacity = HEADER_BYTES
             if message.kind is Kind.END:
@@ -278,12 +298,6 @@ class Receiver(Link):
         room = self._wire.room(capacity)
         self._wire.finish(self._group.recv([room], self._place, 0))
         return self._wire.arrived(room)
-
-
-def started(work: dist.Work | None) -> dist.Work:
-    """The work of a send or receive; torch has none on a rank outside the group."""
-    assert work is not None, "this rank is not in the group"
-    return work
 
 
 def _broken(board: Board, peer: int, error: Exception) -> None:

@@ -14,7 +14,7 @@ from .methods import Method
 from .schedule import Action, StageOrder
 from .stage import Stage, naming
 from .stash import MicroBatch
-from .trace import Tracer
+from .trace import Span, Tracer
 
 T = TypeVar("T")
 
@@ -78,6 +78,9 @@ class LocalEngine:
 
     def gather(self, method: str, value: T) -> list[T]:
         return [value]
+
+    def spans(self) -> list[Span]:
+        return list(self._tracer.spans)
 
     def of_stages(self, method: str, part: Callable[[Stage], T]) -> list[T]:
         return [part(stage) for stage in self.stages]

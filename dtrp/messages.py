@@ -28,6 +28,8 @@ HEADER_BYTES = LINE_BYTES
 _WORDS = HEADER_BYTES // 8
 _MAGIC = 0x64747270_0001  # "dtrp", and the version of this layout
 _MOST_DIMS = 24
+_CPU = torch.device("cpu")
+_MOST_FREE = 20  # messages of one layout whose memory is kept; there are seldom more than two under way
 _MOST_FORMS = 8  # layouts whose memory is kept: full and partial mini-batches, and their parts
 _DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,
@@ -95,7 +97,7 @@ def object_tensor(value: Any) -> Tensor:
 class _Form(NamedTuple):
     """What messages of one layout have in common."""
 
-    layout: Layout
+    layout: Layout  # as sent
     dtype: torch.dtype
     nbytes: int
     words: tuple[int, ...]  # the header's, about the tensor
@@ -107,59 +109,67 @@ class _Form(NamedTuple):
                 f"a stage's output is a {tensor.layout} tensor of {tensor.dtype} with {tensor.dim()} dimensions; ranks "
                 f"exchange dense ones of the common dtypes with at most {_MOST_DIMS} dimensions"
             )
-        layout = Layout.of(tensor)
-        nbytes = HEADER_BYTES + layout.shift + layout.span * tensor.element_size()
-        words = (_DTYPES.index(tensor.dtype), tensor.dim(), layout.span, layout.shift, *layout.shape, *layout.strides)
-        return cls(layout, tensor.dtype, nbytes, words)
+        # A tensor that is mostly holes, a column of a larger one, travels without them.
+        wanted, sent = Layout.of(tensor, holes=True), Layout.of(tensor)
+        nbytes = HEADER_BYTES + sent.shift + sent.span * tensor.element_size()
+        about = (_DTYPES.index(tensor.dtype), tensor.dim(), wanted.span, wanted.shift, wanted != sent)
+        return cls(sent, tensor.dtype, nbytes, (*about, *wanted.shape, *wanted.strides))
 
 
 class Packed(NamedTuple):
-    """A message as bytes."""
+    """A message: its bytes, on the tensor's device, and the header that goes to their beginning."""
 
     buffer: Tensor
-    inside: Tensor | None = None  # the tensor that stands on it
-    form: _Form | None = None
+    header: bytes
+    inside: Tensor | None = None  # the tensor that stands on the buffer
+    free: list[Packed] | None = None  # where messages of its layout wait to be used again
 
+    def seal(self) -> None:
+        """Write the header."""
+        if self.buffer.device.type == "cpu":
+            memory_of(self.buffer)[: len(self.header)] = self.header
+        else:
+            self.buffer[: len(self.header)].copy_(torch.frombuffer(bytearray(self.header), dtype=torch.uint8))
 
-_HEADER_ALONE = ()
+    def give_back(self) -> None:
+        """The message has been sent, and its memory may hold the next one of its layout."""
+        if self.free is not None and len(self.free) < _MOST_FREE:
+            self.free.append(self)
 
 
 class Packer:
-    """Makes messages, one layout after another in the same memory: see `give_back`."""
+    """Makes messages, one layout after another in the same memory if it ``keeps`` what is given back."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps: bool) -> None:
+        self._keeps = keeps
         self._forms: dict[Any, tuple[_Form, list[Packed]]] = {}
 
     def pack(self, kind: Kind, note: Note, tensor: Tensor | None = None) -> Packed:
-        """A message, on the tensor's device.
+        """A message, whose header is not written yet.
 
         Raises:
             TypeError: a tensor that no message can carry.
         """
-        words: tuple[int, ...] = _HEADER_ALONE
+        words: tuple[int, ...] = (_MAGIC, kind, *note)
         if tensor is None:
-            packed = Packed(aligned_room(HEADER_BYTES))
-        else:
-            tensor = tensor.detach()
-            form, free = self._form(tensor)
-            words = form.words
-            try:
-                packed = free.pop()
-            except IndexError:
-                room = aligned_room(form.nbytes, tensor.device)
-                packed = Packed(room, form.layout.over(room, form.dtype, HEADER_BYTES), form)
-            assert packed.inside is not None
-            form.layout.fill(packed.inside, tensor)
-        words = (_MAGIC, kind, *note, *words)
+            return Packed(aligned_room(HEADER_BYTES, _CPU), struct.pack(f"<{len(words)}q", *words))
+        tensor = tensor.detach()
+        form, free = self._form(tensor)
+        words += form.words
         header = struct.pack(f"<{len(words)}q", *words)
-        if packed.buffer.device.type == "cpu":
-            memory_of(packed.buffer)[: len(header)] = header
-        else:
-            packed.buffer[: len(header)].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+        try:
+            packed = free.pop()._replace(header=header)
+        except IndexError:
+            # Memory that outlives the call: not an inference tensor, whatever the caller's mode.
+            with torch.inference_mode(False):
+                room = aligned_room(form.nbytes, tensor.device)
+                packed = Packed(room, header, form.layout.over(room, form.dtype, HEADER_BYTES), free)
+        assert packed.inside is not None
+        form.layout.fill(packed.inside, tensor)
         return packed
 
     def _form(self, tensor: Tensor) -> tuple[_Form, list[Packed]]:
-        if tensor.layout is not torch.strided:
+        if not self._keeps or tensor.layout is not torch.strided:
             return _Form.of(tensor), []
         key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, shift_of(tensor))
         known = self._forms.get(key)
@@ -168,12 +178,6 @@ class Packer:
                 self._forms.clear()
             known = self._forms[key] = (_Form.of(tensor), [])
         return known
-
-    def give_back(self, packed: Packed) -> None:
-        """The message has been sent, and its memory may hold the next one of its layout."""
-        for form, free in list(self._forms.values()):
-            if form is packed.form:
-                free.append(packed)
 
 
 def read_header(room: Tensor) -> tuple[Kind, Note, tuple[int, ...]]:
@@ -202,6 +206,11 @@ def decode(header: tuple[Kind, Note, tuple[int, ...]], room: Tensor) -> Message:
         return Message(kind, note, nbytes=note.total)
     if kind not in (Kind.TENSOR, Kind.OBJECT):
         return Message(kind, note)
-    dtype, dims, span, shift = rest[:4]
-    layout = Layout(rest[4 : 4 + dims], rest[4 + dims : 4 + 2 * dims], span, shift)
-    return Message(kind, note, layout.over(room, _DTYPES[dtype], HEADER_BYTES))
+    number, dims, span, shift, compact = rest[:5]
+    layout, dtype = Layout(rest[5 : 5 + dims], rest[5 + dims : 5 + 2 * dims], span, shift), _DTYPES[number]
+    if not compact:
+        return Message(kind, note, layout.over(room, dtype, HEADER_BYTES))
+    sent = Layout.contiguous(layout.shape).over(room, dtype, HEADER_BYTES)
+    tensor = layout.over(aligned_room(shift + span * dtype.itemsize, room.device), dtype)
+    layout.fill(tensor, sent)
+    return Message(kind, note, tensor)

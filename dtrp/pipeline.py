@@ -124,7 +124,6 @@ class Pipeline:
         self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else int(seed)
         self._closed = False
         self._broken: str | None = None
-        self._shapes = checkpoint.shapes_of(modules)
         self._schedules_lr = lr_scheduler is not None
         self._tracer = Tracer(bool(trace))
 
@@ -181,7 +180,8 @@ class Pipeline:
             that do not host the last stage.
 
         Raises:
-            TypeError, ValueError: x and y that do not fit; nothing has happened then.
+            TypeError, ValueError: x and y that do not fit. In one process nothing has happened then; on several ranks the
+                run ends, since the others are in the step by now.
             StageError: what failed inside a stage; the pipeline is of no use after it.
         """
         self._check_usable(trains=True)
@@ -308,16 +308,20 @@ class Pipeline:
         """
         self._check_usable(trains=True)
 
+        with self._shared():
+            parts = self._engine.of_stages("load_state_dict", lambda stage: checkpoint.shapes_of(stage.module))
+        shapes = checkpoint.merge_model(parts)
+
         def check() -> Callable[[], None]:
             if self.in_flight:
                 raise RuntimeError(
                     f"{self.in_flight} micro-batches are in flight; call flush() before load_state_dict()"
                 )
-            scheduler = self._schedules_lr
-            return checkpoint.check_state(self._engine.stages, state, self._shapes, scheduler=scheduler)
+            return checkpoint.check_state(self._engine.stages, state, shapes, scheduler=self._schedules_lr)
 
         load = self._engine.all_or_none("load_state_dict", check)
-        load()
+        with self._shared():
+            load()
         self._engine.num_updates = state["num_updates"]
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
@@ -338,13 +342,13 @@ class Pipeline:
         if not self._tracer.on:
             raise RuntimeError("nothing has been traced; make the Pipeline with trace=True")
         with self._shared():
-            processes = self._engine.gather("save_trace", (self._engine.name, self._tracer.spans))
+            processes = self._engine.gather("save_trace", (self._engine.name, self._engine.spans()))
         self._engine.all_or_none(
             "save_trace", lambda: write_chrome_trace(path, processes) if self._engine.is_first else None
         )
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's ``value``, by rank, on every rank: for metrics that one rank knows. Picklable; one process: [value]."""
+        """Every rank's ``value``, picklable, on every rank, replica by replica and stage by stage; one process: ``[value]``."""
         self._check_usable()
         with self._shared():
             return self._engine.gather("gather", value)
@@ -354,7 +358,8 @@ class Pipeline:
     def close(self) -> None:
         """Drop what is in flight, and leave the other ranks. Training ends here; the model stays as it is.
 
-        Each rank waits until all others have closed theirs, or have ended.
+        Each rank waits until all others have closed theirs, or have ended; what needs all ranks, `save_model` too, comes
+        before.
         """
         if not self._closed:
             self._closed = True

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 _MOST_WAIT_S = 5.0  # for a process whose launcher is gone to end by itself
 
@@ -63,6 +62,11 @@ class Ranks:
         return self.rows[self.replica][self.stage + 1] if self.stage + 1 < self.num_stages else None
 
 
+def under_launcher() -> bool:
+    """Whether torchrun, or another launcher, has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def find_ranks(group: Any, mesh: Any, timeout_s: float) -> Ranks | None:
     """The ranks that ``group`` or ``mesh`` say, else all there are; None: this process works alone.
 
@@ -95,7 +99,7 @@ def join(timeout_s: float) -> None:
     Raises:
         TimeoutError: the other ranks did not come.
     """
-    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if dist.is_available() and not dist.is_initialized() and under_launcher():
         _interruptibly(lambda: _join(timeout_s), timeout_s)
 
 
@@ -124,6 +128,8 @@ def _join(timeout_s: float) -> None:
 
     What a killed start left in the store would be read by the next one under the same keys.
     """
+    from torch.distributed.rendezvous import rendezvous  # torch may have been built without
+
     timeout = timedelta(seconds=timeout_s)
     store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
     start = "/".join(
@@ -162,6 +168,8 @@ def _interruptibly(job: Callable[[], None], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s + 5
     while thread.is_alive() and time.monotonic() < deadline:
         thread.join(0.1)
+    if errors and not isinstance(errors[0], (TimeoutError, RuntimeError)):
+        raise errors[0]
     if errors or thread.is_alive():
         rank, world_size = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
         reason = f" ({str(errors[0]).splitlines()[0]})" if errors and str(errors[0]) else ""
@@ -171,14 +179,21 @@ def _interruptibly(job: Callable[[], None], timeout_s: float) -> None:
         ) from (errors[0] if errors else None)
 
 
-def watch_launcher(on_gone: Callable[[], None]) -> None:
-    """Call ``on_gone`` when the torchrun agent that started this process is gone, and end the process soon after."""
+def watch_launcher(on_gone: Callable[[], None], is_over: Callable[[], bool]) -> None:
+    """Call ``on_gone`` when the torchrun agent that started this process is gone, and end the process soon after.
+
+    Args:
+        on_gone: must not block.
+        is_over: whether there is nothing to watch for any more.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     launcher = os.getppid()
 
     def watch() -> None:
         while os.getppid() == launcher:
+            if is_over():
+                return
             time.sleep(0.5)
         on_gone()
         time.sleep(_MOST_WAIT_S)

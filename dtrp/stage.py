@@ -132,8 +132,6 @@ class Stage:
         self.seed, self.replica = seed, replica
         self.distance = num_stages - 1 - index
         self.needs_input_grad = needs_input_grad
-        self._every = list(module.parameters())
-        self._trained = [p.requires_grad for p in self._every]
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
@@ -460,8 +458,8 @@ class Stage:
 
     def check_trainable(self) -> None:
         """Refuse parameters that were frozen or freed since the stage was made: its optimizer would not know."""
-        if [p.requires_grad for p in self._every] != self._trained:
-            now = [name for name, p in self.module.named_parameters() if p.requires_grad]
+        now = [name for name, p in self.module.named_parameters() if p.requires_grad]
+        if now != self.names:
             changed = sorted(set(now) ^ set(self.names))[0]
             raise RuntimeError(
                 f"requires_grad of {changed} has changed since the pipeline was made; make a new Pipeline"

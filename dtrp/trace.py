@@ -45,6 +45,10 @@ class Tracer:
             with self._lock:
                 self.spans.append(Span(name, kind, lane, begin_ns, time.time_ns()))
 
+    def range(self, name: str) -> AbstractContextManager[Any]:
+        """A range of `torch.profiler` alone, for what `add` records."""
+        return torch.profiler.record_function(name) if self.on else _NO_SPAN
+
     @contextmanager
     def _span(self, name: str, kind: str, lane: str) -> Iterator[None]:
         begin_ns = time.time_ns()

@@ -9,7 +9,7 @@
                  every rank  <--watch-->  every rank                         who has failed, or is done
                  rank 0  <--replicas-->  rank 3                              gradients, at U
 
-Nothing blocks the main thread but `Board.wait`: a link has a thread at each end.
+While it trains, nothing blocks the main thread but `Board.wait`: a link has a thread at each end.
 
 The end is a message too: every rank tells all others that it is done, or why it fails (`Watch`), and closes
 its links, so that no thread stays in a wait. Of a process that ends without a word the watch hears first,
@@ -24,15 +24,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .failure import GRACE_S, Board, Failure, Helper, SigtermHandler, WorkerError
-from .groups import POOL
+from .groups import Meeting
 from .links import Link, Receiver, Sender, Wire
 from .messages import Kind, Message, Note, object_tensor
 from .ranks import Ranks, watch_launcher
@@ -67,30 +67,35 @@ class Transport:
     def __init__(self, ranks: Ranks, timeout_s: float, tracer: Tracer) -> None:
         self.ranks = ranks
         self.num_updates = 0
+        self.closed = False
         self.board = Board(timeout_s, self._on_failure)
+        self._process = os.getpid()
         self._tracer = tracer
         self._links: list[Link] = []
-        self._groups: list[tuple[list[int], str, Any]] = []
         self._replicas: Any = None
         self._watch: Watch | None = None
-        self._closed = False
+        self._meeting = Meeting(ranks.all, ranks.rank)
         self._helper = Helper(self.board)
         # Runs at the end of a process that multiprocessing started, too.
         self._at_exit = Finalize(None, self._leave, exitpriority=100)
         self._sigterm = SigtermHandler(self.board, ranks.rank)
         gone = Failure("ended", ranks.rank, f"the launcher of rank {ranks.rank} is gone")
-        watch_launcher(lambda: None if self._closed else self.board.fail(gone))
-
-        control, watch = self._take_groups([(ranks.all, "gloo"), (ranks.all, "gloo")])
-        self._watch = Watch(ranks, watch, self.board)
+        watch_launcher(lambda: self.board.fail(gone), lambda: self.closed)
+        try:
+            control, watch = self._make_groups(("control", ranks.all, "gloo"), ("watch", ranks.all, "gloo"))
+        except BaseException as error:
+            self.fail(error)
+            self.close()
+            raise
+        self._watch = Watch(ranks, watch, self.board, self._end_links)
         place = ranks.all.index(ranks.rank)
         left = ranks.all[place - 1] if place else None
         right = ranks.all[place + 1] if place + 1 < len(ranks.all) else None
-        wire = Wire(torch.device("cpu"), "gloo")
-        self._from_left = self._receiver("control", control, left, wire)
-        self._to_left = self._sender("control", control, left, wire)
-        self._from_right = self._receiver("control", control, right, wire)
-        self._to_right = self._sender("control", control, right, wire)
+        wire = (torch.device("cpu"), "gloo")
+        self._from_left = self._receiver("control", control, left, *wire)
+        self._to_left = self._sender("control", control, left, *wire)
+        self._from_right = self._receiver("control", control, right, *wire)
+        self._to_right = self._sender("control", control, right, *wire)
 
     def connect(self, device: torch.device, backend: str) -> None:
         """Make the connections for training.
@@ -100,41 +105,46 @@ class Transport:
             backend: that carries its tensors, the same on all ranks: ``gloo`` or ``nccl``.
         """
         ranks = self.ranks
-        wanted = [(ranks.all, backend), (ranks.all, backend)]
+        wanted = [("forward", ranks.all, backend), ("backward", ranks.all, backend)]
         if ranks.num_replicas > 1:
-            wanted.append((ranks.replicas, backend))
-        forward, backward, *replicas = self._take_groups(wanted)
+            wanted.append(("replicas", ranks.replicas, backend))
+        forward, backward, *replicas = self._make_groups(*wanted)
         self._replicas = replicas[0] if replicas else None
-        wire = Wire(device, backend)
         latency_s = float(os.environ.get(LATENCY_VARIABLE, "0"))
-        self.forward_in = self._receiver("forward", forward, ranks.before, wire)
-        self.forward_out = self._sender("forward", forward, ranks.after, wire, latency_s)
-        self.backward_in = self._receiver("backward", backward, ranks.after, wire)
-        self.backward_out = self._sender("backward", backward, ranks.before, wire, latency_s)
+        self.forward_in = self._receiver("forward", forward, ranks.before, device, backend)
+        self.forward_out = self._sender("forward", forward, ranks.after, device, backend, latency_s)
+        self.backward_in = self._receiver("backward", backward, ranks.after, device, backend)
+        self.backward_out = self._sender("backward", backward, ranks.before, device, backend, latency_s)
 
-    def _take_groups(self, wanted: list[tuple[list[int], str]]) -> list[Any]:
-        """Process groups; each is a set of connections of its own: a message meets only receives of its group."""
+    def _make_groups(self, *wanted: tuple[str, list[int], str]) -> list[Any]:
         groups: list[Any] = self._helper.run(
-            lambda: POOL.take(wanted),
-            lambda: (
-                f"rank {self.ranks.rank} has waited {{}} for the other ranks to make their Pipeline; start all "
-                f"{len(self.ranks.all)} of them"
-            ),
+            lambda: [self._meeting.group(*each) for each in wanted], self._describe_missing
         )
-        self._groups += [(*key, group) for key, group in zip(wanted, groups, strict=True)]
         return groups
 
-    def _sender(self, name: str, group: Any, peer: int | None, wire: Wire, latency_s: float = 0.0) -> Sender | None:
+    def _describe_missing(self) -> str:
+        missing = ", ".join(map(str, self._meeting.missing()))
+        who = f"rank {missing}, which has not come" if missing else "the other ranks, which came and are not heard of"
+        return (
+            f"rank {self.ranks.rank} has waited {{}} for {who}, to make a Pipeline together; start all "
+            f"{len(self.ranks.all)} of them, and see that none has failed"
+        )
+
+    def _sender(
+        self, name: str, group: Any, peer: int | None, device: torch.device, backend: str, latency_s: float = 0.0
+    ) -> Sender | None:
         if peer is None:
             return None
-        link = Sender(name, group, peer, wire, self.board, self._tracer, latency_s=latency_s)
+        wire, place = Wire(device, backend), self.ranks.all.index(peer)
+        link = Sender(name, group, peer, place, wire, self.board, self._tracer, latency_s=latency_s)
         self._links.append(link)
         return link
 
-    def _receiver(self, name: str, group: Any, peer: int | None, wire: Wire) -> Receiver | None:
+    def _receiver(self, name: str, group: Any, peer: int | None, device: torch.device, backend: str) -> Receiver | None:
         if peer is None:
             return None
-        link = Receiver(name, group, peer, wire, self.board, self._tracer)
+        wire, place = Wire(device, backend), self.ranks.all.index(peer)
+        link = Receiver(name, group, peer, place, wire, self.board, self._tracer)
         self._links.append(link)
         return link
 
@@ -163,22 +173,35 @@ class Transport:
         Returns:
             The mean loss of the whole mini-batch.
         """
-        group = self._replicas
-        totals = torch.tensor([samples, samples * loss, *(g is not None for g in gradients)], dtype=torch.float64)
+        if any(g is not None and g.layout is not torch.strided for g in gradients):
+            raise TypeError("sparse gradients cannot be averaged over replicas; make the embedding with sparse=False")
+        device = like[0].device if like else torch.device("cpu")
+        sums = torch.tensor(
+            [samples, samples * loss, *(g is not None for g in gradients)], dtype=torch.float64, device=device
+        )
+        # On an accelerator the helper works on the main thread's stream, which waits for it.
+        module = torch.get_device_module(device) if device.type != "cpu" else None
+        stream = module.current_stream(device) if module is not None else None
 
         def all_reduce() -> float:
-            dist.all_reduce(totals, group=group)
-            share = samples / float(totals[0])
-            present = [i for i, count in enumerate(totals[2:].tolist()) if count]
+            with module.stream(stream) if module is not None else nullcontext():
+                return average()
+
+        def average() -> float:
+            self._replicas.allreduce([sums]).wait()
+            totals = sums.tolist()
+            share = samples / totals[0]
+            present = [i for i, count in enumerate(totals[2:]) if count]
             for i in present:
                 gradient = gradients[i]
                 gradients[i] = gradient * share if gradient is not None else torch.zeros_like(like[i])
             for bucket in _buckets([g for g in (gradients[i] for i in present) if g is not None]):
                 flat = torch.cat([g.reshape(-1) for g in bucket])
-                dist.all_reduce(flat, group=group)
+                self._replicas.allreduce([flat]).wait()
                 for gradient, part in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
                     gradient.copy_(part.view(gradient.shape))
-            return float(totals[1] / totals[0])
+            mean: float = totals[1] / totals[0]
+            return mean
 
         others = ", ".join(str(rank) for rank in self.ranks.replicas if rank != self.ranks.rank)
         mean: float = self._helper.run(
@@ -189,6 +212,14 @@ class Transport:
             ),
         )
         return mean
+
+    def settle(self) -> None:
+        """Wait until what has been sent has arrived: the spans of a trace are then complete."""
+        senders = [link for link in (self.forward_out, self.backward_out) if link is not None]
+        self.board.wait(
+            lambda: True if all(link.begun == link.finished for link in senders) else None,
+            lambda: f"rank {self.ranks.rank} has waited {{}} for its messages to arrive",
+        )
 
     # -- what all ranks do together -----------------------------------------------------------------------
 
@@ -239,8 +270,16 @@ class Transport:
         out = work(x)
         if self.ranks.after is None:
             return out
-        assert self._to_right is not None
-        self._to_right.send(Kind.TENSOR, Note(), out.cpu())
+        link = self._to_right
+        assert link is not None
+        # A stage that is faster than the next one would pile up a whole data set here.
+        self.board.wait(
+            lambda: None if link.crowded else True,
+            lambda: (
+                f"rank {self.ranks.rank}, {self.board.doing}, has waited {{}} for rank {link.peer} to take its input"
+            ),
+        )
+        link.send(Kind.TENSOR, Note(), out.cpu())
         return None
 
     def _pass_on(self, into: Receiver | None, out: Sender | None, method: str, work: Callable[[Any], Any]) -> Any:
@@ -291,8 +330,9 @@ class Transport:
 
     def fail(self, error: BaseException) -> None:
         """Tell all ranks of an error of this one."""
-        self.board.raised = True
-        self.board.fail(Failure.of(self.ranks.rank, error))
+        if os.getpid() == self._process:
+            self.board.raised = True
+            self.board.fail(Failure.of(self.ranks.rank, error))
 
     def close(self) -> None:
         """Tell all ranks that this one is through, and wait until they are; after a failure, only let threads end.
@@ -300,14 +340,15 @@ class Transport:
         Raises:
             StageError, WorkerError: another rank has failed meanwhile.
         """
-        if self._closed:
+        if self.closed or os.getpid() != self._process:
             return
-        self._closed = True
+        self.closed = True
         board, watch = self.board, self._watch
         failed = board.failure is not None
-        if not failed and watch is not None:
-            watch.say({"done": self.num_updates})
+        if watch is None:
             self._end_links()
+        elif not failed:
+            watch.say({"done": self.num_updates})
             try:
                 board.wait(
                     lambda: None if watch.missing else True,
@@ -318,20 +359,18 @@ class Transport:
                 )
             except BaseException as error:
                 self.fail(error)
-                self._join()
+                self._join(GRACE_S)
                 raise
-        self._join()
+        self._join(GRACE_S if failed else board.timeout_s)
         if not self._threads_left:
-            POOL.put_back(self._groups)
-            self._groups.clear()
             self._at_exit.cancel()
         if not failed:
             self._sigterm.restore()
         elif not board.raised:
             board.check()
 
-    def _join(self) -> None:
-        until = time.monotonic() + GRACE_S
+    def _join(self, timeout_s: float) -> None:
+        until = time.monotonic() + timeout_s
         while self._threads_left and time.monotonic() < until:
             time.sleep(0.002)
 
@@ -342,11 +381,13 @@ class Transport:
 
     def _leave(self) -> None:
         """At the end of the process: what a script has not closed, and threads that nothing can stop."""
+        if os.getpid() != self._process:
+            return
         error = sys.exc_info()[1] or getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-        if error is not None and not self._closed:
-            self.fail(error)
         unheard = False
         try:
+            if error is not None and not self.closed:
+                self.fail(error)
             self.close()
         except BaseException:
             unheard = True
@@ -354,6 +395,8 @@ class Transport:
         if unheard or self._threads_left:
             # A thread that comes back from the backend while the interpreter is taken down would abort it, and a run
             # that lost a rank must not look like one that did not.
+            if error is not None and error is sys.exc_info()[1]:  # of a multiprocessing child, not printed yet
+                traceback.print_exception(error)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
@@ -361,15 +404,13 @@ class Transport:
     def _on_failure(self, failure: Failure) -> None:
         if self._watch is not None:
             self._watch.say(dataclasses.asdict(failure))
-        self._end_links()
+        else:
+            self._helper.finish()
 
     def _end_links(self) -> None:
         self._helper.finish()
         for link in self._links:
-            if isinstance(link, Sender):
-                link.finish()
-            elif isinstance(link, Receiver):
-                link.drain()
+            link.end()
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -29,17 +29,12 @@ class WorkersError(RuntimeError):
 
     def __init__(self, rank: int, exit_code: int, log: str) -> None:
         self.rank, self.exit_code, self.log = rank, exit_code, log
-        if log.strip():
-            super().__init__(log.strip().splitlines()[-1])
-        elif exit_code < 0:
+        if exit_code < 0:
             super().__init__(f"dtrp: rank {rank} was killed by signal {-exit_code} ({signal.Signals(-exit_code).name})")
+        elif log.strip():
+            super().__init__(log.strip().splitlines()[-1])
         else:
             super().__init__(f"dtrp: rank {rank} ended with exit code {exit_code}, and nothing in its log")
-
-
-def under_torchrun() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def run_workers(arguments: Sequence[str], num_processes: int, *, shown: int) -> None:

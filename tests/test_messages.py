@@ -19,7 +19,9 @@ DTYPES = [
 
 
 def encode(kind: Kind, note: Note, tensor: Tensor | None) -> Tensor:
-    return Packer().pack(kind, note, tensor).buffer
+    packed = Packer(keeps=False).pack(kind, note, tensor)
+    packed.seal()
+    return packed.buffer
 
 
 def carry(kind: Kind, note: Note, tensor: Tensor | None = None) -> Message:
@@ -185,22 +187,23 @@ def test_a_message_of_something_else_is_refused() -> None:
 
 
 def test_memory_that_is_given_back_holds_the_next_message_of_its_layout() -> None:
-    packer = Packer()
+    packer = Packer(keeps=True)
     a = torch.arange(6.0)
     b = aligned_clone(a).add_(1)
     first = packer.pack(Kind.TENSOR, NOTE, a)
     second = packer.pack(Kind.TENSOR, NOTE, b)
     assert first.buffer.data_ptr() != second.buffer.data_ptr(), "the first is still under way"
-    packer.give_back(first)
+    first.give_back()
     third = packer.pack(Kind.TENSOR, NOTE._replace(microbatch=9), b)
     assert third.buffer.data_ptr() == first.buffer.data_ptr()
+    third.seal()
     message = decode(read_header(third.buffer), third.buffer)
     assert message.note.microbatch == 9
     assert message.tensor is not None
     assert torch.equal(message.tensor, b)
     other = packer.pack(Kind.TENSOR, NOTE, torch.arange(7.0))
-    packer.give_back(second)
+    second.give_back()
     assert other.buffer.data_ptr() != second.buffer.data_ptr()
     for size in range(20):  # many layouts: memory of a few is kept
-        packer.give_back(packer.pack(Kind.TENSOR, NOTE, torch.zeros(size + 1)))
+        packer.pack(Kind.TENSOR, NOTE, torch.zeros(size + 1)).give_back()
     assert len(packer._forms) <= 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -35,9 +36,10 @@ def launch(function: Callable[..., None], world_size: int, *args: Any, address: 
             context.Process(target=_rank, args=(rank, world_size, address, port, folder, function, args))
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that the ranks end too
         try:
+            for process in ranks:
+                process.start()
             running = {process.sentinel: process for process in ranks}
             failed = False
             while running and not failed:
@@ -91,6 +93,7 @@ def _await_all(processes: list[Any], seconds: float) -> None:
 
 
 def _end(processes: list[Any]) -> None:
+    processes = [process for process in processes if process.pid is not None]
     for process in processes:
         if process.is_alive():
             process.terminate()
