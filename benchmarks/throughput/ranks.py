@@ -36,7 +36,7 @@ def launch(function: Callable[..., None], world_size: int, *args: Any, address: 
             context.Process(target=_rank, args=(rank, world_size, address, port, folder, function, args))
             for rank in range(world_size)
         ]
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that the ranks end too
+        signal.signal(signal.SIGTERM, _end_at_once)
         try:
             for process in ranks:
                 process.start()
@@ -77,6 +77,12 @@ def _rank(
         Path(folder, f"{time.time():.6f} {rank}").write_text(traceback.format_exc())
         sys.stdout.flush()
         os._exit(1)  # no clean-up that could wait for the others
+
+
+def _end_at_once(number: int, frame: object) -> None:
+    """SIGTERM as an exception, so that the ranks end too; `timeout` sends it twice."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit("ended by SIGTERM")
 
 
 def _free_port() -> int:
