@@ -71,8 +71,10 @@ def run_workers(arguments: Sequence[str], num_processes: int, *, shown: int) -> 
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
-            rank, failure = min(error.failures.items(), key=lambda item: (item[1].timestamp, item[0]))
-            raise WorkersError(rank, failure.exitcode, _log(Path(folder), rank)) from None
+            # First who was killed, then who ended with an error; SIGTERM is how the launcher ends the others.
+            ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            rank = min(ended, key=lambda rank: (ended[rank] == -signal.SIGTERM, ended[rank] > 0, rank))
+            raise WorkersError(rank, ended[rank], _log(Path(folder), rank)) from None
         except SignalException:
             raise KeyboardInterrupt from None
 

@@ -76,7 +76,7 @@ def test_torchrun_starts_it_too(tmp_path: Path) -> None:
 def test_what_a_worker_says_is_what_one_reads(tmp_path: Path) -> None:
     done = dtrp(*SMALL, "--workers", "2", "--lr", "1e30", "--optimizer", "sgd", "--out", str(tmp_path / "run"))
     assert done.returncode == 2
-    assert "FloatingPointError: the loss of mini-batch" in done.stderr
+    assert "the loss of mini-batch" in done.stderr
     assert done.stderr.startswith("dtrp: ")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
