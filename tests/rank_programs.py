@@ -198,6 +198,40 @@ def _fewer_samples_than_microbatches(method: str) -> Result:
     return train(without_noise(), [batches], num_stages=3, method=method, num_microbatches=4)
 
 
+class Column(nn.Module):
+    """Its output is a column of a wider tensor: mostly holes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1, WIDTH).repeat(1, 9, 1)[:, 0]
+
+
+class Centered(nn.Module):
+    """Sums in an order that depends on the strides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean()) / (1 + x.norm())
+
+
+@special(2, "bp", "dtrp", "fdg")
+def _an_output_with_holes(method: str) -> Result:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Column(), Centered(), nn.Linear(WIDTH, 3))
+    return train(model, [minibatches(9)], num_stages=2, method=method)
+
+
+@special(2, "dtrp")
+def _infer_in_inference_mode_and_out_of_it(method: str) -> Result:
+    pipe = pipeline(without_noise(), num_stages=2, method=method)
+    losses, outputs = [], []
+    for x, y in minibatches(6):
+        losses.append(pipe.step(x if pipe.is_first else None, y if pipe.is_last else None))
+        for _ in range(3):
+            with torch.inference_mode():
+                outputs.append(pipe.infer(x if pipe.is_first else None))
+            outputs.append(pipe.infer(x if pipe.is_first else None))
+    pipe.flush()
+    return result(pipe, losses, outputs=[out.clone() for out in outputs if out is not None])
+
+
 @special(3, "dtrp", "fdg", "bp", "spectrain")
 def _frozen_front_stage(method: str) -> Result:
     model = network()

@@ -1,0 +1,112 @@
+"""What is not worth a launch of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import asdict
+
+import pytest
+
+from dtrp.failure import Board, Failure, SigtermHandler, WaitTimeoutError, WorkerError
+from dtrp.stage import StageError
+from dtrp.watch import _WORD_BYTES, _packed
+
+
+@pytest.mark.parametrize("letter", ["a", "\u0436", "\U0001f600", "\n", '"'])
+@pytest.mark.parametrize("length", [0, 100, 5000, 100_000])
+def test_a_word_always_fits_and_can_be_read(letter: str, length: int) -> None:
+    failure = Failure("stage", 3, "begins " + letter * length, (1, 2, 3), letter * length + " ends")
+    packed = _packed(asdict(failure))
+    assert len(packed) == _WORD_BYTES
+    word = json.loads(packed)
+    assert (word["kind"], word["rank"], word["place"]) == ("stage", 3, [1, 2, 3])
+    assert word["text"].startswith("begins")
+    assert word["trace"].endswith(" ends")
+    if length <= 100:
+        assert word["text"] == failure.text
+
+
+def test_the_first_failure_counts() -> None:
+    heard: list[Failure] = []
+    board = Board(1.0, heard.append)
+    board.fail(Failure("gone", 2, "rank 2 is gone"))
+    board.fail(Failure("gone", 1, "rank 1 is gone"))
+    assert [failure.rank for failure in heard] == [2]
+    with pytest.raises(WorkerError, match="rank 2 is gone; this process was starting"):
+        board.wait(lambda: None, lambda: "{}")
+    assert board.wait(lambda: 5, lambda: "{}") == 5, "what is there is taken first"
+
+
+def test_a_wait_ends() -> None:
+    board = Board(0.2, lambda failure: None)
+    with pytest.raises(WaitTimeoutError, match="rank 0 has waited 0.2 s for rank 1"):
+        board.wait(lambda: None, lambda: "rank 0 has waited {} for rank 1")
+
+
+def test_a_stage_error_is_one_elsewhere_too() -> None:
+    failure = Failure("stage", 3, "stage 3, update: ValueError: x", (3, None, 7), "Traceback of rank 3")
+    error = failure.error("in flush()")
+    assert isinstance(error, StageError)
+    assert (error.stage, error.microbatch, error.minibatch, str(error)) == (3, None, 7, failure.text)
+    assert "on rank 3:\nTraceback of rank 3" in str(error.__cause__)
+
+
+def test_sigterm_names_who_failed_and_is_obeyed_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrp.failure._NEWS_S", 0.1)
+    monkeypatch.setattr("dtrp.failure._LAST_WORDS_S", 0.2)
+    board = Board(1.0, lambda failure: None)
+    handler = SigtermHandler(board, 0)
+    try:
+        board.fail(Failure("gone", 2, "rank 2 is gone"))
+        with pytest.raises(WorkerError, match="rank 2 is gone"):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # it is ending, and has something to say first
+        time.sleep(0.25)
+        with pytest.raises(SystemExit, match="143"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        handler.restore()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_without_a_failure_ends_this_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrp.failure._NEWS_S", 0.1)
+    heard: list[Failure] = []
+    board = Board(1.0, heard.append)
+    handler = SigtermHandler(board, 4)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        handler.restore()
+    assert [failure.text for failure in heard] == ["rank 4 was told to end (SIGTERM)"]
+
+
+def test_a_forked_child_is_no_part_of_the_run() -> None:
+    heard: list[Failure] = []
+    handler = SigtermHandler(Board(1.0, heard.append), 0)
+    try:
+        child = os.fork()
+        if not child:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    finally:
+        handler.restore()
+    assert os.WTERMSIG(status) == signal.SIGTERM
+    assert not heard
+
+
+def test_somebody_elses_handler_stays() -> None:
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        mine = signal.getsignal(signal.SIGTERM)
+        handler = SigtermHandler(Board(1.0, lambda failure: None), 0)
+        assert signal.getsignal(signal.SIGTERM) is mine
+        handler.restore()
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
