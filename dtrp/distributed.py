@@ -70,7 +70,6 @@ class DistributedEngine:
         self.is_first = ranks.rank == ranks.all[0]
         replica = f" of replica {ranks.replica}" if ranks.num_replicas > 1 else ""
         self.name = f"rank {ranks.rank}: stage {ranks.stage}{replica}"
-        self.num_updates = 0
         self._stage, self._transport, self._tracer, self._loss_on = stage, transport, tracer, loss_on
         self._num_microbatches = num_microbatches
         self._order = StageOrder(method, ranks.num_stages, ranks.stage)
@@ -83,6 +82,14 @@ class DistributedEngine:
         self._message: Message | None = None  # received to learn `_given` from, and not yet used
         self._mean_loss: float | None = None  # over all replicas
         self._next_microbatch = 0
+
+    @property
+    def num_updates(self) -> int:
+        return self._transport.num_updates  # which tells the others in its last word
+
+    @num_updates.setter
+    def num_updates(self, value: int) -> None:
+        self._transport.num_updates = value
 
     def step(self, x: Tensor | None, y: Tensor | None) -> Tensor | None:
         self._begin(f"in step() of mini-batch {self.num_updates}")
@@ -101,7 +108,6 @@ class DistributedEngine:
             for action in slot:
                 self._do(action)
         self.num_updates += 1
-        self._transport.num_updates = self.num_updates
         loss = self._losses.total() if self.takes_y else None
         if loss is not None and self._mean_loss is not None:
             loss = loss.new_tensor(self._mean_loss)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class Wire:
             self._stream.synchronize()
 
 
-class Link:
+class Link(ABC):
     """One end of a connection to another rank, with a thread of its own."""
 
     def __init__(self, name: str, group: Any, peer: int, place: int, wire: Wire, board: Board, tracer: Tracer) -> None:
@@ -113,12 +114,13 @@ class Link:
         except Exception as error:
             _broken(self._board, self.peer, error)
 
+    @abstractmethod
     def _work(self) -> None:
-        raise NotImplementedError
+        """What the thread does, to the end of the link."""
 
+    @abstractmethod
     def end(self) -> None:
         """This rank is through with the link; never waits, and once is enough."""
-        raise NotImplementedError
 
 
 @dataclass
