@@ -6,8 +6,9 @@ a rank does in slot m of a method that recomputes, backward first::
       1. recompute m - lead                   the forward that is repeated hides the message of 2
       2. wait for the gradient of m - lead    sent by the stage after, in its last slot
       3. differentiate; send the input's gradient; U if it was the mini-batch's last
-      4. wait for the input of m              sent by the stage before, in its last slot
-      5. forward; send the output
+      4. predict the weights that the forward of m will read
+      5. wait for the input of m              sent by the stage before, in its last slot
+      6. forward; send the output
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ class DistributedEngine:
         return Note(-1, self.num_updates, parts, 0, len(x), checksum)
 
     def _received_note(self) -> Note:
+        self._stage.prepare(self._next_microbatch, self.num_updates)
         self._message = self._receive(self._transport.forward_in, "forward", self._next_microbatch)
         return self._message.note
 
@@ -226,6 +228,8 @@ class DistributedEngine:
             x = self._inputs.popleft()
             note = self._given._replace(microbatch=m, samples=len(x))
         else:
+            if self._message is None:
+                self._stage.prepare(m, self.num_updates)
             message = self._message or self._receive(self._transport.forward_in, "forward", m)
             self._message, note, x = None, message.note, message.tensor
         target = self._targets.popleft() if self.takes_y else None

@@ -8,6 +8,7 @@ ranks came before.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
@@ -34,6 +35,7 @@ class Meeting:
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
         self._store.set(f"here/{rank}", "")
+        self._gloo: Any = None
 
     def missing(self) -> list[int]:
         """The ranks that have not come."""
@@ -44,7 +46,21 @@ class Meeting:
         store = dist.PrefixStore(f"{purpose}/{ranks[0]}", self._store)  # type: ignore[attr-defined]
         place = list(ranks).index(self.rank)
         if backend == "gloo":
-            return dist.ProcessGroupGloo(store, place, len(ranks), _FOREVER)
+            return dist.ProcessGroupGloo(store, place, len(ranks), self._gloo_options())
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = _FOREVER
         return dist.ProcessGroupNCCL(store, place, len(ranks), options)
+
+    def _gloo_options(self) -> Any:
+        """The same for all groups: a device has a thread that wakes a hundred times a second, also when nothing happens."""
+        if self._gloo is None:
+            make = dist.ProcessGroupGloo.create_device
+            interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
+            self._gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            self._gloo._timeout = _FOREVER
+            self._gloo._devices = (
+                [make(interface=name) for name in interfaces]
+                if interfaces != [""]
+                else [dist.ProcessGroupGloo.create_default_device()]
+            )
+        return self._gloo

@@ -16,8 +16,8 @@ For micro-batch m of mini-batch b, at a stage whose weights have had v updates (
 
 The last stage, whose B follows its F at once, always keeps its graph (unless all forwards come first).
 A kept graph never stands on the parameters themselves when an update comes before its backward: the
-update would change tensors that the graph has saved. It stands on leaves of its own, through
-`torch.func.functional_call`.
+update would change tensors that the graph has saved. It stands on leaves of its own, which are in the
+parameters' places while the module runs.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.func import functional_call
 from torch.optim import Optimizer
 
 from .aligned import aligned_clone, enter
+from .exchange import Places
 from .methods import Method
 from .predict import BuiltInPredictor, as_predictor
 from .rng import microbatch_seed, seeded
@@ -157,14 +157,18 @@ class Stage:
         self._stash: deque[Held] = deque()
         self._versions: WeakValueDictionary[tuple[int, int], WeightVersion] = WeakValueDictionary()
         self._predicted: WeightVersion | None = None
+        self._prepared: WeightVersion | None = None  # made ahead of its F, which finds it among _versions
         self._predicted_for: tuple[int, int] | None = None  # (version, horizon) of what _predicted holds
-        # Looking for tied weights in every call would cost as much as a small layer.
-        every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        self._ties_weights = len({id(t) for _, t in every}) < len(every)
+        self._places = Places(module)
         self._changes_input: bool | None = None  # does the module write its input? None: not seen yet
         self._graph_bytes: dict[Any, int] = {}
 
     # -- F ------------------------------------------------------------------------------------------
+
+    def prepare(self, microbatch: int, minibatch: int) -> None:
+        """The part of the next F that needs no input: the weights it is going to read."""
+        if self.predictor is None or isinstance(self.predictor, BuiltInPredictor):
+            self._prepared = self._weights(microbatch, minibatch - self.version)
 
     def forward(self, micro: MicroBatch, x: Tensor, target: Tensor | None = None) -> Tensor:
         """F(m).
@@ -179,23 +183,21 @@ class Stage:
         """
         self.rest()
         leaf = self._own(x)
-        delay = micro.minibatch - self.version
+        weights = self._weights(micro.index, micro.minibatch - self.version)
         held = Held(micro, self.version, AutocastState.now(leaf.device.type), leaf, leaf.nbytes, target)
         if not self.trains:
             with torch.no_grad():
                 out = self._run(held, None)
             held.leaf, held.nbytes, held.has_graph = leaf.new_empty(0), 0, True
         elif self.recomputes:
-            if self.method.backward_at == "stashed" and delay > 0:
-                weights = held.weights = self._version(micro, delay)
-            else:
-                weights = self._prediction(micro, delay)
+            held.weights = weights if self.method.backward_at == "stashed" else None
             with torch.no_grad():
                 out = self._run(held, weights, buffers="discarded")
         else:
-            held.weights = self._version(micro, delay) if delay > 0 else None
+            held.weights = weights
             out, graph_bytes = self._graph(held, "returned" if self.holds_graphs else "own")
             held.nbytes += graph_bytes
+        self._prepared = None
         self._stash.append(held)
         self._note_peak(0)
         return aligned_clone(out) if self._is_weight(out) else out.detach()
@@ -219,19 +221,27 @@ class Stage:
         place = out.untyped_storage().data_ptr()
         return any(t.untyped_storage().data_ptr() == place for t in weights)
 
-    def _prediction(self, micro: MicroBatch, horizon: int) -> WeightVersion | None:
+    def _weights(self, microbatch: int, delay: int) -> WeightVersion | None:
+        """What F reads; None for the weights of now, where no update can come before B."""
+        if not self.trains or delay == 0:
+            return None
+        if self.recomputes and self.method.backward_at == "current":
+            return self._prediction(microbatch, delay)
+        return self._version(microbatch, delay)
+
+    def _prediction(self, microbatch: int, horizon: int) -> WeightVersion | None:
         """The predicted weights, in the stage's one buffer for them; None where nothing is predicted."""
-        if self.predictor is None or horizon == 0:
+        if self.predictor is None:
             return None
         if self._predicted is None:
             self._predicted = WeightVersion(self.parameters)
         key = (self.version, horizon)
         if self._predicted_for != key or not isinstance(self.predictor, BuiltInPredictor):
-            self._predict_into(self._predicted, micro, horizon)
+            self._predict_into(self._predicted, microbatch, horizon)
             self._predicted_for = key
         return self._predicted
 
-    def _version(self, micro: MicroBatch, horizon: int) -> WeightVersion | None:
+    def _version(self, microbatch: int, horizon: int) -> WeightVersion | None:
         """A copy of the weights that F reads, shared by the micro-batches that read the same."""
         if not self.parameters:
             return None
@@ -243,12 +253,12 @@ class Stage:
             if self.predictor is None:
                 version.copy_from(self.parameters)
             else:
-                self._predict_into(version, micro, horizon)
+                self._predict_into(version, microbatch, horizon)
             if shared:
                 self._versions[key] = version
         return version
 
-    def _predict_into(self, version: WeightVersion, micro: MicroBatch, horizon: int) -> None:
+    def _predict_into(self, version: WeightVersion, microbatch: int, horizon: int) -> None:
         assert self.predictor is not None
         assert self.optimizer is not None
         if not isinstance(self.predictor, BuiltInPredictor):
@@ -260,7 +270,7 @@ class Stage:
                 horizon,
                 version.tensors,
                 stage=self.index,
-                microbatch=micro.index,
+                microbatch=microbatch,
                 version=self.version,
             )
 
@@ -297,12 +307,9 @@ class Stage:
         leaves = self.parameters if held.weights is None else held.weights.leaves
         for leaf, gradient in zip(leaves, self.gradients, strict=True):
             leaf.grad = gradient
-        if held.weights is None:
-            _differentiate(held, grad)
-        else:  # an activation checkpoint inside the module runs a part of it again: at the same weights
-            weights = {f"module.{name}": leaf for name, leaf in zip(self.names, leaves, strict=True)}
-            differentiate = (lambda: _differentiate(held, grad),)
-            functional_call(_Inside(self.module), weights, differentiate, tie_weights=self._ties_weights)
+        # An activation checkpoint inside the module runs a part of it again: at the same weights.
+        with self._places.hold(self._tensors(held.weights)), held.autocast._replace(enabled=False).region():
+            torch.autograd.backward((held.root,), (grad,))  # type: ignore[arg-type]
         for i, leaf in enumerate(leaves):
             self.gradients[i], leaf.grad = leaf.grad, None
         return held.input_gradient[0] if held.input_gradient else None
@@ -347,9 +354,7 @@ class Stage:
         What it does to buffers happens to the module's ``own``; or to copies that are ``discarded``, or that are
         ``returned`` to the module afterwards, so that nobody writes what a graph that is kept has saved.
         """
-        tensors: dict[str, Tensor] = {}
-        if weights is not None:
-            tensors.update(zip(self.names, weights.leaves, strict=True))
+        tensors = self._tensors(weights)
         own = dict(self.module.named_buffers()) if buffers != "own" else {}
         tensors.update((name, buffer.clone()) for name, buffer in own.items())
         # A module that writes its input (an in-place ReLU at its front) would write the stash, or what the stage
@@ -361,8 +366,8 @@ class Stage:
             x = aligned_clone(held.leaf) if copy else held.leaf
         before = x._version
         with self.rng(held.micro.index), held.autocast.region():
-            ties = self._ties_weights
-            out = functional_call(self.module, tensors, (x,), tie_weights=ties) if tensors else self.module(x)
+            with self._places.hold(tensors):
+                out = self.module(x)
             if not isinstance(out, Tensor):
                 raise TypeError(f"its output is a {type(out).__name__}; a stage passes on one tensor")
             if self.loss_fn is not None:
@@ -381,6 +386,9 @@ class Stage:
         else:
             self._changes_input = True
         return out
+
+    def _tensors(self, weights: WeightVersion | None) -> dict[str, Tensor]:
+        return {} if weights is None else dict(zip(self.names, weights.leaves, strict=True))
 
     def _loss(self, out: Tensor, held: Held) -> Tensor:
         assert self.loss_fn is not None
@@ -471,7 +479,7 @@ class Stage:
 
     def forget_predictions(self) -> None:
         """What was predicted from other weights than those of now."""
-        self._predicted_for = None
+        self._predicted_for = self._prepared = None
         self._versions.clear()
 
     def drop(self) -> None:
@@ -499,22 +507,6 @@ class Stage:
             "stash": stash_bytes(self._stash),
             "stash_peak": self.stash_peak,
         }
-
-
-class _Inside(nn.Module):
-    """Runs a function while a module's weights are others: `functional_call` for what is no forward."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, function: Callable[[], None]) -> None:
-        function()
-
-
-def _differentiate(held: Held, grad: Tensor | None) -> None:
-    with held.autocast._replace(enabled=False).region():
-        torch.autograd.backward((held.root,), (grad,))  # type: ignore[arg-type]
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:
