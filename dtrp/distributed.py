@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .busy import WorkingTime
 from .checkpoint import on_cpu
 from .engine import Losses
 from .failure import WorkerError
@@ -83,6 +84,7 @@ class DistributedEngine:
         self._message: Message | None = None  # received to learn `_given` from, and not yet used
         self._mean_loss: float | None = None  # over all replicas
         self._next_microbatch = 0
+        self.working_times = (WorkingTime(),)
 
     @property
     def num_updates(self) -> int:
@@ -95,6 +97,7 @@ class DistributedEngine:
     def step(self, x: Tensor | None, y: Tensor | None) -> Tensor | None:
         self._begin(f"in step() of mini-batch {self.num_updates}")
         self._losses.check()
+        self.working_times[0].begin()
         for action in self._order.begin():
             self._do(action)
         note = self._first_note(x, y) if self.takes_x else self._received_note()
@@ -212,7 +215,7 @@ class DistributedEngine:
 
     def _do(self, action: Action) -> None:
         lane = f"stage {self._stage.index}"
-        with self._tracer.span(f"{action.kind}{action.index}", action.kind, lane):
+        with self.working_times[0].working, self._tracer.span(f"{action.kind}{action.index}", action.kind, lane):
             if action.kind == "F":
                 self._forward(action)
             elif action.kind == "B":
@@ -262,7 +265,10 @@ class DistributedEngine:
         if self._transport.ranks.num_replicas > 1:
             loss = self._losses.sum() if self.takes_y else 0.0
             try:
-                self._mean_loss = self._transport.average(self._stage.gradients, self._stage.parameters, samples, loss)
+                with self.working_times[0].waiting("replicas"):
+                    self._mean_loss = self._transport.average(
+                        self._stage.gradients, self._stage.parameters, samples, loss
+                    )
             except WorkerError:
                 raise
             except Exception as error:
@@ -272,11 +278,13 @@ class DistributedEngine:
 
     def _send(self, link: Sender | None, note: Note, tensor: Tensor | None) -> None:
         assert link is not None
-        link.send(Kind.NOTHING if tensor is None else Kind.TENSOR, note, tensor)
+        with self.working_times[0].waiting("send"):
+            link.send(Kind.NOTHING if tensor is None else Kind.TENSOR, note, tensor)
 
     def _receive(self, link: Receiver | None, direction: str, m: int) -> Message:
         assert link is not None
-        with self._tracer.span(f"wait {direction} {m}", "wait", f"stage {self._stage.index}"):
+        waits = self.working_times[0].waiting("forward" if direction == "forward" else "gradient")
+        with waits, self._tracer.span(f"wait {direction} {m}", "wait", f"stage {self._stage.index}"):
             message = self._transport.receive(link, lambda: f"the {direction} message of micro-batch {m}")
         assert message.note.microbatch == m, f"expected micro-batch {m}, received {message.note}"
         return message

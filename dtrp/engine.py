@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from .busy import WorkingTime
 from .schedule import Action
 from .stage import Stage, StageError
 from .stash import MicroBatch
@@ -42,6 +43,10 @@ class Engine(Protocol):
     @property
     def takes_y(self) -> bool:
         """Whether this process hosts the last stage."""
+
+    @property
+    def working_times(self) -> Sequence[WorkingTime]:
+        """Of this process's stages."""
 
     num_updates: int  # mini-batches stepped
 

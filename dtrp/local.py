@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .busy import WorkingTime
 from .engine import Losses
 from .methods import Method
 from .schedule import Action, StageOrder
@@ -37,6 +38,7 @@ class LocalEngine:
         self._num_microbatches = num_microbatches
         self._next_microbatch = 0
         self._tracer = tracer
+        self.working_times = [WorkingTime() for _ in stages]
         self._orders = [StageOrder(method, num, stage) for stage in range(num)]
         self._queues: list[deque[deque[Action]]] = [deque() for _ in stages]
         self._inputs: list[dict[int, Tensor]] = [{} for _ in stages]
@@ -49,6 +51,8 @@ class LocalEngine:
         assert x is not None
         assert y is not None
         self._losses.check()
+        for working_time in self.working_times:
+            working_time.begin()
         parts = min(self._num_microbatches, len(x))
         for part, target in zip(torch.tensor_split(x, parts), torch.tensor_split(y, parts), strict=True):
             m = self._next_microbatch
@@ -128,6 +132,7 @@ class LocalEngine:
         minibatch = stage.version if action.kind == "U" else self._micros[action.index].minibatch
         with (
             naming(index, action, minibatch),
+            self.working_times[index].working,
             self._tracer.span(f"{action.kind}{action.index}", action.kind, f"stage {index}"),
         ):
             if action.kind == "F":

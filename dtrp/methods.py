@@ -108,6 +108,17 @@ class Method:
                 "meaning; leave them at ahead=1, backward_first=False"
             )
 
+    def keeping(self, keep: Literal["graph", "input"]) -> Method:
+        """The row of a stage that keeps something else than this method says, in the same order of work.
+
+        A graph that is kept holds the weights its forward read, predicted or not, so its backward is at those
+        (``stashed``); an input is recomputed where the method says.
+        """
+        if keep == self.keep:
+            return self
+        at = "stashed" if keep == "graph" and not self.flush else self.backward_at
+        return dataclasses.replace(self, keep=keep, backward_at=at)
+
     def recomputes(self, num_stages: int, stage: int) -> bool:
         """Whether ``stage`` runs its forward a second time at B (the last stage has its graph at hand)."""
         return self.keep == "input" and (self.forward_all or schedule.lead(self, num_stages, stage) > 0)

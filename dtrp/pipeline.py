@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from .transport import Transport
 
 Device = torch.device | str | int
 T = TypeVar("T")
+Keep = Literal["graph", "input"]
 
 
 class Pipeline:
@@ -65,6 +66,12 @@ class Pipeline:
         loss_on: ``"last"``: `step` returns the loss on the last rank; ``"all"``: on every rank, which then waits for
             the last one in every step, so that the stages take turns instead of overlapping.
         timeout_s: the longest that a rank waits for another before an error says who waits for whom.
+        keep: what stages keep between F and B, in place of what the method says: ``"graph"`` or ``"input"``, for all
+            stages or one for each. A stage of an asynchronous method that keeps its graph evaluates it, and
+            differentiates, at the weights its forward read (predicted ones, if the method predicts), and recomputes
+            nothing. ``"auto"``: each stage looks at its first micro-batch, with one trial forward, and keeps its graphs if all that
+            it is going to hold stays under ``memory_limit_bytes``, its inputs otherwise; `keeps` tells.
+        memory_limit_bytes: for each stage, with ``keep="auto"``: weights, optimizer state, gradients, stash and messages.
         trace: record when each F, B, U, send and receive runs, for `save_trace`.
 
     Raises:
@@ -100,6 +107,8 @@ class Pipeline:
         mesh: Any = None,
         loss_on: Literal["last", "all"] = "last",
         timeout_s: float = 300.0,
+        keep: Literal["auto"] | Keep | Sequence[Keep] | None = None,
+        memory_limit_bytes: int | None = None,
         trace: bool = False,
     ) -> None:
         self.method = get_method(method) if isinstance(method, str) else method
@@ -122,6 +131,7 @@ class Pipeline:
         self.num_stages = len(modules)
         self.num_microbatches = num_microbatches
         self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else int(seed)
+        methods, limit = _keeping(self.method, self.num_stages, keep, memory_limit_bytes)
         self._closed = False
         self._broken: str | None = None
         self._schedules_lr = lr_scheduler is not None
@@ -132,7 +142,7 @@ class Pipeline:
                 index,
                 len(modules),
                 modules[index],
-                self.method,
+                methods[index],
                 _checked_optimizer(optimizer),
                 _checked_scheduler(lr_scheduler),
                 loss_fn=loss_fn if index == len(modules) - 1 else None,
@@ -140,6 +150,8 @@ class Pipeline:
                 seed=self.seed,
                 device=place,
                 replica=replica,
+                num_microbatches=num_microbatches,
+                memory_limit_bytes=limit,
             )
 
         self._engine: Engine
@@ -157,6 +169,8 @@ class Pipeline:
                     "loss_on": loss_on,
                     "seed": seed,
                     "method": self.method,
+                    "keep": keep if keep is None or isinstance(keep, str) else list(keep),
+                    "memory_limit_bytes": limit,
                 }
                 self.seed = agree(transport, modules, place, settings, self.seed)
                 stage = make_stage(ranks.stage, place, ranks.replica)
@@ -245,9 +259,31 @@ class Pipeline:
         """
         return {stage.index: stage.memory() for stage in self._engine.stages}
 
+    def busy(self) -> dict[int, dict[str, float]]:
+        """``{stage: seconds}`` of the stages of this rank, from the first step to the last thing done.
+
+        ``elapsed`` is the whole, and the sum of the rest: ``busy``, at work in F, B and U; ``wait_forward``, for the
+        input; ``wait_gradient``; ``wait_send``, handing messages over; ``wait_replicas``, averaging gradients; and
+        ``outside``, between steps, and in `infer` and the like. The difference of two calls is what happened in
+        between. Where all stages are in one process none waits, and ``outside`` of a stage is the others' work. The
+        clock is the CPU's: the launches of an accelerator are short, and a wait for its results is work.
+        """
+        times = self._engine.working_times
+        return {stage.index: spent.seconds() for stage, spent in zip(self._engine.stages, times, strict=True)}
+
     def activations_peak(self) -> dict[int, int]:
         """``{stage: bytes}``: the most that the stash and the graph that a backward recomputes took together."""
         return {stage.index: stage.activations_peak for stage in self._engine.stages}
+
+    def keeps(self) -> dict[int, Keep | None]:
+        """``{stage: what it keeps}`` between F and B; with ``keep="auto"`` None before its first micro-batch.
+
+        The last stage, whose B follows its F at once, has its graph at hand whatever the method says.
+        """
+        return {
+            stage.index: ("input" if stage.recomputes else "graph") if stage.has_decided else None
+            for stage in self._engine.stages
+        }
 
     @property
     def stages(self) -> tuple[nn.Module, ...]:
@@ -537,3 +573,24 @@ def _places(
         current = own or current
         result.append(current)
     return result
+
+
+def _keeping(method: Method, num_stages: int, keep: Any, memory_limit_bytes: Any) -> tuple[list[Method], int | None]:
+    """Each stage's row, and the limit by which stages decide for themselves, if they do."""
+    if keep != "auto" and memory_limit_bytes is not None:
+        raise ValueError(
+            f"memory_limit_bytes={memory_limit_bytes!r} with keep={keep!r}: the limit is what keep='auto' decides by; pass that"
+        )
+    if keep is None:
+        return [method] * num_stages, None
+    if keep == "auto":
+        if memory_limit_bytes is None:
+            raise ValueError("keep='auto' needs memory_limit_bytes, what a stage may hold")
+        limit = _whole("memory_limit_bytes", memory_limit_bytes)
+        return [method] * num_stages, limit
+    each = [keep] * num_stages if isinstance(keep, str) else list(keep)
+    if len(each) != num_stages or any(one not in ("graph", "input") for one in each):
+        raise ValueError(
+            f"keep={keep!r}: pass 'graph', 'input' or 'auto', or 'graph' or 'input' for each of the {num_stages} stages"
+        )
+    return [method.keeping(cast(Keep, one)) for one in each], None

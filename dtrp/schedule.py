@@ -66,6 +66,23 @@ class Action:
 Slot = tuple[Action, ...]
 
 
+class _Interned(dict[int, Action]):
+    """Actions of one kind by their index: of the stages of a large network, which do the same, made once."""
+
+    def __init__(self, kind: Literal["F", "B", "U"]) -> None:
+        super().__init__()
+        self._kind: Literal["F", "B", "U"] = kind
+
+    def __missing__(self, index: int) -> Action:
+        if len(self) >= 2**14:  # a long training must not collect them
+            self.clear()
+        action = self[index] = Action(self._kind, index)
+        return action
+
+
+_FORWARDS, _BACKWARDS, _UPDATES = _Interned("F"), _Interned("B"), _Interned("U")
+
+
 class ScheduleError(ValueError):
     """A schedule that breaks a rule; the message shows the grid with the offending cell marked."""
 
@@ -127,7 +144,7 @@ class StageOrder:
         return [self._backward() for _ in range(self.next_backward, self.next_forward)]
 
     def _slot(self) -> Slot:
-        forward: Slot = (Action("F", self.next_forward),)
+        forward: Slot = (_FORWARDS[self.next_forward],)
         due = not self._begun and self._due()
         self._begun = False
         self.next_forward += 1
@@ -140,14 +157,14 @@ class StageOrder:
         return not self.forward_all and self.next_forward - self.lead >= self.next_backward
 
     def _backward(self) -> Slot:
-        backward = Action("B", self.next_backward)
+        backward = _BACKWARDS[self.next_backward]
         self.next_backward += 1
         self._left[0] -= 1
         if self._left[0]:
             return (backward,)
         self._left.popleft()
         self.next_update += 1
-        return (backward, Action("U", self.next_update - 1))
+        return (backward, _UPDATES[self.next_update - 1])
 
 
 # How a method's name becomes its order. `dtrp.methods` sets it, so that this file imports nothing.

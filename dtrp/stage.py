@@ -22,6 +22,7 @@ parameters' places while the module runs.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ from torch.optim import Optimizer
 
 from .aligned import aligned_clone, enter
 from .exchange import Places
+from .footprint import StageSizes, footprint, optimizer_bytes
 from .methods import Method
 from .predict import BuiltInPredictor, as_predictor
 from .rng import microbatch_seed, seeded
@@ -107,6 +109,9 @@ class Stage:
         needs_input_grad: whether any stage before has something to train.
         device: where the stage works.
         seed, replica: see `dtrp.rng`.
+        num_microbatches: A, where the stage decides by itself what it keeps.
+        memory_limit_bytes: None: the stage keeps what its method says. Else it looks at its first input, and keeps its
+            graphs where they fit, and its inputs where they do not.
     """
 
     def __init__(
@@ -123,8 +128,12 @@ class Stage:
         device: torch.device,
         seed: int,
         replica: int = 0,
+        num_microbatches: int = 1,
+        memory_limit_bytes: int | None = None,
     ) -> None:
         self.index = index
+        self.num_stages, self.num_microbatches = num_stages, num_microbatches
+        self.memory_limit_bytes = memory_limit_bytes
         self.module = module
         self.method = method
         self.device = device
@@ -143,6 +152,7 @@ class Stage:
         # A frozen front part has nothing to differentiate, so nothing to keep and nothing to repeat.
         self.trains = bool(self.parameters) or needs_input_grad
         self.recomputes = self.trains and method.recomputes(num_stages, index)
+        self.has_decided = memory_limit_bytes is None or not self.trains
         # Whether another F may come before a graph's B.
         self.holds_graphs = method.forward_all or lead(method, num_stages, index) > 0
         self.predictor = as_predictor(method.predict) if self.distance > 0 and self.parameters else None
@@ -183,6 +193,8 @@ class Stage:
         """
         self.rest()
         leaf = self._own(x)
+        if not self.has_decided:
+            self._decide(micro, leaf, target)
         weights = self._weights(micro.index, micro.minibatch - self.version)
         held = Held(micro, self.version, AutocastState.now(leaf.device.type), leaf, leaf.nbytes, target)
         if not self.trains:
@@ -201,6 +213,39 @@ class Stage:
         self._stash.append(held)
         self._note_peak(0)
         return aligned_clone(out) if self._is_weight(out) else out.detach()
+
+    def _decide(self, micro: MicroBatch, leaf: Tensor, target: Tensor | None) -> None:
+        """Keep graphs if they fit the memory limit, inputs if those do; what a graph takes is seen on a trial run."""
+        trial = Held(micro, self.version, AutocastState.now(leaf.device.type), leaf, leaf.nbytes, target)
+        if self._changes_input is None:  # the first run ever is on a copy of the input, which is not to be weighed
+            self._graph(trial, "discarded")
+        out, graph_bytes = self._graph(trial, "discarded")
+        sizes = StageSizes(
+            weights=sum(map(tensor_bytes, itertools.chain(self.module.parameters(), self.module.buffers()))),
+            trained=sum(map(tensor_bytes, self.parameters)),
+            optimizer=optimizer_bytes(self.optimizer) if self.optimizer is not None else 0,
+            input=leaf.nbytes,
+            graph=graph_bytes,
+            output=out.nbytes,
+        )
+        del trial, out
+        assert self.memory_limit_bytes is not None
+        needs = {}
+        keeps: tuple[Literal["graph", "input"], ...] = ("graph", "input")
+        for keep in keeps:
+            method = self.method.keeping(keep)
+            needs[keep] = footprint(method, self.num_stages, self.index, self.num_microbatches, sizes)
+            if needs[keep].total <= self.memory_limit_bytes:
+                self.method, self.has_decided = method, True
+                self.recomputes = method.recomputes(self.num_stages, self.index)
+                return
+        least = min(needs.values(), key=lambda need: need.total)
+        parts = ", ".join(f"{name} {size:,.0f}" for name, size in dataclasses.asdict(least).items() if size)
+        raise MemoryError(
+            f"stage {self.index} needs {least.total:,.0f} bytes at least ({parts}), {least.total - self.memory_limit_bytes:,.0f} "
+            f"more than memory_limit_bytes={self.memory_limit_bytes:,}; raise it, or take smaller mini-batches, more "
+            "micro-batches or more stages"
+        )
 
     def _own(self, x: Tensor) -> Tensor:
         """The input, detached, on this stage's device; a copy of the caller's tensor where it outlives the step."""
@@ -324,6 +369,7 @@ class Stage:
             else:  # weigh the graph, once for each kind of input
                 known = [*self.module.parameters(), *self.module.buffers(), held.leaf]
                 known += held.weights.leaves if held.weights else []
+                first = self._changes_input is None
                 seen = {t.untyped_storage().data_ptr() for t in known}
                 sizes: dict[int, int] = {}
 
@@ -336,7 +382,7 @@ class Stage:
                 with torch.autograd.graph.saved_tensors_hooks(weigh, lambda t: t):
                     out = self._run(held, held.weights, buffers=buffers)
                 nbytes = sum(sizes.values())
-                if nbytes:  # hooks of the caller's inside the module hide the graph from these
+                if nbytes and not first:  # hooks of the caller's inside the module hide the graph from these
                     self._graph_bytes[key] = nbytes
         held.has_graph = True
         if out.requires_grad:

@@ -1,0 +1,143 @@
+"""How much memory a stage will need at most, from sizes alone.
+
+The stash is counted on the order of work itself: what waits between F and B, and which copies of the weights that
+keeps alive. The rest is a multiple of a size: one micro-batch's graph, one set of gradients, one predicted copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .methods import Method
+from .schedule import StageOrder
+from .stash import tensor_bytes
+
+
+@dataclass(frozen=True)
+class StageSizes:
+    """What a stage is made of, in bytes; activations of one micro-batch.
+
+    Attributes:
+        weights: parameters and buffers.
+        trained: the parameters that require a gradient.
+        optimizer: the optimizer's state.
+        input: the stage's input.
+        graph: what its autograd graph saves.
+        output: the stage's output.
+    """
+
+    weights: float
+    trained: float
+    optimizer: float
+    input: float
+    graph: float
+    output: float = 0.0
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The most that a stage holds, in bytes, by what it is; ``stash`` and ``graph`` at the moment of their sum's maximum.
+
+    Attributes:
+        weights, optimizer, gradients: as in `Pipeline.memory`.
+        predicted: the predicted copy that a forward reads.
+        stash: inputs, kept graphs, and the copies of weights that these stand on.
+        graph: the one that a backward recomputes.
+        messages: an input and a gradient received ahead, and what is being sent.
+    """
+
+    weights: float
+    optimizer: float
+    gradients: float
+    predicted: float
+    stash: float
+    graph: float
+    messages: float
+
+    @property
+    def total(self) -> float:
+        """All of it, in bytes."""
+        return float(sum(dataclasses.astuple(self)))
+
+
+def footprint(method: Method, num_stages: int, stage: int, num_microbatches: int, sizes: StageSizes) -> Footprint:
+    """The most that ``stage`` holds in a run with mini-batches of A micro-batches.
+
+    Args:
+        method: with this stage's own ``keep`` (`Method.keeping`).
+        num_stages: K.
+        stage: k.
+        num_microbatches: A.
+        sizes: of the stage.
+    """
+    last = stage == num_stages - 1
+    recomputes = method.recomputes(num_stages, stage)
+    each = sizes.input if recomputes else sizes.input + sizes.graph
+    graph = sizes.graph if recomputes else 0.0
+    predicts = method.predict is not None and not last
+    copies = not recomputes or method.backward_at == "stashed"
+    order = StageOrder(method, num_stages, stage)
+    minibatches = (
+        2 * math.ceil((order.lead + 1) / num_microbatches) + 2
+    )  # up to the lead, and until each has its own version
+    held: list[tuple[int, int] | None] = []  # the version that each micro-batch in the stash stands on
+    most, peak, delayed, version = -1.0, (0.0, 0.0), False, 0
+    for minibatch in range(minibatches + 1):
+        slots = order.minibatch(num_microbatches) if minibatch < minibatches else order.flush()
+        for action in itertools.chain.from_iterable(slots):
+            added = 0.0
+            if action.kind == "F":
+                delay = minibatch - version
+                delayed = delayed or delay > 0
+                held.append((version, delay if predicts else 0) if copies and delay > 0 else None)
+            elif action.kind == "B":
+                added = graph
+            else:
+                version += 1
+            stash = len(held) * each + len({one for one in held if one is not None}) * sizes.trained
+            if stash + added > most:
+                most, peak = stash + added, (stash, added)
+            if action.kind == "B":
+                held.pop(0)
+    return Footprint(
+        weights=sizes.weights,
+        optimizer=sizes.optimizer,
+        gradients=sizes.trained,
+        predicted=sizes.trained if predicts and delayed and not copies else 0.0,
+        stash=peak[0],
+        graph=peak[1],
+        messages=2 * ((sizes.input if stage else 0.0) + (0.0 if last else sizes.output)),
+    )
+
+
+def optimizer_bytes(optimizer: Optimizer) -> int:
+    """Of an optimizer's state once every parameter has had an update; nothing of that size is made.
+
+    A copy makes a step on the meta device. One that cannot is taken to hold two values for each of the parameters'.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held = _state_bytes(optimizer)
+    try:
+        shadows = [p.detach().to("meta").requires_grad_() for p in parameters]
+        memo = {id(p): shadow for p, shadow in zip(parameters, shadows, strict=True)}
+        shadow_optimizer = copy.deepcopy(optimizer, memo)
+        shadow_optimizer.state.clear()
+        for shadow in shadows:
+            shadow.grad = torch.empty_like(shadow)
+        shadow_optimizer.step()
+        needed = _state_bytes(shadow_optimizer)
+    except Exception:
+        needed = 2 * sum(p.nbytes for p in parameters)
+    return max(held, needed)
+
+
+def _state_bytes(optimizer: Optimizer) -> int:
+    return sum(tensor_bytes(t) for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
