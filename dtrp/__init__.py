@@ -1,11 +1,13 @@
 """Train a network that is spread over several workers, without waiting.
 
 `Pipeline` trains; `get_method` and `list_methods` name what it can train by; `Schedule` writes a
-method's order of work down; `linear` and `rollout` predict weights.
+method's order of work down; `linear` and `rollout` predict weights; `plan` chooses cuts, batch and memory for a
+model, and `simulate` runs a schedule without one.
 """
 
 from .methods import Method, get_method, list_methods
 from .pipeline import Pipeline
+from .planning import Plan, PlanError, plan, simulate
 from .predict import linear, rollout
 from .schedule import Schedule, ScheduleError
 from .stage import StageError
@@ -13,13 +15,17 @@ from .stage import StageError
 __all__ = [
     "Method",
     "Pipeline",
+    "Plan",
+    "PlanError",
     "Schedule",
     "ScheduleError",
     "StageError",
     "get_method",
     "linear",
     "list_methods",
+    "plan",
     "rollout",
+    "simulate",
 ]
 
 __version__ = "0.1.0"

@@ -1,30 +1,44 @@
-"""The command line: ``dtrp train``, ``demo``, ``schedule`` and ``methods``."""
+"""The command line: ``dtrp train``, ``demo``, ``plan``, ``simulate``, ``schedule`` and ``methods``."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import sys
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 import yaml
 from click.core import ParameterSource
 
 from . import __version__
-from .console import make_reporter, show_side_by_side
+from .console import make_reporter, show_plan, show_side_by_side, show_simulations
 from .data import list_data
 from .failure import WorkerError
 from .methods import get_method, list_methods
 from .models import list_models
 from .names import unknown
+from .planning import simulate as run_simulation
+from .planning.choose import LR_SCALING
 from .ranks import under_launcher
 from .runs import RunFolder
 from .schedule import Schedule, ScheduleError
 from .stage import StageError
-from .train import CHOICES, Reporter, TrainConfig, Trainer, check_settings, config_text, workers_per_replica
+from .train import (
+    CHOICES,
+    Reporter,
+    TrainConfig,
+    Trainer,
+    check_settings,
+    config_text,
+    make_plan,
+    resolved,
+    workers_per_replica,
+)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -75,6 +89,22 @@ class Cuts(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             return tuple(int(part) for part in parts)
         except (TypeError, ValueError):
             self.fail(f"{value!r} is no list of layer numbers like 3,6,9", param, ctx)
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A number of bytes: ``800MB``, ``2GiB``, ``1000000``."""
+
+    name = "size"
+    _UNITS: ClassVar[dict[str, int]] = {
+        "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+        "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+    }  # fmt: skip
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", str(value))
+        if not match or match[2].lower() not in self._UNITS:
+            self.fail(f"{value!r} is no size like 800MB or 2GiB", param, ctx)
+        return int(float(match[1]) * self._UNITS[match[2].lower()])
 
 
 def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -153,6 +183,16 @@ _CHOICES = {field: Name(field.replace("_", " "), names) for field, names in CHOI
     default=_DEFAULTS.num_microbatches,
     help="Parts of a mini-batch; about half the lead keeps the delay at 2 updates or less.",
 )
+@click.option("--ahead", type=float, help="Forwards ahead of the first backward, per stage behind (the method's own).")
+@click.option("--order", type=_CHOICES["order"], help="Within a slot (the method's own).")
+@click.option(
+    "--keep",
+    help="What stages keep: auto (graphs, where --memory-limit allows), graph or input, or one for each: input,graph.",
+)
+@click.option("--memory-limit", type=Bytes(), help="Of a stage, for --keep auto: 800MB, 2GiB.")
+@click.option(
+    "--plan", type=click.Path(), help="What 'dtrp plan' wrote: method, cuts, batch size and learning rate scale."
+)
 @click.option("--grad-shrink", type=float, help="Every stage multiplies the gradient it receives by this (fdg's beta).")
 @click.option("--lr-shrink", type=float, help="Learning rate times this, per stage behind (dtrp's gamma).")
 @click.option("--prediction", type=_CHOICES["prediction"], help="Weight prediction instead of the method's own.")
@@ -215,8 +255,9 @@ def _train_in_workers(config: TrainConfig) -> None:
     from .workers import WorkersError, run_workers  # torchrun's interface takes a while to import
 
     try:
-        check_settings(config)
-        num_workers = workers_per_replica(config)
+        settings, _ = resolved(config)
+        check_settings(settings)
+        num_workers = workers_per_replica(settings)
         if config.out:
             RunFolder(config.out, overwrite=config.overwrite)
     except (ValueError, OSError) as error:
@@ -282,9 +323,7 @@ def _trained(trainer: Trainer, reporter: Any) -> Any:
 @click.option("--minibatches", type=click.IntRange(min=1), default=8, help="Mini-batches in the run.")
 @click.option("--num-microbatches", type=click.IntRange(min=1), default=1, help="Micro-batches in each.")
 @click.option("--ahead", type=float, help="Forwards ahead of the first backward, per stage behind (the method's own).")
-@click.option(
-    "--order", type=Name("order", ("backward-first", "forward-first")), help="Within a slot (the method's own)."
-)
+@click.option("--order", type=_CHOICES["order"], help="Within a slot (the method's own).")
 @click.option("--check", type=click.File(), help="Read a grid from a file ('-': standard input) and check it instead.")
 def schedule(
     method: str,
@@ -314,6 +353,129 @@ def schedule(
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     click.echo(str(grid))
+
+
+@cli.command()
+@click.option("--data", type=_DATA, default=_DEFAULTS.data, help="Data set, for the shape of a batch.")
+@click.option("--data-dir", type=click.Path(), help="Where the data set lies.")
+@click.option("--image-size", type=int, help="Side that the images of --data folder are brought to (32).")
+@click.option("--model", type=_MODELS, default=_DEFAULTS.model, help="Network.")
+@click.option("--method", type=_METHODS, default=_DEFAULTS.method, help="Training method; see 'dtrp methods'.")
+@click.option("--workers", type=click.IntRange(min=1), required=True, help="K: how many there are.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=_DEFAULTS.batch_size, help="The base mini-batch.")
+@click.option(
+    "--num-microbatches", type=click.IntRange(min=1), help="Parts of a mini-batch (1, or what --max-delay asks for)."
+)
+@click.option("--optimizer", type=_CHOICES["optimizer"], default=_DEFAULTS.optimizer, help="Optimizer of each stage.")
+@click.option("--prediction", type=_CHOICES["prediction"], help="Weight prediction instead of the method's own.")
+@click.option("--keep", type=Name("keep", ("auto", "graph", "input")), help="What stages keep (the method's own).")
+@click.option("--memory-limit", type=Bytes(), help="Of a worker: 800MB, 2GiB.")
+@click.option("--latency", type=float, help="Seconds a message takes (as measured on this machine's loopback).")
+@click.option("--bandwidth", type=Bytes(), help="Of a link, bytes a second: 125MB, 10GB (as measured).")
+@click.option("--choose-lead/--keep-lead", default=True, help="Choose ahead and the order of a slot by the latency.")
+@click.option("--compensate", is_flag=True, help="Choose the mini-batch too: batch compensation.")
+@click.option("--max-batch-size", type=click.IntRange(min=1), help="Largest mini-batch to try (32 times the base).")
+@click.option("--max-delay", type=click.IntRange(min=0), help="In updates; met by more micro-batches.")
+@click.option("--lr-scaling", type=Name("lr scaling", tuple(LR_SCALING)), default="linear", help="With the mini-batch.")
+@click.option("--device", default=_DEFAULTS.device, help="Where to measure.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, help="CPU threads of a worker.")
+@click.option("--repeats", type=click.IntRange(min=1), default=7, help="Rounds of the measurement.")
+@click.option("--out", type=click.Path(dir_okay=False), default="plan.json", help="The file to write.")
+@click.option("--overwrite", is_flag=True, help="Replace it if it is there.")
+def plan(**options: Any) -> None:
+    """Measure a network and choose where to cut it, what to keep, how large a batch, and whether to.
+
+    The plan is a small file that 'dtrp train --plan' and Pipeline(plan=...) take; it may be edited.
+    """
+    out = Path(options["out"])
+    if out.exists() and not options["overwrite"]:
+        raise click.ClickException(f"{out} is there already; pass --overwrite, or another --out")
+    if not out.absolute().parent.is_dir():
+        raise click.ClickException(f"{out.absolute().parent} is no folder; make it, or pass another --out")
+    config = TrainConfig(
+        **{name: options[name] for name in ("data", "data_dir", "image_size", "model", "method", "batch_size", "optimizer",
+                                            "prediction", "device", "threads")}
+    )  # fmt: skip
+    try:
+        made = make_plan(config, say=lambda text: click.echo(f"{text} ...", err=True), num_workers=options["workers"], num_microbatches=options["num_microbatches"], keep=options["keep"], memory_limit_bytes=options["memory_limit"], latency_s=options["latency"], bandwidth_bytes_s=options["bandwidth"], choose_lead=options["choose_lead"], compensate=options["compensate"], max_batch_size=options["max_batch_size"], max_delay=options["max_delay"], lr_scaling=options["lr_scaling"], repeats=options["repeats"])  # fmt: skip
+        made.save(out)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from error
+    show_plan(made)
+    click.echo(f"written to {out}; train by it: dtrp train --data {config.data} --model {config.model} --plan {out}")
+
+
+class Times(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Seconds: one number, or one for each stage or hop: ``0.1,0.2,0.1``."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | list[float]:
+        if isinstance(value, float):
+            return value
+        try:
+            numbers = [float(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is no number of seconds, nor a list like 0.1,0.2,0.1", param, ctx)
+        return numbers[0] if len(numbers) == 1 else numbers
+
+
+@cli.command()
+@click.option("--method", "names", type=_METHODS, multiple=True, default=("dtrp",), help="May be given several times.")
+@click.option("--stages", type=click.IntRange(min=1), default=4, help="K.")
+@click.option(
+    "--minibatches", type=click.IntRange(min=1), help="Mini-batches in the run (long enough for a steady state)."
+)
+@click.option("--num-microbatches", type=click.IntRange(min=1), default=1, help="Micro-batches in each.")
+@click.option("--ahead", type=float, help="Forwards ahead of the first backward, per stage behind (the method's own).")
+@click.option("--order", type=_CHOICES["order"], help="Within a slot (the method's own).")
+@click.option("--keep", type=Name("keep", ("graph", "input")), help="What stages keep (the method's own).")
+@click.option("--forward", type=Times(), default=1.0, help="Seconds of a micro-batch's forward; one, or one a stage.")
+@click.option("--backward", type=Times(), default=2.0, help="Seconds of its backward; one, or one a stage.")
+@click.option("--nograd-forward", type=Times(), help="Seconds of a forward without a graph (as --forward).")
+@click.option("--update", type=Times(), default=0.0, help="Seconds of an update; one, or one a stage.")
+@click.option("--latency", type=Times(), default=0.0, help="Seconds a message takes; one, or one a hop.")
+@click.option("--bandwidth", type=Bytes(), help="Of each link, bytes a second (unbounded).")
+@click.option("--message", type=Bytes(), default=0, help="Size of a micro-batch's activations.")
+@click.option("--timeline", is_flag=True, help="List every action too.")
+def simulate(**options: Any) -> None:
+    """Run a schedule with given times, without a network: time per mini-batch, waiting, delays.
+
+    Any unit of time will do. Methods that are named together are simulated under the same times.
+    """
+    stages, size = options["stages"], options["num_microbatches"]
+    rows = []
+    try:
+        for name in options["names"]:
+            chosen: dict[str, Any] = {} if options["ahead"] is None else {"ahead": options["ahead"]}
+            if options["order"] is not None:
+                chosen["backward_first"] = options["order"] == "backward-first"
+            method = get_method(name, **chosen)
+            lead = math.ceil(method.ahead * stages)
+            simulation = run_simulation(
+                method,
+                num_stages=stages,
+                num_minibatches=options["minibatches"] or 4 * math.ceil(lead / size) + 20,
+                num_microbatches=size,
+                forward_s=options["forward"],
+                backward_s=options["backward"],
+                nograd_forward_s=options["nograd_forward"],
+                update_s=options["update"],
+                latency_s=options["latency"],
+                bandwidth_bytes_s=options["bandwidth"] or math.inf,
+                message_bytes=options["message"],
+                keep=options["keep"],
+            )
+            rows.append((name, simulation))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    show_simulations(rows)
+    if options["timeline"]:
+        for name, simulation in rows:
+            for span in sorted(simulation.timeline, key=lambda span: (span.start_s, span.stage)):
+                click.echo(
+                    f"{name}  stage {span.stage}  {span.kind}{span.number}  {span.start_s:.6g} to {span.end_s:.6g}"
+                )
 
 
 class GridError(click.ClickException):

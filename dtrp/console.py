@@ -11,6 +11,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .planning import Choice, Plan, Simulation
 from .train import EpochMetrics, Reporter, Trainer, TrainResult, describe_layers, summarize_delays
 
 _LINE_EVERY_S = 30.0
@@ -177,3 +178,81 @@ def show_side_by_side(results: Sequence[TrainResult]) -> None:
     for k in range(len(results[0].stages)):
         table.add_row(f"stage {k}: delay (updates)", *(summarize_delays(r.stages[k].delays) for r in results))
     console.print(table)
+
+
+def show_plan(plan: Plan) -> None:
+    """A plan's choices and what they were chosen from."""
+    console = _wide_console()
+    stages = Table(title=f"{plan.method}: the stages", title_justify="left")
+    for heading in ("stage", "layers", "keeps", "slot", "at work", "memory, at most"):
+        stages.add_column(heading, justify="left" if heading in ("layers", "keeps") else "right")
+    for k, stage in enumerate(plan.stages):
+        stages.add_row(
+            str(k), describe_layers(stage.layers), stage.keep, _seconds(stage.slot_s), f"{stage.utilization:.0%}",
+            decimal(stage.memory_bytes),
+        )  # fmt: skip
+    console.print(stages)
+    row = plan.row
+    console.print(
+        f"mini-batches of {plan.batch_size} in {plan.num_microbatches} micro-batch{'es' if plan.num_microbatches > 1 else ''}; "
+        f"ahead {row.ahead:g}, {'backward' if row.backward_first else 'forward'} first; learning rate times {plan.lr_scale:g}"
+        + (f", {plan.warmup_updates} updates of warm-up" if plan.warmup_updates else ""),
+        highlight=False,
+    )
+    for title, choices in (
+        ("the same job otherwise", plan.alternatives),
+        ("the lead", plan.leads),
+        ("the mini-batch", plan.batches),
+    ):
+        if choices:
+            console.print(_choices_table(title, choices))
+    console.print(plan.advice, highlight=False)
+
+
+def _choices_table(title: str, choices: Sequence[Choice]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    headings = ("ahead", "order", "A", "mini-batch", "time", "samples/s", "memory, at most", "delay", "at work, each")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "order" else "right")
+    for choice in choices:
+        table.add_row(
+            choice.method, f"{choice.ahead:g}", choice.order, str(choice.num_microbatches), str(choice.batch_size),
+            _seconds(choice.minibatch_s), f"{choice.samples_per_s:.0f}", decimal(choice.memory_bytes), str(choice.delay),
+            _shares(choice.utilization),
+        )  # fmt: skip
+    return table
+
+
+def show_simulations(rows: Sequence[tuple[str, Simulation]]) -> None:
+    """What `simulate` found, a method a row."""
+    table = Table()
+    table.add_column("method")
+    for heading in ("time a mini-batch", "whole run", "at work, each", "stash, peak", "delay (updates)"):
+        table.add_column(heading, justify="right")
+    for name, simulation in rows:
+        table.add_row(
+            name,
+            f"{simulation.minibatch_s:.6g}",
+            f"{simulation.total_s:.6g}",
+            _shares(tuple(simulation.utilization.values())),
+            _few([str(peak) for peak in simulation.peak_stash.values()]),
+            summarize_delays(dict(sorted(simulation.delays[0].items()))),
+        )
+    _wide_console().print(table)
+
+
+def _wide_console() -> Console:
+    return Console() if Console().is_terminal else Console(width=140)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def _shares(shares: Sequence[float]) -> str:
+    return _few([f"{share:.0%}" for share in shares])
+
+
+def _few(words: Sequence[str]) -> str:
+    return " ".join(words) if len(words) <= 8 else f"{' '.join(words[:3])} .. {' '.join(words[-3:])}"

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
+from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,38 +87,63 @@ def footprint(method: Method, num_stages: int, stage: int, num_microbatches: int
     graph = sizes.graph if recomputes else 0.0
     predicts = method.predict is not None and not last
     copies = not recomputes or method.backward_at == "stashed"
-    order = StageOrder(method, num_stages, stage)
-    minibatches = (
-        2 * math.ceil((order.lead + 1) / num_microbatches) + 2
-    )  # up to the lead, and until each has its own version
-    held: list[tuple[int, int] | None] = []  # the version that each micro-batch in the stash stands on
-    most, peak, delayed, version = -1.0, (0.0, 0.0), False, 0
-    for minibatch in range(minibatches + 1):
-        slots = order.minibatch(num_microbatches) if minibatch < minibatches else order.flush()
-        for action in itertools.chain.from_iterable(slots):
-            added = 0.0
-            if action.kind == "F":
-                delay = minibatch - version
-                delayed = delayed or delay > 0
-                held.append((version, delay if predicts else 0) if copies and delay > 0 else None)
-            elif action.kind == "B":
-                added = graph
-            else:
-                version += 1
-            stash = len(held) * each + len({one for one in held if one is not None}) * sizes.trained
-            if stash + added > most:
-                most, peak = stash + added, (stash, added)
-            if action.kind == "B":
-                held.pop(0)
+    order = (method.ahead, method.backward_first, method.flush, method.forward_all)
+    moments, delayed = _moments(order, num_stages, stage, num_microbatches, predicts)
+    stash, added = max(
+        (
+            (held * each + (versions if copies else 0) * sizes.trained, graph if backward else 0.0)
+            for held, versions, backward in moments
+        ),
+        key=sum,
+    )
     return Footprint(
         weights=sizes.weights,
         optimizer=sizes.optimizer,
         gradients=sizes.trained,
         predicted=sizes.trained if predicts and delayed and not copies else 0.0,
-        stash=peak[0],
-        graph=peak[1],
+        stash=stash,
+        graph=added,
         messages=2 * ((sizes.input if stage else 0.0) + (0.0 if last else sizes.output)),
     )
+
+
+class _Order(NamedTuple):
+    """What a schedule asks of a method."""
+
+    ahead: float
+    backward_first: bool
+    flush: bool
+    forward_all: bool
+    name: str = "any"
+
+
+@functools.lru_cache(maxsize=1024)
+def _moments(
+    order: tuple[float, bool, bool, bool], num_stages: int, stage: int, num_microbatches: int, predicts: bool
+) -> tuple[frozenset[tuple[int, int, bool]], bool]:
+    """What a stage holds at a time: (micro-batches, versions of the weights that these read, whether one is in its B).
+
+    And whether any forward has a delay.
+    """
+    work = StageOrder(_Order(*order), num_stages, stage)
+    # Up to the lead, and until each has its own version.
+    minibatches = 2 * math.ceil((work.lead + 1) / num_microbatches) + 2
+    held: deque[tuple[int, int] | None] = deque()  # the version that each micro-batch in the stash has read
+    moments: set[tuple[int, int, bool]] = set()
+    delayed, version = False, 0
+    for minibatch in range(minibatches + 1):
+        slots = work.minibatch(num_microbatches) if minibatch < minibatches else work.flush()
+        for action in itertools.chain.from_iterable(slots):
+            if action.kind == "F":
+                delay = minibatch - version
+                delayed = delayed or delay > 0
+                held.append((version, delay if predicts else 0) if delay > 0 else None)
+            elif action.kind == "U":
+                version += 1
+            moments.add((len(held), len({one for one in held if one is not None}), action.kind == "B"))
+            if action.kind == "B":
+                held.popleft()
+    return frozenset(moments), delayed
 
 
 def optimizer_bytes(optimizer: Optimizer) -> int:

@@ -6,7 +6,7 @@ import math
 import operator
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
@@ -21,6 +21,7 @@ from .distributed import DistributedEngine, agree
 from .engine import Engine
 from .local import LocalEngine
 from .methods import Method, get_method
+from .planning.plan_file import Plan, as_plan
 from .ranks import Ranks, find_ranks
 from .rng import microbatch_seed, seeded
 from .splitting import into_stages, stage_device
@@ -72,6 +73,9 @@ class Pipeline:
             nothing. ``"auto"``: each stage looks at its first micro-batch, with one trial forward, and keeps its graphs if all that
             it is going to hold stays under ``memory_limit_bytes``, its inputs otherwise; `keeps` tells.
         memory_limit_bytes: for each stage, with ``keep="auto"``: weights, optimizer state, gradients, stash and messages.
+        plan: what `dtrp.plan` returned, or the path of its file: it says ``method``, ``cuts``, ``keep`` and
+            ``num_microbatches``. The size of the mini-batch and the learning rate stay the caller's; the plan tells what
+            it reckons with (``batch_size``, ``lr_scale``).
         trace: record when each F, B, U, send and receive runs, for `save_trace`.
 
     Raises:
@@ -109,8 +113,16 @@ class Pipeline:
         timeout_s: float = 300.0,
         keep: Literal["auto"] | Keep | Sequence[Keep] | None = None,
         memory_limit_bytes: int | None = None,
+        plan: Plan | str | os.PathLike[str] | Mapping[str, Any] | None = None,
         trace: bool = False,
     ) -> None:
+        if plan is not None:
+            given = {"num_stages": num_stages, "cuts": cuts, "keep": keep, "memory_limit_bytes": memory_limit_bytes}
+            plan = as_plan(plan)
+            plan.check_model(model)
+            _check_plan_alone(given, method, num_microbatches, plan)
+            model = model if isinstance(model, nn.Module) else nn.Sequential(*model)
+            cuts, keep, method, num_microbatches = plan.cuts, plan.keep, plan.row, plan.num_microbatches
         self.method = get_method(method) if isinstance(method, str) else method
         if not isinstance(self.method, Method):
             raise TypeError(f"method is a {type(method).__name__}; pass a name or what get_method returns")
@@ -573,6 +585,20 @@ def _places(
         current = own or current
         result.append(current)
     return result
+
+
+def _check_plan_alone(given: dict[str, Any], method: str | Method, num_microbatches: Any, plan: Plan) -> None:
+    """Refuse arguments that say otherwise than the plan; those that have a default say nothing by it."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} with a plan, which says it; leave it out, or edit the plan")
+    name = method if isinstance(method, str) else getattr(method, "name", "?")
+    if method != plan.row and name not in ("dtrp", plan.method):
+        raise ValueError(f"method={name!r} with a plan for {plan.method!r}; leave it out, or plan again")
+    if num_microbatches not in (1, plan.num_microbatches):
+        raise ValueError(
+            f"num_microbatches={num_microbatches!r} with a plan for {plan.num_microbatches}; leave it out, or plan again"
+        )
 
 
 def _keeping(method: Method, num_stages: int, keep: Any, memory_limit_bytes: Any) -> tuple[list[Method], int | None]:

@@ -40,13 +40,13 @@ def into_stages(
         ValueError: stages without layers, cuts out of order or range, a parameter in two stages.
     """
     if isinstance(model, nn.Module):
-        layers = _layers_of(model)
+        layers = layers_of(model)
         if cuts is None:
             cuts = _cuts_for(len(layers), 1 if num_stages is None else num_stages)
         else:
             cuts = _checked_cuts(cuts, len(layers), num_stages)
     else:
-        layers = _layers_of(_sequential_of(model))
+        layers = layers_of(model)
         if cuts is not None:
             raise ValueError(
                 f"cuts={list(cuts)} with a list of {len(layers)} modules, which already is one module a stage; "
@@ -74,7 +74,10 @@ def _sequential_of(modules: Sequence[nn.Module]) -> nn.Sequential:
     return nn.Sequential(*modules)
 
 
-def _layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The layers between which a model can be cut, with their names."""
+    if not isinstance(model, nn.Module):
+        model = _sequential_of(model)
     if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         raise TypeError(
             f"model is a {type(model).__name__}, whose forward cannot be cut between layers; pass an nn.Sequential of its "

@@ -24,10 +24,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from .data import batches, load_data
-from .methods import get_method
+from .methods import Method, get_method
 from .models import get_model
 from .names import unknown
 from .pipeline import Pipeline
+from .planning import Plan, plan
 from .ranks import join
 from .runs import RunFolder
 
@@ -51,6 +52,11 @@ class TrainConfig:
     replicas: int = 1
     cuts: tuple[int, ...] | None = None
     num_microbatches: int = 1
+    ahead: float | None = None
+    order: str | None = None
+    keep: str | None = None
+    memory_limit: int | None = None
+    plan: str | None = None
     grad_shrink: float | None = None
     lr_shrink: float | None = None
     prediction: str | None = None
@@ -140,6 +146,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig) -> None:
+        config, agreed = resolved(config)
         self.config = config
         rank, world_size = (
             int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
@@ -147,8 +154,7 @@ class Trainer:
         check_settings(config)
         num_workers = workers_per_replica(config, world_size) if world_size > 1 else None
         self.run_folder = RunFolder(config.out, overwrite=config.overwrite) if config.out and rank == 0 else None
-        options = {"grad_shrink": config.grad_shrink, "lr_shrink": config.lr_shrink, "predict": config.prediction}
-        method = get_method(config.method, **{key: value for key, value in options.items() if value is not None})
+        method = make_method(config)
         devices = _devices(config.device)
         stage = rank % (num_workers or 1)
         self.replica = rank // (num_workers or 1)
@@ -165,6 +171,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = get_model(config.model, dataset.in_channels, dataset.num_classes, image_size=dataset.image_size)
         model = model.to(self.dtype)
+        if agreed is not None:
+            agreed.check_model(model)
         self.dataset = dataset.to(here)
         self.updates_per_epoch = math.ceil(len(dataset.train_y) / config.batch_size)
         self.total_updates = config.epochs * self.updates_per_epoch
@@ -186,6 +194,8 @@ class Trainer:
             cuts=config.cuts,
             method=method,
             num_microbatches=config.num_microbatches,
+            keep=config.keep.split(",") if config.keep and "," in config.keep else config.keep,  # type: ignore[arg-type]
+            memory_limit_bytes=config.memory_limit,
             lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
             seed=config.seed,
             devices=devices if len(devices) > 1 else devices[0],
@@ -305,6 +315,105 @@ class Trainer:
         return tuple(summary for summaries in every for summary in summaries)
 
 
+def resolved(config: TrainConfig) -> tuple[TrainConfig, Plan | None]:
+    """The settings with those of the plan in them, and the plan; a plan says what it says alone.
+
+    Raises:
+        ValueError, OSError: a setting that says otherwise than the plan, or a file that is none.
+    """
+    if config.plan is None:
+        return config, None
+    agreed = Plan.load(config.plan)
+    row = agreed.row
+    order = "backward-first" if row.backward_first else "forward-first"
+    said: dict[str, Any] = {
+        "method": agreed.method,
+        "cuts": agreed.cuts or None,
+        "num_microbatches": agreed.num_microbatches,
+        "batch_size": agreed.batch_size,
+        "ahead": row.ahead,
+        "order": order,
+        "keep": ",".join(agreed.keep),
+        "prediction": row.predict or "none",
+        "grad_shrink": row.grad_shrink,
+        "lr_shrink": row.lr_shrink,
+    }
+    defaults = TrainConfig()
+    for field, value in said.items():
+        given = getattr(config, field)
+        if given not in (getattr(defaults, field), value):
+            shown = given if not isinstance(given, tuple) else ",".join(map(str, given))
+            raise ValueError(
+                f"{_option(field)} {shown} with a plan that says {value}; leave it out, or edit {config.plan}"
+            )
+    if config.stages not in (None, agreed.num_workers):
+        raise ValueError(f"--stages {config.stages} with a plan for {agreed.num_workers}; leave it out, or plan again")
+    if config.memory_limit is not None:
+        raise ValueError(
+            "--memory-limit with a plan, which says what each stage keeps; leave it out, or plan again with it"
+        )
+    base_lr = config.lr if config.lr is not None else default_lr(config)
+    scaled = dataclasses.replace(
+        config,
+        **said,
+        stages=agreed.num_workers,
+        lr=base_lr * agreed.lr_scale,
+        warmup_updates=max(config.warmup_updates, agreed.warmup_updates),
+        plan=None,
+    )
+    return scaled, agreed
+
+
+def make_method(config: TrainConfig) -> Method:
+    """The row that the configuration names."""
+    options = {
+        "grad_shrink": config.grad_shrink,
+        "lr_shrink": config.lr_shrink,
+        "predict": config.prediction,
+        "ahead": config.ahead,
+        "backward_first": None if config.order is None else config.order == "backward-first",
+    }
+    return get_method(config.method, **{key: value for key, value in options.items() if value is not None})
+
+
+def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any) -> Plan:
+    """`dtrp.plan` for the model, the data and the optimizer of a configuration; ``choices`` are its other arguments."""
+    check_settings(config)
+    device = _devices(config.device)[0]
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    dataset = load_data(config.data, config.data_dir, seed=config.seed, image_size=config.image_size)
+    torch.manual_seed(config.seed)
+    model = get_model(config.model, dataset.in_channels, dataset.num_classes, image_size=dataset.image_size)
+    dataset = dataset.limit(max(1, min(config.batch_size, len(dataset.train_y))), None)
+    x, y = next(
+        iter(
+            batches(
+                dataset.train_x, dataset.train_y, config.batch_size, dataset=dataset, seed=0, epoch=0, augment=False
+            )
+        )
+    )
+    assert x is not None
+    if len(x) < config.batch_size:
+        times = -(-config.batch_size // len(x))
+        x, y = torch.cat([x] * times)[: config.batch_size], torch.cat([y] * times)[: config.batch_size]
+    return plan(
+        model,
+        (x, y),
+        cross_entropy,
+        method=make_method(config),
+        optimizer=make_optimizer(config),
+        device=device,
+        progress=say,
+        **choices,
+    )
+
+
+def default_lr(config: TrainConfig) -> float:
+    """The learning rate where none is given."""
+    return 0.03 if config.optimizer == "sgd" else 1e-3
+
+
 def config_text(config: TrainConfig) -> str:
     """The configuration as a YAML file that ``--config`` reads."""
     import yaml
@@ -338,7 +447,7 @@ def lr_factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
 
 def make_optimizer(config: TrainConfig) -> Callable[[list[nn.Parameter]], Optimizer]:
     """The optimizer that the configuration names, for a stage's parameters."""
-    lr = config.lr if config.lr is not None else (0.03 if config.optimizer == "sgd" else 1e-3)
+    lr = config.lr if config.lr is not None else default_lr(config)
     decay = config.weight_decay
     makers: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
         "sgd": lambda p: torch.optim.SGD(
@@ -356,6 +465,7 @@ CHOICES = {
     "lr_schedule": ("constant", "cosine", "multistep"),
     "dtype": tuple(_DTYPES),
     "prediction": ("linear", "rollout", "none"),
+    "order": ("backward-first", "forward-first"),
 }
 
 
@@ -416,6 +526,13 @@ def check_settings(config: TrainConfig) -> None:
         value = getattr(config, field)
         if value is not None and value < least:
             raise ValueError(f"{_option(field)} {value}: at least {least}")
+    if config.memory_limit is not None and config.memory_limit < 1:
+        raise ValueError(f"--memory-limit {config.memory_limit}: a number of bytes of at least 1")
+    keeps = (config.keep or "graph").split(",")
+    if any(keep not in ("graph", "input") for keep in keeps) and config.keep != "auto":
+        raise ValueError(
+            f"--keep {config.keep}: auto, graph or input, or one of the last two for each stage: input,graph"
+        )
     for field in ("lr", "momentum", "weight_decay"):
         value = getattr(config, field)
         if value is not None and not (math.isfinite(value) and value >= 0):

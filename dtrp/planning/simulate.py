@@ -182,7 +182,8 @@ def simulate(
         minibatch_s=minibatch_s,
         total_s=max(trace.clock for trace in traces),
         utilization={
-            k: trace.busy / num_minibatches / minibatch_s if minibatch_s else 0.0 for k, trace in enumerate(traces)
+            k: min(1.0, trace.busy / num_minibatches / minibatch_s) if minibatch_s else 0.0
+            for k, trace in enumerate(traces)
         },
         peak_stash={k: trace.peak for k, trace in enumerate(traces)},
         delays={k: trace.delays for k, trace in enumerate(traces)},

@@ -1,0 +1,534 @@
+"""`plan`: a model, a batch and some workers into a `Plan`.
+
+For a method, A micro-batches and mini-batches of n samples: the layers are profiled on micro-batches of n/A, cut where
+the slowest stage is fastest (each stage keeping its graph where that is allowed and fits), and the schedule is simulated
+with the times of the stages and links. The choices, each from that one evaluation::
+
+    cuts, keep      for the method that was asked for
+    the lead        the least delay among those orders of work that are within 2 % of the fastest
+    the batch       the smallest mini-batch within 5 % of the best samples/s, within the memory; the learning rate with it
+    whether to      the same job by other methods, and by one worker
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..footprint import footprint
+from ..methods import Method, get_method
+from ..schedule import StageOrder, lead, steady_delay
+from ..splitting import layers_of
+from .balance import PlanError, partition
+from .link import LinkSpeed, measure_link
+from .plan_file import Choice, Plan, StagePlan, describe_model, method_options
+from .profile import Profile, Profiler, StageProfile
+from .simulate import Seconds, Simulation, simulate
+
+Keep = Literal["graph", "input"]
+LR_SCALING: dict[str, Callable[[float], float]] = {
+    "linear": lambda factor: factor,
+    "sqrt": math.sqrt,
+    "none": lambda factor: 1.0,
+}
+OTHERS = ("gpipe", "bp", "pipedream", "fdg", "dtrp")  # what a plan is compared with, beside one worker
+_LEADS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+_SLOWER = 1.02  # an order of work this much slower than the fastest is as fast
+_SATURATED = 0.95  # of the best throughput
+_LEAST_JITTER = 0.03  # no stage takes the same time twice
+_WARMUP_MINIBATCHES = 20  # for each doubling of the learning rate and more
+
+
+def plan(
+    model: nn.Sequential | Sequence[nn.Module],
+    example: tuple[Tensor, Tensor],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    *,
+    num_workers: int,
+    method: str | Method = "dtrp",
+    optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+    num_microbatches: int | None = None,
+    keep: Literal["auto"] | Keep | None = None,
+    memory_limit_bytes: int | None = None,
+    latency_s: float | None = None,
+    bandwidth_bytes_s: float | None = None,
+    choose_lead: bool | None = None,
+    compensate: bool = False,
+    max_batch_size: int | None = None,
+    max_delay: int | None = None,
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear",
+    alternatives: bool = True,
+    device: torch.device | str | None = None,
+    neighbours: int | None = None,
+    repeats: int = 7,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Profile a model and choose how to train it on ``num_workers`` workers.
+
+    Args:
+        model: an `nn.Sequential`, or a list of modules, cut anywhere between its layers. It is left as it is.
+        example: a batch (x, y) as `Pipeline.step` takes it; its size is the base mini-batch.
+        loss_fn: as `Pipeline`'s.
+        num_workers: K.
+        method: a name or a `Method`.
+        optimizer: as `Pipeline`'s; None: updates take no time and the optimizer's state no memory.
+        num_microbatches: A. None: 1, or as many as ``max_delay`` asks for; for a method that flushes, the fastest of K, 2K, 4K.
+        keep: None: what the method keeps. ``"auto"``: graphs in each stage that has room for them.
+        memory_limit_bytes: of a worker.
+        latency_s: of a message between workers. None: as measured on this machine's loopback, which takes a few seconds.
+        bandwidth_bytes_s: of a link, each way. None: as measured with the latency, or without bound.
+        choose_lead: choose ``ahead`` and the order within a slot by the latency; None: where ``method`` is a name.
+        compensate: choose the mini-batch too (batch compensation): with no ``memory_limit_bytes``, within the memory that fdg
+            needs at the base mini-batch.
+        max_batch_size: the largest to try; None: 32 times the base.
+        max_delay: in updates; met by more micro-batches.
+        lr_scaling: of the learning rate with the mini-batch.
+        alternatives: evaluate the other methods too.
+        device: where to measure; None: where the model is.
+        neighbours: processes that work at the same time as the measured one. None: as many as there are other workers
+            on this machine's CPU, none on an accelerator.
+        repeats: rounds of the measurement, of which the median counts.
+        progress: called with a line before each longer part.
+
+    Raises:
+        PlanError: (a ValueError) what cannot be planned, with what would be possible; arguments out of range.
+    """
+    say = progress or (lambda text: None)
+    row = get_method(method) if isinstance(method, str) else method
+    if not isinstance(row, Method):
+        raise TypeError(f"method is a {type(method).__name__}; pass a name or what get_method returns")
+    if lr_scaling not in LR_SCALING:
+        raise PlanError(f"lr_scaling={lr_scaling!r}: choose one of {', '.join(map(repr, LR_SCALING))}")
+    if keep not in (None, "auto", "graph", "input"):
+        raise PlanError(f"keep={keep!r}: pass 'auto', 'graph' or 'input', or leave it out")
+    _check_number("memory_limit_bytes", memory_limit_bytes, 1)
+    _check_number("latency_s", latency_s, 0)
+    _check_number("bandwidth_bytes_s", bandwidth_bytes_s, 0, above=True)
+    for name, value in (("num_microbatches", num_microbatches), ("max_delay", max_delay), ("repeats", repeats)):
+        least = 0 if name == "max_delay" else 1
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise PlanError(f"{name}={value!r}: pass a whole number of at least {least}")
+    num_layers = len(layers_of(model))
+    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or not 1 <= num_workers <= num_layers:
+        raise PlanError(
+            f"num_workers={num_workers!r}: the model has {num_layers} layers; pass a number from 1 to {num_layers}"
+        )
+    method_options(row)  # refuses what no file holds
+    if neighbours is None:
+        where = torch.device(device) if device is not None else None
+        on_cpu = (where or _device_of(model)).type == "cpu"
+        neighbours = num_workers - 1 if on_cpu else 0
+    profiler = Profiler(
+        model,
+        example,
+        loss_fn,
+        optimizer=optimizer,
+        predict=row.predict or "rollout",
+        device=device,
+        neighbours=neighbours,
+        repeats=repeats,
+    )
+    base = len(profiler.example[0])
+    if num_microbatches is not None and num_microbatches > base:
+        raise PlanError(f"num_microbatches={num_microbatches} with an example of {base} samples; each needs one")
+    link = LinkSpeed(0.0, math.inf)
+    if num_workers > 1:
+        if latency_s is None:
+            say("measuring the link between two workers")
+            measured = measure_link()
+            link = LinkSpeed(measured.latency_s, bandwidth_bytes_s or measured.bandwidth_bytes_s)
+        else:
+            link = LinkSpeed(latency_s, bandwidth_bytes_s or math.inf)
+    search = _Search(profiler, num_workers, link, keep, memory_limit_bytes, max_delay, num_microbatches, say)
+    say(f"profiling {num_layers} layers")
+
+    batches: list[_Evaluated] = []
+    if compensate:
+        limit = memory_limit_bytes
+        if limit is None:
+            limit = search.evaluate(get_method("fdg"), base, keep=None, limit=None).memory
+        batches = _larger_batches(dataclasses.replace(search, limit=limit), row, base, max_batch_size or 32 * base)
+        best = max(each.samples_per_s for each in batches)
+        chosen = next(each for each in batches if each.samples_per_s >= _SATURATED * best)
+    else:
+        chosen = search.evaluate(row, base)
+    batch_size = chosen.batch_size
+
+    leads: list[_Evaluated] = []
+    if choose_lead is None:
+        choose_lead = isinstance(method, str)
+    if choose_lead and num_workers > 1 and not row.flush:
+        leads = search.leads(chosen)
+        fastest = min(each.jittered_s for each in leads)
+        chosen = min(
+            (each for each in leads if each.jittered_s <= _SLOWER * fastest),
+            key=lambda each: (each.delay, each.method.ahead, each.jittered_s),
+        )
+
+    say("one worker")
+    one_worker = search.one_worker(batch_size)
+    others = []
+    if alternatives and num_workers > 1:
+        for name in OTHERS:
+            say(f"{name} for the same job")
+            try:
+                others.append(search.evaluate(get_method(name), batch_size, keep=None, limit=None, own=False))
+            except PlanError:  # fewer samples than it needs micro-batches
+                continue
+    factor = LR_SCALING[lr_scaling](batch_size / base)
+    described = [one_worker, *(each.choice() for each in others)]
+    return Plan(
+        method=chosen.method.name,
+        options=method_options(chosen.method),
+        cuts=tuple(chosen.cuts),
+        keep=tuple(chosen.keeps),
+        num_microbatches=chosen.num_microbatches,
+        batch_size=batch_size,
+        lr_scale=factor,
+        warmup_updates=math.ceil(_WARMUP_MINIBATCHES * math.log2(factor)) if factor > 1 else 0,
+        model=describe_model(model),
+        latency_s=link.latency_s,
+        bandwidth_bytes_s=link.bandwidth_bytes_s if math.isfinite(link.bandwidth_bytes_s) else None,
+        memory_limit_bytes=memory_limit_bytes,
+        minibatch_s=chosen.minibatch_s,
+        one_worker_s=one_worker.minibatch_s,
+        advice=_advice(chosen, one_worker, others),
+        stages=chosen.stages(profiler.names),
+        alternatives=tuple(described),
+        leads=tuple(each.choice() for each in _frontier(leads)),
+        batches=tuple(each.choice() for each in batches),
+    )
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """A method for a job, cut and simulated."""
+
+    method: Method
+    num_microbatches: int
+    batch_size: int
+    cuts: list[int]
+    keeps: list[Keep]
+    slots_s: list[float]
+    bytes: list[float]
+    delay: int
+    simulation: Simulation
+    jittered_s: float
+
+    @property
+    def minibatch_s(self) -> float:
+        return self.simulation.minibatch_s
+
+    @property
+    def samples_per_s(self) -> float:
+        return self.batch_size / self.minibatch_s
+
+    @property
+    def memory(self) -> int:
+        return math.ceil(max(self.bytes))
+
+    def stages(self, names: Sequence[str]) -> tuple[StagePlan, ...]:
+        bounds = [0, *self.cuts, len(names)]
+        return tuple(
+            StagePlan(
+                layers=tuple(names[bounds[k] : bounds[k + 1]]),
+                keep=keep,
+                slot_s=self.slots_s[k],
+                memory_bytes=math.ceil(self.bytes[k]),
+                utilization=self.simulation.utilization[k],
+            )
+            for k, keep in enumerate(self.keeps)
+        )
+
+    def choice(self) -> Choice:
+        return Choice(
+            method=self.method.name,
+            ahead=self.method.ahead,
+            order="backward-first" if self.method.backward_first else "forward-first",
+            num_workers=len(self.keeps),
+            num_microbatches=self.num_microbatches,
+            batch_size=self.batch_size,
+            cuts=tuple(self.cuts),
+            minibatch_s=self.minibatch_s,
+            samples_per_s=self.samples_per_s,
+            memory_bytes=self.memory,
+            delay=self.delay,
+            utilization=tuple(self.simulation.utilization.values()),
+        )
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What all evaluations of one plan share."""
+
+    profiler: Profiler
+    num_workers: int
+    link: LinkSpeed
+    keep: Literal["auto"] | Keep | None
+    limit: float | None
+    max_delay: int | None
+    num_microbatches: int | None
+    say: Callable[[str], None]
+
+    def evaluate(
+        self,
+        method: Method,
+        batch_size: int,
+        *,
+        keep: Literal["auto"] | Keep | None = "auto",
+        limit: float | None = -1,
+        own: bool = True,
+        cuts: list[int] | None = None,
+    ) -> _Evaluated:
+        """A method at its best cuts and A.
+
+        Args:
+            method: the row.
+            batch_size: samples in a mini-batch.
+            keep: what stages keep; the plan's, unless given.
+            limit: bytes of a worker; the plan's, unless given.
+            own: whether the plan's own A counts for it.
+            cuts: where they are known.
+        """
+        keep = self.keep if keep == "auto" else keep
+        limit = self.limit if limit == -1 else limit
+        tried = [
+            self._at(method, batch_size, num, keep, limit, cuts)
+            for num in self._microbatches(method, batch_size, own=own)
+        ]
+        return min(tried, key=lambda each: each.minibatch_s)
+
+    def _microbatches(self, method: Method, batch_size: int, *, own: bool) -> list[int]:
+        if own and self.num_microbatches is not None:
+            return [self.num_microbatches]
+        if self.num_workers == 1:
+            return [1]
+        if method.flush:
+            counts = [factor * self.num_workers for factor in (1, 2, 4) if factor * self.num_workers <= batch_size]
+            if not counts:
+                raise PlanError(f"a mini-batch of {batch_size} samples has fewer than {self.num_workers} micro-batches")
+            return counts
+        if self.max_delay is None:
+            return [1]
+        for num in range(1, batch_size + 1):
+            if steady_delay(method, self.num_workers, 0, num, 0) <= self.max_delay:
+                return [num]
+        raise PlanError(
+            f"max_delay={self.max_delay} with mini-batches of {batch_size} samples: as many micro-batches leave a delay of "
+            f"{steady_delay(method, self.num_workers, 0, batch_size, 0)}; raise it, or take a method that flushes"
+        )
+
+    def _at(
+        self,
+        method: Method,
+        batch_size: int,
+        num_microbatches: int,
+        keep: Literal["auto"] | Keep | None,
+        limit: float | None,
+        cuts: list[int] | None,
+    ) -> _Evaluated:
+        profile = self.profiler.at(math.ceil(batch_size / num_microbatches))
+        num_stages, num_layers = self.num_workers, len(profile.layers)
+        keeps: Sequence[Keep] = ("graph", "input") if keep == "auto" else (keep or method.keep,)
+        rows = {one: method.keeping(one) for one in keeps}
+        recomputes = [{one: rows[one].recomputes(num_stages, k) for one in keeps} for k in range(num_stages)]
+
+        def best(first: int, end: int, stage: int) -> tuple[float, float, Keep]:
+            """(seconds a mini-batch, bytes, what it keeps): the fastest that fits, else the smallest."""
+            own = profile.stage(first, end)
+            options = []
+            for one in keeps:
+                needs = (
+                    footprint(rows[one], num_stages, stage, num_microbatches, own.sizes).total
+                    if limit is not None
+                    else 0.0
+                )
+                options.append((self._slot_s(own, method, stage, num_microbatches, recomputes[stage][one]), needs, one))
+            fitting = [option for option in options if limit is None or option[1] <= limit]
+            return min(fitting) if fitting else min(options, key=lambda option: option[1])
+
+        if cuts is None:
+            cuts = partition(
+                num_layers,
+                num_stages,
+                lambda first, end, stage: best(first, end, stage)[0],
+                (lambda first, end, stage: best(first, end, stage)[1]) if limit is not None else None,
+                limit,
+            )
+        bounds = [0, *cuts, num_layers]
+        spans = [(bounds[k], bounds[k + 1], k) for k in range(num_stages)]
+        chosen = [best(*span) for span in spans]
+        stages = [profile.stage(first, end) for first, end, _ in spans]
+        chosen_keeps: list[Keep] = ["input" if recomputes[k][one] else "graph" for k, (_, _, one) in enumerate(chosen)]
+        needs = [
+            footprint(method.keeping(one), num_stages, k, num_microbatches, own.sizes).total
+            for k, (own, (_, _, one)) in enumerate(zip(stages, chosen, strict=True))
+        ]
+        if limit is not None and max(needs) > limit:  # of cuts that were given
+            return self._at(method, batch_size, num_microbatches, keep, limit, None)
+        return _Evaluated(
+            method=method,
+            num_microbatches=num_microbatches,
+            batch_size=batch_size,
+            cuts=list(cuts),
+            keeps=chosen_keeps,
+            slots_s=[slot for slot, _, _ in chosen],
+            bytes=needs,
+            delay=max(steady_delay(method, num_stages, k, num_microbatches, 0) for k in range(num_stages)),
+            simulation=self._simulate(method, num_microbatches, stages, chosen_keeps, None),
+            jittered_s=self._simulate(method, num_microbatches, stages, chosen_keeps, profile).minibatch_s,
+        )
+
+    def _slot_s(self, own: StageProfile, method: Method, stage: int, num_microbatches: int, recomputes: bool) -> float:
+        """A stage's work for a mini-batch, or what its links take if that is more."""
+        last = stage == self.num_workers - 1
+        forward = own.nograd_forward_s + own.forward_s if recomputes else own.forward_s
+        work = num_microbatches * (forward + own.backward_s) + own.update_s
+        if method.predict is not None and not last:
+            work += own.predict_s
+        messages = [] if last else [own.sizes.output]
+        messages += [own.sizes.input] if stage else []
+        wire = max((num_microbatches * size / self.link.bandwidth_bytes_s for size in messages), default=0.0)
+        return max(work, wire)
+
+    def _simulate(
+        self,
+        method: Method,
+        num_microbatches: int,
+        stages: Sequence[StageProfile],
+        keeps: Sequence[Keep],
+        jittered: Profile | None,
+    ) -> Simulation:
+        def times(name: str) -> list[Seconds]:
+            values = [getattr(stage, name) for stage in stages]
+            if jittered is None:
+                return values
+            sigma = max(_LEAST_JITTER, jittered.spread / 1.35)  # of a normal distribution with that interquartile range
+            return [_lognormal(value, sigma) for value in values]
+
+        longest = max(StageOrder(method, len(stages), 0).lead, lead(method, len(stages), 0))
+        minibatches = 4 * math.ceil((longest + 1) / num_microbatches) + 20
+        return simulate(
+            method,
+            num_stages=len(stages),
+            num_minibatches=minibatches if jittered is None else 4 * minibatches,
+            num_microbatches=num_microbatches,
+            forward_s=times("forward_s"),
+            backward_s=times("backward_s"),
+            nograd_forward_s=times("nograd_forward_s"),
+            update_s=times("update_s"),
+            predict_s=times("predict_s"),
+            latency_s=self.link.latency_s,
+            bandwidth_bytes_s=self.link.bandwidth_bytes_s,
+            message_bytes=[stage.sizes.output for stage in stages[:-1]],
+            keep=list(keeps),
+        )
+
+    def leads(self, chosen: _Evaluated) -> list[_Evaluated]:
+        """The same method in other orders of work, at the same cuts."""
+        own = chosen.method
+        known = {self._leads_of(own): chosen}
+        for ahead in _LEADS:
+            for backward_first in (True, False):
+                row = dataclasses.replace(own, ahead=ahead, backward_first=backward_first)
+                if self._leads_of(row) not in known:
+                    try:
+                        known[self._leads_of(row)] = self.evaluate(row, chosen.batch_size, cuts=chosen.cuts)
+                    except PlanError:  # a longer lead does not fit the memory
+                        continue
+        return sorted(known.values(), key=lambda each: (each.delay, each.method.ahead))
+
+    def _leads_of(self, method: Method) -> tuple[Any, ...]:
+        """What tells one order of work from another, on so many stages."""
+        leads = tuple(lead(method, self.num_workers, k) for k in range(self.num_workers))
+        return leads, method.backward_first
+
+    def one_worker(self, batch_size: int) -> Choice:
+        """Backpropagation without a pipeline, alone on the machine."""
+        whole = self.profiler.at(batch_size, neighbours=0).whole
+        seconds = whole.forward_s + whole.backward_s + whole.update_s
+        needs = footprint(get_method("bp"), 1, 0, 1, whole.sizes)
+        return Choice(
+            "one worker", 1, "forward-first", 1, 1, batch_size, (), seconds, batch_size / seconds, math.ceil(needs.total), 0,
+            (1.0,),
+        )  # fmt: skip
+
+
+def _larger_batches(search: _Search, row: Method, base: int, most: int) -> list[_Evaluated]:
+    """Mini-batches from the base on, doubling while they fit and until twice the size brings nothing."""
+    evaluated: list[_Evaluated] = []
+    size, stale = base, 0
+    while size <= most and stale < 2:
+        search.say(f"mini-batches of {size}")
+        try:
+            each = search.evaluate(row, size)
+        except PlanError:
+            if not evaluated:
+                raise
+            break
+        best = max((other.samples_per_s for other in evaluated), default=0.0)
+        stale = stale + 1 if each.samples_per_s < 1.02 * best else 0
+        evaluated.append(each)
+        size *= 2
+    return evaluated
+
+
+def _frontier(leads: Sequence[_Evaluated]) -> list[_Evaluated]:
+    """For each delay the fastest, as long as more delay makes it faster."""
+    frontier: list[_Evaluated] = []
+    for each in sorted(leads, key=lambda each: (each.delay, each.jittered_s)):
+        if not frontier or each.jittered_s < 0.999 * frontier[-1].jittered_s:
+            frontier.append(each)
+    return frontier
+
+
+def _advice(chosen: _Evaluated, one_worker: Choice, others: Sequence[_Evaluated]) -> str:
+    workers = len(chosen.keeps)
+    if workers == 1:
+        return "One worker: there is no pipeline to plan."
+    speedup = one_worker.minibatch_s / chosen.minibatch_s
+    times = f"{1e3 * chosen.minibatch_s:.3g} ms a mini-batch with {workers} workers, {1e3 * one_worker.minibatch_s:.3g} ms with one"
+    slowest = max(range(workers), key=chosen.slots_s.__getitem__)
+    if speedup < 1.05:
+        return (
+            f"Do not pipeline this: {times}. Stage {slowest} takes {1e3 * chosen.slots_s[slowest]:.3g} ms by itself; "
+            "train on one worker, or on replicas of the whole model."
+        )
+    text = f"{speedup:.2f} times as fast as one worker: {times}."
+    synchronous = [each for each in others if each.method.flush and each.minibatch_s <= 1.02 * chosen.minibatch_s]
+    if synchronous and chosen.delay:
+        better = min(synchronous, key=lambda each: each.minibatch_s)
+        text += f" {better.method.name} with {better.num_microbatches} micro-batches is as fast, without any delay: prefer it."
+    if speedup < 0.6 * workers:
+        text += f" The {workers} workers are poorly used: stage {slowest} is the slowest of an uneven split."
+    return text
+
+
+def _lognormal(mean: float, sigma: float) -> Seconds:
+    mu = math.log(mean) - sigma * sigma / 2 if mean > 0 else 0.0
+
+    def draw(random: Random) -> float:
+        return random.lognormvariate(mu, sigma) if mean > 0 else 0.0
+
+    return draw
+
+
+def _check_number(name: str, value: Any, least: float, *, above: bool = False) -> None:
+    if value is None:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < least or (above and value == least):
+        raise PlanError(f"{name}={value!r}: pass a finite number {'above' if above else 'of at least'} {least}")
+
+
+def _device_of(model: nn.Sequential | Sequence[nn.Module]) -> torch.device:
+    modules = [module for _, module in layers_of(model)]
+    return next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))

@@ -1,0 +1,347 @@
+"""What each layer costs on the device that it will run on: time, activations, parameters.
+
+Layers run one after another, each with a graph of its own, forward and then backward as in training, and once more
+without a graph. Times are medians of several such rounds. The model is a copy; the caller's weights, buffers and
+random numbers stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..footprint import StageSizes
+from ..predict import BuiltInPredictor, as_predictor
+from ..splitting import layers_of, stage_device
+from ..stash import tensor_bytes
+from .balance import PlanError
+from .neighbours import busy_neighbours
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """One layer on one micro-batch: seconds (medians; ``spread`` the interquartile range of F+B over its median) and bytes.
+
+    Attributes:
+        name: in the model.
+        forward_s, nograd_forward_s, backward_s: with a graph, without one, and of the graph.
+        spread: how far its times scatter, relative.
+        graph_bytes: what its graph saves beside its input and its output.
+        input_bytes, output_bytes: of the tensors.
+        saves_input, saves_output: whether its graph saves them.
+        parameter_bytes, trained_bytes, buffer_bytes, optimizer_bytes: of what it holds.
+    """
+
+    name: str
+    forward_s: float
+    nograd_forward_s: float
+    backward_s: float
+    spread: float
+    graph_bytes: int
+    input_bytes: int
+    output_bytes: int
+    saves_input: bool
+    saves_output: bool
+    parameter_bytes: int
+    trained_bytes: int
+    buffer_bytes: int
+    optimizer_bytes: int
+
+
+@dataclass(frozen=True)
+class StageProfile:
+    """The sum of a stage's layers: seconds of one micro-batch (update and prediction: of one time), and sizes."""
+
+    forward_s: float
+    nograd_forward_s: float
+    backward_s: float
+    update_s: float
+    predict_s: float
+    sizes: StageSizes
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The layers of a model on micro-batches of ``samples`` samples.
+
+    Attributes:
+        samples: in the micro-batch.
+        layers: one after another.
+        update_s, predict_s: of the whole model, to be shared out by the bytes of trained parameters.
+    """
+
+    samples: int
+    layers: tuple[LayerProfile, ...]
+    update_s: float
+    predict_s: float
+
+    def stage(self, first: int, end: int) -> StageProfile:
+        """Layers ``first`` to ``end - 1`` together."""
+        of = {name: sums[end] - sums[first] for name, sums in self._sums.items() if name != "between"}
+        before, last = self.layers[first], self.layers[end - 1]
+        # Of two neighbours' tensor, which is saved once whoever saves it; between stages it is an input or an output.
+        inside = self._sums["between"][end - 1] - self._sums["between"][first]
+        share = of["trained_bytes"] / max(1.0, self._sums["trained_bytes"][-1])
+        return StageProfile(
+            forward_s=of["forward_s"],
+            nograd_forward_s=of["nograd_forward_s"],
+            backward_s=of["backward_s"],
+            update_s=share * self.update_s,
+            predict_s=share * self.predict_s,
+            sizes=StageSizes(
+                weights=of["parameter_bytes"] + of["buffer_bytes"],
+                trained=of["trained_bytes"],
+                optimizer=of["optimizer_bytes"],
+                input=before.input_bytes,
+                graph=of["graph_bytes"] + inside + (last.output_bytes if last.saves_output else 0),
+                output=last.output_bytes,
+            ),
+        )
+
+    @cached_property
+    def _sums(self) -> dict[str, list[float]]:
+        """Sums over the first n layers, n = 0..L."""
+        names = [field.name for field in dataclasses.fields(LayerProfile) if field.name not in ("name", "spread")]
+        sums = {
+            name: [0.0, *itertools.accumulate(float(getattr(layer, name)) for layer in self.layers)] for name in names
+        }
+        between = [
+            float(before.output_bytes) if before.saves_output or after.saves_input else 0.0
+            for before, after in itertools.pairwise(self.layers)
+        ]
+        sums["between"] = [0.0, *itertools.accumulate(between), 0.0]
+        return sums
+
+    @property
+    def whole(self) -> StageProfile:
+        """The model in one stage."""
+        return self.stage(0, len(self.layers))
+
+    @property
+    def spread(self) -> float:
+        """The median over the layers."""
+        return statistics.median(layer.spread for layer in self.layers)
+
+
+class Profiler:
+    """Profiles a model at any micro-batch size, each once.
+
+    Args:
+        model: an `nn.Sequential`, or a list of modules.
+        example: a batch (x, y); the samples are used over again where more are needed.
+        loss_fn: as `Pipeline`'s; its time is the last layer's.
+        optimizer: as `Pipeline`'s; None: updates take no time, and the state no memory.
+        predict: what the method predicts with, or None.
+        device: where to measure; None: where the model is.
+        neighbours: processes that work on the same model meanwhile, where workers share a machine's memory and caches.
+        repeats, warmup: rounds that count, and rounds before that do not.
+        autocast: makes the region in which the forward runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Sequential | Sequence[nn.Module],
+        example: tuple[Tensor, Tensor],
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        *,
+        optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+        predict: Any = None,
+        device: torch.device | str | None = None,
+        neighbours: int = 0,
+        repeats: int = 7,
+        warmup: int = 2,
+        autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        self.example = _checked_example(example)
+        self._loss_fn = loss_fn
+        named = layers_of(model)
+        self.names = [name for name, _ in named]
+        # The optimizer's factory may know the model's own parameters, so that the copy has to be one of all layers.
+        self._layers = [copy.deepcopy(layer) for _, layer in named]
+        self._device = torch.device(device) if device is not None else _place(self._layers)
+        for layer in self._layers:
+            layer.to(self._device)
+        self._module: Any = torch.get_device_module(self._device) if self._device.type != "cpu" else None
+        self._parameters = [p for layer in self._layers for p in layer.parameters() if p.requires_grad]
+        self._optimizer = optimizer(list(self._parameters)) if optimizer is not None and self._parameters else None
+        predictor = as_predictor(predict)
+        self._predictor = predictor if isinstance(predictor, BuiltInPredictor) else None
+        self._neighbours, self._repeats, self._warmup = neighbours, repeats, warmup
+        self._autocast = autocast or torch.enable_grad
+        self._known: dict[tuple[int, int], Profile] = {}
+
+    def at(self, samples: int, *, neighbours: int | None = None) -> Profile:
+        """The profile of micro-batches of ``samples`` samples."""
+        neighbours = self._neighbours if neighbours is None else neighbours
+        key = samples, neighbours
+        if key not in self._known:
+            x, y = (_tiled(t, samples).to(self._device) for t in self.example)
+            devices = [self._device] if self._module is not None else []
+            with (
+                torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"),
+                busy_neighbours(neighbours, self._layers, x),
+            ):
+                self._known[key] = self._measure(x, y)
+        return self._known[key]
+
+    def _measure(self, x: Tensor, y: Tensor) -> Profile:
+        forward: list[list[float]] = [[] for _ in self._layers]
+        backward: list[list[float]] = [[] for _ in self._layers]
+        nograd: list[list[float]] = [[] for _ in self._layers]
+        update: list[float] = []
+        predict: list[float] = []
+        sizes: list[tuple[int, int, int, bool, bool]] = []
+        spare = [torch.empty_like(p) for p in self._parameters] if self._predictor is not None else []
+        for number in range(self._warmup + self._repeats):
+            counts = number >= self._warmup
+            weigh = number == 0
+            graphs: list[tuple[Tensor, Tensor]] = []
+            h = x
+            for place, layer in enumerate(self._layers):
+                leaf = h.detach()
+                if leaf.is_floating_point():
+                    leaf.requires_grad_()
+                start = self._now()
+                last = place == len(self._layers) - 1
+                run = _Saved([*layer.parameters(), *layer.buffers()]) if weigh else None
+                with self._autocast():
+                    if run is not None:
+                        with run:
+                            out = layer(leaf)
+                            result = self._loss_fn(out, y) if last else out
+                    else:
+                        out = layer(leaf)
+                        result = self._loss_fn(out, y) if last else out
+                took = self._now() - start
+                if run is not None:
+                    sizes.append(run.sizes(leaf, result))
+                if counts:
+                    forward[place].append(took)
+                graphs.append((leaf, result))
+                h = out
+            gradient: Tensor | None = None
+            for place in reversed(range(len(self._layers))):
+                leaf, result = graphs.pop()
+                start = self._now()
+                if result.requires_grad and (gradient is not None or result.dim() == 0):
+                    torch.autograd.backward(result, gradient)
+                took = self._now() - start
+                if counts:
+                    backward[place].append(took)
+                gradient = leaf.grad
+                del leaf, result
+            if self._optimizer is not None:
+                start = self._now()
+                self._optimizer.step()
+                update.append(self._now() - start)
+                if self._predictor is not None:
+                    start = self._now()
+                    self._predictor(self._parameters, self._optimizer, 1, spare)
+                    predict.append(self._now() - start)
+            for p in self._parameters:
+                p.grad = None
+            h = x
+            with torch.no_grad(), self._autocast():
+                for place, layer in enumerate(self._layers):
+                    start = self._now()
+                    with torch.no_grad():
+                        h = layer(h)
+                    if counts:
+                        nograd[place].append(self._now() - start)
+        return Profile(
+            samples=len(x),
+            layers=tuple(
+                LayerProfile(
+                    name=name,
+                    forward_s=statistics.median(forward[place]),
+                    nograd_forward_s=statistics.median(nograd[place]),
+                    backward_s=statistics.median(backward[place]),
+                    spread=_spread([f + b for f, b in zip(forward[place], backward[place], strict=True)]),
+                    graph_bytes=sizes[place][0],
+                    input_bytes=sizes[place][1],
+                    output_bytes=sizes[place][2],
+                    saves_input=sizes[place][3],
+                    saves_output=sizes[place][4],
+                    parameter_bytes=sum(map(tensor_bytes, layer.parameters())),
+                    trained_bytes=sum(tensor_bytes(p) for p in layer.parameters() if p.requires_grad),
+                    buffer_bytes=sum(map(tensor_bytes, layer.buffers())),
+                    optimizer_bytes=self._state_bytes(layer),
+                )
+                for place, (name, layer) in enumerate(zip(self.names, self._layers, strict=True))
+            ),
+            update_s=statistics.median(update[self._warmup :]) if update else 0.0,
+            predict_s=statistics.median(predict[self._warmup :]) if predict else 0.0,
+        )
+
+    def _state_bytes(self, layer: nn.Module) -> int:
+        if self._optimizer is None:
+            return 0
+        states = [self._optimizer.state.get(p, {}) for p in layer.parameters()]
+        return sum(tensor_bytes(t) for state in states for t in state.values() if isinstance(t, Tensor))
+
+    def _now(self) -> float:
+        if self._module is not None:
+            self._module.synchronize(self._device)
+        return time.perf_counter()
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Within it, what autograd saves is weighed, each storage once; ``known`` ones are not."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        self._known = {t.untyped_storage().data_ptr() for t in known}
+        self._storages: dict[int, int] = {}
+        super().__init__(self._weigh, lambda t: t)
+
+    def _weigh(self, t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    def sizes(self, given: Tensor, made: Tensor) -> tuple[int, int, int, bool, bool]:
+        """(graph, input, output bytes; whether the graph saves the input, and the output)."""
+        places = [t.untyped_storage().data_ptr() for t in (given, made)]
+        saves = [place in self._storages for place in places]
+        rest = sum(size for place, size in self._storages.items() if place not in places)
+        return rest, given.nbytes, made.nbytes, saves[0], saves[1]
+
+
+def _checked_example(example: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(example, (tuple, list)) or len(example) != 2 or not all(isinstance(t, Tensor) for t in example):
+        raise TypeError("example: pass a batch, two tensors (x, y) with samples along dimension 0")
+    x, y = example
+    if not x.dim() or not y.dim() or len(x) != len(y) or not len(x):
+        raise PlanError(
+            f"example: x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}; pass as many targets as inputs"
+        )
+    return x, y
+
+
+def _tiled(t: Tensor, samples: int) -> Tensor:
+    times = -(-samples // len(t))
+    return t[:samples] if times == 1 else torch.cat([t] * times)[:samples]
+
+
+def _place(layers: Sequence[nn.Module]) -> torch.device:
+    return next((place for place in map(stage_device, layers) if place is not None), torch.device("cpu"))
+
+
+def _spread(times: Sequence[float]) -> float:
+    median = statistics.median(times)
+    if len(times) < 4 or not median:
+        return 0.0
+    low, _, high = statistics.quantiles(times, n=4)
+    return (high - low) / median
