@@ -392,12 +392,36 @@ def plan(**options: Any) -> None:
         raise click.ClickException(f"{out} is there already; pass --overwrite, or another --out")
     if not out.absolute().parent.is_dir():
         raise click.ClickException(f"{out.absolute().parent} is no folder; make it, or pass another --out")
-    config = TrainConfig(
-        **{name: options[name] for name in ("data", "data_dir", "image_size", "model", "method", "batch_size", "optimizer",
-                                            "prediction", "device", "threads")}
-    )  # fmt: skip
+    shared = (
+        "data",
+        "data_dir",
+        "image_size",
+        "model",
+        "method",
+        "batch_size",
+        "optimizer",
+        "prediction",
+        "device",
+        "threads",
+    )
+    config = TrainConfig(**{name: options[name] for name in shared})
     try:
-        made = make_plan(config, say=lambda text: click.echo(f"{text} ...", err=True), num_workers=options["workers"], num_microbatches=options["num_microbatches"], keep=options["keep"], memory_limit_bytes=options["memory_limit"], latency_s=options["latency"], bandwidth_bytes_s=options["bandwidth"], choose_lead=options["choose_lead"], compensate=options["compensate"], max_batch_size=options["max_batch_size"], max_delay=options["max_delay"], lr_scaling=options["lr_scaling"], repeats=options["repeats"])  # fmt: skip
+        made = make_plan(
+            config,
+            say=lambda text: click.echo(f"{text} ...", err=True),
+            num_workers=options["workers"],
+            num_microbatches=options["num_microbatches"],
+            keep=options["keep"],
+            memory_limit_bytes=options["memory_limit"],
+            latency_s=options["latency"],
+            bandwidth_bytes_s=options["bandwidth"],
+            choose_lead=options["choose_lead"],
+            compensate=options["compensate"],
+            max_batch_size=options["max_batch_size"],
+            max_delay=options["max_delay"],
+            lr_scaling=options["lr_scaling"],
+            repeats=options["repeats"],
+        )
         made.save(out)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error

@@ -152,19 +152,18 @@ def optimizer_bytes(optimizer: Optimizer) -> int:
     A copy makes a step on the meta device. One that cannot is taken to hold two values for each of the parameters'.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    held = _state_bytes(optimizer)
+    if all(optimizer.state.get(p) for p in parameters):
+        return _state_bytes(optimizer)
     try:
         shadows = [p.detach().to("meta").requires_grad_() for p in parameters]
         memo = {id(p): shadow for p, shadow in zip(parameters, shadows, strict=True)}
         shadow_optimizer = copy.deepcopy(optimizer, memo)
-        shadow_optimizer.state.clear()
         for shadow in shadows:
             shadow.grad = torch.empty_like(shadow)
         shadow_optimizer.step()
-        needed = _state_bytes(shadow_optimizer)
+        return _state_bytes(shadow_optimizer)
     except Exception:
-        needed = 2 * sum(p.nbytes for p in parameters)
-    return max(held, needed)
+        return 2 * sum(p.nbytes for p in parameters)
 
 
 def _state_bytes(optimizer: Optimizer) -> int:

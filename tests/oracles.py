@@ -132,10 +132,15 @@ def train(
     lr: Callable[[int], float],
     rng: Callable[[int, int], AbstractContextManager[None]],
     num_microbatches: int = 1,
+    keep: Sequence[str] | None = None,
 ) -> Run:
-    """Replay a run. ``segments`` are lists of mini-batches with a flush after each; ``rng(stage, m)`` draws."""
+    """Replay a run. ``segments`` are lists of mini-batches with a flush after each; ``rng(stage, m)`` draws.
+
+    ``keep``: of each stage, instead of the row's; one that keeps its graph differentiates at its forward's weights.
+    """
     stages = [copy.deepcopy(stage) for stage in stages]
     num = len(stages)
+    stashed = [row.backward_at == "stashed" or (one == "graph" and not row.flush) for one in keep or [""] * num]
     leads = [math.ceil(round(row.ahead * (num - 1 - k), 9)) for k in range(num)]
     history: list[list[Weights]] = [[{n: p.detach().clone() for n, p in s.named_parameters()}] for s in stages]
     states: list[list[State]] = [[{n: {} for n, _ in s.named_parameters()}] for s in stages]
@@ -180,7 +185,7 @@ def train(
                         h = run(k, m, weights, {name: t.clone() for name, t in buffers[k].items()}, h)
                 g: Tensor | None = None
                 for k in reversed(range(num)):
-                    weights = read[k] if row.backward_at == "stashed" else history[k][b]
+                    weights = read[k] if stashed[k] else history[k][b]
                     leaves = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
                     leaf = inputs[k].detach().clone().requires_grad_()
                     out = run(k, m, leaves, buffers[k], leaf)

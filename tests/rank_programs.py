@@ -198,6 +198,44 @@ def _fewer_samples_than_microbatches(method: str) -> Result:
     return train(without_noise(), [batches], num_stages=3, method=method, num_microbatches=4)
 
 
+@special(3, *dtrp.list_methods())
+def _each_stage_keeps_what_it_is_told(method: str) -> Result:
+    return train(
+        network(), [minibatches(8), minibatches(4)], num_stages=3, method=method, num_microbatches=2,
+        keep=["input", "graph", "graph"],
+    )  # fmt: skip
+
+
+@special(3, 10**9, 28_000)
+def _each_stage_keeps_what_fits(limit: int) -> Result:
+    with pipeline(
+        without_noise(6, 16), sgd, num_stages=3, keep="auto", memory_limit_bytes=limit, timeout_s=10.0
+    ) as pipe:
+        batches = [(torch.randn(32, 16), torch.randint(3, (32,))) for _ in range(8)]
+        losses = [pipe.step(x, y) for x, y in batches]
+        pipe.flush()
+        return result(pipe, losses, keeps=pipe.keeps())
+
+
+@special(3, "dtrp", "bp")
+def _busy_and_waiting_time_adds_up(method: str) -> Result:
+    with pipeline(network(), sgd, num_stages=3, method=method, num_microbatches=2, timeout_s=10.0) as pipe:
+        losses = [pipe.step(x, y) for x, y in minibatches(8)]
+        time.sleep(0.05)
+        pipe.flush()
+        for k, seconds in pipe.busy().items():
+            parts = [value for name, value in seconds.items() if name != "elapsed"]
+            assert all(value >= 0 for value in parts), seconds
+            assert abs(sum(parts) - seconds["elapsed"]) < 1e-6, seconds
+            assert seconds["busy"] > 0, seconds
+            assert seconds["outside"] >= 0.05, seconds
+            if world_size() > 1:
+                assert (seconds["wait_forward"] > 0) == (k > 0), seconds
+                assert (seconds["wait_gradient"] > 0) == (k < 2), seconds
+                assert seconds["wait_send"] > 0, seconds
+        return result(pipe, losses)
+
+
 class Column(nn.Module):
     """Its output is a column of a wider tensor: mostly holes."""
 

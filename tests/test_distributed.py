@@ -181,6 +181,9 @@ def test_case(one_by_one: Callable[[str], Results], name: str) -> None:
         if key in want:
             assert [result[key] for result in ranks] == [want[key]] * len(ranks)
     for k, result in enumerate(ranks):
+        if "keeps" in want:
+            assert result["keeps"] == {k: want["keeps"][k]}
+            assert (set(want["keeps"].values()) == {"graph"}) == name.endswith(f"{10**9}")
         if "own" in want:
             trained = [key for key in want["own"] if key.startswith(f"{k}.")]
             assert_same({key: result["own"][key] for key in trained}, {key: want["own"][key] for key in trained})

@@ -47,17 +47,19 @@ def check_against_oracle(
     num_microbatches: int,
     optimizer: str,
     segments: list[list[tuple[Tensor, Tensor]]],
+    **options: Any,
 ) -> dtrp.Pipeline:
     make, equations = OPTIMIZERS[optimizer]
     model = network()
     untouched = [copy.deepcopy(stage) for stage in into_stages(clone(model), num_stages)]
-    pipe = pipeline(model, make, num_stages=num_stages, method=method, num_microbatches=num_microbatches)
+    pipe = pipeline(model, make, num_stages=num_stages, method=method, num_microbatches=num_microbatches, **options)
     losses = []
     for segment in segments:
         losses += [pipe.step(x, y) for x, y in segment]
         pipe.flush()
+    keeps = [str(keep) for keep in pipe.keeps().values()] if options else None
     want = oracles.train(
-        untouched, segments, nn.functional.cross_entropy, row, equations, rate, pipe.rng, num_microbatches
+        untouched, segments, nn.functional.cross_entropy, row, equations, rate, pipe.rng, num_microbatches, keeps
     )
     assert_close(dict(enumerate(losses)), dict(enumerate(want.losses)))
     state = pipe.model_state_dict()

@@ -312,10 +312,11 @@ class _Search:
         if self.num_workers == 1:
             return [1]
         if method.flush:
-            counts = [factor * self.num_workers for factor in (1, 2, 4) if factor * self.num_workers <= batch_size]
-            if not counts:
+            if batch_size < self.num_workers:
                 raise PlanError(f"a mini-batch of {batch_size} samples has fewer than {self.num_workers} micro-batches")
-            return counts
+            # Of two samples at least: not every layer trains on one.
+            counts = [factor * self.num_workers for factor in (2, 4) if 2 * factor * self.num_workers <= batch_size]
+            return [self.num_workers, *counts]
         if self.max_delay is None:
             return [1]
         for num in range(1, batch_size + 1):

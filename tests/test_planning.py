@@ -1,0 +1,658 @@
+"""Cuts, the simulator, plans and their files."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import network, pipeline, sgd
+from torch import Tensor, nn
+
+import dtrp
+from dtrp.cli import run
+from dtrp.planning import Plan, PlanError, Profiler, balance, simulate
+from dtrp.planning.choose import plan
+from dtrp.train import TrainConfig, Trainer
+
+# -- cuts -----------------------------------------------------------------------------------------------------
+
+
+def slowest(costs: list[float], last: list[float], cuts: tuple[int, ...]) -> float:
+    bounds = [0, *cuts, len(costs)]
+    stages = list(itertools.pairwise(bounds))
+    return max(math.fsum((last if end == len(costs) else costs)[first:end]) for first, end in stages)
+
+
+def fits(memory: list[float], limit: float, cuts: tuple[int, ...]) -> bool:
+    return all(math.fsum(memory[first:end]) <= limit for first, end in itertools.pairwise([0, *cuts, len(memory)]))
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_cuts_are_as_good_as_the_best_of_all(seed: int) -> None:
+    draw = random.Random(seed)
+    num = draw.randint(1, 11)
+    workers = draw.randint(1, min(6, num))
+    costs = [float(draw.choice([0, draw.randint(0, 9), draw.randint(0, 1000)])) for _ in range(num)]
+    last = [cost * draw.choice([0.5, 0.75, 1.0]) for cost in costs] if seed % 2 else costs
+    memory = [float(draw.randint(0, 50)) for _ in range(num)]
+    every = list(itertools.combinations(range(1, num), workers - 1))
+    cuts = balance(costs, workers, last_costs=last if seed % 2 else None)
+    assert cuts == sorted(set(cuts))
+    assert slowest(costs, last, tuple(cuts)) == min(slowest(costs, last, other) for other in every)
+    limit = sum(memory) / workers * draw.uniform(0.8, 2.0)
+    fitting = [other for other in every if fits(memory, limit, other)]
+    if fitting:
+        cuts = balance(costs, workers, last_costs=last, memory=memory, memory_limit_bytes=limit)
+        assert fits(memory, limit, tuple(cuts))
+        assert slowest(costs, last, tuple(cuts)) == min(slowest(costs, last, other) for other in fitting)
+    else:
+        with pytest.raises(PlanError, match="too many") as caught:
+            balance(costs, workers, last_costs=last, memory=memory, memory_limit_bytes=limit)
+        least = min(max(math.fsum(memory[a:b]) for a, b in itertools.pairwise([0, *o, num])) for o in every)
+        assert f"memory_limit_bytes>={math.ceil(least)}," in str(caught.value)
+        balance(costs, workers, memory=memory, memory_limit_bytes=math.ceil(least))
+
+
+def test_layers_of_no_cost_and_one_heavier_than_all_others() -> None:
+    assert len(balance([0, 0, 0, 0], 3)) == 2
+    assert balance([1, 1, 100, 1, 1], 3) == [2, 3]
+    assert balance([0.1] * 9, 3) == [3, 6], "of equally slow ones, the even cuts"
+    assert balance([5], 1) == []
+
+
+def test_memory_may_depend_on_the_stage() -> None:
+    cuts = balance(
+        [1, 1, 1, 1], 2, memory=lambda first, end, stage: (end - first) * (3 - 2 * stage), memory_limit_bytes=3
+    )
+    assert cuts == [1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1, -1], 2), r"costs\[1\]=-1: pass numbers that are finite and at least 0"),
+        (([1, math.nan], 2), r"costs\[1\]=nan"),
+        (([1, math.inf], 2), r"costs\[1\]=inf"),
+        (([1, "2"], 2), r"costs\[1\]='2'"),
+        (([1, 2], 3), "pass num_workers<=2"),
+        (([1, 2], 0), "whole number of at least 1"),
+        (([1, 2], 1.5), "whole number of at least 1"),
+    ],
+)
+def test_wrong_costs(arguments: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        balance(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"last_costs": [1]}, "last_costs has 1 values and costs has 2"),
+        ({"memory": [1, 2]}, "memory without memory_limit_bytes"),
+        ({"memory_limit_bytes": 1}, "memory_limit_bytes without memory"),
+        ({"memory": [1, 2], "memory_limit_bytes": math.nan}, "number of bytes"),
+        ({"memory": [1, -2], "memory_limit_bytes": 1}, r"memory\[1\]=-2"),
+    ],
+)
+def test_wrong_memory(options: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        balance([1, 2], 2, **options)
+
+
+# -- the simulator --------------------------------------------------------------------------------------------
+
+F, B = 1.0, 2.0
+
+
+def slot(method: Any, num_stages: int, latency: float = 0.0, **options: Any) -> float:
+    options = {"num_minibatches": 25 * num_stages, "forward_s": F, "backward_s": B, "latency_s": latency, **options}
+    return simulate(method, num_stages=num_stages, **options).minibatch_s
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 8])
+def test_the_closed_forms_of_an_even_split(num_stages: int) -> None:
+    assert slot("bp", 1) == F + B
+    for a in (1, 2, 4, 8):
+        want = (F + B) * (a + num_stages - 1)
+        assert slot("bp", num_stages, num_microbatches=a) == want
+        assert slot("gpipe", num_stages, num_microbatches=a) == want
+    for method in ("fdg", "adl", "ddg", "pipedream", "spectrain"):
+        assert slot(method, num_stages) == F + B
+    for method in ("dtrp", "dtr", "fr", "dtrp-1f1b"):
+        assert slot(method, num_stages) == 2 * F + B
+    a = 4
+    assert slot("dtrp", num_stages, num_microbatches=a) == a * (2 * F + B)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "backward_first", "want"),
+    [
+        (1, True, {4: (6, 7, 8, 10), 8: (6, 7, 8, 10)}),
+        (1, False, {4: (4, 4, 14 / 3, 6), 8: (4, 4, 34 / 7, 46 / 7)}),
+        (2, True, {4: (4, 4, 4, 5), 8: (4, 4, 4, 5)}),
+        (2, False, {4: (4, 4, 4, 4), 8: (4, 4, 4, 4)}),
+    ],
+)
+def test_what_a_lead_buys(ahead: float, backward_first: bool, want: dict[int, tuple[float, ...]]) -> None:
+    method = dtrp.get_method("dtrp", ahead=ahead, backward_first=backward_first)
+    for num_stages, times in want.items():
+        for latency, expected in zip((0, 0.5, 1, 2), times, strict=True):
+            assert slot(method, num_stages, latency) == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_a_lead_buys_where_graphs_are_kept() -> None:
+    """The dependency around the pipeline is 1F1B's: K slots take K(F+B) and 2(K-1) hops."""
+    for num_stages in (4, 8):
+        for latency in (0.5, 1, 2):
+            want = F + B + 2 * (num_stages - 1) / num_stages * latency
+            assert slot(dtrp.get_method("fdg", ahead=1), num_stages, latency) == pytest.approx(want, rel=1e-12)
+        assert slot("fdg", num_stages, 1.0) == F + B
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 3, [2, 1, 3, 3, 1, 2, 2, 3, 1, 2]])
+@pytest.mark.parametrize("method", dtrp.list_methods())
+def test_it_is_the_schedule(method: str, num_microbatches: Any) -> None:
+    schedule = dtrp.Schedule.build(method, 4, 10, num_microbatches)
+    simulation = simulate(
+        method, num_stages=4, num_minibatches=10, num_microbatches=num_microbatches, forward_s=[1, 2, 1, 3],
+        backward_s=2, update_s=0.5, latency_s=[0.25, 0.5, 0.1], nograd_forward_s=0.75,
+    )  # fmt: skip
+    assert simulation.peak_stash == schedule.peak_stash()
+    assert simulation.delays == {k: Counter(delays) for k, delays in schedule.delays().items()}
+    for k, actions in enumerate(schedule.stages):
+        spans = [span for span in simulation.timeline if span.stage == k]
+        assert [(span.kind, span.number) for span in spans] == [(action.kind, action.index) for action in actions]
+        assert all(a.end_s <= b.start_s + 1e-12 for a, b in itertools.pairwise(spans)), "one thing at a time"
+    ends = {(span.stage, span.kind, span.number): span.end_s for span in simulation.timeline}
+    starts = {(span.stage, span.kind, span.number): span.start_s for span in simulation.timeline}
+    hops = [0.25, 0.5, 0.1]
+    for (k, kind, number), start in starts.items():
+        if kind == "F" and k:
+            assert start >= ends[k - 1, "F", number] + hops[k - 1] - 1e-12
+        if kind == "B" and k < 3:
+            assert ends[k, "B", number] >= ends[k + 1, "B", number] + hops[k] + 2 - 1e-12
+    assert simulation.total_s == max(ends.values())
+
+
+def test_links_send_one_message_after_another() -> None:
+    assert slot("fdg", 2, message_bytes=10.0, bandwidth_bytes_s=2.0) == pytest.approx((2 * (F + B) + 2 * 5.0) / 3)
+    longer = dtrp.get_method("fdg", ahead=3)
+    assert slot(longer, 2, message_bytes=10.0, bandwidth_bytes_s=2.0) == 5.0, "a message a slot, of 5 s"
+    assert slot(longer, 2, message_bytes=10.0, bandwidth_bytes_s=5.0) == 3.0, "hidden"
+    assert slot(longer, 3, message_bytes=[10.0, 10.0], bandwidth_bytes_s=[math.inf, 2.0]) == 5.0
+
+
+def test_speeds_and_kept_graphs() -> None:
+    assert slot("fdg", 3, speed=[1, 2, 1]) == 3.0
+    assert slot("fdg", 3, speed=[1, 0.5, 1]) == 6.0
+    assert slot("dtrp", 3, keep="graph") == 3.0
+    assert slot("dtrp", 3, keep=["input", "graph", "graph"]) == 4.0
+    assert slot("fdg", 3, keep="input") == 4.0
+    assert slot("dtrp", 2, nograd_forward_s=0.5) == 3.5
+    assert slot("dtrp", 2, predict_s=0.25) == 4.25
+    assert slot("dtrp", 2, update_s=0.25) == 4.25
+
+
+def test_times_may_be_drawn() -> None:
+    def draw(random: random.Random) -> float:
+        return random.uniform(0.5, 1.5)
+
+    def again(seed: int) -> float:
+        return simulate("fdg", num_stages=4, num_minibatches=200, forward_s=draw, backward_s=2, seed=seed).minibatch_s
+
+    assert again(0) == again(0) != again(1)
+    assert 3.0 < again(0) < 3.5
+    constant = simulate("dtrp", num_stages=2, num_minibatches=50, forward_s=lambda _: 1.0, backward_s=2)
+    assert constant.minibatch_s == pytest.approx(4.0)
+    latency = simulate("fdg", num_stages=3, num_minibatches=60, forward_s=1, backward_s=2, latency_s=draw, seed=3)
+    assert latency.minibatch_s == pytest.approx(3.0, rel=0.05)
+
+
+def test_utilization_is_the_share_of_work() -> None:
+    simulation = simulate("bp", num_stages=4, num_minibatches=10, num_microbatches=4, forward_s=1, backward_s=2)
+    assert simulation.utilization == {k: pytest.approx(4 / 7) for k in range(4)}
+    assert simulation.bubble == {k: pytest.approx(3 / 7) for k in range(4)}
+    assert simulation.total_s == 10 * 21
+    uneven = simulate("dtrp", num_stages=2, num_minibatches=40, forward_s=1, backward_s=[2, 1])
+    assert uneven.utilization == {0: pytest.approx(1.0), 1: pytest.approx(0.5)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"forward_s": -1}, "forward_s=-1"),
+        ({"forward_s": math.nan}, "forward_s=nan"),
+        ({"forward_s": [1, 2]}, "forward_s has 2 values; pass one, or 3, one a stage"),
+        ({"latency_s": [1]}, "latency_s has 1 values; pass one, or 2, one a hop"),
+        ({"speed": 0}, "speed=0: pass a number above 0"),
+        ({"num_stages": 0}, "num_stages=0"),
+        ({"num_minibatches": 0}, "num_minibatches=0"),
+        ({"num_microbatches": 0}, "num_microbatches=0"),
+        ({"num_microbatches": [1]}, "one for each of the num_minibatches=9"),
+        ({"keep": "all"}, "keep='all'"),
+        ({"bandwidth_bytes_s": 0}, "bandwidth_bytes_s=0"),
+    ],
+)
+def test_wrong_times(options: dict[str, Any], message: str) -> None:
+    options = {"num_stages": 3, "num_minibatches": 9, "forward_s": 1.0, "backward_s": 2.0, **options}
+    with pytest.raises(PlanError, match=message):
+        simulate("dtrp", **options)
+
+
+@pytest.mark.full
+def test_a_thousand_stages_in_twenty_seconds() -> None:
+    begin = time.perf_counter()
+    simulation = simulate("dtrp", num_stages=1024, num_minibatches=4096, forward_s=1, backward_s=2, latency_s=0.1)
+    took = time.perf_counter() - begin
+    assert simulation.minibatch_s == 4.0
+    assert took < 20
+
+
+# -- profiles -------------------------------------------------------------------------------------------------
+
+
+def batch(size: int = 16) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, 5), torch.randint(3, (size,))
+
+
+def quick(model: Any, **options: Any) -> Plan:
+    options = {"num_workers": 2, "latency_s": 0.0, "neighbours": 0, "repeats": 2, "optimizer": sgd, **options}
+    return plan(model, batch(), nn.functional.cross_entropy, **options)
+
+
+def test_a_profile_is_what_the_engine_holds_and_leaves_the_model_alone() -> None:
+    model = network()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    example = batch()
+    state = torch.get_rng_state()
+    profiler = Profiler(model, example, nn.functional.cross_entropy, optimizer=sgd, predict="rollout", repeats=2)
+    profile = profiler.at(16)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    pipe = pipeline(model, sgd, num_stages=4, method="dtrp")
+    for _ in range(12):
+        pipe.step(*batch())
+    pipe.flush()
+    for k, stage in enumerate(pipe._engine.stages):
+        sizes = profile.stage(2 * k, 2 * k + 2).sizes
+        memory = pipe.memory()[k]
+        assert sizes.weights == memory["weights"]
+        assert sizes.optimizer == memory["optimizer"]
+        assert sizes.trained == sum(p.nbytes for p in stage.parameters)
+        assert sizes.input == 16 * 5 * 4
+        graph = max(stage._graph_bytes.values())
+        assert abs(sizes.graph - graph) <= 0.05 * graph, "but for a clone of the input or the loss's few bytes"
+    assert all(layer.forward_s > 0 and layer.backward_s > 0 and layer.nograd_forward_s > 0 for layer in profile.layers)
+    whole = profile.whole
+    assert whole.forward_s == pytest.approx(sum(profile.stage(k, k + 1).forward_s for k in range(8)))
+    assert profiler.at(16) is profile
+    assert profiler.at(40).samples == 40, "more samples than the example has"
+
+
+def test_neighbours_that_cannot_be_sent_work_otherwise() -> None:
+    class Local(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    model = nn.Sequential(nn.Linear(5, 3), Local())
+    profile = Profiler(model, batch(), nn.functional.cross_entropy, neighbours=1, repeats=1, warmup=0).at(16)
+    assert profile.layers[1].trained_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "example", [torch.ones(3), (torch.ones(3), torch.ones(2)), (torch.ones(0), torch.ones(0)), (1, 2)]
+)
+def test_an_example_is_a_batch(example: Any) -> None:
+    with pytest.raises((PlanError, TypeError), match="example"):
+        Profiler(network(), example, nn.functional.cross_entropy)
+
+
+# -- plans ----------------------------------------------------------------------------------------------------
+
+
+class Nap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        time.sleep(ctx.seconds)
+        return grad, None
+
+
+class Slow(nn.Linear):
+    """As a Linear, which takes its time; its backward, as long."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(5, 5)
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        return Nap.apply(super().forward(x), self.seconds)
+
+
+def test_cuts_follow_the_methods_true_costs() -> None:
+    """Five layers of F = B = 4 ms: dtrp's first stage pays 2F+B each, so it gets two; then they are even."""
+    model = nn.Sequential(*(Slow(0.004) for _ in range(5)))
+    recomputing = plan(
+        model, (torch.randn(8, 5), torch.randn(8, 5)), nn.functional.mse_loss, num_workers=2, method="dtrp", latency_s=0.0,
+        neighbours=0, repeats=3, alternatives=False,
+    )  # fmt: skip
+    keeping = plan(
+        model, (torch.randn(8, 5), torch.randn(8, 5)), nn.functional.mse_loss, num_workers=2, method="fdg", latency_s=0.0,
+        neighbours=0, repeats=3, alternatives=False,
+    )  # fmt: skip
+    assert recomputing.cuts == (2,)
+    assert keeping.cuts in ((2,), (3,))
+    assert keeping.minibatch_s == pytest.approx(0.024, rel=0.25)
+    assert keeping.speedup == pytest.approx(5 / 3, rel=0.2)
+
+
+def test_a_plan_is_a_file_that_a_pipeline_takes(tmp_path: Path) -> None:
+    model = network()
+    made = quick(model, num_workers=3, method=dtrp.get_method("dtrp", lr_shrink=0.5), num_microbatches=2)
+    path = tmp_path / "plan.json"
+    made.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    read = Plan.load(path)
+    assert (read.cuts, read.keep, read.options, read.row) == (made.cuts, made.keep, {"lr_shrink": 0.5}, made.row)
+    assert max(map(len, path.read_text().splitlines())) < 1000
+    for given in (made, read, path, str(path), json.loads(path.read_text())):
+        pipe = dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, plan=given)
+        assert pipe.num_stages == 3
+        assert pipe.method == made.row
+        assert pipe.num_microbatches == 2
+        assert tuple(pipe.keeps().values()) == made.keep
+        assert [len(stage) for stage in pipe.stages] == [
+            b - a for a, b in itertools.pairwise([0, *made.cuts, len(model)])
+        ]
+    edited = dataclasses.replace(read, cuts=(2, 4))
+    assert len(dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, plan=edited).stages[0]) == 2
+    as_list = dtrp.Pipeline(list(network()), sgd, nn.functional.cross_entropy, plan=dataclasses.replace(
+        read, model=dtrp.planning.plan_file.describe_model(list(network()))))  # fmt: skip
+    assert as_list.num_stages == 3
+
+
+def test_the_lead_is_the_shortest_that_hides_the_links() -> None:
+    model = nn.Sequential(*(Slow(0.004) for _ in range(4)))
+    example = torch.randn(8, 5), torch.randn(8, 5)
+
+    def lead_at(latency_s: float, method: Any = "dtrp") -> tuple[float, bool]:
+        made = plan(model, example, nn.functional.mse_loss, num_workers=4, method=method, latency_s=latency_s,
+                    neighbours=0, repeats=3, alternatives=False)  # fmt: skip
+        delays = [choice.delay for choice in made.leads]
+        assert delays == sorted(set(delays)), "a frontier: more delay only where it is faster"
+        return made.row.ahead, made.row.backward_first
+
+    assert lead_at(0.0) == (1.0, False)
+    assert lead_at(0.011)[0] > 1.0, "a hop of almost a slot"
+    assert lead_at(0.0, dtrp.get_method("dtrp")) == (2, True), "a row that is given stays as it is"
+
+
+def test_graphs_are_kept_where_they_fit() -> None:
+    model = network()
+    free = quick(model, method="dtrp", keep="auto", choose_lead=False)
+    assert free.keep == ("graph", "graph")
+    assert quick(model, method="dtrp", choose_lead=False).keep == ("input", "graph")
+    tight = quick(model, num_workers=4, method="dtrp", keep="auto", choose_lead=False, memory_limit_bytes=12_000)
+    assert max(stage.memory_bytes for stage in tight.stages) <= 12_000
+    with pytest.raises(
+        PlanError, match=r"no cuts into 4 stages fit memory_limit_bytes=100: .* too many. Pass memory_limit"
+    ):
+        quick(model, num_workers=4, memory_limit_bytes=100)
+
+
+def test_batch_compensation_takes_the_smallest_mini_batch_that_saturates() -> None:
+    """Layers that take as long for 8 samples as for 64: throughput grows with the mini-batch up to the largest tried."""
+    model = nn.Sequential(*(Slow(0.003) for _ in range(4)))
+    example = torch.randn(8, 5), torch.randn(8, 5)
+    made = plan(model, example, nn.functional.mse_loss, num_workers=2, method="dtrp", latency_s=0.0, neighbours=0,
+                repeats=2, alternatives=False, compensate=True, max_batch_size=64, memory_limit_bytes=10**8)  # fmt: skip
+    assert [choice.batch_size for choice in made.batches] == [8, 16, 32, 64]
+    assert made.batch_size == 64
+    assert made.lr_scale == 8.0
+    assert made.warmup_updates > 0
+    rates = [choice.samples_per_s for choice in made.batches]
+    assert rates == sorted(rates)
+    assert all(len(choice.utilization) == 2 for choice in made.batches)
+    root = plan(model, example, nn.functional.mse_loss, num_workers=2, method="dtrp", latency_s=0.0, neighbours=0,
+                repeats=1, alternatives=False, compensate=True, max_batch_size=32, lr_scaling="sqrt")  # fmt: skip
+    assert root.batch_size == 8 or root.lr_scale == pytest.approx(math.sqrt(root.batch_size / 8))
+    most = max(choice.memory_bytes for choice in root.batches)
+    fdg = plan(model, example, nn.functional.mse_loss, num_workers=2, method="fdg", latency_s=0.0, neighbours=0, repeats=1,
+               alternatives=False, choose_lead=False)  # fmt: skip
+    assert most <= max(stage.memory_bytes for stage in fdg.stages), "within the memory of fdg at the base mini-batch"
+
+
+def test_micro_batches_bound_the_delay() -> None:
+    made = quick(network(), num_workers=4, method="fdg", max_delay=2, choose_lead=False)
+    assert made.num_microbatches == 3, "6 / 3"
+    with pytest.raises(PlanError, match="max_delay=0"):
+        quick(network(), num_workers=4, method="fdg", max_delay=0, choose_lead=False)
+
+
+def test_other_methods_and_whether_to() -> None:
+    made = quick(network(), num_workers=2)
+    assert [choice.method for choice in made.alternatives] == ["one worker", "gpipe", "bp", "pipedream", "fdg", "dtrp"]
+    assert all(choice.minibatch_s > 0 and choice.memory_bytes > 0 for choice in made.alternatives)
+    slow_links = quick(network(), num_workers=2, latency_s=1.0)
+    assert slow_links.speedup < 1.05
+    assert slow_links.advice.startswith("Do not pipeline this: ")
+    alone = quick(network(), num_workers=1)
+    assert alone.cuts == ()
+    assert "One worker" in alone.advice
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_workers": 0}, "num_workers=0"),
+        ({"num_workers": 9}, "a number from 1 to 8"),
+        ({"method": "dtpr"}, "did you mean"),
+        ({"keep": "weights"}, "keep='weights'"),
+        ({"latency_s": -1}, "latency_s=-1"),
+        ({"latency_s": math.nan}, "latency_s=nan"),
+        ({"bandwidth_bytes_s": 0}, "above 0"),
+        ({"memory_limit_bytes": 0}, "at least 1"),
+        ({"num_microbatches": 17}, "each needs one"),
+        ({"num_microbatches": 0}, "at least 1"),
+        ({"lr_scaling": "cubic"}, "choose one of"),
+        ({"method": dtrp.get_method("dtrp", predict=lambda *a, **k: None)}, "holds predictors by name"),
+    ],
+)
+def test_what_cannot_be_planned(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quick(network(), **options)
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    made = quick(network())
+    for other in (network(6), network().double(), nn.Sequential(*network())):
+        with pytest.raises(
+            PlanError, match=r"the plan is for a model with 8 layers \(block0..head\) and .* Plan again"
+        ):
+            dtrp.Pipeline(other, sgd, nn.functional.cross_entropy, plan=made)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cuts": [1]}, r"cuts=\[1\] with a plan"),
+        ({"num_stages": 2}, "num_stages=2 with a plan"),
+        ({"keep": "graph"}, "keep='graph' with a plan"),
+        ({"method": "fdg"}, "method='fdg' with a plan for 'dtrp'"),
+        ({"num_microbatches": 3}, "num_microbatches=3 with a plan for 1"),
+    ],
+)
+def test_what_the_plan_says_is_said_once(options: dict[str, Any], message: str) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=message):
+        dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, plan=quick(model), **options)
+
+
+def test_files_that_are_no_plans(tmp_path: Path) -> None:
+    good = json.loads(json.dumps({"dtrp_plan": 1, **dataclasses.asdict(quick(network()))}))
+    path = tmp_path / "plan.json"
+    for change, message in (
+        ({"dtrp_plan": 2}, "format 2"),
+        ({"cuts": [3, 2]}, "rising order"),
+        ({"cuts": ["a"]}, "rising order"),
+        ({"cuts": 3}, "is no plan"),
+        ({"keep": ["input"]}, "for each of the 2 stages"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_microbatches": "2"}, "num_microbatches='2'"),
+        ({"lr_scale": -1}, "lr_scale=-1"),
+        ({"method": "dtpr"}, "did you mean"),
+        ({"options": {"ahead": 0}}, "ahead=0"),
+        ({"options": [1]}, "options"),
+        ({"model": {}}, "fingerprint"),
+        ({"stages": [1]}, "is no plan"),
+        ({"stages": [{"layers": []}]}, "is no plan"),
+        ({"colour": "red"}, "unknown entry 'colour'"),
+    ):
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(PlanError, match=message):
+            Plan.load(path)
+    for text, message in (("{", "is no plan"), ("[]", "no entry 'dtrp_plan'"), ("\x00", "is no plan")):
+        path.write_text(text)
+        with pytest.raises(PlanError, match=message):
+            Plan.load(path)
+    without = dict(good)
+    del without["cuts"]
+    path.write_text(json.dumps(without))
+    with pytest.raises(PlanError, match="no entry 'cuts'"):
+        Plan.load(path)
+    with pytest.raises(TypeError, match="plan is a int"):
+        dtrp.Pipeline(network(), sgd, nn.functional.cross_entropy, plan=3)  # type: ignore[arg-type]
+
+
+# -- the command line -----------------------------------------------------------------------------------------
+
+SMALL = ["--data", "digits", "--model", "mlp"]
+
+
+def test_the_command_line_plans_and_trains_by_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    command = [
+        "plan",
+        *SMALL,
+        "--workers",
+        "2",
+        "--latency",
+        "0",
+        "--repeats",
+        "1",
+        "--batch-size",
+        "32",
+        "--out",
+        str(out),
+    ]
+    assert run([*command, "--num-microbatches", "2", "--keep", "auto", "--memory-limit", "1GB"]) == 0
+    shown = capsys.readouterr()
+    for word in ("one worker", "samples/s", "the lead", "memory, at most", "written to"):
+        assert word in shown.out
+    assert "profiling" in shown.err
+    assert run(command) == 2, "it is there already"
+    assert "--overwrite" in capsys.readouterr().err
+    train = ["train", *SMALL, "--limit-train", "100", "--limit-test", "50", "--epochs", "1", "--threads", "1", "--plan"]
+    assert run([*train, str(out), "--out", str(tmp_path / "run")]) == 0
+    config = (tmp_path / "run" / "config").read_text()
+    assert "plan" not in config
+    for line in ("batch-size: 32", "num-microbatches: 2", "keep: graph,graph"):
+        assert line in config
+    capsys.readouterr()
+    for options, message in (
+        (["--method", "fdg"], "--method fdg with a plan that says dtrp"),
+        (["--stages", "3"], "--stages 3 with a plan for 2"),
+        (["--batch-size", "16"], "--batch-size 16 with a plan that says 32"),
+        (["--model", "resnet20"], "the plan is for a model with"),
+    ):
+        assert run([*train, str(out), *options]) == 2
+        assert message in capsys.readouterr().err
+    assert run([*train, str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_a_plan_scales_the_learning_rate(tmp_path: Path) -> None:
+    made = quick(network(), method="bp", num_microbatches=1)
+    config = TrainConfig(data="digits", model="mlp", limit_train=64, limit_test=10, lr=0.01, threads=1)
+    model = Trainer(config).pipe
+    described = dtrp.planning.plan_file.describe_model(nn.Sequential(*itertools.chain(*model.stages)))
+    assert described["layers"] != made.model["layers"]
+    names = [name for stage in model.stages for name, _ in stage.named_children()]
+    from collections import OrderedDict
+
+    layers = OrderedDict(zip(names, itertools.chain(*model.stages), strict=True))
+    path = tmp_path / "plan.json"
+    dataclasses.replace(
+        made, model=dtrp.planning.plan_file.describe_model(nn.Sequential(layers)), cuts=(1,), batch_size=16, lr_scale=4.0,
+        warmup_updates=3,
+    ).save(path)  # fmt: skip
+    trainer = Trainer(dataclasses.replace(config, plan=str(path)))
+    assert (trainer.config.lr, trainer.config.batch_size, trainer.config.warmup_updates) == (0.04, 16, 3)
+    assert trainer.pipe.optimizers[1].param_groups[0]["lr"] == pytest.approx(0.04 / 4)
+
+
+def test_the_command_line_simulates(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        run(
+            [
+                "simulate",
+                "--method",
+                "bp",
+                "--method",
+                "dtrp",
+                "--stages",
+                "4",
+                "--latency",
+                "0.5",
+                "--num-microbatches",
+                "4",
+            ]
+        )
+        == 0
+    )
+    shown = capsys.readouterr().out
+    for method in ("bp", "dtrp"):
+        row = next(line for line in shown.splitlines() if f" {method} " in line)
+        want = simulate(
+            method, num_stages=4, num_minibatches=40, num_microbatches=4, forward_s=1, backward_s=2, latency_s=0.5
+        )
+        assert f" {want.minibatch_s:g} " in row
+    assert run(["simulate", "--stages", "2", "--minibatches", "3", "--timeline", "--forward", "1,2"]) == 0
+    assert "stage 1  F0  1 to 3" in capsys.readouterr().out
+    for options in (["--forward", "a"], ["--forward", "1,2,3"], ["--backward", "-1"], ["--bandwidth", "fast"]):
+        assert run(["simulate", "--stages", "2", *options]) == 2
+        assert capsys.readouterr().err.startswith("dtrp: ")
+
+
+# -- busy -----------------------------------------------------------------------------------------------------
+
+
+def test_busy_time_adds_up() -> None:
+    model = nn.Sequential(*(Slow(0.003) for _ in range(2)))
+    pipe = dtrp.Pipeline(model, sgd, nn.functional.mse_loss, num_stages=2, method="dtrp")
+    assert pipe.busy()[0]["elapsed"] == 0.0
+    for _ in range(10):
+        pipe.step(torch.randn(8, 5), torch.randn(8, 5))
+    pipe.flush()
+    for k, seconds in pipe.busy().items():
+        assert list(seconds) == [
+            "elapsed", "busy", "wait_forward", "wait_gradient", "wait_send", "wait_replicas", "outside",
+        ]  # fmt: skip
+        assert sum(seconds.values()) == pytest.approx(2 * seconds["elapsed"])
+        assert seconds["busy"] >= 10 * (2 if k == 0 else 1) * 0.003
+        assert seconds["wait_forward"] == 0.0
