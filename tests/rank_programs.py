@@ -222,6 +222,7 @@ def _busy_and_waiting_time_adds_up(method: str) -> Result:
     with pipeline(network(), sgd, num_stages=3, method=method, num_microbatches=2, timeout_s=10.0) as pipe:
         losses = [pipe.step(x, y) for x, y in minibatches(8)]
         time.sleep(0.05)
+        losses += [pipe.step(x, y) for x, y in minibatches(1)]
         pipe.flush()
         for k, seconds in pipe.busy().items():
             parts = [value for name, value in seconds.items() if name != "elapsed"]
