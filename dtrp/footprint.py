@@ -163,7 +163,7 @@ def optimizer_bytes(optimizer: Optimizer) -> int:
         shadow_optimizer.step()
         return _state_bytes(shadow_optimizer)
     except Exception:
-        return 2 * sum(p.nbytes for p in parameters)
+        return 2 * sum(map(tensor_bytes, parameters))
 
 
 def _state_bytes(optimizer: Optimizer) -> int:

@@ -446,7 +446,9 @@ def test_micro_batches_bound_the_delay() -> None:
 
 def test_other_methods_and_whether_to() -> None:
     made = quick(network(), num_workers=2)
-    assert [choice.method for choice in made.alternatives] == ["one worker", "gpipe", "bp", "pipedream", "fdg", "dtrp"]
+    assert [choice.method for choice in made.alternatives] == [
+        "one worker", "gpipe", "bp", "pipedream", "fdg", "dtrp", "dtrp, equal cuts",
+    ]  # fmt: skip
     assert all(choice.minibatch_s > 0 and choice.memory_bytes > 0 for choice in made.alternatives)
     slow_links = quick(network(), num_workers=2, latency_s=1.0)
     assert slow_links.speedup < 1.05

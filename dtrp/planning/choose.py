@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from ..footprint import footprint
 from ..methods import Method, get_method
 from ..schedule import StageOrder, lead, steady_delay
-from ..splitting import layers_of
+from ..splitting import equal_cuts, layers_of
 from .balance import PlanError, partition
 from .link import LinkSpeed, measure_link
 from .plan_file import Choice, Plan, StagePlan, describe_model, method_options
@@ -91,7 +91,7 @@ def plan(
         max_batch_size: the largest to try; None: 32 times the base.
         max_delay: in updates; met by more micro-batches.
         lr_scaling: of the learning rate with the mini-batch.
-        alternatives: evaluate the other methods too.
+        alternatives: evaluate the other methods too, and cuts into equal numbers of layers.
         device: where to measure; None: where the model is.
         neighbours: processes that work at the same time as the measured one. None: as many as there are other workers
             on this machine's CPU, none on an accelerator.
@@ -175,7 +175,7 @@ def plan(
 
     say("one worker")
     one_worker = search.one_worker(batch_size)
-    others = []
+    others, even = [], None
     if alternatives and num_workers > 1:
         for name in OTHERS:
             say(f"{name} for the same job")
@@ -183,8 +183,13 @@ def plan(
                 others.append(search.evaluate(get_method(name), batch_size, keep=None, limit=None, own=False))
             except PlanError:  # fewer samples than it needs micro-batches
                 continue
+        even = search.evaluate(
+            chosen.method, batch_size, keep=None, limit=None, cuts=equal_cuts(num_layers, num_workers)
+        )
     factor = LR_SCALING[lr_scaling](batch_size / base)
     described = [one_worker, *(each.choice() for each in others)]
+    if even is not None:
+        described.append(dataclasses.replace(even.choice(), method=f"{chosen.method.name}, equal cuts"))
     return Plan(
         method=chosen.method.name,
         options=method_options(chosen.method),

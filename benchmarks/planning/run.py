@@ -1,0 +1,260 @@
+"""Plans and simulations held against runs.
+
+    python benchmarks/planning/run.py simulator   # sleeping stages: the simulator beside the distributed engine
+    python benchmarks/planning/run.py cuts        # planned cuts beside cuts of equal layers, predicted and measured
+    python benchmarks/planning/run.py keep        # kept graphs beside recomputation, and their memory
+    python benchmarks/planning/run.py batch       # batch compensation: throughput against the mini-batch
+    python benchmarks/planning/run.py accuracy --data-dir DIR    # what compensation does to the accuracy on CIFAR-10
+
+Each part prints a table and appends raw results to results/<part>.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "throughput"))  # how contenders take turns
+
+import measure  # noqa: E402
+import torch  # noqa: E402
+from ranks import launch  # noqa: E402
+from turns import check, environment, table  # noqa: E402
+
+import dtrp  # noqa: E402
+from dtrp.models import get_model  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
+    for name, rounds in (("simulator", 2), ("cuts", 5), ("keep", 5), ("batch", 3), ("accuracy", 0)):
+        part = parts.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        part.add_argument("--out", type=Path, default=HERE / "results" / f"{name}.jsonl")
+        if rounds:
+            part.add_argument("--rounds", type=int, default=rounds, help="turns of every configuration")
+        if name == "simulator":
+            part.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
+        if name == "cuts":
+            part.add_argument("--models", nargs="+", default=["resnet18", "resnet56", "vgg16"])
+            part.add_argument("--methods", nargs="+", default=["dtrp"])
+            part.add_argument("--batch", type=int, default=32)
+        if name in ("keep", "batch"):
+            part.add_argument("--model", default="resnet20")
+        if name == "accuracy":
+            part.add_argument("--data-dir", required=True, help="where cifar-10-batches-py lies")
+            part.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+            part.add_argument("--limit-train", type=int, default=20_000)
+            part.add_argument("--epochs", type=int, default=5)
+            part.add_argument("--lr", type=float, default=0.01, help="of the base mini-batch of 16")
+    options = parser.parse_args()
+    if os.getloadavg()[0] > 0.5:
+        print(f"the machine is busy (load {os.getloadavg()[0]:.1f}): times are not to be relied on")
+    torch.set_num_threads(1)
+    {"simulator": simulator, "cuts": cuts, "keep": keep, "batch": batch, "accuracy": accuracy}[options.part](options)
+
+
+def write(options: argparse.Namespace, records: list[dict[str, Any]]) -> None:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    shared = {"part": options.part, "run": time.strftime("%Y-%m-%dT%H:%M:%S"), **environment()}
+    with open(options.out, "a") as file:
+        for record in records:
+            file.write(json.dumps({**shared, **record}) + "\n")
+
+
+def measured(world_size: int, jobs: list[measure.Job], rounds: int) -> list[measure.Outcome]:
+    """Take the jobs in turns on as many ranks; what came of each."""
+    with tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
+        file = Path(folder) / "outcomes.json"
+        launch(measure.run, world_size, jobs, rounds, file)
+        return [measure.Outcome(**outcome) for outcome in json.loads(file.read_text())]
+
+
+def simulator(options: argparse.Namespace) -> None:
+    rows, lines, records = [], [], []
+    for num_stages in options.stages:
+        jobs = measure.sleeping_jobs(num_stages)
+        for job, outcome in zip(jobs, measured(num_stages, jobs, options.rounds), strict=True):
+            simulation = dtrp.simulate(
+                job.method,
+                num_stages=num_stages,
+                num_minibatches=12 * num_stages + 20,
+                num_microbatches=job.num_microbatches,
+                forward_s=job.forward_s,
+                backward_s=job.backward_s,
+                latency_s=job.latency_s,
+            )
+            off = outcome.median_s / simulation.minibatch_s - 1
+            rows.append(
+                [f"{job.method} {job.label}", str(num_stages), str(job.num_microbatches), f"{1e3 * job.latency_s:.0f}",
+                 f"{1e3 * simulation.minibatch_s:.1f}", f"{1e3 * outcome.median_s:.1f}", f"{off:+.1%}"]
+            )  # fmt: skip
+            lines.append(
+                check(
+                    f"K={num_stages} {job.method} {job.label}, {job.latency_s * 1e3:.0f} ms: off by",
+                    abs(off),
+                    most=0.05,
+                )
+            )
+            records.append(
+                {"stages": num_stages, "method": job.method, "stage_times": job.label, "num_microbatches": job.num_microbatches,
+                 "forward_ms": [1e3 * s for s in job.forward_s], "backward_ms": [1e3 * s for s in job.backward_s],
+                 "latency_ms": 1e3 * job.latency_s, "simulated_ms": 1e3 * simulation.minibatch_s,
+                 "rounds_ms": [1e3 * s for s in outcome.rounds_s], "off": off}
+            )  # fmt: skip
+    print(table(["method, stages", "K", "A", "hop ms", "simulated ms", "measured ms", "off"], rows))
+    print("\n".join(lines))
+    write(options, records)
+
+
+def cuts(options: argparse.Namespace) -> None:
+    rows, lines, records = [], [], []
+    for model in options.models:
+        for method in options.methods:
+            plan = measure.planned(model, options.batch, method=method)
+            even = plan.alternatives[-1]
+            jobs = [
+                measure.model_job(model, plan, cuts, options.batch) for cuts in (tuple(plan.cuts), tuple(even.cuts))
+            ]
+            planned, equal = measured(2, jobs, options.rounds)
+            predicted_gain = even.minibatch_s / plan.minibatch_s
+            gain = equal.median_s / planned.median_s
+            off = plan.minibatch_s / planned.median_s - 1
+            rows.append(
+                [f"{model} {method}", str(list(plan.cuts)), str(list(even.cuts)), f"{1e3 * plan.minibatch_s:.0f}",
+                 f"{1e3 * planned.median_s:.0f}", f"{off:+.1%}", f"{predicted_gain:.2f}", f"{gain:.2f}"]
+            )  # fmt: skip
+            lines.append(check(f"{model} {method}: predicted time off by", abs(off), most=0.10))
+            least = 1.1 if predicted_gain >= 1.15 else 0.97
+            lines.append(check(f"{model} {method}: planned cuts, times equal cuts' speed", gain, least=least))
+            records.append(
+                {"model": model, "method": method, "batch": options.batch, "cuts": plan.cuts, "equal_cuts": even.cuts,
+                 "order": plan.options, "keep": plan.keep,
+                 "predicted_ms": 1e3 * plan.minibatch_s, "predicted_equal_ms": 1e3 * even.minibatch_s,
+                 "slots_ms": [1e3 * stage.slot_s for stage in plan.stages], "one_worker_predicted_ms": 1e3 * plan.one_worker_s,
+                 "rounds_ms": [1e3 * s for s in planned.rounds_s], "equal_rounds_ms": [1e3 * s for s in equal.rounds_s],
+                 "busy": planned.busy}
+            )  # fmt: skip
+    header = ["model", "planned", "equal", "predicted ms", "measured ms", "off", "predicted gain", "gain"]
+    print(table(header, rows))
+    print("\n".join(lines))
+    write(options, records)
+
+
+def keep(options: argparse.Namespace) -> None:
+    """A generous limit, a tight one, and recomputation, beside fdg and spectrain; the same cuts."""
+    batch = 64
+    plan = measure.planned(options.model, batch, method="spectrain")
+    cuts = tuple(plan.cuts)
+    jobs = [
+        measure.model_job(options.model, plan, cuts, batch, method=method, keep=keep, limit=limit, label=label)
+        for label, method, keep, limit in (
+            ("fdg", "fdg", None, None),
+            ("spectrain", "spectrain", None, None),
+            ("dtrp, recomputing", "dtrp", "input", None),
+            ("dtrp, generous limit", "dtrp", "auto", 10**10),
+            ("dtrp, 100 MB", "dtrp", "auto", 10**8),
+        )
+    ]
+    outcomes = measured(2, jobs, options.rounds)
+    rows = [
+        [
+            job.label,
+            f"{1e3 * outcome.median_s:.0f}",
+            *(f"{size / 1e6:.1f}" for size in outcome.memory),
+            ",".join(outcome.keeps),
+        ]
+        for job, outcome in zip(jobs, outcomes, strict=True)
+    ]
+    print(table(["method", "ms", "MB, stage 0", "MB, stage 1", "keeps"], rows))
+    fastest = min(outcomes[0].median_s, outcomes[1].median_s)
+    print(check("generous limit, time over the method that keeps its graph", outcomes[3].median_s / fastest, most=1.05))
+    print(check("largest stage under 100 MB, MB", max(outcomes[4].memory) / 1e6, most=100))
+    write(
+        options,
+        [
+            {"model": options.model, "batch": batch, "cuts": cuts, "method": job.method, "label": job.label,
+             "limit_bytes": job.limit, "rounds_ms": [1e3 * s for s in outcome.rounds_s], "memory": outcome.memory,
+             "keeps": outcome.keeps}
+            for job, outcome in zip(jobs, outcomes, strict=True)
+        ],
+    )  # fmt: skip
+
+
+BASE = 16
+
+
+def batch(options: argparse.Namespace) -> None:
+    plan = measure.planned(options.model, BASE, method="dtrp", compensate=True)
+    plan.save(HERE / "results" / "compensated.json")
+    sizes = sorted({BASE, *(choice.batch_size for choice in plan.batches), plan.batch_size})
+    jobs = [measure.model_job(options.model, plan, tuple(plan.cuts), size, label=f"dtrp {size}") for size in sizes]
+    fdg = measure.planned(options.model, BASE, method="fdg")
+    jobs.append(measure.model_job(options.model, fdg, tuple(fdg.cuts), BASE, method="fdg", label=f"fdg {BASE}"))
+    outcomes = measured(2, jobs, options.rounds)
+    rates = {job.label: job.batch / outcome.median_s for job, outcome in zip(jobs, outcomes, strict=True)}
+    predicted = {f"dtrp {choice.batch_size}": choice.samples_per_s for choice in plan.batches}
+    rows = [
+        [job.label + (" <- plan" if job.label == f"dtrp {plan.batch_size}" else ""), f"{rates[job.label]:.0f}",
+         f"{predicted.get(job.label, float('nan')):.0f}", *(f"{size / 1e6:.1f}" for size in outcome.memory),
+         *(f"{share:.0%}" for share in outcome.busy)]
+        for job, outcome in zip(jobs, outcomes, strict=True)
+    ]  # fmt: skip
+    print(table(["mini-batch", "samples/s", "predicted", "MB, stage 0", "MB, stage 1", "busy 0", "busy 1"], rows))
+    by_label = {job.label: outcome for job, outcome in zip(jobs, outcomes, strict=True)}
+    chosen = by_label[f"dtrp {plan.batch_size}"]
+    print(check("samples/s over the base's", rates[f"dtrp {plan.batch_size}"] / rates[f"dtrp {BASE}"], least=1.2))
+    limit = max(by_label[f"fdg {BASE}"].memory) / 1e6
+    print(check("largest stage, MB; fdg's at the base mini-batch", max(chosen.memory) / 1e6, most=round(limit, 2)))
+    write(
+        options,
+        [
+            {"model": options.model, "label": job.label, "batch": job.batch, "cuts": job.cuts, "samples_per_s": rates[job.label],
+             "predicted_samples_per_s": predicted.get(job.label), "memory": outcome.memory, "busy": outcome.busy,
+             "rounds_ms": [1e3 * s for s in outcome.rounds_s], "planned": job.label == f"dtrp {plan.batch_size}"}
+            for job, outcome in zip(jobs, outcomes, strict=True)
+        ],
+    )  # fmt: skip
+
+
+def accuracy(options: argparse.Namespace) -> None:
+    """``dtrp train`` at the base mini-batch, and by the plan that ``batch`` has written."""
+    plan = dtrp.Plan.load(HERE / "results" / "compensated.json")
+    described = dtrp.planning.plan_file.describe_model(get_model("resnet20"))
+    assert plan.model["fingerprint"] == described["fingerprint"], "run the part 'batch' first"
+    records = []
+    for seed in options.seeds:
+        for label in ("base", "compensated"):
+            command = [
+                sys.executable, "-m", "dtrp", "train", "--data", "cifar10", "--data-dir", options.data_dir, "--model", "resnet20",
+                "--lr", str(options.lr), "--epochs", str(options.epochs), "--limit-train", str(options.limit_train),
+                "--threads", "1", "--seed", str(seed),
+            ]  # fmt: skip
+            cuts = ",".join(map(str, plan.cuts))
+            base = ["--batch-size", str(BASE), "--cuts", cuts, "--method", plan.method]
+            command += base if label == "base" else ["--plan", str(HERE / "results" / "compensated.json")]
+            with tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
+                out = Path(folder) / "run"
+                subprocess.run([*command, "--out", str(out)], check=True)
+                metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            batch_size = BASE if label == "base" else plan.batch_size
+            record = {"label": label, "seed": seed, "batch": batch_size, "lr": options.lr, "lr_scale": plan.lr_scale,
+                      "warmup_updates": 0 if label == "base" else plan.warmup_updates, "limit_train": options.limit_train,
+                      "test_accuracy": [m["test_accuracy"] for m in metrics]}  # fmt: skip
+            records.append(record)
+            write(options, [record])
+    for label in ("base", "compensated"):
+        values = [r["test_accuracy"][-1] for r in records if r["label"] == label]
+        print(f"{label}: {', '.join(f'{value:.2%}' for value in values)}, mean {sum(values) / len(values):.2%}")
+
+
+if __name__ == "__main__":
+    main()
