@@ -7,7 +7,8 @@ model, and `simulate` runs a schedule without one.
 
 from .methods import Method, get_method, list_methods
 from .pipeline import Pipeline
-from .planning import Plan, PlanError, plan, simulate
+from .plan_file import Plan, PlanError
+from .planning import plan, simulate
 from .predict import linear, rollout
 from .schedule import Schedule, ScheduleError
 from .stage import StageError

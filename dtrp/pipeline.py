@@ -21,7 +21,7 @@ from .distributed import DistributedEngine, agree
 from .engine import Engine
 from .local import LocalEngine
 from .methods import Method, get_method
-from .planning.plan_file import Plan, as_plan
+from .plan_file import Plan, as_plan
 from .ranks import Ranks, find_ranks
 from .rng import microbatch_seed, seeded
 from .splitting import into_stages, stage_device

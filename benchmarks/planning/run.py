@@ -228,7 +228,7 @@ def batch(options: argparse.Namespace) -> None:
 def accuracy(options: argparse.Namespace) -> None:
     """``dtrp train`` at the base mini-batch, and by the plan that ``batch`` has written."""
     plan = dtrp.Plan.load(HERE / "results" / "compensated.json")
-    described = dtrp.planning.plan_file.describe_model(get_model("resnet20"))
+    described = dtrp.plan_file.describe_model(get_model("resnet20"))
     assert plan.model["fingerprint"] == described["fingerprint"], "run the part 'batch' first"
     records = []
     for seed in options.seeds:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from ..plan_file import PlanError
+
 Span = Callable[[int, int, int], float]  # (first layer, one past the last, stage) -> cost or bytes
-
-
-class PlanError(ValueError):
-    """What cannot be planned, and what would."""
 
 
 def balance(

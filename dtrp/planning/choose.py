@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -25,12 +26,12 @@ from torch.optim import Optimizer
 
 from ..footprint import footprint
 from ..methods import Method, get_method
+from ..plan_file import Choice, Plan, PlanError, StagePlan, describe_model, method_options
 from ..schedule import StageOrder, lead, steady_delay
 from ..splitting import equal_cuts, layers_of
-from .balance import PlanError, partition
+from .balance import partition
 from .link import LinkSpeed, measure_link
-from .plan_file import Choice, Plan, StagePlan, describe_model, method_options
-from .profile import Profile, Profiler, StageProfile
+from .profile import Profiler, StageProfile
 from .simulate import Seconds, Simulation, simulate
 
 Keep = Literal["graph", "input"]
@@ -44,6 +45,7 @@ _LEADS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 _SLOWER = 1.02  # an order of work this much slower than the fastest is as fast
 _SATURATED = 0.95  # of the best throughput
 _LEAST_JITTER = 0.03  # no stage takes the same time twice
+_TRIAL_STEPS = 12
 _WARMUP_MINIBATCHES = 20  # for each doubling of the learning rate and more
 
 
@@ -159,18 +161,20 @@ def plan(
         best = max(each.samples_per_s for each in batches)
         chosen = next(each for each in batches if each.samples_per_s >= _SATURATED * best)
     else:
-        chosen = search.evaluate(row, base)
+        chosen = search.tried(search.evaluate(row, base))
     batch_size = chosen.batch_size
+    search = dataclasses.replace(search, slower=statistics.mean(chosen.ratios))
 
     leads: list[_Evaluated] = []
     if choose_lead is None:
         choose_lead = isinstance(method, str)
     if choose_lead and num_workers > 1 and not row.flush:
+        say("orders of work")
         leads = search.leads(chosen)
-        fastest = min(each.jittered_s for each in leads)
+        fastest = min(each.minibatch_s for each in leads)
         chosen = min(
-            (each for each in leads if each.jittered_s <= _SLOWER * fastest),
-            key=lambda each: (each.delay, each.method.ahead, each.jittered_s),
+            (each for each in leads if each.minibatch_s <= _SLOWER * fastest),
+            key=lambda each: (each.delay, each.method.ahead),
         )
 
     say("one worker")
@@ -225,8 +229,9 @@ class _Evaluated:
     slots_s: list[float]
     bytes: list[float]
     delay: int
-    simulation: Simulation
-    jittered_s: float
+    ratios: list[float]  # of what each stage takes, to the sum of its layers
+    spread: float  # of its times
+    simulation: Simulation  # with times that scatter so
 
     @property
     def minibatch_s(self) -> float:
@@ -282,6 +287,7 @@ class _Search:
     max_delay: int | None
     num_microbatches: int | None
     say: Callable[[str], None]
+    slower: float = 1.0  # what a stage takes, over the sum of its layers
 
     def evaluate(
         self,
@@ -292,6 +298,7 @@ class _Search:
         limit: float | None = -1,
         own: bool = True,
         cuts: list[int] | None = None,
+        like: _Evaluated | None = None,
     ) -> _Evaluated:
         """A method at its best cuts and A.
 
@@ -302,11 +309,12 @@ class _Search:
             limit: bytes of a worker; the plan's, unless given.
             own: whether the plan's own A counts for it.
             cuts: where they are known.
+            like: has the same stages, which have been tried.
         """
         keep = self.keep if keep == "auto" else keep
         limit = self.limit if limit == -1 else limit
         tried = [
-            self._at(method, batch_size, num, keep, limit, cuts)
+            self._at(method, batch_size, num, keep, limit, cuts, like)
             for num in self._microbatches(method, batch_size, own=own)
         ]
         return min(tried, key=lambda each: each.minibatch_s)
@@ -340,6 +348,7 @@ class _Search:
         keep: Literal["auto"] | Keep | None,
         limit: float | None,
         cuts: list[int] | None,
+        like: _Evaluated | None,
     ) -> _Evaluated:
         profile = self.profiler.at(math.ceil(batch_size / num_microbatches))
         num_stages, num_layers = self.num_workers, len(profile.layers)
@@ -379,19 +388,35 @@ class _Search:
             for k, (own, (_, _, one)) in enumerate(zip(stages, chosen, strict=True))
         ]
         if limit is not None and max(needs) > limit:  # of cuts that were given
-            return self._at(method, batch_size, num_microbatches, keep, limit, None)
+            return self._at(method, batch_size, num_microbatches, keep, limit, None, None)
+        ratios = [self.slower] * num_stages if like is None else like.ratios
+        spread = profile.spread if like is None else like.spread
         return _Evaluated(
             method=method,
             num_microbatches=num_microbatches,
             batch_size=batch_size,
             cuts=list(cuts),
             keeps=chosen_keeps,
-            slots_s=[slot for slot, _, _ in chosen],
+            slots_s=[ratio * slot for ratio, (slot, _, _) in zip(ratios, chosen, strict=True)],
             bytes=needs,
             delay=max(steady_delay(method, num_stages, k, num_microbatches, 0) for k in range(num_stages)),
-            simulation=self._simulate(method, num_microbatches, stages, chosen_keeps, None),
-            jittered_s=self._simulate(method, num_microbatches, stages, chosen_keeps, profile).minibatch_s,
+            ratios=ratios,
+            spread=spread,
+            simulation=self._simulate(method, num_microbatches, stages, chosen_keeps, ratios, spread),
         )
+
+    def tried(self, each: _Evaluated) -> _Evaluated:
+        """With the times of its stages corrected by some steps of them; accelerators are profiled as they run."""
+        if self.profiler.device.type != "cpu":
+            return each
+        self.say(f"trying the stages on mini-batches of {each.batch_size}")
+        trials = self.profiler.try_stages(
+            each.method, each.cuts, each.keeps, each.num_microbatches, each.batch_size, steps=_TRIAL_STEPS
+        )
+        ratios = [trial.minibatch_s / slot for trial, slot in zip(trials, each.slots_s, strict=True)]
+        spread = statistics.median(trial.spread for trial in trials)
+        like = dataclasses.replace(each, ratios=ratios, spread=spread)
+        return self._at(each.method, each.batch_size, each.num_microbatches, self.keep, self.limit, each.cuts, like)
 
     def _slot_s(self, own: StageProfile, method: Method, stage: int, num_microbatches: int, recomputes: bool) -> float:
         """A stage's work for a mini-batch, or what its links take if that is more."""
@@ -411,21 +436,22 @@ class _Search:
         num_microbatches: int,
         stages: Sequence[StageProfile],
         keeps: Sequence[Keep],
-        jittered: Profile | None,
+        ratios: Sequence[float],
+        spread: float,
     ) -> Simulation:
+        sigma = max(_LEAST_JITTER, spread / 1.35)  # of a normal distribution with that interquartile range
+
         def times(name: str) -> list[Seconds]:
-            values = [getattr(stage, name) for stage in stages]
-            if jittered is None:
-                return values
-            sigma = max(_LEAST_JITTER, jittered.spread / 1.35)  # of a normal distribution with that interquartile range
-            return [_lognormal(value, sigma) for value in values]
+            return [
+                _lognormal(ratio * getattr(stage, name), sigma) for ratio, stage in zip(ratios, stages, strict=True)
+            ]
 
         longest = max(StageOrder(method, len(stages), 0).lead, lead(method, len(stages), 0))
         minibatches = 4 * math.ceil((longest + 1) / num_microbatches) + 20
         return simulate(
             method,
             num_stages=len(stages),
-            num_minibatches=minibatches if jittered is None else 4 * minibatches,
+            num_minibatches=10 * minibatches,
             num_microbatches=num_microbatches,
             forward_s=times("forward_s"),
             backward_s=times("backward_s"),
@@ -447,7 +473,9 @@ class _Search:
                 row = dataclasses.replace(own, ahead=ahead, backward_first=backward_first)
                 if self._leads_of(row) not in known:
                     try:
-                        known[self._leads_of(row)] = self.evaluate(row, chosen.batch_size, cuts=chosen.cuts)
+                        known[self._leads_of(row)] = self.evaluate(
+                            row, chosen.batch_size, cuts=chosen.cuts, like=chosen
+                        )
                     except PlanError:  # a longer lead does not fit the memory
                         continue
         return sorted(known.values(), key=lambda each: (each.delay, each.method.ahead))
@@ -459,8 +487,14 @@ class _Search:
 
     def one_worker(self, batch_size: int) -> Choice:
         """Backpropagation without a pipeline, alone on the machine."""
-        whole = self.profiler.at(batch_size, neighbours=0).whole
+        profile = self.profiler.at(batch_size, neighbours=0)
+        whole = profile.whole
         seconds = whole.forward_s + whole.backward_s + whole.update_s
+        if self.profiler.device.type == "cpu":
+            row = get_method("bp")
+            seconds = self.profiler.try_stages(row, [], ["graph"], 1, batch_size, steps=_TRIAL_STEPS, neighbours=0)[
+                0
+            ].minibatch_s
         needs = footprint(get_method("bp"), 1, 0, 1, whole.sizes)
         return Choice(
             "one worker", 1, "forward-first", 1, 1, batch_size, (), seconds, batch_size / seconds, math.ceil(needs.total), 0,
@@ -475,7 +509,7 @@ def _larger_batches(search: _Search, row: Method, base: int, most: int) -> list[
     while size <= most and stale < 2:
         search.say(f"mini-batches of {size}")
         try:
-            each = search.evaluate(row, size)
+            each = search.tried(search.evaluate(row, size))
         except PlanError:
             if not evaluated:
                 raise
@@ -490,8 +524,8 @@ def _larger_batches(search: _Search, row: Method, base: int, most: int) -> list[
 def _frontier(leads: Sequence[_Evaluated]) -> list[_Evaluated]:
     """For each delay the fastest, as long as more delay makes it faster."""
     frontier: list[_Evaluated] = []
-    for each in sorted(leads, key=lambda each: (each.delay, each.jittered_s)):
-        if not frontier or each.jittered_s < 0.999 * frontier[-1].jittered_s:
+    for each in sorted(leads, key=lambda each: (each.delay, each.minibatch_s)):
+        if not frontier or each.minibatch_s < 0.999 * frontier[-1].minibatch_s:
             frontier.append(each)
     return frontier
 

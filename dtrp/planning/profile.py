@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..footprint import StageSizes
+from ..methods import Method
+from ..pipeline import Keep
+from ..plan_file import PlanError
 from ..predict import BuiltInPredictor, as_predictor
 from ..splitting import layers_of, stage_device
 from ..stash import tensor_bytes
-from .balance import PlanError
 from .neighbours import busy_neighbours
+from .trial import StageTrial, relative_spread, try_stages
 
 
 @dataclass(frozen=True)
@@ -165,15 +168,15 @@ class Profiler:
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self.example = _checked_example(example)
-        self._loss_fn = loss_fn
+        self._loss_fn, self._make_optimizer = loss_fn, optimizer
         named = layers_of(model)
         self.names = [name for name, _ in named]
         # The optimizer's factory may know the model's own parameters, so that the copy has to be one of all layers.
         self._layers = [copy.deepcopy(layer) for _, layer in named]
-        self._device = torch.device(device) if device is not None else _place(self._layers)
+        self.device = torch.device(device) if device is not None else _place(self._layers)
         for layer in self._layers:
-            layer.to(self._device)
-        self._module: Any = torch.get_device_module(self._device) if self._device.type != "cpu" else None
+            layer.to(self.device)
+        self._module: Any = torch.get_device_module(self.device) if self.device.type != "cpu" else None
         self._parameters = [p for layer in self._layers for p in layer.parameters() if p.requires_grad]
         self._optimizer = optimizer(list(self._parameters)) if optimizer is not None and self._parameters else None
         predictor = as_predictor(predict)
@@ -187,14 +190,35 @@ class Profiler:
         neighbours = self._neighbours if neighbours is None else neighbours
         key = samples, neighbours
         if key not in self._known:
-            x, y = (_tiled(t, samples).to(self._device) for t in self.example)
-            devices = [self._device] if self._module is not None else []
-            with (
-                torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"),
-                busy_neighbours(neighbours, self._layers, x),
-            ):
+            x, y = (_tiled(t, samples).to(self.device) for t in self.example)
+            with self._quietly(), busy_neighbours(neighbours, self._layers, x):
                 self._known[key] = self._measure(x, y)
         return self._known[key]
+
+    def try_stages(
+        self,
+        method: Method,
+        cuts: Sequence[int],
+        keep: Sequence[Keep],
+        num_microbatches: int,
+        samples: int,
+        *,
+        steps: int,
+        neighbours: int | None = None,
+    ) -> list[StageTrial]:
+        """Some steps of the stages that these cuts make, as `try_stages` does them."""
+        x, y = (_tiled(t, samples).to(self.device) for t in self.example)
+        named = list(zip(self.names, self._layers, strict=True))
+        with self._quietly():
+            return try_stages(
+                named, (x, y), self._loss_fn, self._make_optimizer, method, cuts, keep, num_microbatches,
+                neighbours=self._neighbours if neighbours is None else neighbours, steps=steps,
+            )  # fmt: skip
+
+    def _quietly(self) -> AbstractContextManager[Any]:
+        """Random numbers are drawn and given back."""
+        devices = [self.device] if self._module is not None else []
+        return torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda")
 
     def _measure(self, x: Tensor, y: Tensor) -> Profile:
         forward: list[list[float]] = [[] for _ in self._layers]
@@ -268,7 +292,7 @@ class Profiler:
                     forward_s=statistics.median(forward[place]),
                     nograd_forward_s=statistics.median(nograd[place]),
                     backward_s=statistics.median(backward[place]),
-                    spread=_spread([f + b for f, b in zip(forward[place], backward[place], strict=True)]),
+                    spread=relative_spread([f + b for f, b in zip(forward[place], backward[place], strict=True)]),
                     graph_bytes=sizes[place][0],
                     input_bytes=sizes[place][1],
                     output_bytes=sizes[place][2],
@@ -293,7 +317,7 @@ class Profiler:
 
     def _now(self) -> float:
         if self._module is not None:
-            self._module.synchronize(self._device)
+            self._module.synchronize(self.device)
         return time.perf_counter()
 
 
@@ -337,11 +361,3 @@ def _tiled(t: Tensor, samples: int) -> Tensor:
 
 def _place(layers: Sequence[nn.Module]) -> torch.device:
     return next((place for place in map(stage_device, layers) if place is not None), torch.device("cpu"))
-
-
-def _spread(times: Sequence[float]) -> float:
-    median = statistics.median(times)
-    if len(times) < 4 or not median:
-        return 0.0
-    low, _, high = statistics.quantiles(times, n=4)
-    return (high - low) / median

@@ -23,8 +23,8 @@ from random import Random
 from typing import Literal, NamedTuple
 
 from ..methods import Method, get_method
+from ..plan_file import PlanError
 from ..schedule import Action, Slot, StageOrder
-from .balance import PlanError
 
 Seconds = float | Callable[[Random], float]
 PerStage = Seconds | Sequence[Seconds]

@@ -13,11 +13,14 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
-from ..methods import Method, get_method
-from ..splitting import layers_of
-from .balance import PlanError
+from .methods import Method, get_method
+from .splitting import layers_of
 
 _FORMAT = 1
+
+
+class PlanError(ValueError):
+    """What cannot be planned, and what would; or a plan that does not fit."""
 
 
 @dataclass(frozen=True)
