@@ -378,7 +378,10 @@ def schedule(
 @click.option("--max-delay", type=click.IntRange(min=0), help="In updates; met by more micro-batches.")
 @click.option("--lr-scaling", type=Name("lr scaling", tuple(LR_SCALING)), default="linear", help="With the mini-batch.")
 @click.option("--device", default=_DEFAULTS.device, help="Where to measure.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, help="CPU threads of a worker.")
+@click.option("--dtype", type=_CHOICES["dtype"], default=_DEFAULTS.dtype, help="As of 'dtrp train'.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=1, help="CPU threads of a worker, and of the one worker."
+)
 @click.option("--repeats", type=click.IntRange(min=1), default=7, help="Rounds of the measurement.")
 @click.option("--out", type=click.Path(dir_okay=False), default="plan.json", help="The file to write.")
 @click.option("--overwrite", is_flag=True, help="Replace it if it is there.")
@@ -402,6 +405,7 @@ def plan(**options: Any) -> None:
         "optimizer",
         "prediction",
         "device",
+        "dtype",
         "threads",
     )
     config = TrainConfig(**{name: options[name] for name in shared})
@@ -426,7 +430,23 @@ def plan(**options: Any) -> None:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
     show_plan(made)
-    click.echo(f"written to {out}; train by it: dtrp train --data {config.data} --model {config.model} --plan {out}")
+    told = [f"--{name} {options[name.replace('-', '_')]}" for name in ("data-dir", "image-size", "optimizer", "dtype")
+            if options[name.replace("-", "_")] != getattr(_DEFAULTS, name.replace("-", "_"))]  # fmt: skip
+    told.append(f"--workers {options['workers']}" if options["workers"] > 1 else "")
+    command = " ".join(
+        filter(None, [f"dtrp train --data {config.data} --model {config.model}", *told, f"--plan {out}"])
+    )
+    click.echo(f"written to {out}; train by it:\n  {command}")
+
+
+class Sizes(Bytes):
+    """Bytes: one number, or one for each hop: ``1MB,4MB``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, int):
+            return value
+        sizes = [super(Sizes, self).convert(part, param, ctx) for part in str(value).split(",")]
+        return sizes[0] if len(sizes) == 1 else sizes
 
 
 class Times(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -459,8 +479,14 @@ class Times(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 @click.option("--nograd-forward", type=Times(), help="Seconds of a forward without a graph (as --forward).")
 @click.option("--update", type=Times(), default=0.0, help="Seconds of an update; one, or one a stage.")
 @click.option("--latency", type=Times(), default=0.0, help="Seconds a message takes; one, or one a hop.")
-@click.option("--bandwidth", type=Bytes(), help="Of each link, bytes a second (unbounded).")
-@click.option("--message", type=Bytes(), default=0, help="Size of a micro-batch's activations.")
+@click.option("--bandwidth", type=Sizes(), help="Of a link, bytes a second (unbounded); one, or one a hop.")
+@click.option("--message", type=Sizes(), default=0, help="Size of a micro-batch's activations; one, or one a hop.")
+@click.option("--predict", type=Times(), default=0.0, help="Seconds of a prediction; one, or one a stage.")
+@click.option("--speed", type=Times(), default=1.0, help="Of the devices; one, or one a stage.")
+@click.option("--weights", type=Sizes(), help="Bytes of a stage's parameters: shows the memory; one, or one a stage.")
+@click.option("--optimizer-state", type=Sizes(), default=0, help="Bytes of its optimizer's state.")
+@click.option("--input", type=Sizes(), default=0, help="Bytes of its input, a micro-batch.")
+@click.option("--graph", type=Sizes(), default=0, help="Bytes of its activations, a micro-batch.")
 @click.option("--timeline", is_flag=True, help="List every action too.")
 def simulate(**options: Any) -> None:
     """Run a schedule with given times, without a network: time per mini-batch, waiting, delays.
@@ -486,7 +512,13 @@ def simulate(**options: Any) -> None:
                 nograd_forward_s=options["nograd_forward"],
                 update_s=options["update"],
                 latency_s=options["latency"],
-                bandwidth_bytes_s=options["bandwidth"] or math.inf,
+                bandwidth_bytes_s=math.inf if options["bandwidth"] is None else options["bandwidth"],
+                predict_s=options["predict"],
+                speed=options["speed"],
+                weight_bytes=options["weights"],
+                optimizer_bytes=options["optimizer_state"],
+                input_bytes=options["input"],
+                graph_bytes=options["graph"],
                 message_bytes=options["message"],
                 keep=options["keep"],
             )

@@ -228,7 +228,9 @@ def show_simulations(rows: Sequence[tuple[str, Simulation]]) -> None:
     """What `simulate` found, a method a row."""
     table = Table()
     table.add_column("method")
-    for heading in ("time a mini-batch", "whole run", "at work, each", "stash, peak", "delay (updates)"):
+    sized = any(simulation.peak_bytes is not None for _, simulation in rows)
+    memory = ("memory, each",) if sized else ()
+    for heading in ("time a mini-batch", "whole run", "at work, each", "stash, peak", "delay (updates)", *memory):
         table.add_column(heading, justify="right")
     for name, simulation in rows:
         table.add_row(
@@ -238,6 +240,7 @@ def show_simulations(rows: Sequence[tuple[str, Simulation]]) -> None:
             _shares(tuple(simulation.utilization.values())),
             _few([str(peak) for peak in simulation.peak_stash.values()]),
             summarize_delays(dict(sorted(simulation.delays[0].items()))),
+            *([_few([decimal(round(size)) for size in (simulation.peak_bytes or {}).values()])] if sized else []),
         )
     _wide_console().print(table)
 

@@ -129,7 +129,8 @@ class DistributedEngine:
         return Note(-1, self.num_updates, parts, 0, len(x), checksum)
 
     def _received_note(self) -> Note:
-        self._stage.prepare(self._next_microbatch, self.num_updates)
+        with self.working_times[0].working:
+            self._stage.prepare(self._next_microbatch, self.num_updates)
         self._message = self._receive(self._transport.forward_in, "forward", self._next_microbatch)
         return self._message.note
 

@@ -35,6 +35,7 @@ class StageSizes:
         input: the stage's input.
         graph: what its autograd graph saves.
         output: the stage's output.
+        trains: whether it, or a stage before it, has something to train; else it keeps nothing.
     """
 
     weights: float
@@ -43,6 +44,7 @@ class StageSizes:
     input: float
     graph: float
     output: float = 0.0
+    trains: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,16 @@ def footprint(method: Method, num_stages: int, stage: int, num_microbatches: int
         sizes: of the stage.
     """
     last = stage == num_stages - 1
-    recomputes = method.recomputes(num_stages, stage)
+    recomputes = sizes.trains and method.recomputes(num_stages, stage)
     each = sizes.input if recomputes else sizes.input + sizes.graph
+    each = each if sizes.trains else 0.0
     graph = sizes.graph if recomputes else 0.0
     predicts = method.predict is not None and not last
     copies = not recomputes or method.backward_at == "stashed"
     order = (method.ahead, method.backward_first, method.flush, method.forward_all)
-    moments, delayed = _moments(order, num_stages, stage, num_microbatches, predicts)
+    # What dtrp predicts is the same for micro-batches of one version and horizon; another predictor may differ.
+    shared = not predicts or isinstance(method.predict, str)
+    moments, delayed = _moments(order, num_stages, stage, num_microbatches, predicts, shared)
     stash, added = max(
         (
             (held * each + (versions if copies else 0) * sizes.trained, graph if backward else 0.0)
@@ -119,7 +124,12 @@ class _Order(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _moments(
-    order: tuple[float, bool, bool, bool], num_stages: int, stage: int, num_microbatches: int, predicts: bool
+    order: tuple[float, bool, bool, bool],
+    num_stages: int,
+    stage: int,
+    num_microbatches: int,
+    predicts: bool,
+    shared: bool,
 ) -> tuple[frozenset[tuple[int, int, bool]], bool]:
     """What a stage holds at a time: (micro-batches, versions of the weights that these read, whether one is in its B).
 
@@ -137,7 +147,8 @@ def _moments(
             if action.kind == "F":
                 delay = minibatch - version
                 delayed = delayed or delay > 0
-                held.append((version, delay if predicts else 0) if delay > 0 else None)
+                own = delay if shared else -1 - action.index
+                held.append((version, own if predicts else 0) if delay > 0 else None)
             elif action.kind == "U":
                 version += 1
             moments.add((len(held), len({one for one in held if one is not None}), action.kind == "B"))

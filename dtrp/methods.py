@@ -23,6 +23,8 @@ from typing import Any, Literal
 from . import schedule
 from .names import unknown
 
+Keep = Literal["graph", "input"]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -49,7 +51,7 @@ class Method:
     name: str
     ahead: float
     backward_first: bool
-    keep: Literal["graph", "input"]
+    keep: Keep
     backward_at: Literal["stashed", "current"]
     predict: Any = None
     grad_shrink: float = 1.0
@@ -108,7 +110,7 @@ class Method:
                 "meaning; leave them at ahead=1, backward_first=False"
             )
 
-    def keeping(self, keep: Literal["graph", "input"]) -> Method:
+    def keeping(self, keep: Keep) -> Method:
         """The row of a stage that keeps something else than this method says, in the same order of work.
 
         A graph that is kept holds the weights its forward read, predicted or not, so its backward is at those

@@ -20,7 +20,7 @@ from . import checkpoint
 from .distributed import DistributedEngine, agree
 from .engine import Engine
 from .local import LocalEngine
-from .methods import Method, get_method
+from .methods import Keep, Method, get_method
 from .plan_file import Plan, as_plan
 from .ranks import Ranks, find_ranks
 from .rng import microbatch_seed, seeded
@@ -31,7 +31,6 @@ from .transport import Transport
 
 Device = torch.device | str | int
 T = TypeVar("T")
-Keep = Literal["graph", "input"]
 
 
 class Pipeline:
@@ -70,8 +69,8 @@ class Pipeline:
         keep: what stages keep between F and B, in place of what the method says: ``"graph"`` or ``"input"``, for all
             stages or one for each. A stage of an asynchronous method that keeps its graph evaluates it, and
             differentiates, at the weights its forward read (predicted ones, if the method predicts), and recomputes
-            nothing. ``"auto"``: each stage looks at its first micro-batch, with one trial forward, and keeps its graphs if all that
-            it is going to hold stays under ``memory_limit_bytes``, its inputs otherwise; `keeps` tells.
+            nothing. ``"auto"``: each stage looks at its first micro-batch, with two trial forwards, and keeps its graphs if
+            all that it is going to hold stays under ``memory_limit_bytes``, its inputs otherwise; `keeps` tells.
         memory_limit_bytes: for each stage, with ``keep="auto"``: weights, optimizer state, gradients, stash and messages.
         plan: what `dtrp.plan` returned, or the path of its file: it says ``method``, ``cuts``, ``keep`` and
             ``num_microbatches``. The size of the mini-batch and the learning rate stay the caller's; the plan tells what
@@ -592,9 +591,9 @@ def _check_plan_alone(given: dict[str, Any], method: str | Method, num_microbatc
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name}={value!r} with a plan, which says it; leave it out, or edit the plan")
-    name = method if isinstance(method, str) else getattr(method, "name", "?")
-    if method != plan.row and name not in ("dtrp", plan.method):
-        raise ValueError(f"method={name!r} with a plan for {plan.method!r}; leave it out, or plan again")
+    if method not in ("dtrp", plan.method, plan.row):
+        shown = repr(method) if isinstance(method, str) else method
+        raise ValueError(f"method={shown} with a plan for {plan.row}; leave it out, or plan again with it")
     if num_microbatches not in (1, plan.num_microbatches):
         raise ValueError(
             f"num_microbatches={num_microbatches!r} with a plan for {plan.num_microbatches}; leave it out, or plan again"

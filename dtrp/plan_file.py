@@ -9,11 +9,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import nn
 
-from .methods import Method, get_method
+from .methods import Keep, Method, get_method, list_methods
 from .splitting import layers_of
 
 _FORMAT = 1
@@ -28,7 +28,7 @@ class StagePlan:
     """A stage: seconds a mini-batch, bytes at most, share of the time in which it works."""
 
     layers: tuple[str, ...]
-    keep: Literal["graph", "input"]
+    keep: Keep
     slot_s: float
     memory_bytes: int
     utilization: float
@@ -94,7 +94,7 @@ class Plan:
     method: str
     options: dict[str, Any]
     cuts: tuple[int, ...]
-    keep: tuple[Literal["graph", "input"], ...]
+    keep: tuple[Keep, ...]
     num_microbatches: int
     batch_size: int
     lr_scale: float
@@ -242,6 +242,11 @@ def method_options(method: Method) -> dict[str, Any]:
     Raises:
         PlanError: a predictor object, which no file can hold.
     """
+    if method.name not in list_methods():
+        raise PlanError(
+            f"method {method.name!r} is no row of dtrp's, and a plan is a file, which names one: make it of the nearest, as "
+            "get_method('dtrp', ahead=3)"
+        )
     own = get_method(method.name)
     if not isinstance(method.predict, (str, type(None))):
         raise PlanError(

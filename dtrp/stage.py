@@ -39,7 +39,7 @@ from torch.optim import Optimizer
 from .aligned import aligned_clone, enter
 from .exchange import Places
 from .footprint import StageSizes, footprint, optimizer_bytes
-from .methods import Method
+from .methods import Keep, Method
 from .predict import BuiltInPredictor, as_predictor
 from .rng import microbatch_seed, seeded
 from .schedule import Action, lead
@@ -231,7 +231,7 @@ class Stage:
         del trial, out
         assert self.memory_limit_bytes is not None
         needs = {}
-        keeps: tuple[Literal["graph", "input"], ...] = ("graph", "input")
+        keeps: tuple[Keep, ...] = ("graph", "input")
         for keep in keeps:
             method = self.method.keeping(keep)
             needs[keep] = footprint(method, self.num_stages, self.index, self.num_microbatches, sizes)

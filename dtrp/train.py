@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -361,6 +362,11 @@ def resolved(config: TrainConfig) -> tuple[TrainConfig, Plan | None]:
         warmup_updates=max(config.warmup_updates, agreed.warmup_updates),
         plan=None,
     )
+    if make_method(scaled) != row:
+        raise ValueError(
+            f"{config.plan} has options of {agreed.method} that dtrp train cannot be told ({', '.join(agreed.options)}); use "
+            "Pipeline(plan=...)"
+        )
     return scaled, agreed
 
 
@@ -397,6 +403,8 @@ def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any
     if len(x) < config.batch_size:
         times = -(-config.batch_size // len(x))
         x, y = torch.cat([x] * times)[: config.batch_size], torch.cat([y] * times)[: config.batch_size]
+    model, x = model.to(_DTYPES[config.dtype]), x.to(_DTYPES[config.dtype])
+    autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16) if config.dtype == "bfloat16" else None
     return plan(
         model,
         (x, y),
@@ -404,6 +412,7 @@ def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any
         method=make_method(config),
         optimizer=make_optimizer(config),
         device=device,
+        autocast=autocast,
         progress=say,
         **choices,
     )

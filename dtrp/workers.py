@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
@@ -16,6 +18,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+_HANDLED = [
+    number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
+]  # by the launcher
 _LINES = 30  # of a failed worker's log
 
 
@@ -49,13 +54,7 @@ def run_workers(arguments: Sequence[str], num_processes: int, *, shown: int) -> 
         WorkersError: one failed; the others have been ended.
         KeyboardInterrupt: Ctrl-C, or SIGTERM; all have been ended.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all of them are on this machine
-    for name in logging.root.manager.loggerDict:
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what they would say is said better below
-    with tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
+    with _as_they_were(), tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
         redirects = {rank: Std.ERR if rank == shown else Std.ALL for rank in range(num_processes)}
         config = LaunchConfig(
             min_nodes=1,
@@ -77,6 +76,31 @@ def run_workers(arguments: Sequence[str], num_processes: int, *, shown: int) -> 
             raise WorkersError(rank, ended[rank], _log(Path(folder), rank)) from None
         except SignalException:
             raise KeyboardInterrupt from None
+
+
+@contextmanager
+def _as_they_were() -> Iterator[None]:
+    """What the launcher needs of this process while it runs: variables, quiet loggers, and its signal handlers."""
+    variables = dict(os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all of them are on this machine
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they would say is said better in a WorkersError
+    here = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in _HANDLED} if here else {}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # None: not installed from Python, and so not to be put back from it
+                signal.signal(number, handler)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        os.environ.clear()
+        os.environ.update(variables)
 
 
 def _log(folder: Path, rank: int) -> str:

@@ -177,6 +177,30 @@ def test_wrong_use(options: dict[str, Any], message: str) -> None:
         pipeline(network(), sgd, num_stages=2, **options)
 
 
+def test_a_predictor_of_ones_own_has_a_copy_for_each_micro_batch() -> None:
+    def still(parameters: Any, optimizer: Any, horizon: int, out: Any, **where: Any) -> None:
+        for p, o in zip(parameters, out, strict=True):
+            o.copy_(p)
+
+    method = dtrp.get_method("dtrp", predict=still)
+    pipe = pipeline(
+        nn.Sequential(*(nn.Linear(5, 5) for _ in range(4))),
+        sgd,
+        num_stages=4,
+        method=method,
+        num_microbatches=4,
+        keep="graph",
+    )
+    pipe.step(torch.randn(64, 5), torch.randint(5, (64,)))
+    pipe.flush()
+    for stage in stages_of(pipe):
+        stage.stash_peak = 0
+    for _ in range(9):
+        pipe.step(torch.randn(64, 5), torch.randint(5, (64,)))
+    for k, stage in enumerate(stages_of(pipe)):
+        assert stage.stash_peak == footprint(stage.method, 4, k, 4, sizes_of(stage)).stash, k
+
+
 def test_a_footprint_counts_everything_once() -> None:
     sizes = StageSizes(weights=100, trained=90, optimizer=180, input=10, graph=50, output=20)
     # K=4, stage 1: d=2, lead 4, backward first: 4 inputs wait, and one of them is in its B with a graph.

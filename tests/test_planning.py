@@ -82,6 +82,7 @@ def test_memory_may_depend_on_the_stage() -> None:
         (([1, -1], 2), r"costs\[1\]=-1: pass numbers that are finite and at least 0"),
         (([1, math.nan], 2), r"costs\[1\]=nan"),
         (([1, math.inf], 2), r"costs\[1\]=inf"),
+        (([1e300] * 3, 2), "pass smaller numbers"),
         (([1, "2"], 2), r"costs\[1\]='2'"),
         (([1, 2], 3), "pass num_workers<=2"),
         (([1, 2], 0), "whole number of at least 1"),
@@ -237,6 +238,7 @@ def test_utilization_is_the_share_of_work() -> None:
         ({"num_stages": 0}, "num_stages=0"),
         ({"num_minibatches": 0}, "num_minibatches=0"),
         ({"num_microbatches": 0}, "num_microbatches=0"),
+        ({"num_microbatches": 2.5}, "num_microbatches=2.5"),
         ({"num_microbatches": [1]}, "one for each of the num_minibatches=9"),
         ({"keep": "all"}, "keep='all'"),
         ({"bandwidth_bytes_s": 0}, "bandwidth_bytes_s=0"),
@@ -473,6 +475,9 @@ def test_other_methods_and_whether_to() -> None:
         ({"num_microbatches": 0}, "at least 1"),
         ({"lr_scaling": "cubic"}, "choose one of"),
         ({"method": dtrp.get_method("dtrp", predict=lambda *a, **k: None)}, "holds predictors by name"),
+        ({"method": dataclasses.replace(dtrp.get_method("dtrp"), name="mine")}, "no row of dtrp's"),
+        ({"compensate": True, "max_batch_size": 8}, "max_batch_size=8 with an example of 16"),
+        ({"num_workers": 4, "num_microbatches": 1, "max_delay": 1}, "leaves a delay of 5"),
     ],
 )
 def test_what_cannot_be_planned(options: dict[str, Any], message: str) -> None:
@@ -495,7 +500,8 @@ def test_a_plan_for_another_model_is_refused() -> None:
         ({"cuts": [1]}, r"cuts=\[1\] with a plan"),
         ({"num_stages": 2}, "num_stages=2 with a plan"),
         ({"keep": "graph"}, "keep='graph' with a plan"),
-        ({"method": "fdg"}, "method='fdg' with a plan for 'dtrp'"),
+        ({"method": "fdg"}, r"method='fdg' with a plan for Method\(name='dtrp'"),
+        ({"method": dtrp.get_method("dtrp", lr_shrink=0.5)}, "with a plan for Method"),
         ({"num_microbatches": 3}, "num_microbatches=3 with a plan for 1"),
     ],
 )
@@ -541,9 +547,117 @@ def test_files_that_are_no_plans(tmp_path: Path) -> None:
         dtrp.Pipeline(network(), sgd, nn.functional.cross_entropy, plan=3)  # type: ignore[arg-type]
 
 
+def test_layers_that_write_their_input_and_tied_ones() -> None:
+    """Found in review."""
+    inplace = nn.Sequential(
+        nn.Linear(5, 5), nn.ReLU(inplace=True), nn.Linear(5, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)
+    )
+    example = batch()
+    x = example[0].clone()
+    made = plan(inplace, example, nn.functional.cross_entropy, num_workers=2, latency_s=0.0, neighbours=0, repeats=1)
+    assert torch.equal(example[0], x)
+    assert len(made.cuts) == 1
+    shared = nn.Linear(5, 5)
+    tied = nn.Sequential(shared, nn.Tanh(), shared, nn.Tanh(), nn.Linear(5, 3))
+    for workers in (2, 3):
+        cuts = quick(tied, num_workers=workers).cuts
+        assert all(cut > 2 for cut in cuts)
+        dtrp.Pipeline(tied, sgd, nn.functional.cross_entropy, cuts=cuts)
+    with pytest.raises(PlanError, match="layers share tensors"):
+        quick(tied, num_workers=4)
+
+
+def test_frozen_layers_cost_what_they_do() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(6)), nn.Linear(5, 3))
+    for layer in model[:3]:
+        layer.requires_grad_(False)
+    profile = Profiler(model, batch(), nn.functional.cross_entropy, repeats=3).at(16)
+    assert [layer.trains for layer in profile.layers] == [False] * 3 + [True] * 4
+    assert all(layer.graph_bytes == 0 and not layer.saves_input for layer in profile.layers[:3])
+    pipe = pipeline(model, sgd, cuts=[3], method="dtrp")
+    for _ in range(6):
+        pipe.step(*batch())
+    assert profile.stage(0, 3).sizes.trains is False
+    from dtrp.footprint import footprint
+
+    held = footprint(dtrp.get_method("dtrp"), 2, 0, 1, profile.stage(0, 3).sizes)
+    assert held.stash + held.graph == pipe.activations_peak()[0] == 0
+
+
+def test_any_optimizer_where_nothing_is_predicted() -> None:
+    for method in ("bp", "fdg"):
+        assert quick(network(), method=method, optimizer=lambda p: torch.optim.Adagrad(p)).method == method
+    with pytest.raises(TypeError, match="does not know the update rule of Adagrad"):
+        quick(network(), method="dtrp", optimizer=lambda p: torch.optim.Adagrad(p))
+
+
+def test_a_slow_link_is_a_slot_and_does_not_distort_the_work() -> None:
+    made = quick(network(), method="fdg", bandwidth_bytes_s=20_000.0)
+    wire = 16 * 5 * 4 / 20_000
+    assert all(stage.slot_s == pytest.approx(wire) for stage in made.stages)
+    assert made.minibatch_s >= 0.99 * wire
+    work = Profiler(network(), batch(), nn.functional.cross_entropy, optimizer=sgd).at(16).whole
+    used = sum(stage.utilization for stage in made.stages) * made.minibatch_s
+    assert used == pytest.approx(work.forward_s + work.backward_s + work.update_s, rel=0.8)
+
+
+def test_more_micro_batches_are_tried_where_fewer_do_not_fit() -> None:
+    few = quick(network(), method="bp", num_microbatches=2)
+    many = quick(network(), method="bp", num_microbatches=4)
+    limit = max(stage.memory_bytes for stage in many.stages)
+    assert limit < max(stage.memory_bytes for stage in few.stages)
+    assert quick(network(), method="bp", memory_limit_bytes=limit).num_microbatches >= 4
+
+
+def test_a_long_lead_for_slow_links() -> None:
+    model = nn.Sequential(*(Slow(0.002) for _ in range(2)))
+    made = plan(model, (torch.randn(8, 5), torch.randn(8, 5)), nn.functional.mse_loss, num_workers=2, method="fdg",
+                latency_s=0.03, neighbours=0, repeats=2, alternatives=False)  # fmt: skip
+    assert made.row.ahead > 4
+    assert made.minibatch_s < 1.25 * max(stage.slot_s for stage in made.stages)
+
+
+def test_under_torchrun_the_trial_stays_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert quick(network(), method="bp").num_workers == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's launcher leaves logs open
+def test_measuring_the_link_leaves_the_process_as_it_was() -> None:
+    import logging
+    import os
+    import signal
+
+    from dtrp.planning import measure_link
+
+    before = dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    speed = measure_link()
+    assert 0 < speed.latency_s < 1
+    assert speed.bandwidth_bytes_s > 1e6
+    assert before == (dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
+    assert logging.getLogger("torch.distributed.elastic.multiprocessing.api").level != logging.CRITICAL
+
+
+def test_the_simulators_memory_is_the_footprint() -> None:
+    found = simulate(
+        "dtrp", num_stages=4, num_minibatches=20, forward_s=1, backward_s=2, weight_bytes=100.0, optimizer_bytes=200.0,
+        input_bytes=10.0, graph_bytes=50.0,
+    )  # fmt: skip
+    assert found.peak_bytes is not None
+    assert found.peak_bytes[1] == 100 + 200 + 100 + 100 + 40 + 50 + 2 * (10 + 10)
+    assert found.peak_bytes[3] == 100 + 200 + 100 + 60 + 20
+    assert simulate("dtrp", num_stages=2, num_minibatches=9, forward_s=1, backward_s=2).peak_bytes is None
+
+
 # -- the command line -----------------------------------------------------------------------------------------
 
 SMALL = ["--data", "digits", "--model", "mlp"]
+SIZED = ["simulate", "--stages", "2", "--weights", "1MB", "--message", "1MB", "--bandwidth", "2MB"]
+WRONG = (
+    ["--bandwidth", "0", "--message", "1MB"], ["--forward", "a"], ["--forward", "1,2,3"], ["--backward", "-1"],
+    ["--bandwidth", "fast"],
+)  # fmt: skip
 
 
 def test_the_command_line_plans_and_trains_by_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -636,7 +750,15 @@ def test_the_command_line_simulates(capsys: pytest.CaptureFixture[str]) -> None:
         assert f" {want.minibatch_s:g} " in row
     assert run(["simulate", "--stages", "2", "--minibatches", "3", "--timeline", "--forward", "1,2"]) == 0
     assert "stage 1  F0  1 to 3" in capsys.readouterr().out
-    for options in (["--forward", "a"], ["--forward", "1,2,3"], ["--backward", "-1"], ["--bandwidth", "fast"]):
+    assert run(SIZED) == 0
+    assert "memory, each" in capsys.readouterr().out
+    for options in (
+        ["--bandwidth", "0", "--message", "1MB"],
+        ["--forward", "a"],
+        ["--forward", "1,2,3"],
+        ["--backward", "-1"],
+        ["--bandwidth", "fast"],
+    ):
         assert run(["simulate", "--stages", "2", *options]) == 2
         assert capsys.readouterr().err.startswith("dtrp: ")
 

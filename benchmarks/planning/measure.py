@@ -67,15 +67,15 @@ def sleeping_jobs(num_stages: int) -> list[Job]:
     for (label, shares), latency_s, method in itertools.product(
         (("even", even), ("uneven", uneven)), (0.0, FORWARD_S / 3), ("dtrp", "fdg", "pipedream", "bp")
     ):
-        parts = num_stages if method == "bp" else 1
+        parts = 2 if method == "bp" else 1  # each of a whole F and B
         jobs.append(
             Job(
                 label=label,
                 method=method,
                 num_microbatches=parts,
                 latency_s=latency_s,
-                forward_s=tuple(share * FORWARD_S / parts for share in shares),
-                backward_s=tuple(share * BACKWARD_S / parts for share in shares),
+                forward_s=tuple(share * FORWARD_S for share in shares),
+                backward_s=tuple(share * BACKWARD_S for share in shares),
             )
         )
     return jobs
@@ -95,12 +95,12 @@ def new_model(name: str) -> nn.Sequential:
     return get_model(name, 3, 10, image_size=32)
 
 
-def planned(model: str, batch: int, **options: Any) -> dtrp.Plan:
+def planned(model: str, batch: int, *, workers: int = 2, **options: Any) -> dtrp.Plan:
     return dtrp.plan(
         new_model(model),
         example(batch),
         cross_entropy,
-        num_workers=2,
+        num_workers=workers,
         optimizer=make_optimizer,
         progress=print,
         **options,

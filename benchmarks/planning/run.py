@@ -49,6 +49,7 @@ def main() -> None:
             part.add_argument("--batch", type=int, default=32)
         if name in ("keep", "batch"):
             part.add_argument("--model", default="resnet20")
+            part.add_argument("--workers", type=int, default=4 if name == "batch" else 2, help="K")
         if name == "accuracy":
             part.add_argument("--data-dir", required=True, help="where cifar-10-batches-py lies")
             part.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -152,7 +153,7 @@ def cuts(options: argparse.Namespace) -> None:
 def keep(options: argparse.Namespace) -> None:
     """A generous limit, a tight one, and recomputation, beside fdg and spectrain; the same cuts."""
     batch = 64
-    plan = measure.planned(options.model, batch, method="spectrain")
+    plan = measure.planned(options.model, batch, method="spectrain", workers=options.workers)
     cuts = tuple(plan.cuts)
     jobs = [
         measure.model_job(options.model, plan, cuts, batch, method=method, keep=keep, limit=limit, label=label)
@@ -164,7 +165,7 @@ def keep(options: argparse.Namespace) -> None:
             ("dtrp, 100 MB", "dtrp", "auto", 10**8),
         )
     ]
-    outcomes = measured(2, jobs, options.rounds)
+    outcomes = measured(options.workers, jobs, options.rounds)
     rows = [
         [
             job.label,
@@ -174,7 +175,7 @@ def keep(options: argparse.Namespace) -> None:
         ]
         for job, outcome in zip(jobs, outcomes, strict=True)
     ]
-    print(table(["method", "ms", "MB, stage 0", "MB, stage 1", "keeps"], rows))
+    print(table(["method", "ms", *(f"MB, {k}" for k in range(options.workers)), "keeps"], rows))
     fastest = min(outcomes[0].median_s, outcomes[1].median_s)
     print(check("generous limit, time over the method that keeps its graph", outcomes[3].median_s / fastest, most=1.05))
     print(check("largest stage under 100 MB, MB", max(outcomes[4].memory) / 1e6, most=100))
@@ -193,13 +194,14 @@ BASE = 16
 
 
 def batch(options: argparse.Namespace) -> None:
-    plan = measure.planned(options.model, BASE, method="dtrp", compensate=True)
+    workers = options.workers
+    plan = measure.planned(options.model, BASE, workers=workers, method="dtrp", compensate=True)
     plan.save(HERE / "results" / "compensated.json")
     sizes = sorted({BASE, *(choice.batch_size for choice in plan.batches), plan.batch_size})
     jobs = [measure.model_job(options.model, plan, tuple(plan.cuts), size, label=f"dtrp {size}") for size in sizes]
-    fdg = measure.planned(options.model, BASE, method="fdg")
+    fdg = measure.planned(options.model, BASE, workers=workers, method="fdg", choose_lead=False)
     jobs.append(measure.model_job(options.model, fdg, tuple(fdg.cuts), BASE, method="fdg", label=f"fdg {BASE}"))
-    outcomes = measured(2, jobs, options.rounds)
+    outcomes = measured(workers, jobs, options.rounds)
     rates = {job.label: job.batch / outcome.median_s for job, outcome in zip(jobs, outcomes, strict=True)}
     predicted = {f"dtrp {choice.batch_size}": choice.samples_per_s for choice in plan.batches}
     rows = [
@@ -208,7 +210,8 @@ def batch(options: argparse.Namespace) -> None:
          *(f"{share:.0%}" for share in outcome.busy)]
         for job, outcome in zip(jobs, outcomes, strict=True)
     ]  # fmt: skip
-    print(table(["mini-batch", "samples/s", "predicted", "MB, stage 0", "MB, stage 1", "busy 0", "busy 1"], rows))
+    headings = [*(f"MB, {k}" for k in range(workers)), *(f"busy {k}" for k in range(workers))]
+    print(table(["mini-batch", "samples/s", "predicted", *headings], rows))
     by_label = {job.label: outcome for job, outcome in zip(jobs, outcomes, strict=True)}
     chosen = by_label[f"dtrp {plan.batch_size}"]
     print(check("samples/s over the base's", rates[f"dtrp {plan.batch_size}"] / rates[f"dtrp {BASE}"], least=1.2))
@@ -217,12 +220,22 @@ def batch(options: argparse.Namespace) -> None:
     write(
         options,
         [
-            {"model": options.model, "label": job.label, "batch": job.batch, "cuts": job.cuts, "samples_per_s": rates[job.label],
-             "predicted_samples_per_s": predicted.get(job.label), "memory": outcome.memory, "busy": outcome.busy,
-             "rounds_ms": [1e3 * s for s in outcome.rounds_s], "planned": job.label == f"dtrp {plan.batch_size}"}
+            {
+                "model": options.model,
+                "workers": workers,
+                "label": job.label,
+                "batch": job.batch,
+                "cuts": job.cuts,
+                "samples_per_s": rates[job.label],
+                "predicted_samples_per_s": predicted.get(job.label),
+                "memory": outcome.memory,
+                "busy": outcome.busy,
+                "rounds_ms": [1e3 * s for s in outcome.rounds_s],
+                "planned": job.label == f"dtrp {plan.batch_size}",
+            }
             for job, outcome in zip(jobs, outcomes, strict=True)
         ],
-    )  # fmt: skip
+    )
 
 
 def accuracy(options: argparse.Namespace) -> None:

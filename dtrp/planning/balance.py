@@ -8,6 +8,7 @@ dynamic programming over (stages used, layers placed), O(K L**2) for L layers.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 from ..plan_file import PlanError
@@ -69,20 +70,30 @@ def balance(
 
 
 def partition(
-    num_layers: int, num_workers: int, cost: Span, size: Span | None = None, limit: float | None = None
+    num_layers: int,
+    num_workers: int,
+    cost: Span,
+    size: Span | None = None,
+    limit: float | None = None,
+    forbidden: frozenset[int] = frozenset(),
 ) -> list[int]:
-    """As `balance`, for any cost of a stage; neither function is asked twice for the same stage.
+    """As `balance`, for any cost of a stage, and with places that must not be cut.
 
-    Among cuts whose slowest stage is as fast, those are taken whose squares sum to less.
+    Where the slowest stage does not decide, the cuts tend to an even split.
     """
     _check_workers(num_workers, num_layers)
-    cuts, slowest = _search(num_layers, num_workers, cost, size, limit)
+    cuts, slowest = _search(num_layers, num_workers, cost, size, limit, forbidden)
     if math.isfinite(slowest):
         return cuts
+    if not math.isfinite(_search(num_layers, num_workers, lambda first, end, stage: 0.0, None, None, forbidden)[1]):
+        raise PlanError(
+            f"no {num_workers - 1} of the places between {num_layers} layers can be cut: layers share tensors across the "
+            "others; pass fewer workers, or give each layer its own"
+        )
     assert size is not None
     assert limit is not None
     # The smallest limit that some cuts meet: the same search with bytes for costs.
-    _, needed = _search(num_layers, num_workers, size, None, None)
+    _, needed = _search(num_layers, num_workers, size, None, None, forbidden)
     raise PlanError(
         f"no cuts into {num_workers} stages fit memory_limit_bytes={limit:,.0f}: the best need {needed:,.0f} bytes in "
         f"their largest stage, {needed - limit:,.0f} too many. Pass memory_limit_bytes>={math.ceil(needed)}, more workers, smaller "
@@ -91,7 +102,7 @@ def partition(
 
 
 def _search(
-    num_layers: int, num_workers: int, cost: Span, size: Span | None, limit: float | None
+    num_layers: int, num_workers: int, cost: Span, size: Span | None, limit: float | None, forbidden: frozenset[int]
 ) -> tuple[list[int], float]:
     """(cuts, the slowest stage's cost); infinite where nothing fits."""
     # best[end]: (slowest, sum of squares) of the stages so far on layers 0..end-1
@@ -105,7 +116,7 @@ def _search(
         for end in ends:
             for first in range(stage, end):
                 slowest, squares = best[first]
-                if slowest > new[end][0] or not math.isfinite(slowest):
+                if first in forbidden or slowest > new[end][0] or not math.isfinite(slowest):
                     continue
                 own = cost(first, end, stage)
                 candidate = (max(slowest, own), squares + own * own)
@@ -124,11 +135,14 @@ def _search(
 def _checked(name: str, values: Sequence[float], length: int | None = None) -> list[float]:
     values = list(values)
     for place, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < 0:
             raise PlanError(f"{name}[{place}]={value!r}: pass numbers that are finite and at least 0")
+    if sum(map(float, values)) > 1e150:  # the search squares them
+        raise PlanError(f"{name} sum to {sum(values):g}: pass smaller numbers, in a larger unit")
     if length is not None and len(values) != length:
         raise PlanError(f"{name} has {len(values)} values and costs has {length}; pass one of each for every layer")
-    return values
+    return [float(value) for value in values]
 
 
 def _check_workers(num_workers: int, num_layers: int) -> None:

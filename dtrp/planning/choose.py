@@ -13,9 +13,12 @@ with the times of the stages and links. The choices, each from that one evaluati
 from __future__ import annotations
 
 import dataclasses
+import enum
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
@@ -25,23 +28,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..footprint import footprint
-from ..methods import Method, get_method
+from ..methods import Keep, Method, get_method
 from ..plan_file import Choice, Plan, PlanError, StagePlan, describe_model, method_options
-from ..schedule import StageOrder, lead, steady_delay
+from ..schedule import lead, steady_delay
 from ..splitting import equal_cuts, layers_of
 from .balance import partition
 from .link import LinkSpeed, measure_link
 from .profile import Profiler, StageProfile
 from .simulate import Seconds, Simulation, simulate
 
-Keep = Literal["graph", "input"]
 LR_SCALING: dict[str, Callable[[float], float]] = {
     "linear": lambda factor: factor,
     "sqrt": math.sqrt,
     "none": lambda factor: 1.0,
 }
 OTHERS = ("gpipe", "bp", "pipedream", "fdg", "dtrp")  # what a plan is compared with, beside one worker
-_LEADS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+_LEADS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
 _SLOWER = 1.02  # an order of work this much slower than the fastest is as fast
 _SATURATED = 0.95  # of the best throughput
 _LEAST_JITTER = 0.03  # no stage takes the same time twice
@@ -71,6 +73,7 @@ def plan(
     device: torch.device | str | None = None,
     neighbours: int | None = None,
     repeats: int = 7,
+    autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Profile a model and choose how to train it on ``num_workers`` workers.
@@ -98,7 +101,11 @@ def plan(
         neighbours: processes that work at the same time as the measured one. None: as many as there are other workers
             on this machine's CPU, none on an accelerator.
         repeats: rounds of the measurement, of which the median counts.
+        autocast: makes the region in which steps run, as ``lambda: torch.autocast("cpu", torch.bfloat16)``; None: none.
         progress: called with a line before each longer part.
+
+    Every worker, and the one worker it is compared with, is measured with the torch threads of this process: call
+    `torch.set_num_threads` with those of a worker first (1 under torchrun, unless OMP_NUM_THREADS says otherwise).
 
     Raises:
         PlanError: (a ValueError) what cannot be planned, with what would be possible; arguments out of range.
@@ -118,6 +125,16 @@ def plan(
         least = 0 if name == "max_delay" else 1
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise PlanError(f"{name}={value!r}: pass a whole number of at least {least}")
+    if max_batch_size is not None and (not isinstance(max_batch_size, int) or max_batch_size < len(example[0])):
+        raise PlanError(
+            f"max_batch_size={max_batch_size!r} with an example of {len(example[0])} samples, the base; pass at least that"
+        )
+    if num_microbatches is not None and max_delay is not None and isinstance(num_workers, int):
+        delay = steady_delay(row, max(1, num_workers), 0, num_microbatches, 0)
+        if delay > max_delay:
+            raise PlanError(
+                f"num_microbatches={num_microbatches} leaves a delay of {delay}, and max_delay={max_delay}; pass one of the two"
+            )
     num_layers = len(layers_of(model))
     if isinstance(num_workers, bool) or not isinstance(num_workers, int) or not 1 <= num_workers <= num_layers:
         raise PlanError(
@@ -137,6 +154,7 @@ def plan(
         device=device,
         neighbours=neighbours,
         repeats=repeats,
+        autocast=autocast,
     )
     base = len(profiler.example[0])
     if num_microbatches is not None and num_microbatches > base:
@@ -149,15 +167,18 @@ def plan(
             link = LinkSpeed(measured.latency_s, bandwidth_bytes_s or measured.bandwidth_bytes_s)
         else:
             link = LinkSpeed(latency_s, bandwidth_bytes_s or math.inf)
-    search = _Search(profiler, num_workers, link, keep, memory_limit_bytes, max_delay, num_microbatches, say)
+    search = _Search(
+        profiler, num_workers, link, keep, memory_limit_bytes, max_delay, num_microbatches, _tied_cuts(model), say
+    )  # fmt: skip
     say(f"profiling {num_layers} layers")
 
     batches: list[_Evaluated] = []
     if compensate:
-        limit = memory_limit_bytes
-        if limit is None:
-            limit = search.evaluate(get_method("fdg"), base, keep=None, limit=None).memory
-        batches = _larger_batches(dataclasses.replace(search, limit=limit), row, base, max_batch_size or 32 * base)
+        if memory_limit_bytes is None:
+            unbound = dataclasses.replace(search, max_delay=None, num_microbatches=None)
+            memory_limit_bytes = unbound.evaluate(get_method("fdg"), base, keep=None, limit=None).memory
+            search = dataclasses.replace(search, limit=memory_limit_bytes)
+        batches = _larger_batches(search, row, base, max_batch_size or 32 * base)
         best = max(each.samples_per_s for each in batches)
         chosen = next(each for each in batches if each.samples_per_s >= _SATURATED * best)
     else:
@@ -171,9 +192,10 @@ def plan(
     if choose_lead and num_workers > 1 and not row.flush:
         say("orders of work")
         leads = search.leads(chosen)
-        fastest = min(each.minibatch_s for each in leads)
+        allowed = [each for each in leads if max_delay is None or each.delay <= max_delay] or [chosen]
+        fastest = min(each.minibatch_s for each in allowed)
         chosen = min(
-            (each for each in leads if each.minibatch_s <= _SLOWER * fastest),
+            (each for each in allowed if each.minibatch_s <= _SLOWER * fastest),
             key=lambda each: (each.delay, each.method.ahead),
         )
 
@@ -209,7 +231,7 @@ def plan(
         memory_limit_bytes=memory_limit_bytes,
         minibatch_s=chosen.minibatch_s,
         one_worker_s=one_worker.minibatch_s,
-        advice=_advice(chosen, one_worker, others),
+        advice=_advice(chosen, one_worker, others, search),
         stages=chosen.stages(profiler.names),
         alternatives=tuple(described),
         leads=tuple(each.choice() for each in _frontier(leads)),
@@ -226,7 +248,8 @@ class _Evaluated:
     batch_size: int
     cuts: list[int]
     keeps: list[Keep]
-    slots_s: list[float]
+    work_s: list[float]  # of each stage, a mini-batch
+    wire_s: list[float]  # of its slower link, a mini-batch
     bytes: list[float]
     delay: int
     ratios: list[float]  # of what each stage takes, to the sum of its layers
@@ -236,6 +259,11 @@ class _Evaluated:
     @property
     def minibatch_s(self) -> float:
         return self.simulation.minibatch_s
+
+    @property
+    def slots_s(self) -> list[float]:
+        """What a stage takes for a mini-batch, or its link if that is more."""
+        return [max(pair) for pair in zip(self.work_s, self.wire_s, strict=True)]
 
     @property
     def samples_per_s(self) -> float:
@@ -275,6 +303,12 @@ class _Evaluated:
         )
 
 
+class _Plans(enum.Enum):
+    """For an argument that is the plan's own unless another is given; None is another."""
+
+    OWN = enum.auto()
+
+
 @dataclass(frozen=True)
 class _Search:
     """What all evaluations of one plan share."""
@@ -286,6 +320,7 @@ class _Search:
     limit: float | None
     max_delay: int | None
     num_microbatches: int | None
+    forbidden: frozenset[int]  # cuts that would part a tensor from itself
     say: Callable[[str], None]
     slower: float = 1.0  # what a stage takes, over the sum of its layers
 
@@ -294,8 +329,8 @@ class _Search:
         method: Method,
         batch_size: int,
         *,
-        keep: Literal["auto"] | Keep | None = "auto",
-        limit: float | None = -1,
+        keep: Literal["auto"] | Keep | _Plans | None = _Plans.OWN,
+        limit: float | _Plans | None = _Plans.OWN,
         own: bool = True,
         cuts: list[int] | None = None,
         like: _Evaluated | None = None,
@@ -311,12 +346,17 @@ class _Search:
             cuts: where they are known.
             like: has the same stages, which have been tried.
         """
-        keep = self.keep if keep == "auto" else keep
-        limit = self.limit if limit == -1 else limit
-        tried = [
-            self._at(method, batch_size, num, keep, limit, cuts, like)
-            for num in self._microbatches(method, batch_size, own=own)
-        ]
+        keep = self.keep if isinstance(keep, _Plans) else keep
+        limit = self.limit if isinstance(limit, _Plans) else limit
+        tried: list[_Evaluated] = []
+        failed: PlanError | None = None
+        for num in self._microbatches(method, batch_size, own=own):
+            try:
+                tried.append(self._at(method, batch_size, num, keep, limit, cuts, like))
+            except PlanError as error:  # more micro-batches may fit
+                failed = error
+        if failed is not None and not tried:
+            raise failed
         return min(tried, key=lambda each: each.minibatch_s)
 
     def _microbatches(self, method: Method, batch_size: int, *, own: bool) -> list[int]:
@@ -354,7 +394,6 @@ class _Search:
         num_stages, num_layers = self.num_workers, len(profile.layers)
         keeps: Sequence[Keep] = ("graph", "input") if keep == "auto" else (keep or method.keep,)
         rows = {one: method.keeping(one) for one in keeps}
-        recomputes = [{one: rows[one].recomputes(num_stages, k) for one in keeps} for k in range(num_stages)]
 
         def best(first: int, end: int, stage: int) -> tuple[float, float, Keep]:
             """(seconds a mini-batch, bytes, what it keeps): the fastest that fits, else the smallest."""
@@ -366,7 +405,9 @@ class _Search:
                     if limit is not None
                     else 0.0
                 )
-                options.append((self._slot_s(own, method, stage, num_microbatches, recomputes[stage][one]), needs, one))
+                recomputes = own.sizes.trains and rows[one].recomputes(num_stages, stage)
+                work = self._work_s(own, method, stage, num_microbatches, recomputes)
+                options.append((max(work, self._wire_s(own, stage, num_microbatches)), needs, one))
             fitting = [option for option in options if limit is None or option[1] <= limit]
             return min(fitting) if fitting else min(options, key=lambda option: option[1])
 
@@ -377,12 +418,16 @@ class _Search:
                 lambda first, end, stage: best(first, end, stage)[0],
                 (lambda first, end, stage: best(first, end, stage)[1]) if limit is not None else None,
                 limit,
+                self.forbidden,
             )
         bounds = [0, *cuts, num_layers]
         spans = [(bounds[k], bounds[k + 1], k) for k in range(num_stages)]
         chosen = [best(*span) for span in spans]
         stages = [profile.stage(first, end) for first, end, _ in spans]
-        chosen_keeps: list[Keep] = ["input" if recomputes[k][one] else "graph" for k, (_, _, one) in enumerate(chosen)]
+        chosen_keeps: list[Keep] = [
+            "input" if own.sizes.trains and rows[one].recomputes(num_stages, k) else "graph"
+            for k, (own, (_, _, one)) in enumerate(zip(stages, chosen, strict=True))
+        ]
         needs = [
             footprint(method.keeping(one), num_stages, k, num_microbatches, own.sizes).total
             for k, (own, (_, _, one)) in enumerate(zip(stages, chosen, strict=True))
@@ -397,7 +442,11 @@ class _Search:
             batch_size=batch_size,
             cuts=list(cuts),
             keeps=chosen_keeps,
-            slots_s=[ratio * slot for ratio, (slot, _, _) in zip(ratios, chosen, strict=True)],
+            work_s=[
+                ratio * self._work_s(own, method, k, num_microbatches, chosen_keeps[k] == "input")
+                for k, (ratio, own) in enumerate(zip(ratios, stages, strict=True))
+            ],
+            wire_s=[self._wire_s(own, k, num_microbatches) for k, own in enumerate(stages)],
             bytes=needs,
             delay=max(steady_delay(method, num_stages, k, num_microbatches, 0) for k in range(num_stages)),
             ratios=ratios,
@@ -413,22 +462,20 @@ class _Search:
         trials = self.profiler.try_stages(
             each.method, each.cuts, each.keeps, each.num_microbatches, each.batch_size, steps=_TRIAL_STEPS
         )
-        ratios = [trial.minibatch_s / slot for trial, slot in zip(trials, each.slots_s, strict=True)]
+        ratios = [trial.minibatch_s / slot for trial, slot in zip(trials, each.work_s, strict=True)]
         spread = statistics.median(trial.spread for trial in trials)
         like = dataclasses.replace(each, ratios=ratios, spread=spread)
         return self._at(each.method, each.batch_size, each.num_microbatches, self.keep, self.limit, each.cuts, like)
 
-    def _slot_s(self, own: StageProfile, method: Method, stage: int, num_microbatches: int, recomputes: bool) -> float:
-        """A stage's work for a mini-batch, or what its links take if that is more."""
-        last = stage == self.num_workers - 1
+    def _work_s(self, own: StageProfile, method: Method, stage: int, num_microbatches: int, recomputes: bool) -> float:
         forward = own.nograd_forward_s + own.forward_s if recomputes else own.forward_s
         work = num_microbatches * (forward + own.backward_s) + own.update_s
-        if method.predict is not None and not last:
-            work += own.predict_s
-        messages = [] if last else [own.sizes.output]
+        return work + own.predict_s if method.predict is not None and stage < self.num_workers - 1 else work
+
+    def _wire_s(self, own: StageProfile, stage: int, num_microbatches: int) -> float:
+        messages = [own.sizes.output] if stage < self.num_workers - 1 else []
         messages += [own.sizes.input] if stage else []
-        wire = max((num_microbatches * size / self.link.bandwidth_bytes_s for size in messages), default=0.0)
-        return max(work, wire)
+        return max((num_microbatches * size / self.link.bandwidth_bytes_s for size in messages), default=0.0)
 
     def _simulate(
         self,
@@ -446,12 +493,12 @@ class _Search:
                 _lognormal(ratio * getattr(stage, name), sigma) for ratio, stage in zip(ratios, stages, strict=True)
             ]
 
-        longest = max(StageOrder(method, len(stages), 0).lead, lead(method, len(stages), 0))
+        longest = lead(method, len(stages), 0)
         minibatches = 4 * math.ceil((longest + 1) / num_microbatches) + 20
         return simulate(
             method,
             num_stages=len(stages),
-            num_minibatches=10 * minibatches,
+            num_minibatches=max(200, 4 * minibatches),
             num_microbatches=num_microbatches,
             forward_s=times("forward_s"),
             backward_s=times("backward_s"),
@@ -468,6 +515,7 @@ class _Search:
         """The same method in other orders of work, at the same cuts."""
         own = chosen.method
         known = {self._leads_of(own): chosen}
+        best, since = chosen.minibatch_s, 0
         for ahead in _LEADS:
             for backward_first in (True, False):
                 row = dataclasses.replace(own, ahead=ahead, backward_first=backward_first)
@@ -478,6 +526,11 @@ class _Search:
                         )
                     except PlanError:  # a longer lead does not fit the memory
                         continue
+            fastest = min(each.minibatch_s for each in known.values())
+            since = 0 if fastest < 0.99 * best else since + 1
+            best = min(best, fastest)
+            if ahead > own.ahead and since >= 3:  # more of it brings nothing
+                break
         return sorted(known.values(), key=lambda each: (each.delay, each.method.ahead))
 
     def _leads_of(self, method: Method) -> tuple[Any, ...]:
@@ -530,26 +583,50 @@ def _frontier(leads: Sequence[_Evaluated]) -> list[_Evaluated]:
     return frontier
 
 
-def _advice(chosen: _Evaluated, one_worker: Choice, others: Sequence[_Evaluated]) -> str:
-    workers = len(chosen.keeps)
+def _advice(chosen: _Evaluated, one_worker: Choice, others: Sequence[_Evaluated], search: _Search) -> str:
+    workers, limit = len(chosen.keeps), math.inf if search.limit is None else search.limit
     if workers == 1:
         return "One worker: there is no pipeline to plan."
     speedup = one_worker.minibatch_s / chosen.minibatch_s
     times = f"{1e3 * chosen.minibatch_s:.3g} ms a mini-batch with {workers} workers, {1e3 * one_worker.minibatch_s:.3g} ms with one"
-    slowest = max(range(workers), key=chosen.slots_s.__getitem__)
+    slots = chosen.slots_s
+    slowest = max(range(workers), key=slots.__getitem__)
+    if max(slots) > 1.2 * statistics.mean(slots):
+        why = f"stage {slowest} takes {1e3 * slots[slowest]:.3g} ms by itself, the slowest of an uneven split"
+    elif chosen.minibatch_s > 1.2 * max(slots):
+        hidden = f": {1e3 * search.link.latency_s:.3g} ms a message are not hidden"
+        why = "the workers wait for each other" + ("" if chosen.method.flush else hidden)
+    else:
+        why = "stages repeat their forward" if "input" in chosen.keeps else "the work is evenly split"
     if speedup < 1.05:
-        return (
-            f"Do not pipeline this: {times}. Stage {slowest} takes {1e3 * chosen.slots_s[slowest]:.3g} ms by itself; "
-            "train on one worker, or on replicas of the whole model."
-        )
+        if one_worker.memory_bytes > limit:
+            return (
+                f"Slower than one worker would be ({times}; {why}), but that needs {one_worker.memory_bytes:,} bytes."
+            )
+        return f"Do not pipeline this: {times}; {why}. Train on one worker, or on replicas of the whole model."
     text = f"{speedup:.2f} times as fast as one worker: {times}."
-    synchronous = [each for each in others if each.method.flush and each.minibatch_s <= 1.02 * chosen.minibatch_s]
-    if synchronous and chosen.delay:
-        better = min(synchronous, key=lambda each: each.minibatch_s)
-        text += f" {better.method.name} with {better.num_microbatches} micro-batches is as fast, without any delay: prefer it."
+    better = [
+        each
+        for each in others
+        if each.method.flush and each.minibatch_s <= 1.02 * chosen.minibatch_s and each.memory <= limit
+    ]
+    if better and chosen.delay:
+        best = min(better, key=lambda each: each.minibatch_s)
+        text += (
+            f" {best.method.name} with {best.num_microbatches} micro-batches is as fast, without any delay: prefer it."
+        )
     if speedup < 0.6 * workers:
-        text += f" The {workers} workers are poorly used: stage {slowest} is the slowest of an uneven split."
+        text += f" {workers} workers could do better: {why}."
     return text
+
+
+def _tied_cuts(model: nn.Sequential | Sequence[nn.Module]) -> frozenset[int]:
+    """Cuts between layers that share a tensor: two stages would train it apart."""
+    seen: dict[int, list[int]] = {}
+    for place, (_, layer) in enumerate(layers_of(model)):
+        for tensor in itertools.chain(layer.parameters(), layer.buffers()):
+            seen.setdefault(id(tensor), []).append(place)
+    return frozenset(cut for places in seen.values() for cut in range(places[0] + 1, places[-1] + 1))
 
 
 def _lognormal(mean: float, sigma: float) -> Seconds:

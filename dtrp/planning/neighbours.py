@@ -23,7 +23,7 @@ def busy_neighbours(count: int, layers: Sequence[nn.Module], x: Tensor) -> Itera
     """Within it ``count`` processes run the layers forward and backward, over and over, on the CPU.
 
     Where the layers cannot be sent to another process (a class of ``__main__``, a lambda), the neighbours run a
-    small convolutional network on a batch of as many values instead.
+    small convolutional network on images instead.
     """
     if not count:
         yield
@@ -43,7 +43,10 @@ def busy_neighbours(count: int, layers: Sequence[nn.Module], x: Tensor) -> Itera
         try:
             for process in processes:
                 assert process.stdout is not None
-                process.stdout.readline()  # it says when it has begun
+                if not process.stdout.readline():  # it says when it has begun
+                    raise RuntimeError(
+                        "a process that was to work beside the measured one has ended; pass neighbours=0"
+                    )
             yield
         finally:
             for process in processes:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import operator
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..aligned import aligned_clone, enter
 from ..footprint import StageSizes
-from ..methods import Method
-from ..pipeline import Keep
+from ..methods import Keep, Method
 from ..plan_file import PlanError
 from ..predict import BuiltInPredictor, as_predictor
 from ..splitting import layers_of, stage_device
@@ -45,6 +46,7 @@ class LayerProfile:
         input_bytes, output_bytes: of the tensors.
         saves_input, saves_output: whether its graph saves them.
         parameter_bytes, trained_bytes, buffer_bytes, optimizer_bytes: of what it holds.
+        trains: whether it, or a layer before it, has something to train; else it runs without a graph.
     """
 
     name: str
@@ -61,6 +63,7 @@ class LayerProfile:
     trained_bytes: int
     buffer_bytes: int
     optimizer_bytes: int
+    trains: bool
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,14 @@ class Profile:
                 input=before.input_bytes,
                 graph=of["graph_bytes"] + inside + (last.output_bytes if last.saves_output else 0),
                 output=last.output_bytes,
+                trains=last.trains,
             ),
         )
 
     @cached_property
     def _sums(self) -> dict[str, list[float]]:
         """Sums over the first n layers, n = 0..L."""
-        names = [field.name for field in dataclasses.fields(LayerProfile) if field.name not in ("name", "spread")]
+        names = [field.name for field in dataclasses.fields(LayerProfile) if field.name.endswith(("_s", "_bytes"))]
         sums = {
             name: [0.0, *itertools.accumulate(float(getattr(layer, name)) for layer in self.layers)] for name in names
         }
@@ -145,7 +149,7 @@ class Profiler:
         model: an `nn.Sequential`, or a list of modules.
         example: a batch (x, y); the samples are used over again where more are needed.
         loss_fn: as `Pipeline`'s; its time is the last layer's.
-        optimizer: as `Pipeline`'s; None: updates take no time, and the state no memory.
+        optimizer: as `Pipeline`'s, called with a copy's parameters; None: updates take no time, and the state no memory.
         predict: what the method predicts with, or None.
         device: where to measure; None: where the model is.
         neighbours: processes that work on the same model meanwhile, where workers share a machine's memory and caches.
@@ -171,19 +175,35 @@ class Profiler:
         self._loss_fn, self._make_optimizer = loss_fn, optimizer
         named = layers_of(model)
         self.names = [name for name, _ in named]
-        # The optimizer's factory may know the model's own parameters, so that the copy has to be one of all layers.
-        self._layers = [copy.deepcopy(layer) for _, layer in named]
+        self._layers = copy.deepcopy(
+            [layer for _, layer in named]
+        )  # at once: a tensor that two share, they share again
         self.device = torch.device(device) if device is not None else _place(self._layers)
         for layer in self._layers:
             layer.to(self.device)
         self._module: Any = torch.get_device_module(self.device) if self.device.type != "cpu" else None
-        self._parameters = [p for layer in self._layers for p in layer.parameters() if p.requires_grad]
+        self._parameters = list(
+            dict.fromkeys(p for layer in self._layers for p in layer.parameters() if p.requires_grad)
+        )
+        trainable = [any(p.requires_grad for p in layer.parameters()) for layer in self._layers]
+        self._trains = list(itertools.accumulate(trainable, operator.or_))  # it, or a layer before it
+        self._changes: list[bool | None] = [None] * len(self._layers)  # whether it writes its input; None: not seen yet
         self._optimizer = optimizer(list(self._parameters)) if optimizer is not None and self._parameters else None
-        predictor = as_predictor(predict)
-        self._predictor = predictor if isinstance(predictor, BuiltInPredictor) else None
+        self._predictor = self._checked_predictor(predict)
         self._neighbours, self._repeats, self._warmup = neighbours, repeats, warmup
-        self._autocast = autocast or torch.enable_grad
+        self._autocast = autocast or nullcontext
         self._known: dict[tuple[int, int], Profile] = {}
+
+    def _checked_predictor(self, predict: Any) -> BuiltInPredictor | None:
+        """The predictor, where it is one of dtrp's and knows the optimizer."""
+        predictor = as_predictor(predict)
+        if not isinstance(predictor, BuiltInPredictor) or self._optimizer is None:
+            return None
+        try:
+            predictor.check(self._optimizer)
+        except TypeError:
+            return None
+        return predictor
 
     def at(self, samples: int, *, neighbours: int | None = None) -> Profile:
         """The profile of micro-batches of ``samples`` samples."""
@@ -212,7 +232,7 @@ class Profiler:
         with self._quietly():
             return try_stages(
                 named, (x, y), self._loss_fn, self._make_optimizer, method, cuts, keep, num_microbatches,
-                neighbours=self._neighbours if neighbours is None else neighbours, steps=steps,
+                neighbours=self._neighbours if neighbours is None else neighbours, steps=steps, autocast=self._autocast,
             )  # fmt: skip
 
     def _quietly(self) -> AbstractContextManager[Any]:
@@ -221,51 +241,36 @@ class Profiler:
         return torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda")
 
     def _measure(self, x: Tensor, y: Tensor) -> Profile:
-        forward: list[list[float]] = [[] for _ in self._layers]
-        backward: list[list[float]] = [[] for _ in self._layers]
-        nograd: list[list[float]] = [[] for _ in self._layers]
+        count = len(self._layers)
+        forward: list[list[float]] = [[] for _ in range(count)]
+        backward: list[list[float]] = [[] for _ in range(count)]
+        nograd: list[list[float]] = [[] for _ in range(count)]
         update: list[float] = []
         predict: list[float] = []
         sizes: list[tuple[int, int, int, bool, bool]] = []
         spare = [torch.empty_like(p) for p in self._parameters] if self._predictor is not None else []
-        for number in range(self._warmup + self._repeats):
-            counts = number >= self._warmup
-            weigh = number == 0
-            graphs: list[tuple[Tensor, Tensor]] = []
+        for number in range(-2, self._warmup + self._repeats):  # -2: which layers write their input; -1: what they save
+            graphs: list[tuple[list[Tensor], Tensor]] = []
             h = x
             for place, layer in enumerate(self._layers):
-                leaf = h.detach()
-                if leaf.is_floating_point():
-                    leaf.requires_grad_()
+                saved = _Saved([*layer.parameters(), *layer.buffers()]) if number == -1 else None
                 start = self._now()
-                last = place == len(self._layers) - 1
-                run = _Saved([*layer.parameters(), *layer.buffers()]) if weigh else None
-                with self._autocast():
-                    if run is not None:
-                        with run:
-                            out = layer(leaf)
-                            result = self._loss_fn(out, y) if last else out
-                    else:
-                        out = layer(leaf)
-                        result = self._loss_fn(out, y) if last else out
-                took = self._now() - start
-                if run is not None:
-                    sizes.append(run.sizes(leaf, result))
-                if counts:
-                    forward[place].append(took)
-                graphs.append((leaf, result))
-                h = out
+                with saved or nullcontext():
+                    given, gradients, out, result = self._run_layer(place, h, y)
+                forward[place].append(self._now() - start)
+                if saved is not None:
+                    sizes.append(saved.sizes(given, result))
+                graphs.append((gradients, result))
+                h = out.detach()
             gradient: Tensor | None = None
-            for place in reversed(range(len(self._layers))):
-                leaf, result = graphs.pop()
+            for place in reversed(range(count)):
+                gradients, result = graphs.pop()
                 start = self._now()
                 if result.requires_grad and (gradient is not None or result.dim() == 0):
                     torch.autograd.backward(result, gradient)
-                took = self._now() - start
-                if counts:
-                    backward[place].append(took)
-                gradient = leaf.grad
-                del leaf, result
+                backward[place].append(self._now() - start)
+                gradient = gradients[0] if gradients else None
+                del result
             if self._optimizer is not None:
                 start = self._now()
                 self._optimizer.step()
@@ -277,13 +282,14 @@ class Profiler:
             for p in self._parameters:
                 p.grad = None
             h = x
-            with torch.no_grad(), self._autocast():
-                for place, layer in enumerate(self._layers):
-                    start = self._now()
-                    with torch.no_grad():
-                        h = layer(h)
-                    if counts:
-                        nograd[place].append(self._now() - start)
+            for place, layer in enumerate(self._layers):
+                given = aligned_clone(h) if self._changes[place] is not False else h
+                start = self._now()
+                with torch.no_grad(), self._autocast():
+                    h = layer(given)
+                nograd[place].append(self._now() - start)
+        for times in (*forward, *backward, *nograd, update, predict):
+            del times[: 2 + self._warmup]
         return Profile(
             samples=len(x),
             layers=tuple(
@@ -302,12 +308,32 @@ class Profiler:
                     trained_bytes=sum(tensor_bytes(p) for p in layer.parameters() if p.requires_grad),
                     buffer_bytes=sum(map(tensor_bytes, layer.buffers())),
                     optimizer_bytes=self._state_bytes(layer),
+                    trains=self._trains[place],
                 )
                 for place, (name, layer) in enumerate(zip(self.names, self._layers, strict=True))
             ),
-            update_s=statistics.median(update[self._warmup :]) if update else 0.0,
-            predict_s=statistics.median(predict[self._warmup :]) if predict else 0.0,
+            update_s=statistics.median(update) if update else 0.0,
+            predict_s=statistics.median(predict) if predict else 0.0,
         )
+
+    def _run_layer(self, place: int, h: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        """A layer's forward as in a stage: (its input, where its gradient will be, output, output or loss).
+
+        With a graph if it, or a layer before it, has something to train.
+        """
+        layer = self._layers[place]
+        gradients: list[Tensor] = []
+        trains = self._trains[place]
+        with torch.set_grad_enabled(trains), self._autocast():
+            copies = self._changes[place] is not False
+            if place and self._trains[place - 1] and h.is_floating_point():
+                given = enter(h.detach().requires_grad_(), gradients, copy=copies)
+            else:
+                given = aligned_clone(h) if copies else h
+            before = given._version
+            out = layer(given)
+            self._changes[place] = given._version != before
+            return given, gradients, out, self._loss_fn(out, y) if place == len(self._layers) - 1 else out
 
     def _state_bytes(self, layer: nn.Module) -> int:
         if self._optimizer is None:

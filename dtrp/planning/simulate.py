@@ -20,15 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from random import Random
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from ..methods import Method, get_method
+from ..footprint import StageSizes, footprint
+from ..methods import Keep, Method, get_method
 from ..plan_file import PlanError
 from ..schedule import Action, Slot, StageOrder
 
 Seconds = float | Callable[[Random], float]
 PerStage = Seconds | Sequence[Seconds]
-Keep = Literal["graph", "input"]
 
 
 class SimulatedSpan(NamedTuple):
@@ -54,6 +54,7 @@ class Simulation:
         utilization: ``{stage: share of the time in which it works}``, in steady state.
         peak_stash: ``{stage: most micro-batches between their F and the end of their B}``.
         delays: ``{stage: Counter({delay: micro-batches})}``, in updates, as `Pipeline.delays`.
+        peak_bytes: ``{stage: bytes}``, the most that it holds at once (`dtrp.footprint`); None without sizes.
         update_ends: when each of the last stage's updates ended, in seconds.
     """
 
@@ -62,6 +63,7 @@ class Simulation:
     utilization: dict[int, float]
     peak_stash: dict[int, int]
     delays: dict[int, Counter[int]]
+    peak_bytes: dict[int, float] | None
     update_ends: tuple[float, ...] = field(repr=False)
     _again: Callable[[], list[_Trace]] = field(repr=False)
 
@@ -96,6 +98,10 @@ def simulate(
     message_bytes: float | Sequence[float] = 0.0,
     speed: float | Sequence[float] = 1.0,
     keep: Keep | Sequence[Keep] | None = None,
+    weight_bytes: float | Sequence[float] | None = None,
+    optimizer_bytes: float | Sequence[float] = 0.0,
+    input_bytes: float | Sequence[float] = 0.0,
+    graph_bytes: float | Sequence[float] = 0.0,
     seed: int = 0,
 ) -> Simulation:
     """Run a method's schedule without the network.
@@ -124,17 +130,24 @@ def simulate(
         message_bytes: of a micro-batch's activations, and of their gradients.
         speed: a stage of speed 2 takes half the times above.
         keep: what stages keep in place of what the method says, as in ``Pipeline(keep=)``.
+        weight_bytes: of a stage's parameters, all trained; given, the result has ``peak_bytes``.
+        optimizer_bytes: of its optimizer's state.
+        input_bytes: of its input, a micro-batch.
+        graph_bytes: of its activation graph, a micro-batch.
         seed: of the draws.
 
     Raises:
         ValueError: a number out of range, or as many as there are no stages or hops.
     """
     method = get_method(method) if isinstance(method, str) else method
+    if not isinstance(method, Method):
+        raise TypeError(f"method is a {type(method).__name__}; pass a name or what get_method returns")
     for name, count in (("num_stages", num_stages), ("num_minibatches", num_minibatches)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise PlanError(f"{name}={count!r}: pass a whole number of at least 1")
-    sizes = [num_microbatches] * num_minibatches if isinstance(num_microbatches, int) else list(num_microbatches)
-    if len(sizes) != num_minibatches or min(sizes) < 1:
+    given = num_microbatches
+    sizes = list(given) if isinstance(given, Sequence) else [given] * num_minibatches
+    if len(sizes) != num_minibatches or not all(isinstance(size, int) and size >= 1 for size in sizes):
         raise PlanError(
             f"num_microbatches={num_microbatches!r}: pass one number of at least 1, or one for each of the "
             f"num_minibatches={num_minibatches}"
@@ -151,6 +164,17 @@ def simulate(
     bandwidth = _numbers("bandwidth_bytes_s", bandwidth_bytes_s, stages - 1, "hop", above=True, finite=False)
     on_wire = [size / rate for size, rate in zip(sent, bandwidth, strict=True)]
     keeps = keeps_of(method, stages, keep)
+    peak_bytes = None
+    if weight_bytes is not None:
+        weights = _numbers("weight_bytes", weight_bytes, stages)
+        states = _numbers("optimizer_bytes", optimizer_bytes, stages)
+        inputs = _numbers("input_bytes", input_bytes, stages)
+        graphs = _numbers("graph_bytes", graph_bytes, stages)
+        peak_bytes = {}
+        for k, keeps_what in enumerate(keeps):
+            output = inputs[k + 1] if k < stages - 1 else 0.0
+            held = StageSizes(weights[k], weights[k], states[k], inputs[k], graphs[k], output)
+            peak_bytes[k] = footprint(method.keeping(keeps_what), stages, k, max(sizes), held).total
 
     def run(*, remember: bool) -> list[_Trace]:
         links = list(zip(on_wire, latency, strict=True))
@@ -187,6 +211,7 @@ def simulate(
         },
         peak_stash={k: trace.peak for k, trace in enumerate(traces)},
         delays={k: trace.delays for k, trace in enumerate(traces)},
+        peak_bytes=peak_bytes,
         update_ends=tuple(ends),
         _again=partial(run, remember=True),
     )
@@ -309,7 +334,8 @@ def _worker(
                 if kind == "F":
                     delay = minibatch - version
                     delays[delay] = delays.get(delay, 0) + 1
-                    if delay and p and predicted != (version, delay):
+                    first = bool(delay and p and predicted != (version, delay))
+                    if first:
                         predicted = version, delay
                         clock += p
                         busy += p
@@ -319,7 +345,7 @@ def _worker(
                         arrived = input_from.popleft()
                         if arrived > clock:
                             clock = arrived
-                            if clock - start > p or not p:
+                            if not first:
                                 start = clock
                     clock += f
                     busy += f

@@ -11,15 +11,18 @@ import math
 import statistics
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..methods import Method
-from ..pipeline import Keep, Pipeline
+from ..local import LocalEngine
+from ..methods import Keep, Method
 from ..schedule import lead
+from ..stage import Stage
+from ..trace import Tracer
 from .neighbours import busy_neighbours
 
 
@@ -42,6 +45,7 @@ def try_stages(
     *,
     neighbours: int,
     steps: int,
+    autocast: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> list[StageTrial]:
     """Train copies of the layers for some steps, at a learning rate of 0.
 
@@ -56,8 +60,10 @@ def try_stages(
         num_microbatches: A.
         neighbours: processes that work meanwhile.
         steps: to be timed, after the start-up.
+        autocast: makes the region in which steps run.
     """
-    model = nn.Sequential(OrderedDict((name, copy.deepcopy(layer)) for name, layer in layers))
+    copies = copy.deepcopy([layer for _, layer in layers])
+    bounds = [0, *cuts, len(layers)]
     num_stages = len(cuts) + 1
 
     def still(parameters: list[nn.Parameter]) -> Optimizer:
@@ -66,22 +72,34 @@ def try_stages(
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
         return made
 
-    device = batch[0].device
-    pipe = Pipeline(
-        model, still, loss_fn, cuts=list(cuts), method=method, keep=list(keep), num_microbatches=num_microbatches, seed=0,
-        devices=device,
-    )  # fmt: skip
-    module = torch.get_device_module(device) if device.type != "cpu" else None
+    # Not a Pipeline, which under torchrun would be one of several ranks.
+    stages = [
+        Stage(
+            k,
+            num_stages,
+            nn.Sequential(OrderedDict((str(i), copies[i]) for i in range(bounds[k], bounds[k + 1]))),
+            method.keeping(keep[k]),
+            still,
+            None,
+            loss_fn=loss_fn if k == num_stages - 1 else None,
+            needs_input_grad=any(p.requires_grad for layer in copies[: bounds[k]] for p in layer.parameters()),
+            device=batch[0].device,
+            seed=0,
+        )
+        for k in range(num_stages)
+    ]
+    engine = LocalEngine(stages, method, num_microbatches, Tracer(False))
+    startup = math.ceil(lead(method, num_stages, 0) / num_microbatches) + 3
     times: list[list[float]] = [[] for _ in range(num_stages)]
-    with pipe, busy_neighbours(neighbours, [layer for _, layer in layers], batch[0]):
-        for step in range(math.ceil(lead(method, num_stages, 0) / num_microbatches) + 3 + steps):
-            before = pipe.busy()
-            pipe.step(*batch)
-            if module is not None:
-                module.synchronize(device)
-            for k, seconds in pipe.busy().items():
-                if step >= math.ceil(lead(method, num_stages, 0) / num_microbatches) + 3:
-                    times[k].append(seconds["busy"] - before[k]["busy"])
+    with busy_neighbours(neighbours, copies, batch[0]):
+        for step in range(startup + steps):
+            before = [spent.seconds()["busy"] for spent in engine.working_times]
+            with autocast() if autocast is not None else nullcontext():
+                engine.step(*batch)
+            if step >= startup:
+                for own, spent, then in zip(times, engine.working_times, before, strict=True):
+                    own.append(spent.seconds()["busy"] - then)
+    engine.close()
     return [StageTrial(statistics.median(own), relative_spread(own)) for own in times]
 
 
