@@ -1,4 +1,4 @@
-"""The command line: ``dtrp train``, ``demo``, ``plan``, ``simulate``, ``schedule`` and ``methods``."""
+"""The command line: ``dtrp train``, ``compare``, ``demo``, ``plan``, ``simulate``, ``schedule`` and ``methods``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import re
 import sys
 import tempfile
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import click
 import yaml
 from click.core import ParameterSource
+from rich.console import Console
 
 from . import __version__
-from .console import make_reporter, show_plan, show_side_by_side, show_simulations
+from .compare import Comparison, grid
+from .console import PlainReporter, make_reporter, show_comparison, show_plan, show_side_by_side, show_simulations
 from .data import list_data
 from .failure import WorkerError
 from .methods import get_method, list_methods
@@ -149,86 +152,126 @@ _METHODS = Name("method", tuple(list_methods()))
 _CHOICES = {field: Name(field.replace("_", " "), names) for field, names in CHOICES.items()}
 
 
+_TRAIN_OPTIONS = [
+    click.option(
+        "--config",
+        type=click.Path(),
+        callback=_load_config,
+        is_eager=True,
+        expose_value=False,
+        help="YAML or TOML file of these options (a run's own 'config' too); the command line wins.",
+    ),
+    click.option(
+        "--data", type=_DATA, default=_DEFAULTS.data, help="Data set; digits is embedded, the others lie on disk."
+    ),
+    click.option("--data-dir", type=click.Path(), help="Where the data set lies (for CIFAR, the current folder)."),
+    click.option("--image-size", type=int, help="Side that the images of --data folder are brought to (32)."),
+    click.option(
+        "--augment/--no-augment", default=_DEFAULTS.augment, help="Random crop and flip, where the data set suits it."
+    ),
+    click.option("--model", type=_MODELS, default=_DEFAULTS.model, help="Network."),
+    click.option("--method", type=_METHODS, default=_DEFAULTS.method, help="Training method; see 'dtrp methods'."),
+    click.option("--stages", type=int, help="K: the parts the network is cut into, of equal numbers of layers (4)."),
+    click.option("--workers", type=int, help="Train in as many processes, a stage each, instead of in one."),
+    click.option(
+        "--replicas",
+        type=int,
+        default=_DEFAULTS.replicas,
+        help="Copies of the pipeline, each with --workers processes and its share of every mini-batch.",
+    ),
+    click.option("--cuts", type=Cuts(), help="First layer of each stage but the first, instead of --stages."),
+    click.option(
+        "--num-microbatches",
+        type=int,
+        default=_DEFAULTS.num_microbatches,
+        help="Parts of a mini-batch; about half the lead keeps the delay at 2 updates or less.",
+    ),
+    click.option(
+        "--ahead", type=float, help="Forwards ahead of the first backward, per stage behind (the method's own)."
+    ),
+    click.option("--order", type=_CHOICES["order"], help="Within a slot (the method's own)."),
+    click.option(
+        "--keep",
+        help="What stages keep: auto (graphs, where --memory-limit allows), graph or input, or one for each: input,graph.",
+    ),
+    click.option("--memory-limit", type=Bytes(), help="Of a stage, for --keep auto: 800MB, 2GiB."),
+    click.option(
+        "--plan", type=click.Path(), help="What 'dtrp plan' wrote: method, cuts, batch size and learning rate scale."
+    ),
+    click.option(
+        "--grad-shrink", type=float, help="Every stage multiplies the gradient it receives by this (fdg's beta)."
+    ),
+    click.option("--lr-shrink", type=float, help="Learning rate times this, per stage behind (dtrp's gamma)."),
+    click.option("--prediction", type=_CHOICES["prediction"], help="Weight prediction instead of the method's own."),
+    click.option("--epochs", type=int, default=_DEFAULTS.epochs, help="Passes over the training split."),
+    click.option("--max-updates", type=int, help="Stop after so many mini-batches."),
+    click.option("--limit-train", type=int, help="Use the first N training samples."),
+    click.option("--limit-test", type=int, help="Use the first N test samples."),
+    click.option("--batch-size", type=int, default=_DEFAULTS.batch_size, help="Samples in a mini-batch."),
+    click.option(
+        "--optimizer", type=_CHOICES["optimizer"], default=_DEFAULTS.optimizer, help="Optimizer of each stage."
+    ),
+    click.option("--lr", type=float, help="Base learning rate (sgd 0.03, the others 0.001)."),
+    click.option("--momentum", type=float, default=_DEFAULTS.momentum, help="Of sgd."),
+    click.option(
+        "--nesterov/--no-nesterov",
+        default=_DEFAULTS.nesterov,
+        help="Nesterov momentum for sgd.",
+    ),
+    click.option(
+        "--weight-decay",
+        type=float,
+        default=_DEFAULTS.weight_decay,
+        help="Weight decay (decoupled for adamw and nadam).",
+    ),
+    click.option(
+        "--lr-schedule",
+        type=_CHOICES["lr_schedule"],
+        default=_DEFAULTS.lr_schedule,
+        help="constant; cosine to 0; multistep: a tenth at half and again at three quarters of the run.",
+    ),
+    click.option(
+        "--warmup-updates",
+        type=int,
+        default=_DEFAULTS.warmup_updates,
+        help="Updates over which the learning rate rises.",
+    ),
+    click.option("--device", default=_DEFAULTS.device, help="Device, or one per stage: cuda:0,cuda:1,..."),
+    click.option(
+        "--dtype", type=_CHOICES["dtype"], default=_DEFAULTS.dtype, help="bfloat16: autocast over float32 weights."
+    ),
+    click.option("--threads", type=int, help="CPU threads (torch's default)."),
+    click.option("--seed", type=int, default=_DEFAULTS.seed, help="Of weights, order, augmentation and dropout."),
+    click.option(
+        "--prediction-error-every",
+        type=int,
+        default=_DEFAULTS.prediction_error_every,
+        help="Compare predicted with true weights at every n-th micro-batch (0: never).",
+    ),
+    click.option(
+        "--out", type=click.Path(), help="Folder for config, metrics.jsonl, model.pt and, at the end, summary.json."
+    ),
+    click.option("--overwrite", is_flag=True, help="Replace the run in --out."),
+]
+
+
+def _train_options(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options of ``dtrp train``, but for some."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(_TRAIN_OPTIONS):
+            before = len(getattr(command, "__click_params__", ()))
+            command = option(command)
+            added: list[click.Parameter] = command.__click_params__  # type: ignore[attr-defined]
+            if len(added) > before and added[-1].name in without:
+                added.pop()
+        return command
+
+    return add
+
+
 @cli.command()
-@click.option(
-    "--config",
-    type=click.Path(),
-    callback=_load_config,
-    is_eager=True,
-    expose_value=False,
-    help="YAML or TOML file of these options (a run's own 'config' too); the command line wins.",
-)
-@click.option(
-    "--data", type=_DATA, default=_DEFAULTS.data, help="Data set; digits is embedded, the others lie on disk."
-)
-@click.option("--data-dir", type=click.Path(), help="Where the data set lies (for CIFAR, the current folder).")
-@click.option("--image-size", type=int, help="Side that the images of --data folder are brought to (32).")
-@click.option(
-    "--augment/--no-augment", default=_DEFAULTS.augment, help="Random crop and flip, where the data set suits it."
-)
-@click.option("--model", type=_MODELS, default=_DEFAULTS.model, help="Network.")
-@click.option("--method", type=_METHODS, default=_DEFAULTS.method, help="Training method; see 'dtrp methods'.")
-@click.option("--stages", type=int, help="K: the parts the network is cut into, of equal numbers of layers (4).")
-@click.option("--workers", type=int, help="Train in as many processes, a stage each, instead of in one.")
-@click.option(
-    "--replicas",
-    type=int,
-    default=_DEFAULTS.replicas,
-    help="Copies of the pipeline, each with --workers processes and its share of every mini-batch.",
-)
-@click.option("--cuts", type=Cuts(), help="First layer of each stage but the first, instead of --stages.")
-@click.option(
-    "--num-microbatches",
-    type=int,
-    default=_DEFAULTS.num_microbatches,
-    help="Parts of a mini-batch; about half the lead keeps the delay at 2 updates or less.",
-)
-@click.option("--ahead", type=float, help="Forwards ahead of the first backward, per stage behind (the method's own).")
-@click.option("--order", type=_CHOICES["order"], help="Within a slot (the method's own).")
-@click.option(
-    "--keep",
-    help="What stages keep: auto (graphs, where --memory-limit allows), graph or input, or one for each: input,graph.",
-)
-@click.option("--memory-limit", type=Bytes(), help="Of a stage, for --keep auto: 800MB, 2GiB.")
-@click.option(
-    "--plan", type=click.Path(), help="What 'dtrp plan' wrote: method, cuts, batch size and learning rate scale."
-)
-@click.option("--grad-shrink", type=float, help="Every stage multiplies the gradient it receives by this (fdg's beta).")
-@click.option("--lr-shrink", type=float, help="Learning rate times this, per stage behind (dtrp's gamma).")
-@click.option("--prediction", type=_CHOICES["prediction"], help="Weight prediction instead of the method's own.")
-@click.option("--epochs", type=int, default=_DEFAULTS.epochs, help="Passes over the training split.")
-@click.option("--max-updates", type=int, help="Stop after so many mini-batches.")
-@click.option("--limit-train", type=int, help="Use the first N training samples.")
-@click.option("--limit-test", type=int, help="Use the first N test samples.")
-@click.option("--batch-size", type=int, default=_DEFAULTS.batch_size, help="Samples in a mini-batch.")
-@click.option("--optimizer", type=_CHOICES["optimizer"], default=_DEFAULTS.optimizer, help="Optimizer of each stage.")
-@click.option("--lr", type=float, help="Base learning rate (sgd 0.03, the others 0.001).")
-@click.option("--momentum", type=float, default=_DEFAULTS.momentum, help="Of sgd.")
-@click.option(
-    "--nesterov/--no-nesterov",
-    default=_DEFAULTS.nesterov,
-    help="Nesterov momentum for sgd.",
-)
-@click.option(
-    "--weight-decay", type=float, default=_DEFAULTS.weight_decay, help="Weight decay (decoupled for adamw and nadam)."
-)
-@click.option(
-    "--lr-schedule",
-    type=_CHOICES["lr_schedule"],
-    default=_DEFAULTS.lr_schedule,
-    help="constant; cosine to 0; multistep: a tenth at half and again at three quarters of the run.",
-)
-@click.option(
-    "--warmup-updates", type=int, default=_DEFAULTS.warmup_updates, help="Updates over which the learning rate rises."
-)
-@click.option("--device", default=_DEFAULTS.device, help="Device, or one per stage: cuda:0,cuda:1,...")
-@click.option(
-    "--dtype", type=_CHOICES["dtype"], default=_DEFAULTS.dtype, help="bfloat16: autocast over float32 weights."
-)
-@click.option("--threads", type=int, help="CPU threads (torch's default).")
-@click.option("--seed", type=int, default=_DEFAULTS.seed, help="Of weights, order, augmentation and dropout.")
-@click.option("--out", type=click.Path(), help="Folder for config, metrics.jsonl and model.pt.")
-@click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
+@_train_options()
 def train(**options: Any) -> None:
     """Train a network and test it after each epoch.
 
@@ -277,6 +320,102 @@ def _train_in_workers(config: TrainConfig) -> None:
                 click.echo(error.log, err=True)
                 message = f"dtrp: rank {error.rank} failed: {message}"
             raise click.ClickException(message.removeprefix("dtrp: ")) from None
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Whole numbers: ``1,2,4``."""
+
+    name = "1,2,4"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        try:
+            return tuple(int(part) for part in (value.split(",") if isinstance(value, str) else value))
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is no list of whole numbers like 1,2,4", param, ctx)
+
+
+class Names(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Some of the names: ``bp,dtrp``."""
+
+    def __init__(self, label: str, names: tuple[str, ...]) -> None:
+        self.name = label
+        self.names = names
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        words = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+        for word in words:
+            if word not in self.names:
+                self.fail(unknown(self.name, word, self.names), param, ctx)
+        return words
+
+
+_OF_A_CELL = (
+    "method", "prediction", "stages", "cuts", "num_microbatches", "seed", "out", "overwrite", "plan", "workers", "replicas",
+    "memory_limit", "keep",
+)  # fmt: skip
+
+
+@cli.command()
+@click.option(
+    "--methods", type=Names("method", tuple(list_methods())), default="bp,fdg,dtr,dtrp", help="Some of them: bp,dtrp."
+)
+@click.option("--stages", type=Numbers(), default="4", help="Every K.")
+@click.option("--num-microbatches", default="1", help="Every A; K for as many as stages: 1,K.")
+@click.option(
+    "--predictions", type=Names("prediction", CHOICES["prediction"]), help="For methods that predict: linear,rollout."
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each, with seeds 0, 1, ...")
+@click.option(
+    "--once/--every-k", default=True, help="Run a method that flushes at the first K only: its numbers are the same."
+)
+@click.option("--workers/--one-process", default=False, help="A process for each stage.")
+@click.option(
+    "--out", type=click.Path(), required=True, help="Folder of the comparison; one that is there is gone on with."
+)
+@_train_options(without=_OF_A_CELL)
+def compare(
+    methods: tuple[str, ...],
+    stages: tuple[int, ...],
+    num_microbatches: str,
+    predictions: tuple[str, ...] | None,
+    seeds: int,
+    once: bool,
+    workers: bool,
+    out: str,
+    **options: Any,
+) -> None:
+    """Train by several methods, and show accuracy, time, memory, delay and prediction error side by side.
+
+    Every cell of the grid is a run of its own. Break it off and start it again: what is finished is not repeated. Every other
+    option is one of 'dtrp train'.
+    """
+    base = TrainConfig(**options, workers=1 if workers else None)
+    try:
+        cells = grid(methods, stages, num_microbatches.split(","), range(seeds), predictions or (), once=once)
+        comparison = Comparison(base, cells, out)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+    def work(config: TrainConfig) -> None:
+        if config.workers is not None:
+            _train_in_workers(config)
+            return
+        trainer = Trainer(config)
+        with PlainReporter(Console(width=140), table=False) as reporter:
+            trainer.run(reporter)
+
+    try:
+        failed = comparison.run(work, click.echo)
+    except OSError as error:
+        raise click.ClickException(f"cannot write to {out}: {error}") from error
+    groups = comparison.groups()
+    if groups:
+        show_comparison(groups)
+    if failed:
+        names = ", ".join(cell.name for cell in failed[:3]) + (", ..." if len(failed) > 3 else "")
+        raise click.ClickException(
+            f"{len(failed)} of {len(cells)} cells failed ({names}); why stands in {out}/*.failed. The same command tries them again"
+        )
 
 
 @cli.command()
@@ -430,7 +569,8 @@ def plan(**options: Any) -> None:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
     show_plan(made)
-    told = [f"--{name} {options[name.replace('-', '_')]}" for name in ("data-dir", "image-size", "optimizer", "dtype")
+    told = [f"--{name} {options[name.replace('-', '_')]}"
+            for name in ("data-dir", "image-size", "optimizer", "dtype")
             if options[name.replace("-", "_")] != getattr(_DEFAULTS, name.replace("-", "_"))]  # fmt: skip
     told.append(f"--workers {options['workers']}" if options["workers"] > 1 else "")
     command = " ".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -11,6 +12,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .compare import Group, largest_delay, peak_bytes, prediction_error
 from .planning import Choice, Plan, Simulation
 from .train import EpochMetrics, Reporter, Trainer, TrainResult, describe_layers, summarize_delays
 
@@ -259,3 +261,41 @@ def _shares(shares: Sequence[float]) -> str:
 
 def _few(words: Sequence[str]) -> str:
     return " ".join(words) if len(words) <= 8 else f"{' '.join(words[:3])} .. {' '.join(words[-3:])}"
+
+
+def show_comparison(groups: Sequence[Group]) -> None:
+    """Runs of several methods, a row for those that differ in their seed alone; mean and standard deviation."""
+    table = Table(title="side by side (mean ± standard deviation over seeds)", title_justify="left")
+    table.add_column("method")
+    for heading in (
+        "K", "A", "seeds", "accuracy", "test loss", "time a mini-batch", "memory, largest stage", "delay", "prediction error",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for group in groups:
+        cell = group.cell
+        seconds, _ = group.mean(lambda summary: float(summary["minibatch_s"]))
+        error, _ = group.mean(prediction_error)
+        table.add_row(
+            cell.method if cell.prediction is None else f"{cell.method} ({cell.prediction})",
+            str(cell.stages),
+            str(cell.num_microbatches),
+            str(len(group.seeds)),
+            _mean(group.mean(lambda summary: 100 * float(summary["test_accuracy"])), 2, " %"),
+            _mean(group.mean(lambda summary: float(summary["test_loss"])), 3),
+            _seconds(seconds),
+            decimal(round(max(group.values(lambda summary: float(max(peak_bytes(summary))))))),
+            str(max(map(largest_delay, group.summaries))),
+            "-" if math.isnan(error) else f"{error:.2f}",
+        )
+    _wide_console().print(table)
+    if any(not math.isnan(group.mean(prediction_error)[0]) for group in groups):
+        _wide_console().print(
+            "prediction error: distance of the weights a forward read from those of its backward, over that of the weights as they "
+            "were (below 1: prediction helps)",
+            highlight=False,
+        )
+
+
+def _mean(mean_and_deviation: tuple[float, float], digits: int, unit: str = "") -> str:
+    mean, deviation = mean_and_deviation
+    return f"{mean:.{digits}f}{unit}" if math.isnan(deviation) else f"{mean:.{digits}f} ± {deviation:.{digits}f}{unit}"

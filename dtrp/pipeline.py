@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from . import checkpoint
 from .distributed import DistributedEngine, agree
 from .engine import Engine
+from .gauge import Gauge, PredictionError
 from .local import LocalEngine
 from .methods import Keep, Method, get_method
 from .plan_file import Plan, as_plan
@@ -281,6 +282,16 @@ class Pipeline:
         """
         times = self._engine.working_times
         return {stage.index: spent.seconds() for stage, spent in zip(self._engine.stages, times, strict=True)}
+
+    def watch_prediction(self, every: int = 1) -> None:
+        """From now on compare, at every n-th micro-batch, the weights that a forward read with those of its backward."""
+        every = _whole("every", every)
+        for stage in self._engine.stages:
+            stage.gauge = Gauge(stage.index, every)
+
+    def prediction_errors(self) -> list[PredictionError]:
+        """What `watch_prediction` has seen on this rank: the distances, relative to the norm of the true weights."""
+        return [error for stage in self._engine.stages if stage.gauge is not None for error in stage.gauge.errors]
 
     def activations_peak(self) -> dict[int, int]:
         """``{stage: bytes}``: the most that the stash and the graph that a backward recomputes took together."""

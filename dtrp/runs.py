@@ -17,6 +17,8 @@ from . import checkpoint
 class RunFolder:
     """``--out``: ``config``, ``metrics.jsonl`` and ``model.pt``, all three as of the last finished epoch.
 
+    At the end of the run ``summary.json`` comes beside them.
+
     The folder appears, whole, when the first epoch is through; what it replaces goes then.
     """
 
@@ -55,6 +57,12 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         self._made = True
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """The run is through; ``summary.json`` says so, whole or not at all."""
+        beside = self.path / ".summary.json.tmp"
+        beside.write_text(json.dumps(summary, indent=1))
+        beside.replace(self.path / "summary.json")
 
     @staticmethod
     def _append(folder: Path, metrics: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ from torch.optim import Optimizer
 from .aligned import aligned_clone, enter
 from .exchange import Places
 from .footprint import StageSizes, footprint, optimizer_bytes
+from .gauge import Gauge
 from .methods import Keep, Method
 from .predict import BuiltInPredictor, as_predictor
 from .rng import microbatch_seed, seeded
@@ -163,6 +164,7 @@ class Stage:
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
         self.delays: Counter[int] = Counter()
         self.stash_peak = self.activations_peak = 0  # bytes
+        self.gauge: Gauge | None = None  # of the distance from the weights read to the true ones
         self._spent: list[Tensor | None] = []  # the gradients of the last update
         self._stash: deque[Held] = deque()
         self._versions: WeakValueDictionary[tuple[int, int], WeightVersion] = WeakValueDictionary()
@@ -196,6 +198,9 @@ class Stage:
         if not self.has_decided:
             self._decide(micro, leaf, target)
         weights = self._weights(micro.index, micro.minibatch - self.version)
+        if self.gauge is not None and self.trains:
+            read = self.parameters if weights is None else weights.tensors
+            self.gauge.forward(micro.index, micro.minibatch - self.version, read, self.parameters)
         held = Held(micro, self.version, AutocastState.now(leaf.device.type), leaf, leaf.nbytes, target)
         if not self.trains:
             with torch.no_grad():
@@ -342,6 +347,8 @@ class Stage:
         held = self._stash.popleft()
         assert self.version == held.micro.minibatch, "B(m) happens at version b(m)"
         self.delays[self.version - held.version] += 1
+        if self.gauge is not None:
+            self.gauge.backward(held.micro.index, self.version, self.parameters)
         if held.root is None or (grad is None and self.loss_fn is None):
             return None
         if grad is not None:
@@ -532,6 +539,8 @@ class Stage:
         """Forget what is in flight."""
         self.rest()
         self._stash.clear()
+        if self.gauge is not None:
+            self.gauge.drop()
         self._predicted = None
         self.forget_predictions()
         self.gradients = [None] * len(self.parameters)

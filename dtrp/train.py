@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -25,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from .data import batches, load_data
+from .gauge import PredictionError
 from .methods import Method, get_method
 from .models import get_model
 from .names import unknown
@@ -77,6 +79,7 @@ class TrainConfig:
     dtype: str = "float32"
     threads: int | None = None
     seed: int = 0
+    prediction_error_every: int = 0
     out: str | None = None
     overwrite: bool = False
 
@@ -104,6 +107,9 @@ class StageSummary:
     delays: dict[int, int]
     memory: dict[str, int]
     activations_peak: int
+    keep: str
+    busy: dict[str, float]
+    prediction_errors: tuple[PredictionError, ...]
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,8 @@ class Trainer:
             mesh=mesh,
             timeout_s=_TIMEOUT_S,
         )
+        if config.prediction_error_every:
+            self.pipe.watch_prediction(config.prediction_error_every)
         self.reports = self.pipe.is_last and self.replica == 0
 
     def run(self, reporter: Reporter | None = None) -> TrainResult:
@@ -240,6 +248,8 @@ class Trainer:
                 if pipe.num_updates == self.total_updates:
                     break
             result = TrainResult(config, tuple(epochs), self._stage_summaries())
+            if self.run_folder is not None:
+                self.run_folder.finish(summary(result))
             failing.pop_all()
         reporter.finish(result)
         return result
@@ -301,6 +311,7 @@ class Trainer:
 
     def _stage_summaries(self) -> tuple[StageSummary, ...]:
         delays, memory, peaks = self.pipe.delays(), self.pipe.memory(), self.pipe.activations_peak()
+        keeps, busy, errors = self.pipe.keeps(), self.pipe.busy(), self.pipe.prediction_errors()
         own = [
             StageSummary(
                 stage=k,
@@ -309,11 +320,59 @@ class Trainer:
                 delays=dict(sorted(delays[k].items())),
                 memory=memory[k],
                 activations_peak=peaks[k],
+                keep=keeps[k] or "graph",
+                busy=busy[k],
+                prediction_errors=tuple(error for error in errors if error.stage == k),
             )
             for k, module in zip(delays, self.pipe.stages, strict=True)
         ]
         every = self.pipe.gather(own if self.replica == 0 else [])
         return tuple(summary for summaries in every for summary in summaries)
+
+
+def summary(result: TrainResult) -> dict[str, Any]:
+    """What ``summary.json`` says of a finished run, for `dtrp compare` and `dtrp report`."""
+    config = {field.name: getattr(result.config, field.name) for field in dataclasses.fields(result.config)}
+    last = result.epochs[-1]
+    return {
+        "config": {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()},
+        "epochs": last.epoch,
+        "updates": last.update,
+        "test_accuracy": last.test_accuracy,
+        "test_loss": last.test_loss,
+        "train_loss": last.train_loss,
+        "samples_per_s": result.samples_per_s,
+        "minibatch_s": result.config.batch_size / result.samples_per_s,
+        "elapsed_s": last.elapsed_s,
+        "stages": [
+            {
+                **{
+                    name: getattr(stage, name)
+                    for name in ("stage", "parameters", "memory", "activations_peak", "keep", "busy")
+                },
+                "layers": list(stage.layers),
+                "delays": {str(delay): count for delay, count in stage.delays.items()},
+                "prediction_errors": [[e.minibatch, e.delay, e.read, e.stale] for e in stage.prediction_errors],
+            }
+            for stage in result.stages
+        ],
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for results that are kept."""
+    from . import __version__
+
+    return {
+        "dtrp": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
 
 
 def resolved(config: TrainConfig) -> tuple[TrainConfig, Plan | None]:
@@ -529,8 +588,8 @@ def check_settings(config: TrainConfig) -> None:
             raise ValueError(unknown(_option(field), value, names))
     for field, least in (
         ("epochs", 1), ("batch_size", 1), ("num_microbatches", 1), ("stages", 1), ("max_updates", 1),
-        ("workers", 1), ("replicas", 1),
-        ("limit_train", 1), ("limit_test", 1), ("threads", 1), ("warmup_updates", 0), ("image_size", 1),
+        ("workers", 1), ("replicas", 1), ("limit_train", 1), ("limit_test", 1), ("threads", 1), ("warmup_updates", 0),
+        ("image_size", 1), ("prediction_error_every", 0),
     ):  # fmt: skip
         value = getattr(config, field)
         if value is not None and value < least:

@@ -29,6 +29,7 @@ _WITH_SIZE: dict[str, Callable[..., nn.Sequential]] = {
 }
 _BUILDERS: dict[str, Callable[..., nn.Sequential]] = {
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110, 1202)},
+    "resnet14-8": partial(cifar_resnet, 14, width=8),
     **_WITH_STEM,
     "wrn28-10": partial(wide_resnet, 28, 10),
     **_WITH_SIZE,

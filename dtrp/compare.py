@@ -1,0 +1,236 @@
+"""Methods side by side: a grid of runs, each in a folder of its own, that can be broken off and gone on with.
+
+    FOLDER/
+        compare.yaml            the settings that all cells share
+        dtrp-K4-A4-seed0/       a run of `dtrp train`; finished when it has its summary.json
+        dtrp-K4-A4-seed1.failed a cell that failed, and why; it is tried again by the next start
+
+A cell is a method, a number of stages and of micro-batches, a prediction and a seed. Nothing else differs between cells, and
+nothing is shared by them, so that one which fails loses nothing of the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+import statistics
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .methods import get_method
+from .train import TrainConfig, check_settings, config_text
+
+_SETTINGS = "compare.yaml"
+_OWN = ("method", "prediction", "stages", "cuts", "num_microbatches", "seed", "out", "overwrite")  # of a cell
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid; ``prediction`` None: the method's own."""
+
+    method: str
+    stages: int
+    num_microbatches: int
+    seed: int
+    prediction: str | None = None
+
+    @property
+    def group(self) -> str:
+        """The cell's name without its seed."""
+        name = self.method if self.prediction is None else f"{self.method}-{self.prediction}"
+        return f"{name}-K{self.stages}-A{self.num_microbatches}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-seed{self.seed}"
+
+
+def grid(
+    methods: Sequence[str],
+    stages: Sequence[int],
+    microbatches: Sequence[str],
+    seeds: Sequence[int],
+    predictions: Sequence[str] = (),
+    *,
+    once: bool = False,
+) -> list[Cell]:
+    """All cells, in the order in which they run: seed after seed, so that a part of the grid already compares.
+
+    Args:
+        methods: names.
+        stages: every K.
+        microbatches: every A; ``"K"`` is the number of stages.
+        seeds: of the runs.
+        predictions: for methods that predict, in place of their own.
+        once: run a method that flushes at the first K only, since its numbers are the same at every K.
+
+    Raises:
+        ValueError: a word that is no number.
+    """
+    cells: dict[Cell, None] = {}
+    for seed, num_stages, word, method in itertools.product(seeds, stages, microbatches, methods):
+        row = get_method(method)
+        if not (word == "K" or (word.isdecimal() and int(word) >= 1)):
+            raise ValueError(f"--num-microbatches {word}: whole numbers of at least 1, or K for as many as stages")
+        count = num_stages if word == "K" else int(word)
+        if once and row.flush and num_stages != stages[0]:
+            continue
+        for prediction in predictions if row.predict is not None and predictions else (None,):
+            cells[Cell(method, num_stages, count, seed, prediction)] = None
+    return list(cells)
+
+
+class Comparison:
+    """A grid in a folder.
+
+    Args:
+        base: the settings of every cell.
+        cells: as `grid` makes them.
+        folder: where the runs go; one that holds runs of the same settings is gone on with.
+
+    Raises:
+        ValueError, OSError: settings that no run can have, or a folder of another comparison. Nothing has been written.
+    """
+
+    def __init__(self, base: TrainConfig, cells: Sequence[Cell], folder: str) -> None:
+        if not cells:
+            raise ValueError("the grid has no cells; name methods, stages and seeds")
+        self.base, self.cells = base, list(cells)
+        self.folder = Path(folder).expanduser().absolute()
+        for cell in self.cells:
+            check_settings(self.config(cell))
+        self._settings = config_text(dataclasses.replace(base, **dict.fromkeys(_OWN)))  # type: ignore[arg-type]
+        if self.folder.exists():
+            known = self.folder / _SETTINGS
+            if not self.folder.is_dir() or (any(self.folder.iterdir()) and not known.is_file()):
+                raise ValueError(f"--out {folder} exists and is no comparison; choose another name")
+            if known.is_file() and known.read_text() != self._settings:
+                raise ValueError(
+                    f"--out {folder} holds runs of other settings ({known}); choose another name, or give the same settings"
+                )
+
+    def config(self, cell: Cell) -> TrainConfig:
+        """The settings of one cell's run."""
+        workers = cell.stages if self.base.workers else None
+        return dataclasses.replace(
+            self.base, method=cell.method, stages=cell.stages, num_microbatches=cell.num_microbatches, seed=cell.seed,
+            prediction=cell.prediction, workers=workers, out=str(self.folder / cell.name), overwrite=True,
+        )  # fmt: skip
+
+    def done(self, cell: Cell) -> dict[str, Any] | None:
+        """The summary of a finished cell."""
+        return read_summary(self.folder / cell.name)
+
+    def failure(self, cell: Cell) -> str | None:
+        """Why a cell failed, if it did."""
+        note = self.folder / f"{cell.name}.failed"
+        return note.read_text().splitlines()[0] if note.is_file() else None
+
+    def run(self, work: Callable[[TrainConfig], None], say: Callable[[str], None]) -> list[Cell]:
+        """Run what is not finished yet.
+
+        Args:
+            work: trains by a configuration.
+            say: called with a line before each cell, and for each that fails.
+
+        Returns:
+            The cells that failed.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / _SETTINGS).write_text(self._settings)
+        left = [cell for cell in self.cells if self.done(cell) is None]
+        if len(left) < len(self.cells):
+            say(f"{len(self.cells) - len(left)} of {len(self.cells)} cells are finished already")
+        failed = []
+        for number, cell in enumerate(left):
+            say(f"cell {number + 1} of {len(left)}: {cell.name}")
+            note = self.folder / f"{cell.name}.failed"
+            if (self.folder / cell.name).exists():
+                shutil.rmtree(self.folder / cell.name)  # of a run that was broken off
+            try:
+                work(self.config(cell))
+                note.unlink(missing_ok=True)
+            except Exception as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                note.write_text(f"{reason}\n\n{traceback.format_exc()}")
+                say(f"{cell.name} failed: {reason}")
+                failed.append(cell)
+        return failed
+
+    def groups(self) -> list[Group]:
+        """The finished cells by all but their seed, in the order of the grid."""
+        return group_cells([(cell, summary) for cell in self.cells if (summary := self.done(cell)) is not None])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone."""
+
+    cell: Cell
+    seeds: tuple[int, ...]
+    summaries: tuple[dict[str, Any], ...]
+
+    def values(self, of: Callable[[dict[str, Any]], float]) -> list[float]:
+        """A number of each run."""
+        return [of(summary) for summary in self.summaries]
+
+    def mean(self, of: Callable[[dict[str, Any]], float]) -> tuple[float, float]:
+        """(mean, sample standard deviation; nan of one run, or where a value is none)."""
+        values = self.values(of)
+        known = len(values) > 1 and all(map(math.isfinite, values))
+        return statistics.fmean(values), statistics.stdev(values) if known else math.nan
+
+
+def group_cells(cells: Iterable[tuple[Cell, dict[str, Any]]]) -> list[Group]:
+    """Runs by all but their seed, in the order in which they come."""
+    groups: dict[str, list[tuple[Cell, dict[str, Any]]]] = {}
+    for cell, summary in cells:
+        groups.setdefault(cell.group, []).append((cell, summary))
+    return [
+        Group(dataclasses.replace(runs[0][0], seed=-1), tuple(c.seed for c, _ in runs), tuple(s for _, s in runs))
+        for runs in groups.values()
+    ]
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """``summary.json`` of a run; None where it is not finished."""
+    try:
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) and "stages" in summary else None
+
+
+def peak_bytes(summary: dict[str, Any]) -> list[int]:
+    """Of each stage: weights, optimizer state, gradients, the predicted copy, and the most activations at once."""
+    peaks = []
+    for stage in summary["stages"]:
+        memory = stage["memory"]
+        held = memory["weights"] + memory["optimizer"] + memory["predicted"]
+        peaks.append(held + stage["activations_peak"])
+    return peaks
+
+
+def largest_delay(summary: dict[str, Any]) -> int:
+    """Of any micro-batch at any stage, in updates."""
+    return max(int(delay) for stage in summary["stages"] for delay in stage["delays"])
+
+
+def prediction_error(summary: dict[str, Any]) -> float:
+    """The mean over the micro-batches and stages that were looked at of |read - true| / |stale - true|; nan of none.
+
+    1: the forward's weights were as far from the backward's as those of then; 0: exact prediction.
+    """
+    ratios = [
+        read / stale
+        for stage in summary["stages"]
+        for _, _, read, stale in stage["prediction_errors"]
+        if stale > 0 and math.isfinite(read / stale)
+    ]
+    return statistics.fmean(ratios) if ratios else math.nan
