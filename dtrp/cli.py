@@ -1,4 +1,4 @@
-"""The command line: ``dtrp train``, ``compare``, ``demo``, ``plan``, ``simulate``, ``schedule`` and ``methods``."""
+"""The command line: ``dtrp train``, ``compare``, ``report``, ``demo``, ``plan``, ``simulate``, ``schedule`` and ``methods``."""
 
 from __future__ import annotations
 
@@ -416,6 +416,26 @@ def compare(
         raise click.ClickException(
             f"{len(failed)} of {len(cells)} cells failed ({names}); why stands in {out}/*.failed. The same command tries them again"
         )
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path())
+@click.option("--out", type=click.Path(dir_okay=False), default="report.html", help="The file to write.")
+@click.option("--figures", type=click.Path(file_okay=False), help="Folder for each figure as SVG and PNG.")
+def report(runs: tuple[str, ...], out: str, figures: str | None) -> None:
+    """One HTML file about runs and comparisons: curves, memory, time, delays, prediction error, schedules, settings.
+
+    RUNS are folders that 'dtrp train --out' or 'dtrp compare --out' has written. The file needs nothing beside it.
+    """
+    try:
+        from .report import write_report  # matplotlib takes a while to import
+    except ImportError as error:
+        raise click.ClickException(f"{error}; install the extra: pip install 'dtrp[report]'") from error
+    try:
+        collection = write_report(list(runs), out, figures)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{len(collection.runs)} runs; written to {out}" + (f", figures to {figures}" if figures else ""))
 
 
 @cli.command()

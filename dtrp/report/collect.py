@@ -1,0 +1,118 @@
+"""Reads run folders and comparisons: what a report shows, and nothing that they do not hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..compare import Cell, read_summary
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of `dtrp train`.
+
+    Attributes:
+        folder: where it lies.
+        cell: what tells it from the others.
+        config: its settings, by option.
+        metrics: the lines of ``metrics.jsonl``.
+        summary: ``summary.json``; None if the run did not finish.
+    """
+
+    folder: Path
+    cell: Cell
+    config: dict[str, Any]
+    metrics: tuple[dict[str, Any], ...]
+    summary: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Runs, and the cells that failed with why."""
+
+    runs: tuple[Run, ...]
+    failed: tuple[tuple[str, str], ...]
+
+    def groups(self) -> dict[str, list[Run]]:
+        """Runs that differ in their seed alone, by a name for them."""
+        groups: dict[str, list[Run]] = {}
+        for run in self.runs:
+            groups.setdefault(self.label(run.cell), []).append(run)
+        return groups
+
+    def label(self, cell: Cell) -> str:
+        """A cell's name as far as it tells groups apart."""
+        name = cell.method if cell.prediction is None else f"{cell.method} ({cell.prediction})"
+        if len({run.cell.stages for run in self.runs}) > 1:
+            name += f" K={cell.stages}"
+        if len({run.cell.num_microbatches for run in self.runs}) > 1:
+            name += f" A={cell.num_microbatches}"
+        return name
+
+    def shared(self) -> dict[str, Any]:
+        """The settings that all runs have in common."""
+        first, *others = (run.config for run in self.runs)
+        return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+
+
+def collect(folders: Sequence[str]) -> Collection:
+    """The runs in these folders: each a run, or a comparison with runs inside.
+
+    Raises:
+        ValueError: a folder that is neither, or in which nothing has been finished, with what to do.
+    """
+    runs: list[Run] = []
+    failed: list[tuple[str, str]] = []
+    for name in folders:
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"{name} is no folder; pass what 'dtrp train --out' or 'dtrp compare --out' has written")
+        if (folder / "metrics.jsonl").is_file():
+            runs.append(_read_run(folder))
+            continue
+        inside = [path for path in sorted(folder.iterdir()) if (path / "metrics.jsonl").is_file()]
+        notes = sorted(folder.glob("*.failed"))
+        if not inside and not notes:
+            raise ValueError(f"{name} holds no run; pass what 'dtrp train --out' or 'dtrp compare --out' has written")
+        runs += map(_read_run, inside)
+        failed += [(note.stem, note.read_text().splitlines()[0]) for note in notes]
+    if not runs:
+        raise ValueError(f"no run has been finished; the first failure: {failed[0][0]}: {failed[0][1]}")
+    runs.sort(key=lambda run: (run.cell.stages, run.cell.num_microbatches))
+    return Collection(tuple(runs), tuple(failed))
+
+
+def _read_run(folder: Path) -> Run:
+    try:
+        config = yaml.safe_load((folder / "config").read_text())
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{folder} is no whole run: {error}") from None
+    if not isinstance(config, dict) or not metrics or not all(isinstance(line, dict) for line in metrics):
+        raise ValueError(f"{folder} is no whole run: it has no settings, or no epoch")
+    summary = read_summary(folder)
+    stages = config.get("stages") or (len(config["cuts"]) + 1 if config.get("cuts") else None)
+    if stages is None:
+        stages = len(summary["stages"]) if summary else 1
+    cell = Cell(
+        str(config.get("method", "?")), int(stages), int(config.get("num-microbatches", 1)), int(config.get("seed", 0)),
+        config.get("prediction"),
+    )  # fmt: skip
+    return Run(folder, cell, config, tuple(metrics), summary)
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, sample standard deviation); nan where a value is none, 0 spread of one."""
+    if not values or not all(map(math.isfinite, values)):
+        return math.nan, math.nan
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, 0.0
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))

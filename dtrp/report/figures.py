@@ -1,0 +1,118 @@
+"""The figures of a report, each drawn from plain numbers that the page holds too.
+
+Lines differ in dash and marker as well as in colour (Okabe and Ito's, which people with any colour vision tell apart). Figures
+have no background and draw their text in the page's own colour, so that they suit a light and a dark page.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+MARKERS = "osD^vPX*<>hd"
+_INK = "#123456"  # stands for the page's own colour of text in an SVG
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What a figure shows: ``series`` by name, each lists of x, y and, for a band, low and high.
+
+    Args:
+        name: of the file, and of the figure's place in the page.
+        title, x_label, y_label: what stands at it.
+        series: ``{label: {"x": [...], "y": [...], "low": [...], "high": [...]}}``.
+        kind: ``"lines"``, or ``"bars"``: groups of bars, x the names of the groups.
+        note: a sentence below it.
+    """
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    series: dict[str, dict[str, list[Any]]]
+    kind: str = "lines"
+    note: str = ""
+
+
+def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
+    """The figure, its text in the colour ``ink``."""
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained", facecolor=background)
+    axes = figure.add_subplot(facecolor=background)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_color(ink)
+    axes.tick_params(colors=ink)
+    axes.set_title(plot.title, color=ink, loc="left", fontsize=11)
+    axes.set_xlabel(plot.x_label, color=ink)
+    axes.set_ylabel(plot.y_label, color=ink)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    if plot.kind == "bars":
+        _bars(axes, plot)
+    else:
+        _lines(axes, plot)
+    if len(plot.series) > 1:
+        legend = figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        for text in legend.get_texts():
+            text.set_color(ink)
+    return figure
+
+
+def _lines(axes: Any, plot: Plot) -> None:
+    for number, (label, line) in enumerate(plot.series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        every = max(1, len(line["x"]) // 12)
+        axes.plot(
+            line["x"], [_number(y) for y in line["y"]], color=colour, linestyle=DASHES[number % len(DASHES)],
+            marker=MARKERS[number % len(MARKERS)], markevery=every, markersize=5, linewidth=1.6, label=label,
+        )  # fmt: skip
+        if "low" in line and any(low != high for low, high in zip(line["low"], line["high"], strict=True)):
+            low, high = [_number(y) for y in line["low"]], [_number(y) for y in line["high"]]
+            axes.fill_between(line["x"], low, high, color=colour, alpha=min(0.15, 0.6 / len(plot.series)), linewidth=0)
+    if all(isinstance(x, int) for line in plot.series.values() for x in line["x"]):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _bars(axes: Any, plot: Plot) -> None:
+    names = list(dict.fromkeys(x for line in plot.series.values() for x in line["x"]))
+    width = 0.8 / len(plot.series)
+    for number, (label, line) in enumerate(plot.series.items()):
+        places = [names.index(x) + (number - (len(plot.series) - 1) / 2) * width for x in line["x"]]
+        axes.bar(
+            places, [_number(y) for y in line["y"]], width=0.9 * width, color=COLOURS[number % len(COLOURS)],
+            hatch=("", "//", "..", "xx", "\\\\", "++", "oo")[number % 7], edgecolor="white", linewidth=0.5, label=label,
+        )  # fmt: skip
+    axes.set_xticks(range(len(names)), [str(name) for name in names])
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def svg(plot: Plot) -> str:
+    """As SVG that takes the colour of the text around it; the same numbers give the same text."""
+    out = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dtrp", "font.family": "sans-serif"}):
+        canvas: Any = FigureCanvasSVG(draw(plot))
+        canvas.print_svg(out, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"|(<svg[^>]*?) height="[^"]*"', lambda m: m[1] or m[2], text, count=2)
+
+
+def png(plot: Plot) -> bytes:
+    """As PNG on white, for a document."""
+    out = io.BytesIO()
+    canvas: Any = FigureCanvasAgg(draw(plot, "#111111", "white"))
+    canvas.print_png(out)
+    return out.getvalue()

@@ -1,0 +1,246 @@
+"""`dtrp compare`: the grid, what is repeated and what is not, and the numbers it shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import minibatches, network, pipeline, sgd
+
+import dtrp
+from dtrp.cli import run
+from dtrp.compare import Cell, Comparison, grid, group_cells, largest_delay, peak_bytes, prediction_error, read_summary
+from dtrp.train import TrainConfig
+
+SMALL = [
+    "--data",
+    "digits",
+    "--model",
+    "mlp",
+    "--epochs",
+    "1",
+    "--limit-train",
+    "100",
+    "--limit-test",
+    "50",
+    "--threads",
+    "1",
+]
+BASE = TrainConfig(data="digits", model="mlp", epochs=1, limit_train=100, limit_test=50, threads=1)
+
+
+def test_a_grid_is_every_combination_once() -> None:
+    cells = grid(["bp", "fdg", "dtrp"], [2, 4], ["1", "K"], [0, 1], ["linear", "rollout"], once=True)
+    assert len(cells) == len(set(cells))
+    assert {c.stages for c in cells if c.method == "bp"} == {2}, "the same at every K"
+    assert {c.prediction for c in cells if c.method == "fdg"} == {None}
+    assert {c.prediction for c in cells if c.method == "dtrp"} == {"linear", "rollout"}
+    assert {(c.stages, c.num_microbatches) for c in cells if c.method == "dtrp"} == {(2, 1), (2, 2), (4, 1), (4, 4)}
+    assert [c.seed for c in cells] == sorted(c.seed for c in cells)
+    assert len({c.name for c in cells}) == len(cells)
+    assert {c.stages for c in grid(["bp"], [2, 4], ["1"], [0])} == {2, 4}
+    with pytest.raises(ValueError, match="--num-microbatches x"):
+        grid(["bp"], [2], ["x"], [0])
+
+
+def command(out: Path, *options: str) -> list[str]:
+    return ["compare", *SMALL, "--methods", "bp,dtrp", "--stages", "2", "--seeds", "2", "--out", str(out), *options]
+
+
+def test_the_command_runs_the_grid_and_repeats_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "grid"
+    assert run(command(out, "--prediction-error-every", "1")) == 0
+    shown = capsys.readouterr().out
+    assert "cell 4 of 4: dtrp-K2-A1-seed1" in shown
+    for word in ("accuracy", "±", "memory, largest stage", "prediction error"):
+        assert word in shown
+    folders = sorted(path.name for path in out.iterdir())
+    assert folders == ["bp-K2-A1-seed0", "bp-K2-A1-seed1", "compare.yaml", "dtrp-K2-A1-seed0", "dtrp-K2-A1-seed1"]
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
+    assert run(command(out, "--prediction-error-every", "1")) == 0
+    assert "4 of 4 cells are finished already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")} == times
+    assert run(command(out, "--prediction-error-every", "1", "--seeds", "3")) == 0
+    assert "cell 2 of 2" in capsys.readouterr().out
+    assert run(command(out, "--lr", "0.5")) == 2
+    assert "holds runs of other settings" in capsys.readouterr().err
+
+
+def test_a_cell_that_fails_loses_nothing_of_the_others(tmp_path: Path) -> None:
+    cells = grid(["bp", "dtrp", "fdg"], [2], ["1"], [0])
+    comparison = Comparison(BASE, cells, str(tmp_path / "grid"))
+    said: list[str] = []
+
+    def work(config: TrainConfig) -> None:
+        folder = Path(str(config.out))
+        folder.mkdir()
+        (folder / "half").write_text("")
+        if config.method == "dtrp":
+            raise RuntimeError("no\nluck")
+        (folder / "summary.json").write_text(json.dumps({"stages": [], "test_accuracy": 1.0}))
+
+    assert comparison.run(work, said.append) == [cells[1]]
+    assert "dtrp-K2-A1-seed0 failed: no luck" in said
+    assert comparison.failure(cells[1]) == "no luck"
+    assert [group.cell.method for group in comparison.groups()] == ["bp", "fdg"]
+
+    def luckier(config: TrainConfig) -> None:
+        assert config.method == "dtrp", "the others are not repeated"
+        assert not Path(str(config.out)).exists(), "what was half done is gone"
+        Path(str(config.out)).mkdir()
+        Path(str(config.out), "summary.json").write_text(json.dumps({"stages": [], "test_accuracy": 1.0}))
+
+    assert comparison.run(luckier, said.append) == []
+    assert comparison.failure(cells[1]) is None
+    assert len(comparison.groups()) == 3
+
+
+def test_a_comparison_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    out = tmp_path / "grid"
+    arguments = [sys.executable, "-m", "dtrp", *command(out, "--epochs", "8", "--seeds", "4")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("cell 3 "):
+            time.sleep(0.1)
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate()
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
+    assert 2 <= len(finished) < 8
+    again = subprocess.run(arguments, capture_output=True, env=environment, text=True, check=True)
+    assert f"{len(finished)} of 8 cells are finished already" in again.stdout
+    assert len(list(out.glob("*/summary.json"))) == 8
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+
+
+def test_a_cell_is_the_run_of_dtrp_train(tmp_path: Path) -> None:
+    assert run(command(tmp_path / "grid")) == 0
+    train = ["train", *SMALL, "--method", "dtrp", "--stages", "2", "--seed", "1", "--out", str(tmp_path / "run")]
+    assert run(train) == 0
+    a, b = (read_summary(tmp_path / name) for name in ("grid/dtrp-K2-A1-seed1", "run"))
+    assert a is not None
+    assert b is not None
+    assert a["test_loss"] == b["test_loss"]
+    assert [stage["delays"] for stage in a["stages"]] == [stage["delays"] for stage in b["stages"]]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's launcher leaves logs open
+def test_in_workers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "grid"
+    arguments = ["compare", *SMALL, "--methods", "dtrp", "--stages", "2", "--seeds", "1", "--out", str(out)]
+    assert run([*arguments, "--workers"]) == 0
+    local = tmp_path / "local"
+    assert run([*arguments[:-1], str(local)]) == 0
+    a, b = (read_summary(folder / "dtrp-K2-A1-seed0") for folder in (out, local))
+    assert a is not None
+    assert b is not None
+    assert a["test_loss"] == b["test_loss"]
+    assert [stage["stage"] for stage in a["stages"]] == [0, 1]
+    assert a["stages"][1]["busy"]["wait_forward"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "bp,dtrq"], "did you mean 'dtr"),
+        (["--stages", "two"], "no list of whole numbers"),
+        (["--stages", "0"], "--stages 0: at least 1"),
+        (["--num-microbatches", "k"], "--num-microbatches k"),
+        (["--predictions", "cubic"], "cubic"),
+        (["--lr", "-1"], "--lr -1.0"),
+    ],
+)
+def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    assert run(command(tmp_path / "grid", *options)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "grid").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").write_text("")
+    assert run(command(tmp_path)) == 2
+    assert "is no comparison" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_means_and_deviations() -> None:
+    def summary(accuracy: float) -> dict[str, Any]:
+        return {"stages": [], "test_accuracy": accuracy}
+
+    cells = [Cell("bp", 2, 1, 0), Cell("dtrp", 2, 1, 0), Cell("bp", 2, 1, 1)]
+    bp, dtrp_ = group_cells([(cell, summary(0.5 + 0.1 * cell.seed)) for cell in cells])
+    assert bp.mean(lambda s: s["test_accuracy"]) == (pytest.approx(0.55), pytest.approx(0.1 / math.sqrt(2)))
+    assert dtrp_.mean(lambda s: s["test_accuracy"])[0] == 0.5
+    assert math.isnan(dtrp_.mean(lambda s: s["test_accuracy"])[1])
+    none = dataclasses.replace(bp, summaries=(summary(math.nan), summary(0.5)))
+    assert all(math.isnan(value) for value in none.mean(lambda s: s["test_accuracy"]))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", ["fdg", "dtrp", "spectrain", "dtr"])
+def test_the_prediction_error_is_the_distance_of_the_weights(method: str) -> None:
+    """By the equations, from the weights of every version."""
+    pipe = pipeline(network(), sgd, num_stages=3, method=method)
+    pipe.watch_prediction(every=2)
+    versions: list[list[list[torch.Tensor]]] = [
+        [[p.detach().clone() for p in stage.parameters()]] for stage in pipe.stages
+    ]
+    for x, y in minibatches(14):
+        pipe.step(x, y)
+        for own, stage, inner in zip(versions, pipe.stages, pipe._engine.stages, strict=True):
+            if inner.version == len(own):
+                own.append([p.detach().clone() for p in stage.parameters()])
+    errors = pipe.prediction_errors()
+    assert {error.stage for error in errors} == {0, 1}, "the last stage has no delay"
+    for error in errors:
+        if error.minibatch >= len(versions[error.stage]):
+            continue
+        true = torch.cat([p.flatten() for p in versions[error.stage][error.minibatch]])
+        then = torch.cat([p.flatten() for p in versions[error.stage][error.minibatch - error.delay]])
+        assert error.stale == pytest.approx(float((then - true).norm() / true.norm()), rel=1e-9)
+        if method in ("fdg", "dtr"):
+            assert error.read == error.stale
+        elif error.minibatch > error.delay:  # later than the first update, before which nothing is predicted
+            assert error.read != error.stale
+    assert len(errors) >= 8
+
+
+def test_numbers_of_a_summary() -> None:
+    memory = {"weights": 10, "optimizer": 20, "predicted": 5, "gradients": 0, "stash": 0, "stash_peak": 7}
+    stages = [
+        {"memory": memory, "activations_peak": 9, "delays": {"0": 3, "10": 2}, "prediction_errors": [[1, 2, 0.5, 1.0]]},
+        {
+            "memory": memory,
+            "activations_peak": 1,
+            "delays": {"9": 1},
+            "prediction_errors": [[1, 2, 0.1, 0.1], [1, 1, 0.0, 0.0]],
+        },
+    ]
+    summary = {"stages": stages}
+    assert peak_bytes(summary) == [44, 36]
+    assert largest_delay(summary) == 10
+    assert prediction_error(summary) == pytest.approx(0.75)
+    assert math.isnan(prediction_error({"stages": []}))
+
+
+def test_watching_changes_nothing() -> None:
+    def losses(*, watch: bool) -> list[float]:
+        torch.manual_seed(0)
+        pipe = dtrp.Pipeline(network(), sgd, torch.nn.functional.cross_entropy, num_stages=4, seed=0)
+        if watch:
+            pipe.watch_prediction()
+        return [float(pipe.step(x, y)) for x, y in minibatches(8)]  # type: ignore[arg-type]
+
+    assert losses(watch=True) == losses(watch=False)
