@@ -623,7 +623,6 @@ def test_under_torchrun_the_trial_stays_in_this_process(monkeypatch: pytest.Monk
     assert quick(network(), method="bp").num_workers == 2
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's launcher leaves logs open
 def test_measuring_the_link_leaves_the_process_as_it_was() -> None:
     import logging
     import os

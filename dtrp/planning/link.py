@@ -7,7 +7,10 @@ hop, and what a large one takes longer is its size over the bandwidth.
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +21,8 @@ import torch.distributed as dist
 
 _SMALL_BYTES, _LARGE_BYTES = 1024, 4 * 2**20
 _ROUNDS = 30
+_TIMEOUT_S = 60.0
+_RESULT = "link.json"
 
 
 class LinkSpeed(NamedTuple):
@@ -28,23 +33,42 @@ class LinkSpeed(NamedTuple):
 
 
 def measure_link() -> LinkSpeed:
-    """Measure the loopback of this machine, with two processes; takes a few seconds."""
-    from ..workers import run_workers  # torchrun's interface takes a while to import
+    """Measure the loopback of this machine, with two processes; takes a few seconds.
 
+    Raises:
+        RuntimeError: the processes could not talk to each other, with what they said.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment["OMP_NUM_THREADS"] = "1"
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
-        file = Path(folder) / "link.json"
-        run_workers(["-c", f"from {__name__} import work; work({str(file)!r})"], 2, shown=0)
-        small, large = json.loads(file.read_text())
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", f"from {__name__} import work; work({rank}, {folder!r})"],
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, text=True,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        try:
+            said = [process.communicate(timeout=_TIMEOUT_S)[1] for process in processes]
+        except subprocess.TimeoutExpired:
+            said = [f"it took more than {_TIMEOUT_S:g} s"]
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
+        if any(process.returncode for process in processes):
+            reason = next((text.strip().splitlines()[-1] for text in said if text.strip()), "they said nothing")
+            raise RuntimeError(f"the link between two processes could not be measured ({reason}); pass latency_s")
+        small, large = json.loads(Path(folder, _RESULT).read_text())
     return LinkSpeed(small, (_LARGE_BYTES - _SMALL_BYTES) / max(1e-9, large - small))
 
 
-def work(file: str) -> None:
+def work(rank: int, folder: str) -> None:
     """What each of the two does."""
-    from ..ranks import join
-
-    join(60.0)
+    dist.init_process_group("gloo", init_method=Path(folder, "store").as_uri(), rank=rank, world_size=2)
     torch.set_num_threads(1)
-    rank = dist.get_rank()
     medians = []
     for size in (_SMALL_BYTES, _LARGE_BYTES):
         buffer = torch.zeros(size, dtype=torch.uint8)
@@ -61,6 +85,6 @@ def work(file: str) -> None:
             hops.append((time.perf_counter() - start) / 2)
         medians.append(statistics.median(hops))
     if rank == 0:
-        Path(file).write_text(json.dumps(medians))
+        Path(folder, _RESULT).write_text(json.dumps(medians))
     dist.barrier()
     dist.destroy_process_group()
