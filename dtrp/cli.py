@@ -243,6 +243,9 @@ _TRAIN_OPTIONS = [
     click.option("--threads", type=int, help="CPU threads (torch's default)."),
     click.option("--seed", type=int, default=_DEFAULTS.seed, help="Of weights, order, augmentation and dropout."),
     click.option(
+        "--trace", is_flag=True, help="Write what ran when to trace.json in --out, for Perfetto and for 'dtrp report'."
+    ),
+    click.option(
         "--prediction-error-every",
         type=int,
         default=_DEFAULTS.prediction_error_every,

@@ -347,6 +347,15 @@ class Pipeline:
         with self._shared():
             return checkpoint.merge_model(self._engine.of_stages("model_state_dict", checkpoint.model_part))
 
+    def model_state_dict_on_first(self) -> dict[str, Tensor] | None:
+        """As `model_state_dict`, on the first rank alone, None elsewhere: for the rank that writes files."""
+        return self._model_on_first("model_state_dict_on_first")
+
+    def _model_on_first(self, method: str) -> dict[str, Tensor] | None:
+        with self._shared():
+            parts = self._engine.of_stages_to_first(method, checkpoint.model_part)
+        return None if parts is None else checkpoint.merge_model(parts)
+
     def state_dict(self) -> dict[str, Any]:
         """A snapshot: ``{"model", "optimizer", "scheduler", "num_updates"}``, of no particular K.
 
@@ -384,11 +393,9 @@ class Pipeline:
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
         """Write `model_state_dict` to ``path`` with `torch.save`, on the CPU, whole or not at all; rank 0 writes."""
-        with self._shared():
-            parts = self._engine.of_stages_to_first("save_model", checkpoint.model_part)
+        model = self._model_on_first("save_model")
         self._engine.all_or_none(
-            "save_model",
-            lambda: checkpoint.write_model(checkpoint.merge_model(parts), path) if parts is not None else None,
+            "save_model", lambda: checkpoint.write_model(model, path) if model is not None else None
         )
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:

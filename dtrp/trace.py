@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -25,14 +26,15 @@ class Span(NamedTuple):
 
 
 _NO_SPAN = nullcontext()
+_MOST_SPANS = 1_000_000
 
 
 class Tracer:
-    """Collects the spans of one process, if ``on``."""
+    """Collects the spans of one process, if ``on``; of a long run the last million."""
 
     def __init__(self, on: bool) -> None:
         self.on = on
-        self.spans: list[Span] = []
+        self.spans: deque[Span] = deque(maxlen=_MOST_SPANS)
         self._lock = threading.Lock()
 
     def span(self, name: str, kind: str, lane: str) -> AbstractContextManager[None]:

@@ -80,6 +80,7 @@ class TrainConfig:
     threads: int | None = None
     seed: int = 0
     prediction_error_every: int = 0
+    trace: bool = False
     out: str | None = None
     overwrite: bool = False
 
@@ -208,6 +209,7 @@ class Trainer:
             devices=devices if len(devices) > 1 else devices[0],
             mesh=mesh,
             timeout_s=_TIMEOUT_S,
+            trace=config.trace,
         )
         if config.prediction_error_every:
             self.pipe.watch_prediction(config.prediction_error_every)
@@ -241,13 +243,15 @@ class Trainer:
                 metrics = next(m for m in pipe.gather(own if self.reports else None) if m is not None)
                 epochs.append(metrics)
                 if config.out:
-                    model = pipe.model_state_dict()
-                    if self.run_folder is not None:
+                    model = pipe.model_state_dict_on_first()
+                    if self.run_folder is not None and model is not None:
                         self.run_folder.write(config_text(config), dataclasses.asdict(metrics), model)
                 reporter.epoch(metrics)
                 if pipe.num_updates == self.total_updates:
                     break
             result = TrainResult(config, tuple(epochs), self._stage_summaries())
+            if config.trace:
+                pipe.save_trace(os.path.join(os.path.expanduser(str(config.out)), "trace.json"))
             if self.run_folder is not None:
                 self.run_folder.finish(summary(result))
             failing.pop_all()
@@ -609,6 +613,8 @@ def check_settings(config: TrainConfig) -> None:
         raise ValueError(
             "--nesterov with --momentum 0: there is no momentum to look ahead with; raise it, or leave --nesterov out"
         )
+    if config.trace and not config.out:
+        raise ValueError("--trace without --out: the trace goes to the run's folder; name one")
     if config.batch_size < config.num_microbatches:
         raise ValueError(
             f"--batch-size {config.batch_size} is smaller than --num-microbatches {config.num_microbatches}; every "

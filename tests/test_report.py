@@ -142,7 +142,7 @@ def test_the_page_holds_what_the_files_hold(tmp_path: Path, made: Callable[[list
     assert header[2:5] == ["epochs", "accuracy, %", "test loss"] or "accuracy, %" in header
     assert "70.00 ± 10.00" in bp
     assert "50.00 ± 0.00" in dtrp_
-    assert "0.40" in dtrp_
+    assert "0.40 ± 0.00" in dtrp_
 
 
 def test_the_page_needs_nothing_beside_it(tmp_path: Path, made: Callable[[list[Path]], Page]) -> None:
@@ -235,10 +235,18 @@ def test_lines_differ_without_colour() -> None:
 
 def test_a_run_that_was_trained(tmp_path: Path, made: Callable[[list[Path]], Page]) -> None:
     train = ["train", "--data", "digits", "--model", "mlp", "--limit-train", "100", "--limit-test", "50", "--epochs", "2",
-             "--threads", "1", "--stages", "3", "--prediction-error-every", "1", "--out", str(tmp_path / "run")]  # fmt: skip
+             "--threads", "1", "--stages", "3", "--prediction-error-every", "1", "--trace",
+             "--out", str(tmp_path / "run")]  # fmt: skip
     assert run(train) == 0
     page = made([tmp_path / "run"])
-    assert {"accuracy", "test-loss", "train-loss", "memory", "time", "utilization", "delay"} <= set(page.figures)
+    assert {"accuracy", "test-loss", "train-loss", "memory", "time", "utilization", "delay", "timeline-dtrp"} <= set(
+        page.figures
+    )
+    (timeline,) = (plot["series"] for plot in page.data["plots"] if plot["name"] == "timeline-dtrp")
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    durations = {round(e["dur"] / 1e3, 9) for e in events if e.get("cat") == "F"}
+    assert {round(width, 9) for width in timeline["forward"]["width"]} <= durations
+    assert set(timeline["forward"]["y"]) == {0, 1, 2}
     again = re.search(r"dtrp train --config (\S+) --out", page.text)
     assert again is not None
     assert (tmp_path / again[1]).is_file()

@@ -24,6 +24,7 @@ class Run:
         config: its settings, by option.
         metrics: the lines of ``metrics.jsonl``.
         summary: ``summary.json``; None if the run did not finish.
+        trace: the events of ``trace.json``, if the run has one.
     """
 
     folder: Path
@@ -31,6 +32,7 @@ class Run:
     config: dict[str, Any]
     metrics: tuple[dict[str, Any], ...]
     summary: dict[str, Any] | None
+    trace: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,14 @@ def _read_run(folder: Path) -> Run:
         str(config.get("method", "?")), int(stages), int(config.get("num-microbatches", 1)), int(config.get("seed", 0)),
         config.get("prediction"),
     )  # fmt: skip
-    return Run(folder, cell, config, tuple(metrics), summary)
+    return Run(folder, cell, config, tuple(metrics), summary, _read_trace(folder))
+
+
+def _read_trace(folder: Path) -> tuple[dict[str, Any], ...]:
+    try:
+        return tuple(json.loads((folder / "trace.json").read_text())["traceEvents"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

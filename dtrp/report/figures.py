@@ -31,7 +31,8 @@ class Plot:
         name: of the file, and of the figure's place in the page.
         title, x_label, y_label: what stands at it.
         series: ``{label: {"x": [...], "y": [...], "low": [...], "high": [...]}}``.
-        kind: ``"lines"``, or ``"bars"``: groups of bars, x the names of the groups.
+        kind: ``"lines"``; ``"bars"``: groups of bars, x the names of the groups; ``"timeline"``: bars that lie, from x on, of a
+            ``width``, in the row y.
         note: a sentence below it.
     """
 
@@ -59,6 +60,8 @@ def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
     axes.grid(alpha=0.25, linewidth=0.6)
     if plot.kind == "bars":
         _bars(axes, plot)
+    elif plot.kind == "timeline":
+        _timeline(axes, plot)
     else:
         _lines(axes, plot)
     if len(plot.series) > 1:
@@ -90,9 +93,21 @@ def _bars(axes: Any, plot: Plot) -> None:
         places = [names.index(x) + (number - (len(plot.series) - 1) / 2) * width for x in line["x"]]
         axes.bar(
             places, [_number(y) for y in line["y"]], width=0.9 * width, color=COLOURS[number % len(COLOURS)],
-            hatch=("", "//", "..", "xx", "\\\\", "++", "oo")[number % 7], edgecolor="white", linewidth=0.5, label=label,
+            hatch=("", "//", "..", "xx", "\\\\", "++", "oo")[(number + number // 7) % 7], edgecolor="white", linewidth=0.5, label=label,
         )  # fmt: skip
     axes.set_xticks(range(len(names)), [str(name) for name in names])
+
+
+def _timeline(axes: Any, plot: Plot) -> None:
+    heights = (0.7, 0.7, 0.7, 0.15)
+    for number, (label, line) in enumerate(plot.series.items()):
+        axes.barh(
+            line["y"], line["width"], left=line["x"], height=heights[number % len(heights)], label=label,
+            color=COLOURS[number % len(COLOURS)], hatch=("", "//", "xx", "")[number % 4], edgecolor="white", linewidth=0.3,
+        )  # fmt: skip
+    stages = sorted({y for line in plot.series.values() for y in line["y"]})
+    axes.set_yticks(stages)
+    axes.invert_yaxis()
 
 
 def _number(value: Any) -> float:

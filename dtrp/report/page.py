@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def make_plots(collection: Collection) -> list[Plot]:
             ),
             _delays(finished),
         ]  # fmt: skip
+        plots += [_timeline(label, run) for label, runs in finished.items() for run in runs[:1] if run.trace]
         errors = _errors(finished)
         if errors.series:
             plots.append(errors)
@@ -159,6 +161,28 @@ def _errors(groups: dict[str, list[Run]]) -> Plot:
 
 def _mean(values: list[float]) -> float | None:
     return _finite(mean_and_spread(values)[0])
+
+
+def _timeline(label: str, run: Run) -> Plot:
+    """What ran when, for some mini-batches from the middle of the run; milliseconds."""
+    lanes = {(e["pid"], e["tid"]): e["args"]["name"] for e in run.trace if e.get("name") == "thread_name"}
+    spans = [e for e in run.trace if e.get("ph") == "X" and lanes.get((e["pid"], e["tid"]), "").startswith("stage ")]
+    spans.sort(key=lambda e: float(e["ts"]))
+    length = 1e3 * _MINIBATCHES_SHOWN * 1e3 * float(_of(run)["minibatch_s"])
+    begin = float(spans[len(spans) // 2]["ts"]) if spans else 0.0
+    series: dict[str, dict[str, list[Any]]] = {}
+    for kind, words in (("F", "forward"), ("B", "backward"), ("U", "update"), ("wait", "waits for a message")):
+        own = [e for e in spans if e["cat"] == kind and begin <= float(e["ts"]) < begin + length]
+        if own:
+            series[words] = {
+                "x": [(float(e["ts"]) - begin) / 1e3 for e in own],
+                "y": [int(lanes[e["pid"], e["tid"]].split()[1]) for e in own],
+                "width": [float(e["dur"]) / 1e3 for e in own],
+            }
+    name = "timeline-" + re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-")
+    return Plot(
+        name, f"What ran when: {label}", "ms", "stage", series, "timeline", "Measured, from the middle of the run."
+    )
 
 
 def _finite(value: float) -> float | None:
