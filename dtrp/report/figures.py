@@ -88,14 +88,15 @@ def _lines(axes: Any, plot: Plot) -> None:
 
 def _bars(axes: Any, plot: Plot) -> None:
     names = list(dict.fromkeys(x for line in plot.series.values() for x in line["x"]))
-    width = 0.8 / len(plot.series)
+    width, hatches = 0.8 / len(plot.series), ("", "//", "..", "xx", "\\\\", "++", "oo")
     for number, (label, line) in enumerate(plot.series.items()):
         places = [names.index(x) + (number - (len(plot.series) - 1) / 2) * width for x in line["x"]]
         axes.bar(
             places, [_number(y) for y in line["y"]], width=0.9 * width, color=COLOURS[number % len(COLOURS)],
-            hatch=("", "//", "..", "xx", "\\\\", "++", "oo")[(number + number // 7) % 7], edgecolor="white", linewidth=0.5, label=label,
+            hatch=hatches[(number + number // 7) % 7], edgecolor="white", linewidth=0.5, label=label,
         )  # fmt: skip
-    axes.set_xticks(range(len(names)), [str(name) for name in names])
+    tilted = {"rotation": 60, "ha": "right", "fontsize": 8} if sum(len(str(name)) for name in names) > 60 else {}
+    axes.set_xticks(range(len(names)), [str(name) for name in names], **tilted)
 
 
 def _timeline(axes: Any, plot: Plot) -> None:

@@ -234,8 +234,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-HEADINGS = ("", "seeds", "epochs", "accuracy, %", "test loss", "ms a mini-batch", "memory, largest stage", "delay, at most",
-            "prediction error")  # fmt: skip
+HEADINGS = ("", "accuracy, %", "test loss", "ms a mini-batch", "memory, largest stage", "delay, at most", "prediction error",
+            "epochs", "seeds")  # fmt: skip
 
 
 def _table(collection: Collection) -> list[list[str]]:
@@ -243,22 +243,20 @@ def _table(collection: Collection) -> list[list[str]]:
     for label, runs in collection.groups().items():
         last = [run.metrics[-1] for run in runs]
         finished = [run.summary for run in runs if run.summary]
-        row = [
-            label,
-            ", ".join(str(run.cell.seed) for run in runs),
-            str(max(int(line["epoch"]) for line in last)),
-            _shown([100 * line["test_accuracy"] for line in last], 2),
-            _shown([line["test_loss"] for line in last], 3),
-        ]
-        if finished:
-            error = [value for value in map(prediction_error, finished) if math.isfinite(value)]
-            row += [
-                _shown([1e3 * s["minibatch_s"] for s in finished], 1),
-                decimal(max(max(peak_bytes(s)) for s in finished)),
-                str(max(map(largest_delay, finished))),
+        error = [value for value in map(prediction_error, finished) if math.isfinite(value)]
+        rows.append(
+            [
+                label,
+                _shown([100 * line["test_accuracy"] for line in last], 2),
+                _shown([line["test_loss"] for line in last], 3),
+                _shown([1e3 * s["minibatch_s"] for s in finished], 1) if finished else "-",
+                decimal(max(max(peak_bytes(s)) for s in finished)) if finished else "-",
+                str(max(map(largest_delay, finished))) if finished else "-",
                 _shown(error, 2) if error else "-",
+                str(max(int(line["epoch"]) for line in last)),
+                ", ".join(str(run.cell.seed) for run in runs),
             ]
-        rows.append(row + ["-"] * (len(HEADINGS) - len(row)))
+        )
     return rows
 
 
