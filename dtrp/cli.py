@@ -275,7 +275,8 @@ def _train_options(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., 
 
 @cli.command()
 @_train_options()
-def train(**options: Any) -> None:
+@click.option("--quiet", is_flag=True, help="Plain lines on a terminal too.")
+def train(*, quiet: bool, **options: Any) -> None:
     """Train a network and test it after each epoch.
 
     Settings are checked before anything is written. The folder of --out appears when the first epoch is
@@ -288,15 +289,15 @@ def train(**options: Any) -> None:
             options[other] = None
     config = TrainConfig(**options)
     if (config.workers is not None or config.replicas > 1) and not under_launcher():
-        _train_in_workers(config)
+        _train_in_workers(config, quiet=quiet)
         return
     trainer = _checked(config)
-    reporter = make_reporter() if trainer.reports else Reporter()
+    reporter = make_reporter(quiet=quiet) if trainer.reports else Reporter()
     with reporter:
         _trained(trainer, reporter)
 
 
-def _train_in_workers(config: TrainConfig) -> None:
+def _train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
     """The same command in as many processes as it asks for."""
     from .workers import WorkersError, run_workers  # torchrun's interface takes a while to import
 
@@ -312,6 +313,8 @@ def _train_in_workers(config: TrainConfig) -> None:
         file.write(config_text(dataclasses.replace(config, workers=num_workers)))
         file.flush()
         arguments = ["-m", "dtrp", "train", "--config", file.name]
+        if quiet:
+            arguments.append("--quiet")
         if config.out:
             arguments += ["--out", config.out, *(["--overwrite"] if config.overwrite else [])]
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from .planning import Choice, Plan, Simulation
 from .train import EpochMetrics, Reporter, Trainer, TrainResult, describe_layers, summarize_delays
 
 _LINE_EVERY_S = 30.0
+_BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class ConsoleReporter(Reporter):
@@ -81,7 +83,7 @@ class PlainReporter(ConsoleReporter):
 
 
 class LiveReporter(ConsoleReporter):
-    """A line that refreshes: loss, last accuracy, samples/s and the time left."""
+    """A line that refreshes: loss and accuracy with their curves so far, samples/s and the time left."""
 
     def __enter__(self) -> LiveReporter:
         self._progress = Progress(
@@ -108,19 +110,29 @@ class LiveReporter(ConsoleReporter):
         )
         self._shown = self._since = time.perf_counter()
         self._samples = 0
+        self._losses: list[float] = []
+        self._accuracies: list[float] = []
 
     def update(self, epoch: int, update: int, loss: Callable[[], float], samples: int) -> None:
         now = time.perf_counter()
         self._samples += samples
         if now - self._shown < 0.2:  # reading the loss waits for the device
             return
-        speed = self._samples / (now - self._since)
-        self._progress.update(self._task, completed=update, epoch=epoch + 1, loss=f"{loss():.4f}", speed=f"{speed:.0f}")
+        self._losses.append(loss())
+        self._progress.update(
+            self._task,
+            completed=update,
+            epoch=epoch + 1,
+            loss=f"{curve(self._losses)} {self._losses[-1]:.4f}",
+            speed=f"{self._samples / (now - self._since):.0f}",
+        )
         self._shown = now
 
     def epoch(self, metrics: EpochMetrics) -> None:
         super().epoch(metrics)
-        self._progress.update(self._task, completed=metrics.update, accuracy=f"{metrics.test_accuracy:.2%}")
+        self._accuracies.append(metrics.test_accuracy)
+        shown = f"{curve(self._accuracies)} {metrics.test_accuracy:.2%}"
+        self._progress.update(self._task, completed=metrics.update, accuracy=shown)
         self._samples, self._since = 0, time.perf_counter()
 
     def finish(self, result: TrainResult) -> None:
@@ -128,10 +140,26 @@ class LiveReporter(ConsoleReporter):
         super().finish(result)
 
 
-def make_reporter(*, table: bool = True) -> LiveReporter | PlainReporter:
-    """The reporter that suits standard output."""
+def curve(values: Sequence[float], width: int = 10) -> str:
+    """A line of blocks as high as the values, the means of ``width`` equal parts of them, between their extremes.
+
+    >>> curve([0, 1, 2, 3, 4, 5, 6, 7])
+    '▁▂▃▄▅▆▇█'
+    """
+    parts = min(width, len(values))
+    bounds = [round(i * len(values) / parts) for i in range(parts + 1)] if parts else []
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
+    known = [mean for mean in means if math.isfinite(mean)]
+    if not known:
+        return ""
+    low, span = min(known), (max(known) - min(known)) or 1.0
+    return "".join(_BLOCKS[round(7 * (mean - low) / span)] if math.isfinite(mean) else "?" for mean in means)
+
+
+def make_reporter(*, table: bool = True, quiet: bool = False) -> LiveReporter | PlainReporter:
+    """The reporter that suits standard output; ``quiet``: plain lines on a terminal too."""
     console = Console(soft_wrap=False)
-    if console.is_terminal:
+    if console.is_terminal and not quiet:
         return LiveReporter(console, table=table)
     return PlainReporter(Console(width=140), table=table)
 

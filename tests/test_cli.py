@@ -20,7 +20,7 @@ from rich.console import Console
 
 from dtrp import Schedule
 from dtrp.cli import cli, run
-from dtrp.console import LiveReporter
+from dtrp.console import LiveReporter, curve
 from dtrp.models import get_model
 from dtrp.train import TrainConfig, Trainer, lr_factor, summarize_delays
 
@@ -297,6 +297,15 @@ def test_the_live_line(tmp_path: Path) -> None:
 def test_learning_rate_schedules(schedule: str, warmup: int, factors: dict[int, float]) -> None:
     factor = lr_factor(schedule, warmup, 100)
     assert {n: factor(n) for n in factors} == pytest.approx(factors, abs=1e-12)
+
+
+def test_curves_in_text() -> None:
+    assert curve([]) == ""
+    assert curve([3.0]) == "▁"
+    assert curve([1.0, 1.0]) == "▁▁"
+    assert curve([2.0, 1.0, float("nan"), 0.0]) == "█▅?▁"
+    assert len(curve(list(range(1000)))) == 10
+    assert curve(list(range(1000)))[0] == "▁"
 
 
 def test_delays_in_words() -> None:
