@@ -399,7 +399,7 @@ def test_the_lead_is_the_shortest_that_hides_the_links() -> None:
         assert delays == sorted(set(delays)), "a frontier: more delay only where it is faster"
         return made.row.ahead, made.row.backward_first
 
-    assert lead_at(0.0) == (1.0, False)
+    assert lead_at(0.0)[0] < 2, "no latency: shorter than the method's own"
     assert lead_at(0.011)[0] > 1.0, "a hop of almost a slot"
     assert lead_at(0.0, dtrp.get_method("dtrp")) == (2, True), "a row that is given stays as it is"
 
