@@ -233,7 +233,7 @@ def test_every_option_is_documented() -> None:
             if param.param_type_name == "option":
                 assert param.help, f"{command.name} --{param.name}"  # type: ignore[attr-defined]
     names = {param.name for param in cli.commands["train"].params}
-    assert names == {field.name for field in dataclasses.fields(TrainConfig)} | {"config"}
+    assert names == {field.name for field in dataclasses.fields(TrainConfig)} | {"config", "quiet"}
 
 
 def test_without_options_it_is_the_default_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
