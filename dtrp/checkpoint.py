@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .files import whole_file
 from .stage import Stage
 
 T = TypeVar("T")
@@ -180,18 +179,8 @@ def _numbers(stage: Stage) -> dict[str, int]:
 
 def write_model(state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Write a plain state dict, on the CPU, whole or not at all."""
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            torch.save(on_cpu(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with whole_file(path) as file:
+        torch.save(on_cpu(state), file)
 
 
 def on_cpu(value: Any) -> Any:
@@ -204,12 +193,6 @@ def on_cpu(value: Any) -> Any:
             result[key] = on_cpu(entry)
         return result
     return type(value)(map(on_cpu, value)) if type(value) in (list, tuple) else value
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _snapshot(value: Any) -> Any:

@@ -81,17 +81,18 @@ class Name(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         self.fail(unknown(self.name, value, self.names), param, ctx)
 
 
-class Cuts(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Layer numbers: ``3,6,9``, or a list in a file."""
+class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Whole numbers: ``1,2,4``, or a list in a file."""
 
-    name = "3,6,9"
+    def __init__(self, what: str, example: str) -> None:
+        self.what, self.name = what, example
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         parts = value.split(",") if isinstance(value, str) else value
         try:
             return tuple(int(part) for part in parts)
         except (TypeError, ValueError):
-            self.fail(f"{value!r} is no list of layer numbers like 3,6,9", param, ctx)
+            self.fail(f"{value!r} is no list of {self.what} like {self.name}", param, ctx)
 
 
 class Bytes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -179,7 +180,11 @@ _TRAIN_OPTIONS = [
         default=_DEFAULTS.replicas,
         help="Copies of the pipeline, each with --workers processes and its share of every mini-batch.",
     ),
-    click.option("--cuts", type=Cuts(), help="First layer of each stage but the first, instead of --stages."),
+    click.option(
+        "--cuts",
+        type=Numbers("layer numbers", "3,6,9"),
+        help="First layer of each stage but the first, instead of --stages.",
+    ),
     click.option(
         "--num-microbatches",
         type=int,
@@ -328,18 +333,6 @@ def _train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
             raise click.ClickException(message.removeprefix("dtrp: ")) from None
 
 
-class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Whole numbers: ``1,2,4``."""
-
-    name = "1,2,4"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        try:
-            return tuple(int(part) for part in (value.split(",") if isinstance(value, str) else value))
-        except (TypeError, ValueError):
-            self.fail(f"{value!r} is no list of whole numbers like 1,2,4", param, ctx)
-
-
 class Names(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """Some of the names: ``bp,dtrp``."""
 
@@ -365,7 +358,7 @@ _OF_A_CELL = (
 @click.option(
     "--methods", type=Names("method", tuple(list_methods())), default="bp,fdg,dtr,dtrp", help="Some of them: bp,dtrp."
 )
-@click.option("--stages", type=Numbers(), default="4", help="Every K.")
+@click.option("--stages", type=Numbers("whole numbers", "1,2,4"), default="4", help="Every K.")
 @click.option("--num-microbatches", default="1", help="Every A; K for as many as stages: 1,K.")
 @click.option(
     "--predictions", type=Names("prediction", CHOICES["prediction"]), help="For methods that predict: linear,rollout."

@@ -50,6 +50,11 @@ class Cell:
     def name(self) -> str:
         return f"{self.group}-seed{self.seed}"
 
+    @property
+    def title(self) -> str:
+        """The method, and its prediction if that is not its own."""
+        return self.method if self.prediction is None else f"{self.method} ({self.prediction})"
+
 
 def grid(
     methods: Sequence[str],
@@ -182,9 +187,13 @@ class Group:
 
     def mean(self, of: Callable[[dict[str, Any]], float]) -> tuple[float, float]:
         """(mean, sample standard deviation; nan of one run, or where a value is none)."""
-        values = self.values(of)
-        known = len(values) > 1 and all(map(math.isfinite, values))
-        return statistics.fmean(values), statistics.stdev(values) if known else math.nan
+        return mean_and_deviation(self.values(of))
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, sample standard deviation; nan of one value, or where a value is none)."""
+    known = len(values) > 1 and all(map(math.isfinite, values))
+    return statistics.fmean(values), statistics.stdev(values) if known else math.nan
 
 
 def group_cells(cells: Iterable[tuple[Cell, dict[str, Any]]]) -> list[Group]:

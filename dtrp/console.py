@@ -304,7 +304,7 @@ def show_comparison(groups: Sequence[Group]) -> None:
         seconds, _ = group.mean(lambda summary: float(summary["minibatch_s"]))
         error, _ = group.mean(prediction_error)
         table.add_row(
-            cell.method if cell.prediction is None else f"{cell.method} ({cell.prediction})",
+            cell.title,
             str(cell.stages),
             str(cell.num_microbatches),
             str(len(group.seeds)),

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from .methods import Method
 from .schedule import StageOrder
-from .stash import tensor_bytes
+from .stash import states_bytes, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def optimizer_bytes(optimizer: Optimizer) -> int:
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if all(optimizer.state.get(p) for p in parameters):
-        return _state_bytes(optimizer)
+        return states_bytes(optimizer.state.values())
     try:
         shadows = [p.detach().to("meta").requires_grad_() for p in parameters]
         memo = {id(p): shadow for p, shadow in zip(parameters, shadows, strict=True)}
@@ -172,10 +171,6 @@ def optimizer_bytes(optimizer: Optimizer) -> int:
         for shadow in shadows:
             shadow.grad = torch.empty_like(shadow)
         shadow_optimizer.step()
-        return _state_bytes(shadow_optimizer)
+        return states_bytes(shadow_optimizer.state.values())
     except Exception:
         return 2 * sum(map(tensor_bytes, parameters))
-
-
-def _state_bytes(optimizer: Optimizer) -> int:
-    return sum(tensor_bytes(t) for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from .files import whole_file
 from .methods import Keep, Method, get_method, list_methods
 from .splitting import layers_of
 
@@ -128,14 +129,9 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
-        target = Path(path)
         text = json.dumps({"dtrp_plan": _FORMAT, **dataclasses.asdict(_rounded(self))}, indent=1)
-        beside = target.with_name(f".{target.name}.tmp")
-        try:
-            beside.write_text(_compact(text) + "\n")
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            file.write((_compact(text) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

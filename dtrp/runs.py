@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from . import checkpoint
+from .files import whole_file
 
 
 class RunFolder:
@@ -60,9 +61,8 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """The run is through; ``summary.json`` says so, whole or not at all."""
-        beside = self.path / ".summary.json.tmp"
-        beside.write_text(json.dumps(summary, indent=1))
-        beside.replace(self.path / "summary.json")
+        with whole_file(self.path / "summary.json") as file:
+            file.write(json.dumps(summary, indent=1).encode())
 
     @staticmethod
     def _append(folder: Path, metrics: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ from .methods import Keep, Method
 from .predict import BuiltInPredictor, as_predictor
 from .rng import microbatch_seed, seeded
 from .schedule import Action, lead
-from .stash import AutocastState, Held, MicroBatch, WeightVersion, stash_bytes, tensor_bytes
+from .stash import AutocastState, Held, MicroBatch, WeightVersion, stash_bytes, states_bytes, tensor_bytes
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 Buffers = Literal["own", "discarded", "returned"]
@@ -226,7 +226,7 @@ class Stage:
             self._graph(trial, "discarded")
         out, graph_bytes = self._graph(trial, "discarded")
         sizes = StageSizes(
-            weights=sum(map(tensor_bytes, itertools.chain(self.module.parameters(), self.module.buffers()))),
+            weights=self._weights_bytes(),
             trained=sum(map(tensor_bytes, self.parameters)),
             optimizer=optimizer_bytes(self.optimizer) if self.optimizer is not None else 0,
             input=leaf.nbytes,
@@ -550,14 +550,17 @@ class Stage:
         self.stash_peak = max(self.stash_peak, stash)
         self.activations_peak = max(self.activations_peak, stash + graph_bytes)
 
+    def _weights_bytes(self) -> int:
+        return sum(map(tensor_bytes, itertools.chain(self.module.parameters(), self.module.buffers())))
+
     def memory(self) -> dict[str, int]:
         """Bytes held, as in `Pipeline.memory`."""
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         gradients = [g for g in [*self.gradients, *self._spent] if g is not None]
         return {
-            "weights": sum(map(tensor_bytes, itertools.chain(self.module.parameters(), self.module.buffers()))),
+            "weights": self._weights_bytes(),
             "predicted": self._predicted.nbytes if self._predicted is not None else 0,
-            "optimizer": sum(tensor_bytes(t) for state in states for t in state.values() if isinstance(t, Tensor)),
+            "optimizer": states_bytes(states),
             "gradients": sum(map(tensor_bytes, gradients)),
             "stash": stash_bytes(self._stash),
             "stash_peak": self.stash_peak,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -88,3 +88,8 @@ def tensor_bytes(t: Tensor) -> int:
     if t.layout is torch.sparse_coo:
         return t._indices().nbytes + t._values().nbytes
     return t.nbytes
+
+
+def states_bytes(states: Iterable[Mapping[str, Any]]) -> int:
+    """Of the tensors in an optimizer's states."""
+    return sum(tensor_bytes(t) for state in states for t in state.values() if isinstance(t, Tensor))

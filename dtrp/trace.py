@@ -9,10 +9,11 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from .files import whole_file
 
 
 class Span(NamedTuple):
@@ -83,10 +84,5 @@ def write_chrome_trace(path: str | os.PathLike[str], processes: Sequence[tuple[s
                     "dur": (span.end_ns - span.begin_ns) / 1000,
                 }
             )
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())

@@ -34,7 +34,7 @@ from ..schedule import lead, steady_delay
 from ..splitting import equal_cuts, layers_of
 from .balance import partition
 from .link import LinkSpeed, measure_link
-from .profile import Profiler, StageProfile
+from .profile import Profiler, StageProfile, device_of
 from .simulate import Seconds, Simulation, simulate
 
 LR_SCALING: dict[str, Callable[[float], float]] = {
@@ -144,9 +144,8 @@ def plan(
         )
     method_options(row)  # refuses what no file holds
     if neighbours is None:
-        where = torch.device(device) if device is not None else None
-        on_cpu = (where or _device_of(model)).type == "cpu"
-        neighbours = num_workers - 1 if on_cpu else 0
+        where = device_of(layer for _, layer in layers_of(model)) if device is None else torch.device(device)
+        neighbours = num_workers - 1 if where.type == "cpu" else 0
     profiler = Profiler(
         model,
         example,
@@ -691,8 +690,3 @@ def _check_number(name: str, value: Any, least: float, *, above: bool = False) -
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < least or (above and value == least):
         raise PlanError(f"{name}={value!r}: pass a finite number {'above' if above else 'of at least'} {least}")
-
-
-def _device_of(model: nn.Sequential | Sequence[nn.Module]) -> torch.device:
-    modules = [module for _, module in layers_of(model)]
-    return next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))

@@ -13,7 +13,7 @@ import itertools
 import operator
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +29,7 @@ from ..methods import Keep, Method
 from ..plan_file import PlanError
 from ..predict import BuiltInPredictor, as_predictor
 from ..splitting import layers_of, stage_device
-from ..stash import tensor_bytes
+from ..stash import states_bytes, tensor_bytes
 from .neighbours import busy_neighbours
 from .trial import StageTrial, relative_spread, try_stages
 
@@ -178,7 +178,7 @@ class Profiler:
         self._layers = copy.deepcopy(
             [layer for _, layer in named]
         )  # at once: a tensor that two share, they share again
-        self.device = torch.device(device) if device is not None else _place(self._layers)
+        self.device = torch.device(device) if device is not None else device_of(self._layers)
         for layer in self._layers:
             layer.to(self.device)
         self._module: Any = torch.get_device_module(self.device) if self.device.type != "cpu" else None
@@ -338,8 +338,7 @@ class Profiler:
     def _state_bytes(self, layer: nn.Module) -> int:
         if self._optimizer is None:
             return 0
-        states = [self._optimizer.state.get(p, {}) for p in layer.parameters()]
-        return sum(tensor_bytes(t) for state in states for t in state.values() if isinstance(t, Tensor))
+        return states_bytes(self._optimizer.state.get(p, {}) for p in layer.parameters())
 
     def _now(self) -> float:
         if self._module is not None:
@@ -385,5 +384,6 @@ def _tiled(t: Tensor, samples: int) -> Tensor:
     return t[:samples] if times == 1 else torch.cat([t] * times)[:samples]
 
 
-def _place(layers: Sequence[nn.Module]) -> torch.device:
+def device_of(layers: Iterable[nn.Module]) -> torch.device:
+    """Where they are; the CPU, if they hold nothing."""
     return next((place for place in map(stage_device, layers) if place is not None), torch.device("cpu"))

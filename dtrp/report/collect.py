@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..compare import Cell, read_summary
+from ..compare import Cell, mean_and_deviation, read_summary
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Collection:
 
     def label(self, cell: Cell) -> str:
         """A cell's name as far as it tells groups apart."""
-        name = cell.method if cell.prediction is None else f"{cell.method} ({cell.prediction})"
+        name = cell.title
         if len({run.cell.stages for run in self.runs}) > 1:
             name += f" K={cell.stages}"
         if len({run.cell.num_microbatches for run in self.runs}) > 1:
@@ -121,7 +121,5 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """(mean, sample standard deviation); nan where a value is none, 0 spread of one."""
     if not values or not all(map(math.isfinite, values)):
         return math.nan, math.nan
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return mean, 0.0
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    mean, deviation = mean_and_deviation(values)
+    return mean, 0.0 if len(values) == 1 else deviation

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.filesize import decimal
 
 from .. import __version__
 from ..compare import largest_delay, peak_bytes, prediction_error
+from ..files import whole_file
 from ..schedule import Schedule
 from .collect import Collection, Run, collect, mean_and_spread
 from .figures import Plot, png, svg
@@ -46,12 +46,8 @@ def write_report(folders: list[str], out: str, figures: str | None = None) -> Co
 
 
 def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(content)
 
 
 # -- plots ----------------------------------------------------------------------------------------------------
