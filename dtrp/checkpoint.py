@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 def model_part(stage: Stage) -> dict[str, Tensor]:
     """A snapshot of a stage's part of the model's state dict, under the unsplit model's names."""
+    stage.check_gradients()
     return {name: _snapshot(value) for name, value in stage.module.state_dict().items()}
 
 

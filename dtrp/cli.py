@@ -241,6 +241,19 @@ _TRAIN_OPTIONS = [
         default=_DEFAULTS.warmup_updates,
         help="Updates over which the learning rate rises.",
     ),
+    click.option("--max-grad-norm", type=float, help="Clip a mini-batch's gradient to this norm."),
+    click.option(
+        "--clip",
+        type=_CHOICES["clip"],
+        default=_DEFAULTS.clip,
+        help="Whose norm: each stage's, or that of all stages together (for methods that flush).",
+    ),
+    click.option(
+        "--on-nonfinite",
+        type=_CHOICES["on_nonfinite"],
+        default=_DEFAULTS.on_nonfinite,
+        help="A loss or gradient that is inf or nan: end the run, or leave that update out.",
+    ),
     click.option("--device", default=_DEFAULTS.device, help="Device, or one per stage: cuda:0,cuda:1,..."),
     click.option(
         "--dtype", type=_CHOICES["dtype"], default=_DEFAULTS.dtype, help="bfloat16: autocast over float32 weights."

@@ -50,6 +50,11 @@ class ConsoleReporter(Reporter):
         if self.table:
             self.console.print(_stage_table(result))
             last = result.epochs[-1]
+            left_out = ", ".join(
+                f"{len(s.skipped_updates)} at stage {s.stage}" for s in result.stages if s.skipped_updates
+            )
+            if left_out:
+                self.console.print(f"updates left out, their gradient not being finite: {left_out}", highlight=False)
             self.console.print(
                 f"test accuracy {last.test_accuracy:.2%}, {result.samples_per_s:.0f} samples/s (median of the epochs)",
                 highlight=False,

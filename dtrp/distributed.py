@@ -75,7 +75,9 @@ class DistributedEngine:
         self._stage, self._transport, self._tracer, self._loss_on = stage, transport, tracer, loss_on
         self._num_microbatches = num_microbatches
         self._order = StageOrder(method, ranks.num_stages, ranks.stage)
-        self._losses = Losses(ranks.num_stages - 1, at_once=stage.device.type == "cpu")
+        self._losses = Losses(
+            ranks.num_stages - 1, at_once=stage.device.type == "cpu", stops=stage.rule.on_nonfinite == "stop"
+        )
         self._inputs: deque[Tensor] = deque()  # of the current mini-batch, on the first rank
         self._targets: deque[Tensor] = deque()  # of the current mini-batch, on the last rank
         self._notes: deque[Note] = deque()  # of the micro-batches between F and B
@@ -146,6 +148,7 @@ class DistributedEngine:
             for action in slot:
                 self._do(action)
         self._losses.check()
+        self._stage.check_gradients()
         self._stage.rest()
 
     def infer(self, x: Tensor | None) -> Tensor | None:
@@ -274,8 +277,13 @@ class DistributedEngine:
                 raise
             except Exception as error:
                 raise StageError(self._stage.index, action, self._stage.version, error) from error
+        norms: list[float] | None = None
+        if self._stage.rule.together:
+            norm = self._stage.gradient_norm()
+            with self.working_times[0].waiting("gradient"):  # replicas have the same gradient by now
+                norms = self._transport.exchange("step", norm)[: self._transport.ranks.num_stages]
         with naming(self._stage.index, action, self._stage.version):
-            self._stage.update()
+            self._stage.update(norms)
 
     def _send(self, link: Sender | None, note: Note, tensor: Tensor | None) -> None:
         assert link is not None

@@ -82,17 +82,20 @@ class Losses:
     Args:
         at_once: look at each before anything is learned from it. Else, since looking would make the launches of
             a slot wait for an accelerator, when the next mini-batch comes.
+        stops: whether one that is not finite ends the run.
     """
 
-    def __init__(self, last_stage: int, *, at_once: bool) -> None:
+    def __init__(self, last_stage: int, *, at_once: bool, stops: bool = True) -> None:
         self._last_stage = last_stage
         self._at_once = at_once
+        self._stops = stops
         self._terms: list[Tensor] = []  # of the current mini-batch
         self._unseen: list[tuple[MicroBatch, Tensor]] = []
 
     def add(self, micro: MicroBatch, loss: Tensor) -> None:
         self._terms.append(loss)
-        self._unseen.append((micro, loss))
+        if self._stops:
+            self._unseen.append((micro, loss))
         if self._at_once:
             self.check()
 
@@ -114,7 +117,7 @@ class Losses:
             if not torch.isfinite(loss):
                 cause = FloatingPointError(
                     f"the loss of mini-batch {micro.minibatch} is {loss.item()}; lower the learning rate, or look at "
-                    "the data of this mini-batch"
+                    f"the data of this mini-batch (stage {self._last_stage}, the last)"
                 )
                 raise StageError(self._last_stage, Action("F", micro.index), micro.minibatch, cause) from cause
         self._unseen.clear()

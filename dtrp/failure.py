@@ -47,6 +47,7 @@ class Failure:
         text: the reason, beginning with the rank it is about; a `StageError`'s message for ``stage``.
         place: a `StageError`'s (stage, microbatch, minibatch).
         trace: the traceback on that rank.
+        nonfinite: what the `FloatingPointError` says that is a StageError's cause, if one is.
     """
 
     kind: Literal["gone", "timeout", "stage", "ended"]
@@ -54,13 +55,15 @@ class Failure:
     text: str
     place: tuple[int, int | None, int] | None = None
     trace: str = ""
+    nonfinite: str = ""
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
         """What ``error``, raised on ``rank``, is for the other ranks."""
         trace = "".join(traceback.format_exception(error))
         if isinstance(error, StageError):
-            return cls("stage", rank, str(error), (error.stage, error.microbatch, error.minibatch), trace)
+            nonfinite = str(error.__cause__) if isinstance(error.__cause__, FloatingPointError) else ""
+            return cls("stage", rank, str(error), (error.stage, error.microbatch, error.minibatch), trace, nonfinite)
         if isinstance(error, WorkerError):
             return cls("timeout" if isinstance(error, TimeoutError) else "ended", rank, str(error))
         if isinstance(error, KeyboardInterrupt):
@@ -78,8 +81,12 @@ class Failure:
             error = WaitTimeoutError(f"{self.text}; this process was {doing}")
         else:
             error = WorkerError(f"{self.text}; this process was {doing}")
-        if self.trace:
-            error.__cause__ = WorkerError(f"on rank {self.rank}:\n{self.trace}")
+        there = WorkerError(f"on rank {self.rank}:\n{self.trace}") if self.trace else None
+        if self.nonfinite:
+            error.__cause__ = FloatingPointError(self.nonfinite)
+            error.__cause__.__cause__ = there
+        elif there is not None:
+            error.__cause__ = there
         return error
 
 

@@ -45,12 +45,17 @@ class LocalEngine:
         self._gradients: list[dict[int, Tensor | None]] = [{} for _ in stages]
         self._micros: dict[int, MicroBatch] = {}
         self._targets: dict[int, Tensor] = {}
-        self._losses = Losses(num - 1, at_once=len({stage.device for stage in stages}) == 1)
+        rule = stages[0].rule
+        one_device = len({stage.device for stage in stages}) == 1
+        self._losses = Losses(num - 1, at_once=one_device, stops=rule.on_nonfinite == "stop")
+        self._together = rule.together
+        self._norms: dict[int, float] = {}  # of the current mini-batch's gradient, by stage, where all count for all
 
     def step(self, x: Tensor | None, y: Tensor | None) -> Tensor:
         assert x is not None
         assert y is not None
         self._losses.check()
+        self._norms.clear()
         for working_time in self.working_times:
             working_time.begin()
         parts = min(self._num_microbatches, len(x))
@@ -72,6 +77,7 @@ class LocalEngine:
         self._run()
         self._losses.check()
         for stage in self.stages:
+            stage.check_gradients()
             stage.rest()
 
     def infer(self, x: Tensor | None) -> Tensor:
@@ -125,6 +131,10 @@ class LocalEngine:
             return action.index in self._inputs[stage]
         if action.kind == "B" and stage < len(self.stages) - 1:
             return action.index in self._gradients[stage]
+        if action.kind == "U" and self._together:
+            if stage not in self._norms:
+                self._norms[stage] = self.stages[stage].gradient_norm()
+            return len(self._norms) == len(self.stages)
         return True
 
     def _do(self, index: int, action: Action) -> None:
@@ -150,4 +160,4 @@ class LocalEngine:
                 else:
                     del self._micros[action.index]
             else:
-                stage.update()
+                stage.update([self._norms[k] for k in range(last + 1)] if self._together else None)

@@ -20,6 +20,7 @@ from . import checkpoint
 from .distributed import DistributedEngine, agree
 from .engine import Engine
 from .gauge import Gauge, PredictionError
+from .gradients import Clip, GradientRule, OnNonfinite
 from .local import LocalEngine
 from .methods import Keep, Method, get_method
 from .plan_file import Plan, as_plan
@@ -67,6 +68,16 @@ class Pipeline:
         loss_on: ``"last"``: `step` returns the loss on the last rank; ``"all"``: on every rank, which then waits for
             the last one in every step, so that the stages take turns instead of overlapping.
         timeout_s: the longest that a rank waits for another before an error says who waits for whom.
+        max_grad_norm: clip a mini-batch's gradient to this 2-norm before its update, as `torch.nn.utils.clip_grad_norm_` does.
+        clip: whose norm: ``"stage"``: of each stage's gradient (with replicas of their average), which needs no waiting;
+            ``"global"``: of all stages' together, as of the unsplit model; for methods that flush.
+        on_nonfinite: ``"stop"``: a loss or a gradient that is not finite ends the run, before the update that it would
+            have gone into. ``"skip"``: that update is left out: weights and optimizer state stay, version and scheduler go
+            on. In a method that flushes all stages then leave it out. In the others each stage decides by its own gradient:
+            one that is not finite at a stage is mostly not finite at those before it, and those after it have made their
+            update; a loss that is not finite makes it so at every stage. Buffers have moved with the forward.
+            `skipped_updates` counts. On accelerators ``"stop"`` without clipping does not wait for the answer where that
+            would keep them from overlapping: the run then ends at the stage's next update, and nothing is saved meanwhile.
         keep: what stages keep between F and B, in place of what the method says: ``"graph"`` or ``"input"``, for all
             stages or one for each. A stage of an asynchronous method that keeps its graph evaluates it, and
             differentiates, at the weights its forward read (predicted ones, if the method predicts), and recomputes
@@ -111,6 +122,9 @@ class Pipeline:
         mesh: Any = None,
         loss_on: Literal["last", "all"] = "last",
         timeout_s: float = 300.0,
+        max_grad_norm: float | None = None,
+        clip: Clip = "stage",
+        on_nonfinite: OnNonfinite = "stop",
         keep: Literal["auto"] | Keep | Sequence[Keep] | None = None,
         memory_limit_bytes: int | None = None,
         plan: Plan | str | os.PathLike[str] | Mapping[str, Any] | None = None,
@@ -134,6 +148,7 @@ class Pipeline:
             raise ValueError(f"loss_on={loss_on!r}: choose 'last' or 'all'")
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < math.inf:
             raise ValueError(f"timeout_s={timeout_s!r}: pass a number of seconds above 0")
+        rule = GradientRule.of(max_grad_norm, clip, on_nonfinite, self.method)
         ranks = find_ranks(group, mesh, timeout_s)
         if num_stages is None and cuts is None and ranks is not None and isinstance(model, nn.Module):
             num_stages = ranks.num_stages
@@ -149,7 +164,7 @@ class Pipeline:
         self._schedules_lr = lr_scheduler is not None
         self._tracer = Tracer(bool(trace))
 
-        def make_stage(index: int, place: torch.device, replica: int = 0) -> Stage:
+        def make_stage(index: int, place: torch.device, replica: int = 0, *, at_once: bool) -> Stage:
             return Stage(
                 index,
                 len(modules),
@@ -164,12 +179,15 @@ class Pipeline:
                 replica=replica,
                 num_microbatches=num_microbatches,
                 memory_limit_bytes=limit,
+                rule=rule,
+                at_once=at_once,
             )
 
         self._engine: Engine
         if ranks is None:
             places = _places(modules, devices)
-            stages = [make_stage(index, place) for index, place in enumerate(places)]
+            one_device = len(set(places)) == 1
+            stages = [make_stage(index, place, at_once=one_device) for index, place in enumerate(places)]
             self._engine = LocalEngine(stages, self.method, num_microbatches, self._tracer)
         else:
             _check_world(len(modules), ranks)
@@ -183,9 +201,12 @@ class Pipeline:
                     "method": self.method,
                     "keep": keep if keep is None or isinstance(keep, str) else list(keep),
                     "memory_limit_bytes": limit,
+                    "max_grad_norm": rule.max_norm,
+                    "clip": clip,
+                    "on_nonfinite": on_nonfinite,
                 }
                 self.seed = agree(transport, modules, place, settings, self.seed)
-                stage = make_stage(ranks.stage, place, ranks.replica)
+                stage = make_stage(ranks.stage, place, ranks.replica, at_once=place.type == "cpu")
                 self._engine = DistributedEngine(stage, self.method, num_microbatches, transport, self._tracer, loss_on)
             except BaseException as error:
                 transport.fail(error)
@@ -259,6 +280,10 @@ class Pipeline:
     def delays(self) -> dict[int, Counter[int]]:
         """``{stage: Counter({delay: micro-batches})}``, in updates, of the micro-batches that are through."""
         return {stage.index: Counter(stage.delays) for stage in self._engine.stages}
+
+    def skipped_updates(self) -> dict[int, list[int]]:
+        """``{stage: mini-batches}`` whose update was left out, their gradient not being finite (``on_nonfinite="skip"``)."""
+        return {stage.index: list(stage.skipped) for stage in self._engine.stages}
 
     def memory(self) -> dict[int, dict[str, int]]:
         """Bytes that each stage holds now, measured from its tensors.

@@ -12,7 +12,8 @@ For micro-batch m of mini-batch b, at a stage whose weights have had v updates (
                                                                 now (or at the copy); buffers move here
              5. differentiate, add to the stage's gradients  5. the same
 
-    U        6. gradients into p.grad, optimizer.step(), lr_scheduler.step()
+    U        6. is the gradient finite? clip it
+             7. gradients into p.grad, optimizer.step(), lr_scheduler.step()
 
 The last stage, whose B follows its F at once, always keeps its graph (unless all forwards come first).
 A kept graph never stands on the parameters themselves when an update comes before its backward: the
@@ -24,8 +25,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Literal
@@ -40,6 +43,7 @@ from .aligned import aligned_clone, enter
 from .exchange import Places
 from .footprint import StageSizes, footprint, optimizer_bytes
 from .gauge import Gauge
+from .gradients import GradientRule, Unseen, clip_, gradient_norm, nonfinite, overall
 from .methods import Keep, Method
 from .predict import BuiltInPredictor, as_predictor
 from .rng import microbatch_seed, seeded
@@ -113,6 +117,9 @@ class Stage:
         num_microbatches: A, where the stage decides by itself what it keeps.
         memory_limit_bytes: None: the stage keeps what its method says. Else it looks at its first input, and keeps its
             graphs where they fit, and its inputs where they do not.
+        rule: what is done with gradients that are too long or not finite.
+        at_once: whether to wait for the answer to "is the gradient finite?" before the update; else, since an accelerator
+            would stand still meanwhile, it is heard at the next.
     """
 
     def __init__(
@@ -131,6 +138,8 @@ class Stage:
         replica: int = 0,
         num_microbatches: int = 1,
         memory_limit_bytes: int | None = None,
+        rule: GradientRule | None = None,
+        at_once: bool = True,
     ) -> None:
         self.index = index
         self.num_stages, self.num_microbatches = num_stages, num_microbatches
@@ -160,7 +169,12 @@ class Stage:
         if isinstance(self.predictor, BuiltInPredictor) and self.optimizer is not None:
             self.predictor.check(self.optimizer)
 
-        self.version = 0  # updates made
+        self.rule = rule or GradientRule()
+        self._at_once = at_once or self.rule.max_norm is not None or self.rule.on_nonfinite == "skip"
+        self._unseen = Unseen()
+
+        self.version = 0  # updates made, those that were left out counted
+        self.skipped: list[int] = []  # mini-batches whose update was left out
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
         self.delays: Counter[int] = Counter()
         self.stash_peak = self.activations_peak = 0  # bytes
@@ -356,6 +370,8 @@ class Stage:
                 grad = _moved(grad, self.device)
             if self.method.grad_shrink != 1:
                 grad = grad * self.method.grad_shrink
+        elif self.rule.on_nonfinite == "skip" and isinstance(held.root, Tensor) and not torch.isfinite(held.root):
+            grad = torch.full_like(held.root, math.nan)  # so that every stage's gradient says it
         leaves = self.parameters if held.weights is None else held.weights.leaves
         for leaf, gradient in zip(leaves, self.gradients, strict=True):
             leaf.grad = gradient
@@ -478,21 +494,77 @@ class Stage:
 
     # -- U ------------------------------------------------------------------------------------------
 
-    def update(self) -> None:
-        """U: one optimizer step with the gradients of a mini-batch."""
+    def gradient_norm(self) -> float:
+        """Of the mini-batch's gradient at this stage; not finite where the gradient is not."""
+        return float(gradient_norm(self.gradients))
+
+    def update(self, norms: Sequence[float] | None = None) -> None:
+        """U: one optimizer step with the gradients of a mini-batch.
+
+        Args:
+            norms: of every stage's gradient, where the rule is about all of them together.
+
+        Raises:
+            StageError: a gradient is not finite, and the rule says to stop. Nothing has been updated here.
+        """
+        applies = True
         if self.optimizer is not None:
             for p, gradient in zip(self.parameters, self.gradients, strict=True):
                 p.grad = gradient
-            with self._shrunk_lr():
-                self.optimizer.step()
+            try:
+                applies = self._admit(norms)
+                if applies:
+                    with self._shrunk_lr():
+                        self.optimizer.step()
+                else:
+                    self.skipped.append(self.version)
+            finally:
+                for p in self.parameters:
+                    p.grad = None
             # Freed with the stage's next work, not here: a heap that is empty between two steps goes back to the
             # system and is faulted in again, a tenth of a small network's step.
             self._spent, self.gradients = self.gradients, [None] * len(self.parameters)
-            for p in self.parameters:
-                p.grad = None
         if self.lr_scheduler is not None:
-            self.lr_scheduler.step()
+            self._step_scheduler(self.lr_scheduler, applies)
         self.version += 1
+
+    def _admit(self, norms: Sequence[float] | None) -> bool:
+        """Whether the gradient, which is in ``p.grad``, is to be applied; it is clipped then."""
+        rule = self.rule
+        self.check_gradients()
+        if not self._at_once:
+            self._unseen.add(self.version, self.gradients, self.device)
+            return True
+        if norms is None or (rule.clip == "stage" and rule.max_norm is not None):
+            norm = gradient_norm(self.gradients)
+        else:
+            like = next((g for g in self.gradients if g is not None), torch.zeros(()))
+            norm = torch.tensor(overall(norms), dtype=like.dtype.to_real(), device=like.device)
+        every = {self.index: float(norm)} if norms is None else dict(enumerate(norms))
+        bad = next((stage for stage, each in every.items() if not math.isfinite(each)), None)
+        if bad is not None:
+            if rule.on_nonfinite == "skip":
+                return False
+            cause = nonfinite(self.version, bad, self.names, self.gradients if bad == self.index else ())
+            raise StageError(bad, Action("U", self.version), self.version, cause) from cause
+        if rule.max_norm is not None:
+            clip_(self.parameters, rule.max_norm, norm)
+        return True
+
+    def check_gradients(self) -> None:
+        """Refuse a gradient that was not finite and has been applied: an accelerator answers when it comes to it."""
+        minibatch = self._unseen.first_bad()
+        if minibatch is not None:
+            cause = nonfinite(minibatch, self.index, self.names, ())
+            raise StageError(self.index, Action("U", minibatch), minibatch, cause) from cause
+
+    def _step_scheduler(self, scheduler: Any, applied: bool) -> None:
+        if applied:
+            scheduler.step()
+            return
+        with warnings.catch_warnings():  # where the very first update is left out, torch takes it for a wrong order
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+            scheduler.step()
 
     @contextmanager
     def _shrunk_lr(self) -> Iterator[None]:
@@ -538,6 +610,7 @@ class Stage:
     def drop(self) -> None:
         """Forget what is in flight."""
         self.rest()
+        self._unseen.drop()
         self._stash.clear()
         if self.gauge is not None:
             self.gauge.drop()

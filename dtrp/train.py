@@ -75,6 +75,9 @@ class TrainConfig:
     weight_decay: float = 5e-4
     lr_schedule: str = "cosine"
     warmup_updates: int = 0
+    max_grad_norm: float | None = None
+    clip: str = "stage"
+    on_nonfinite: str = "stop"
     device: str = "cpu"
     dtype: str = "float32"
     threads: int | None = None
@@ -111,6 +114,7 @@ class StageSummary:
     keep: str
     busy: dict[str, float]
     prediction_errors: tuple[PredictionError, ...]
+    skipped_updates: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,9 @@ class Trainer:
             devices=devices if len(devices) > 1 else devices[0],
             mesh=mesh,
             timeout_s=_TIMEOUT_S,
+            max_grad_norm=config.max_grad_norm,
+            clip=config.clip,  # type: ignore[arg-type]
+            on_nonfinite=config.on_nonfinite,  # type: ignore[arg-type]
             trace=config.trace,
         )
         if config.prediction_error_every:
@@ -226,9 +233,11 @@ class Trainer:
             epochs: list[EpochMetrics] = []
             for epoch in range(config.epochs):
                 began = time.perf_counter()
-                loss_sum, samples = self._train(epoch, reporter)
+                loss_sum, learned, samples = self._train(epoch, reporter)
                 pipe.flush()
-                train_loss = float(loss_sum) / samples  # waits for the device, so that the time is the epoch's
+                train_loss = float(loss_sum) / max(
+                    1.0, float(learned)
+                )  # waits for the device, so that the time is the epoch's
                 trained = time.perf_counter() - began
                 test_loss, accuracy = self.test()
                 own = EpochMetrics(
@@ -258,10 +267,10 @@ class Trainer:
         reporter.finish(result)
         return result
 
-    def _train(self, epoch: int, reporter: Reporter) -> tuple[Tensor, int]:
-        """An epoch's steps; the sum of the losses of its samples, where the loss is known, and their number."""
+    def _train(self, epoch: int, reporter: Reporter) -> tuple[Tensor, Tensor, int]:
+        """An epoch's steps; the sum of the losses of its samples, how many have a finite one, and how many there are."""
         config, data, pipe = self.config, self.dataset, self.pipe
-        loss_sum = torch.zeros((), dtype=torch.float64)
+        loss_sum = learned = torch.zeros((), dtype=torch.float64)
         samples = 0
         for x, y in batches(
             data.train_x,
@@ -278,11 +287,13 @@ class Trainer:
                 loss = pipe.step(self._shard(x), self._shard(y))
             samples += len(y)
             if loss is not None:
-                loss_sum = loss_sum.to(loss.device) + loss.double() * len(y)
+                known = torch.isfinite(loss)  # nothing is learned from one that is not, nor is it counted
+                loss_sum = loss_sum.to(loss.device) + torch.where(known, loss.double(), 0.0) * len(y)
+                learned = learned.to(loss.device) + known * len(y)
                 reporter.update(epoch, pipe.num_updates, loss.item, len(y))
             if pipe.num_updates == self.total_updates:
                 break
-        return loss_sum, samples
+        return loss_sum, learned, samples
 
     def _shard(self, batch: Tensor | None) -> Tensor | None:
         """This replica's part of a mini-batch."""
@@ -316,6 +327,7 @@ class Trainer:
     def _stage_summaries(self) -> tuple[StageSummary, ...]:
         delays, memory, peaks = self.pipe.delays(), self.pipe.memory(), self.pipe.activations_peak()
         keeps, busy, errors = self.pipe.keeps(), self.pipe.busy(), self.pipe.prediction_errors()
+        skipped = self.pipe.skipped_updates()
         own = [
             StageSummary(
                 stage=k,
@@ -327,6 +339,7 @@ class Trainer:
                 keep=keeps[k] or "graph",
                 busy=busy[k],
                 prediction_errors=tuple(error for error in errors if error.stage == k),
+                skipped_updates=tuple(skipped[k]),
             )
             for k, module in zip(delays, self.pipe.stages, strict=True)
         ]
@@ -357,6 +370,7 @@ def summary(result: TrainResult) -> dict[str, Any]:
                 "layers": list(stage.layers),
                 "delays": {str(delay): count for delay, count in stage.delays.items()},
                 "prediction_errors": [[e.minibatch, e.delay, e.read, e.stale] for e in stage.prediction_errors],
+                "skipped_updates": list(stage.skipped_updates),
             }
             for stage in result.stages
         ],
@@ -538,6 +552,8 @@ CHOICES = {
     "dtype": tuple(_DTYPES),
     "prediction": ("linear", "rollout", "none"),
     "order": ("backward-first", "forward-first"),
+    "clip": ("stage", "global"),
+    "on_nonfinite": ("stop", "skip"),
 }
 
 
@@ -609,6 +625,10 @@ def check_settings(config: TrainConfig) -> None:
         value = getattr(config, field)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{_option(field)} {value}: a finite number of at least 0")
+    if config.max_grad_norm is not None and not 0 < config.max_grad_norm < math.inf:
+        raise ValueError(f"--max-grad-norm {config.max_grad_norm}: a finite number above 0")
+    if config.clip == "global" and config.max_grad_norm is None:
+        raise ValueError("--clip global without --max-grad-norm: say what norm to clip to, or leave --clip out")
     if config.nesterov and config.momentum == 0:
         raise ValueError(
             "--nesterov with --momentum 0: there is no momentum to look ahead with; raise it, or leave --nesterov out"

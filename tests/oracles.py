@@ -133,10 +133,12 @@ def train(
     rng: Callable[[int, int], AbstractContextManager[None]],
     num_microbatches: int = 1,
     keep: Sequence[str] | None = None,
+    clip: Callable[[Weights], Weights] = lambda gradients: gradients,
 ) -> Run:
     """Replay a run. ``segments`` are lists of mini-batches with a flush after each; ``rng(stage, m)`` draws.
 
     ``keep``: of each stage, instead of the row's; one that keeps its graph differentiates at its forward's weights.
+    ``clip``: what a stage's gradient is made into before its update.
     """
     stages = [copy.deepcopy(stage) for stage in stages]
     num = len(stages)
@@ -204,6 +206,7 @@ def train(
             for k in range(num):
                 state = {name: dict(s) for name, s in states[k][b].items()}
                 rate = lr(b) * row.lr_shrink ** (num - 1 - k)
+                gradients[k] = clip(gradients[k])
                 history[k].append(
                     {
                         name: optimizer.step(w, gradients[k][name], state[name], rate) if name in gradients[k] else w

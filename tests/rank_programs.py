@@ -12,6 +12,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -478,6 +479,32 @@ def replicas(method: str, num_microbatches: int, shards: str, optimizer: str = "
     return train(model, [batches[:4], batches[4:]], OPTIMIZERS[optimizer], **options)
 
 
+CLIPPING: dict[str, dict[str, Any]] = {
+    "each stage, dtrp": {"method": "dtrp", "max_grad_norm": 0.3},
+    "each stage, skip, fdg": {"method": "fdg", "max_grad_norm": 0.3, "on_nonfinite": "skip"},
+    "all, bp": {"method": "bp", "max_grad_norm": 0.3, "clip": "global"},
+    "all, skip, gpipe": {"method": "gpipe", "max_grad_norm": 0.3, "clip": "global", "on_nonfinite": "skip"},
+    "skip, bp": {"method": "bp", "on_nonfinite": "skip"},
+    "skip, dtrp": {"method": "dtrp", "on_nonfinite": "skip"},
+}
+
+
+@special(3, *CLIPPING)
+def clips_and_leaves_out(variant: str) -> Result:
+    """One mini-batch's input is not finite; its update is left out where the rule says so."""
+    options = CLIPPING[variant]
+    batches = minibatches(9)
+    skips = options.get("on_nonfinite") == "skip"
+    if skips:
+        batches[5] = (batches[5][0] * math.nan, batches[5][1])
+    with pipeline(without_noise(), num_stages=3, num_microbatches=2, timeout_s=10.0, **options) as pipe:
+        losses = [pipe.step(x, y) for x, y in batches]
+        pipe.flush()
+        assert all(own == ([5] if skips else []) for own in pipe.skipped_updates().values())
+        # Equal to itself, unlike nan; a loss that is not finite is None on all ranks but the last anyway.
+        return result(pipe, [None if loss is None else loss.nan_to_num(-1.0) for loss in losses])
+
+
 REPLICAS = {
     f"replicas, {method}, A={a}, {shards}, {optimizer}": (method, a, shards, optimizer)
     for method, a, shards, optimizer in [
@@ -579,6 +606,26 @@ def fail_in_stage(folder: str, where: str, method: str, stage: int, context: boo
     with pipe if context else contextlib.nullcontext():
         for _, x, y in endless():
             pipe.step(x, y)
+
+
+def nonfinite_gradient(folder: str, stage: int, options: dict[str, Any]) -> None:
+    """The gradient of one parameter of ``stage`` is not finite in mini-batch 4; each rank writes what it hears."""
+    model = without_noise(3)
+    calls = itertools.count()
+
+    def spoil(p: Tensor) -> None:
+        if next(calls) == 4:
+            p.grad.fill_(math.inf)
+
+    model[stage][0].bias.register_post_accumulate_grad_hook(spoil)
+    pipe = pipeline(model, num_stages=3, timeout_s=10, **options)
+    try:
+        for x, y in minibatches(12):
+            pipe.step(x, y)
+        pipe.flush()
+    except dtrp.StageError as error:
+        heard = [error.stage, error.minibatch, type(error.__cause__).__name__, str(error.__cause__)]
+        Path(folder, f"heard{rank()}.json").write_text(json.dumps(heard))
 
 
 def fail_outside(folder: str, culprit: int, how: str) -> None:
@@ -758,6 +805,7 @@ PROGRAMS: dict[str, Callable[..., None]] = {
         cases,
         train_until_killed,
         fail_in_stage,
+        nonfinite_gradient,
         fail_outside,
         stall,
         end_without_close,
