@@ -10,14 +10,18 @@ from .pipeline import Pipeline
 from .plan_file import Plan, PlanError
 from .planning import plan, simulate
 from .predict import linear, rollout
+from .sampler import ResumableSampler
+from .saving import CheckpointError
 from .schedule import Schedule, ScheduleError
 from .stage import StageError
 
 __all__ = [
+    "CheckpointError",
     "Method",
     "Pipeline",
     "Plan",
     "PlanError",
+    "ResumableSampler",
     "Schedule",
     "ScheduleError",
     "StageError",

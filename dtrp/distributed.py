@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .busy import WorkingTime
 from .checkpoint import on_cpu
-from .engine import Losses
+from .engine import Losses, Progress
 from .failure import WorkerError
 from .links import Receiver, Sender
 from .messages import Kind, Message, Note, memory_of
@@ -84,6 +84,7 @@ class DistributedEngine:
         self._samples: deque[int] = deque()  # in each mini-batch that has not had its U
         self._given: Note | None = None  # what the first rank's messages of the current mini-batch say
         self._message: Message | None = None  # received to learn `_given` from, and not yet used
+        self._arrived: deque[Tensor | None] = deque()  # gradients taken from their link before their B
         self._mean_loss: float | None = None  # over all replicas
         self._next_microbatch = 0
         self.working_times = (WorkingTime(),)
@@ -138,18 +139,55 @@ class DistributedEngine:
 
     def flush(self) -> None:
         self._begin(f"in flush() after {self.num_updates} steps")
-        steps = self._transport.exchange("flush", self.num_updates)
-        if len(set(steps)) > 1:
-            counts = ", ".join(f"{n} on rank {rank}" for rank, n in zip(self._transport.ranks.all, steps, strict=True))
-            raise RuntimeError(
-                f"step() was called {counts} times; every rank must call step() the same number of times"
-            )
+        self._check_steps(self._transport.exchange("flush", self.num_updates))
         for slot in self._order.flush():
             for action in slot:
                 self._do(action)
         self._losses.check()
         self._stage.check_gradients()
         self._stage.rest()
+
+    def _check_steps(self, steps: Sequence[int]) -> None:
+        if len(set(steps)) > 1:
+            counts = ", ".join(f"{n} on rank {rank}" for rank, n in zip(self._transport.ranks.all, steps, strict=True))
+            raise RuntimeError(
+                f"step() was called {counts} times; every rank must call step() the same number of times"
+            )
+
+    def progress(self, method: str) -> list[Progress]:
+        """Of this rank's stage.
+
+        The forwards of all steps are through, so no forward message is under way. The stage after has sent a gradient
+        for each of its backwards, and this stage has taken as many as it has had of its own: the rest are on their way.
+        """
+        self._begin(f"in {method}()")
+        self._losses.check()
+        ranks = self._transport.ranks
+        backwards = self._transport.exchange(method, (self.num_updates, self._order.next_backward))
+        self._check_steps([steps for steps, _ in backwards])
+        if ranks.after is not None:
+            sent = backwards[ranks.all.index(ranks.after)][1]
+            for m in range(self._order.next_backward + len(self._arrived), sent):
+                self._arrived.append(self._receive(self._transport.backward_in, "backward", m).tensor)
+        return [
+            Progress(
+                self.num_updates,
+                self._next_microbatch,
+                self._order.position(),
+                list(self._notes),
+                list(self._samples),
+                list(self._arrived),
+            )
+        ]
+
+    def resume(self, progress: Sequence[Progress]) -> None:
+        (own,) = progress
+        self._forget()
+        self.num_updates, self._next_microbatch = own.num_updates, own.next_microbatch
+        self._order.resume(own.position)
+        self._notes.extend(own.notes)
+        self._samples.extend(own.samples)
+        self._arrived.extend(own.gradients)
 
     def infer(self, x: Tensor | None) -> Tensor | None:
         self._begin("in infer()")
@@ -204,7 +242,10 @@ class DistributedEngine:
 
     def _drop(self) -> None:
         self._stage.drop()
-        for held in (self._inputs, self._targets, self._notes, self._samples):
+        self._forget()
+
+    def _forget(self) -> None:
+        for held in (self._inputs, self._targets, self._notes, self._samples, self._arrived):
             held.clear()
         self._message = self._given = None
         self._losses.drop()
@@ -257,7 +298,11 @@ class DistributedEngine:
             with naming(self._stage.index, action, note.minibatch):
                 self._stage.recompute()
         if not self.takes_y:
-            gradient = self._receive(self._transport.backward_in, "backward", action.index).tensor
+            gradient = (
+                self._arrived.popleft()
+                if self._arrived
+                else self._receive(self._transport.backward_in, "backward", action.index).tensor
+            )
         with naming(self._stage.index, action, note.minibatch):
             if note.samples:
                 gradient = self._stage.backward(gradient)
@@ -318,7 +363,7 @@ def agree(
         ValueError: a rank differs from the first.
     """
     ranks = transport.ranks
-    settings = {**settings, "method": _values(settings["method"])}
+    settings = {**settings, "method": method_values(settings["method"])}
     own = {"settings": settings, "stages": [_fingerprint(module) for module in modules]}
     facts = transport.exchange("Pipeline", (own, _place(device)))
     for rank, (theirs, _) in zip(ranks.all, facts, strict=True):
@@ -355,7 +400,7 @@ def _fingerprint(module: nn.Module) -> dict[str, str]:
     }
 
 
-def _values(method: Method) -> dict[str, Any]:
+def method_values(method: Method) -> dict[str, Any]:
     """A method as values that can be compared; a predictor object by its type."""
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     if not isinstance(method.predict, (str, NoneType)):

@@ -3,18 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .busy import WorkingTime
-from .schedule import Action
+from .messages import Note
+from .schedule import Action, Position
 from .stage import Stage, StageError
 from .stash import MicroBatch
 from .trace import Span
 
 T = TypeVar("T")
+
+
+@dataclass
+class Progress:
+    """What an engine knows of one stage between two steps, besides what the stage itself holds.
+
+    Args:
+        num_updates: mini-batches stepped.
+        next_microbatch: counted since the pipeline was made.
+        position: in the stage's order of work.
+        notes: of the micro-batches between their F and their B here, the oldest first.
+        samples: in each mini-batch that has not had its U here.
+        gradients: of the outputs of the oldest of ``notes``, from the next stage, which has had their B; None for one that
+            has no gradient.
+    """
+
+    num_updates: int
+    next_microbatch: int
+    position: Position
+    notes: list[Note]
+    samples: list[int]
+    gradients: list[Tensor | None]
+
+    @classmethod
+    def at_rest(cls, num_updates: int, next_microbatch: int) -> Progress:
+        """Nothing is in flight."""
+        return cls(
+            num_updates, next_microbatch, Position(next_microbatch, next_microbatch, num_updates, ()), [], [], []
+        )
 
 
 class Engine(Protocol):
@@ -68,6 +99,12 @@ class Engine(Protocol):
 
     def all_or_none(self, method: str, job: Callable[[], T]) -> T:
         """Run ``job`` on every rank; if it fails on one, every rank raises, and the run goes on."""
+
+    def progress(self, method: str) -> list[Progress]:
+        """Of this process's stages; every message under way has arrived then, and stays for its backward."""
+
+    def resume(self, progress: Sequence[Progress]) -> None:
+        """Go on from there; what was in flight is dropped. `progress` has been called before."""
 
     def fail(self, error: BaseException) -> None:
         """An error ends the run: let go of what is in flight, and tell the other ranks."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .busy import WorkingTime
-from .engine import Losses
+from .engine import Losses, Progress
+from .messages import Note
 from .methods import Method
 from .schedule import Action, StageOrder
 from .stage import Stage, naming
@@ -100,12 +101,41 @@ class LocalEngine:
     def all_or_none(self, method: str, job: Callable[[], T]) -> T:
         return job()
 
+    def progress(self, method: str) -> list[Progress]:
+        self._losses.check()
+        return [
+            Progress(
+                self.num_updates,
+                self._next_microbatch,
+                order.position(),
+                # Samples matter between ranks alone, and a micro-batch here has some.
+                [Note(m, self._micros[m].minibatch, 0, 1, 1) for m in range(order.next_backward, order.next_forward)],
+                [1] * (self.num_updates - order.next_update),
+                [gradients[m] for m in sorted(gradients)],
+            )
+            for order, gradients in zip(self._orders, self._gradients, strict=True)
+        ]
+
+    def resume(self, progress: Sequence[Progress]) -> None:
+        self._clear()
+        for order, gradients, own in zip(self._orders, self._gradients, progress, strict=True):
+            order.resume(own.position)
+            self.num_updates, self._next_microbatch = own.num_updates, own.next_microbatch
+            for note, gradient in zip(own.notes, own.gradients, strict=False):
+                gradients[note.microbatch] = gradient
+            for note in own.notes:  # the first stage's are all there are
+                micro = MicroBatch(note.microbatch, note.minibatch, note.samples / note.total)
+                self._micros[micro.index] = micro
+
     def fail(self, error: BaseException) -> None:
         self.close()
 
     def close(self) -> None:
         for stage in self.stages:
             stage.drop()
+        self._clear()
+
+    def _clear(self) -> None:
         for queue in self._queues:
             queue.clear()
         for inputs, gradients in zip(self._inputs, self._gradients, strict=True):

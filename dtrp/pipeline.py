@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from . import checkpoint
-from .distributed import DistributedEngine, agree
+from .distributed import DistributedEngine, agree, method_values
 from .engine import Engine
 from .gauge import Gauge, PredictionError
 from .gradients import Clip, GradientRule, OnNonfinite
@@ -26,6 +26,7 @@ from .methods import Keep, Method, get_method
 from .plan_file import Plan, as_plan
 from .ranks import Ranks, find_ranks
 from .rng import microbatch_seed, seeded
+from .saving import CheckpointError, session
 from .splitting import into_stages, stage_device
 from .stage import LossFn, Stage
 from .trace import Tracer, write_chrome_trace
@@ -159,6 +160,7 @@ class Pipeline:
         self.num_microbatches = num_microbatches
         self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else int(seed)
         methods, limit = _keeping(self.method, self.num_stages, keep, memory_limit_bytes)
+        self._keep = list(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else keep
         self._closed = False
         self._broken: str | None = None
         self._schedules_lr = lr_scheduler is not None
@@ -422,6 +424,75 @@ class Pipeline:
         self._engine.all_or_none(
             "save_model", lambda: checkpoint.write_model(model, path) if model is not None else None
         )
+
+    def save(self, folder: str | os.PathLike[str], *, portable: bool = False, extra: Any = None) -> None:
+        """Write a checkpoint into ``folder``, whole or not at all; one that is there stays until the new one is whole.
+
+        It may be called at any time between steps, on every rank (which all see the same file system). An **exact** one
+        holds what is in flight, random draws and counters too: a pipeline made with the same arguments goes on from it
+        to the bit, at the same number of torch threads. A **portable** one is flushed first, is kept under the unsplit
+        model's names, and loads at any number of stages, cuts, method, engine and number of replicas.
+
+        Args:
+            folder: of the checkpoint: new, empty, or an earlier checkpoint, which is replaced.
+            portable: flush, and save what does not depend on the stages.
+            extra: what the caller wants back from `load`, as JSON has it: the sampler's state, the epoch, settings. The
+                first rank's is kept.
+
+        Raises:
+            CheckpointError: it could not be written, on every rank; what was there is as it was, and training can go on.
+            TypeError: ``extra`` is no JSON.
+        """
+        self._check_usable(trains=True)
+        if portable:
+            self.flush()
+        with self._shared():
+            settings = self._settings("save")
+        try:
+            session.save(self._engine, folder, "portable" if portable else "exact", settings, extra)
+        except (CheckpointError, TypeError):
+            raise
+        except BaseException as error:
+            self._broken = str(error) or type(error).__name__
+            self._engine.fail(error)
+            raise
+
+    def load(self, folder: str | os.PathLike[str]) -> Any:
+        """Go on from a checkpoint that `save` has written; what is in flight here is dropped.
+
+        Every file is checked before anything is read, and nothing of the pipeline has changed when it is refused. The
+        pipeline's seed becomes the checkpoint's, and its count of micro-batches, which random draws depend on.
+
+        Returns:
+            The ``extra`` that was given to `save`.
+
+        Raises:
+            CheckpointError: no checkpoint, a damaged one (with the name of the file), one of another model, or an exact one
+                of a pipeline made otherwise; on every rank.
+        """
+        self._check_usable(trains=True)
+        with self._shared():
+            settings = self._settings("load")
+            parts = self._engine.of_stages("load", lambda stage: checkpoint.shapes_of(stage.module))
+            self._engine.progress("load")
+        shapes = checkpoint.merge_model(parts)
+        try:
+            commit = self._engine.all_or_none(
+                "load",
+                lambda: session.load(self._engine, folder, settings, shapes, scheduler=self._schedules_lr),
+            )
+        except RuntimeError as error:
+            if self._engine.alone or not str(error).startswith("load() failed on rank"):
+                raise
+            raise CheckpointError(str(error)) from error
+        with self._breaking():
+            extra, self.seed = commit()
+        return extra
+
+    def _settings(self, method: str) -> dict[str, Any]:
+        stages = self._engine.gather(method, [session.describe_stage(stage) for stage in self._engine.stages])
+        flat = [own for process in stages for own in process]
+        return session.settings_of(method_values(self.method), flat, self.num_microbatches, self.seed, self._keep)
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Write what ran when, on all ranks, as one Chrome trace (for chrome://tracing or ui.perfetto.dev); rank 0 writes.

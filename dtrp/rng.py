@@ -21,6 +21,17 @@ def microbatch_seed(seed: int, replica: int, stage: int, microbatch: int) -> int
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
+def generator(*key: int | str) -> torch.Generator:
+    """A generator on the CPU whose draws depend on ``key`` only."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def epoch_order(num: int, *, seed: int, epoch: int) -> torch.Tensor:
+    """The order in which an epoch visits ``num`` samples, (num,), int64, on the CPU."""
+    return torch.randperm(num, generator=generator("order", seed, epoch), device="cpu")
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Within it torch draws from ``seed``, on the CPU and on ``device``; after it, from where it was before."""

@@ -34,7 +34,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 
 class Order(Protocol):
@@ -101,6 +101,21 @@ def steady_delay(order: Order, num_stages: int, stage: int, num_microbatches: in
     return max(0, math.ceil((ahead - position) / num_microbatches))
 
 
+class Position(NamedTuple):
+    """Where a stage is in its order between two mini-batches.
+
+    Args:
+        next_forward, next_backward: micro-batches.
+        next_update: mini-batch.
+        left: backwards left in each mini-batch that has not had its update.
+    """
+
+    next_forward: int
+    next_backward: int
+    next_update: int
+    left: tuple[int, ...]
+
+
 class StageOrder:
     """The order of work of one stage, slot by slot, for a run whose length nobody knows yet.
 
@@ -122,6 +137,17 @@ class StageOrder:
         self.next_update = 0  # mini-batch
         self._left: deque[int] = deque()  # backwards left in each open mini-batch
         self._begun = False  # whether the B of the next slot has been handed out by `begin`
+
+    def position(self) -> Position:
+        """Where the stage is, between two mini-batches."""
+        assert not self._begun
+        return Position(self.next_forward, self.next_backward, self.next_update, tuple(self._left))
+
+    def resume(self, position: Position) -> None:
+        """Go on from there."""
+        self.next_forward, self.next_backward, self.next_update, left = position
+        self._left = deque(left)
+        self._begun = False
 
     def begin(self) -> Slot:
         """What comes before the first F of the next mini-batch, of whatever size it is; `minibatch` gives the rest.

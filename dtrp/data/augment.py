@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dataset import generator
+from ..rng import generator
 
 
 class Crops(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -123,12 +122,6 @@ def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
         var, mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
     std = var.sqrt().float()
     return mean.float(), torch.where(std > 0, std, 1.0)
-
-
-def generator(*key: int | str) -> torch.Generator:
-    """A generator on the CPU whose draws depend on ``key`` only."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def required(module: str, package: str, data: str) -> Any:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dataset import Dataset, channel_stats, generator
+from ..rng import generator
+from .dataset import Dataset, channel_stats
 
 _CLASSES, _TRAIN, _TEST = 10, 2_000, 500
 

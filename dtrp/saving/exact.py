@@ -1,0 +1,271 @@
+"""One stage as it is between two steps, with what is in flight; and the same stage again.
+
+A graph cannot be written down. It is made again from what it was made of: the input, the version of the weights, and the
+random draws, which depend on the micro-batch alone. What that forward does to buffers is discarded: they have moved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import Progress
+from ..messages import Note
+from ..predict import BuiltInPredictor
+from ..schedule import Position
+from ..stage import Stage
+from ..stash import AutocastState, Held, MicroBatch, WeightVersion
+from .coding import Decoder, Encoder
+from .manifest import CheckpointError
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers, those too that its state dict leaves out."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str, Any]:
+    """The stage as JSON, its tensors in the encoder.
+
+    Replicas have the same weights and optimizers, so the first alone writes them; the rest is each one's own.
+    """
+    key = f"stage{stage.index}.replica{stage.replica}"
+
+    def encode(value: Any, name: str) -> Any:
+        return encoder.encode(value, f"{key}.{name}")
+
+    versions = {id(held.weights): held.weights for held in stage._stash if held.weights is not None}
+    numbers = {number: i for i, number in enumerate(versions)}
+    shared = {id(version): k for k, version in stage._versions.items()}
+    parameters = dict(stage.module.named_parameters())
+    part: dict[str, Any] = {
+        "version": stage.version,
+        "keep": stage.method.keep if stage.has_decided else None,
+        "changes_input": stage._changes_input,
+        "delays": encode(stage.delays, "delays"),
+        "peaks": [stage.stash_peak, stage.activations_peak],
+        "buffers": encode(dict(stage.module.named_buffers()), "buffer"),
+        "extra_state": encode(_extra_state(stage.module), "extra_state"),
+        "gradients": encode(list(stage.gradients), "gradient"),
+        "versions": [
+            {"key": list(shared[id(v)]) if id(v) in shared else None, "tensors": encode(v.tensors, f"version.{i}")}
+            for i, v in enumerate(versions.values())
+        ],
+        "stash": [_encode_held(held, numbers, encode) for held in stage._stash],
+        "predictor": encode(_predictor_state(stage), "predictor"),
+        "num_updates": progress.num_updates,
+        "next_microbatch": progress.next_microbatch,
+        "position": [*progress.position[:3], list(progress.position.left)],
+        "notes": [list(note) for note in progress.notes],
+        "samples": progress.samples,
+        "arrived": encode(progress.gradients, "arrived"),
+    }
+    if stage.replica == 0:
+        part["parameters"] = encode({name: p.detach() for name, p in parameters.items()}, "parameter")
+        part["optimizer"] = encode(stage.optimizer.state_dict() if stage.optimizer else None, "optimizer")
+        part["optimizer_type"] = type(stage.optimizer).__name__
+        part["scheduler"] = encode(stage.lr_scheduler.state_dict() if stage.lr_scheduler else None, "scheduler")
+    return part
+
+
+def _encode_held(held: Held, numbers: dict[int, int], encode: Callable[[Any, str], Any]) -> dict[str, Any]:
+    m = held.micro.index
+    return {
+        "micro": [m, held.micro.minibatch, held.micro.share],
+        "version": held.version,
+        "autocast": [held.autocast.device_type, held.autocast.enabled, str(held.autocast.dtype).removeprefix("torch.")],
+        "leaf": encode(held.leaf, f"input.{m}"),
+        "nbytes": held.nbytes,
+        "target": encode(held.target, f"target.{m}"),
+        "weights": None if held.weights is None else numbers[id(held.weights)],
+        "has_graph": held.has_graph,
+    }
+
+
+def _extra_state(module: nn.Module) -> dict[str, Any]:
+    """What `get_extra_state` of its modules says, by name."""
+    return {name: value for name, value in module.state_dict().items() if name.endswith("_extra_state")}
+
+
+def _predictor_state(stage: Stage) -> Any:
+    own = stage.predictor
+    if own is None or isinstance(own, BuiltInPredictor):
+        return None
+    state = getattr(own, "state_dict", None)
+    return state() if callable(state) else None
+
+
+def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any], stage: Stage) -> StageParts:
+    """Everything of a stage that `encode_stage` wrote, checked against it; the stage is not touched.
+
+    Args:
+        decoder: has its tensors.
+        part: what was written.
+        common: what the first replica wrote of the same stage.
+        stage: to load it into.
+
+    Raises:
+        CheckpointError: it is another stage's.
+    """
+    where = f"stage {stage.index}"
+
+    def decode(coded: Any, device: torch.device = stage.device) -> Any:
+        return decoder.decode(coded, device)
+
+    parameters, buffers = decode(common["parameters"]), decode(part["buffers"])
+    _check_same(f"the parameters of {where}", dict(stage.module.named_parameters()), parameters)
+    own_buffers = dict(stage.module.named_buffers())
+    if own_buffers.keys() != buffers.keys():
+        name = sorted(own_buffers.keys() ^ buffers.keys())[0]
+        raise CheckpointError(f"another model's checkpoint: {where} has the buffer {name} only here or only there")
+    if common["optimizer_type"] != type(stage.optimizer).__name__:
+        raise CheckpointError(
+            f"{where} was trained by {common['optimizer_type']} and this pipeline has {type(stage.optimizer).__name__}; "
+            "make the pipeline with the same optimizer"
+        )
+    optimizer, scheduler = decode(common["optimizer"]), decode(common["scheduler"])
+    if stage.optimizer is not None:
+        _check_groups(where, stage.optimizer.state_dict(), optimizer)
+    if (scheduler is None) != (stage.lr_scheduler is None):
+        raise CheckpointError(
+            "the checkpoint and this pipeline differ in having a learning-rate scheduler; make both with one"
+        )
+    gradients = decode(part["gradients"])
+    if len(gradients) != len(stage.parameters):
+        raise CheckpointError(
+            f"{where} has {len(stage.parameters)} trained parameters, the checkpoint {len(gradients)}"
+        )
+    versions = []
+    for entry in part["versions"]:
+        version = WeightVersion(stage.parameters)
+        tensors = decode(entry["tensors"])
+        if [t.shape for t in tensors] != [t.shape for t in version.tensors]:
+            raise CheckpointError(f"a stashed version of {where} has other shapes than its parameters")
+        version.copy_from(tensors)
+        versions.append((tuple(entry["key"]) if entry["key"] else None, version))
+    stash = []
+    for entry in part["stash"]:
+        device_type, enabled, dtype = entry["autocast"]
+        held = Held(
+            MicroBatch(*entry["micro"]),
+            entry["version"],
+            AutocastState(device_type, enabled, getattr(torch, dtype)),
+            decode(entry["leaf"]),
+            entry["nbytes"],
+            decode(entry["target"]),
+            None if entry["weights"] is None else versions[entry["weights"]][1],
+        )
+        stash.append((held, bool(entry["has_graph"])))
+    forward, backward, update, left = part["position"]
+    progress = Progress(
+        part["num_updates"],
+        part["next_microbatch"],
+        Position(forward, backward, update, tuple(left)),
+        [Note(*note) for note in part["notes"]],
+        list(part["samples"]),
+        decode(part["arrived"]),
+    )
+    waiting = [note.microbatch for note in progress.notes]
+    if waiting != list(range(backward, forward)) or sum(left) != len(waiting):
+        raise CheckpointError(f"what is in flight in {where} is not between its forwards and its backwards")
+    if not {held.micro.index for held, _ in stash} <= set(waiting):
+        raise CheckpointError(f"what {where} keeps is not what is in flight")
+    return StageParts(
+        stage, part, parameters, buffers, decode(part["extra_state"]), optimizer, scheduler, gradients, versions, stash,
+        decode(part["delays"]), decode(part["predictor"]), progress,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class StageParts:
+    """A stage's parts, ready to be put in place."""
+
+    stage: Stage
+    part: dict[str, Any]
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    extra_state: dict[str, Any]
+    optimizer: Any
+    scheduler: Any
+    gradients: list[Tensor | None]
+    versions: list[tuple[Any, WeightVersion]]
+    stash: list[tuple[Held, bool]]
+    delays: Counter[int]
+    predictor: Any
+    progress: Progress
+
+    @torch.no_grad()
+    def put(self, seed: int) -> None:
+        """Make the stage what it was."""
+        stage = self.stage
+        stage.drop()
+        stage.seed = seed
+        for name, p in stage.module.named_parameters():
+            p.copy_(self.parameters[name])
+        for name, buffer in dict(stage.module.named_buffers()).items():
+            saved = self.buffers[name]
+            if buffer.shape == saved.shape and buffer.dtype == saved.dtype:
+                buffer.copy_(saved)
+            else:
+                owner, _, attribute = name.rpartition(".")
+                stage.module.get_submodule(owner)._buffers[attribute] = saved
+        if self.extra_state:
+            stage.module.load_state_dict(self.extra_state, strict=False)
+        if stage.optimizer is not None:
+            stage.optimizer.load_state_dict(self.optimizer)
+            # As they were: loading casts to the dtype of the parameters.
+            members = [p for group in stage.optimizer.param_groups for p in group["params"]]
+            for number, state in self.optimizer["state"].items():
+                stage.optimizer.state[members[number]] = state
+        if stage.lr_scheduler is not None:
+            stage.lr_scheduler.load_state_dict(self.scheduler)
+        keep = self.part["keep"]
+        if keep is not None and stage.method.keep != keep:
+            stage.method = stage.method.keeping(keep)
+            stage.recomputes = stage.trains and stage.method.recomputes(stage.num_stages, stage.index)
+        stage.has_decided = keep is not None
+        stage.version = self.part["version"]
+        stage.delays = self.delays
+        stage.stash_peak, stage.activations_peak = self.part["peaks"]
+        stage._changes_input = self.part["changes_input"]
+        stage.gradients = self.gradients
+        if self.predictor is not None:
+            stage.predictor.load_state_dict(self.predictor)  # type: ignore[union-attr]
+        for key, version in self.versions:
+            if key is not None:
+                stage._versions[key] = version
+        for held, had_graph in self.stash:
+            if had_graph and stage.trains:
+                stage._graph(held, "discarded")
+            held.has_graph = had_graph
+            stage._stash.append(held)
+
+
+def _check_same(what: str, own: dict[str, Any], saved: dict[str, Tensor]) -> None:
+    for name in dict.fromkeys([*own, *saved]):
+        if name not in saved or name not in own:
+            raise CheckpointError(
+                f"another model's checkpoint, or cut elsewhere: of {what}, {name} is only {'here' if name in own else 'there'}"
+            )
+        if own[name].shape != saved[name].shape or own[name].dtype != saved[name].dtype:
+            raise CheckpointError(
+                f"another model's checkpoint: {name} is {tuple(saved[name].shape)}, {saved[name].dtype} there and "
+                f"{tuple(own[name].shape)}, {own[name].dtype} here"
+            )
+
+
+def _check_groups(where: str, own: dict[str, Any], saved: dict[str, Any]) -> None:
+    if [len(g["params"]) for g in own["param_groups"]] != [len(g["params"]) for g in saved["param_groups"]]:
+        raise CheckpointError(
+            f"{where} has other parameter groups in the checkpoint; make the optimizer with the same groups"
+        )
+    for a, b in zip(own["param_groups"], saved["param_groups"], strict=True):
+        if a.keys() != b.keys():
+            raise CheckpointError(
+                f"the optimizer of {where} has the option {sorted(a.keys() ^ b.keys())[0]!r} only here or only in the checkpoint"
+            )

@@ -1,0 +1,290 @@
+"""What `Pipeline.save` and `Pipeline.load` do, on one process or on all ranks together.
+
+::
+
+    save    1. every rank: take its stages apart             load    1. every rank: check the files
+            2. all: exchange plans; rank 0 makes the folder          2. check that the checkpoint fits, read its tensors
+            3. every rank: write its tensors                         3. if no rank has failed: put them in place
+            4. rank 0: metadata and manifest, then rename
+
+A rank that fails in 1 to 3 fails all, nothing has changed, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from .. import checkpoint
+from ..engine import Engine, Progress
+from ..stage import Stage
+from . import exact, folder, manifest, portable
+from .coding import Decoder, Encoder, Spec, tensor_keys
+from .manifest import Checkpoint, CheckpointError
+
+T = TypeVar("T")
+
+
+def save(
+    engine: Engine,
+    path: str | os.PathLike[str],
+    kind: Literal["exact", "portable"],
+    settings: dict[str, Any],
+    extra: Any,
+) -> None:
+    """Write a checkpoint.
+
+    Args:
+        engine: whose stages are saved; nothing is in flight if ``kind`` is portable.
+        path: of the folder.
+        kind: exact or portable.
+        settings: of the pipeline; see `settings_of`.
+        extra: what the caller adds.
+
+    Raises:
+        CheckpointError: on every rank, with what went wrong on one; what was there before is as it was.
+    """
+    from .tensors import Saving  # torch may have been built without torch.distributed
+
+    target = Path(os.path.abspath(os.path.expanduser(path)))
+    progress = engine.progress("save")
+    encoder = Encoder()
+
+    def take_apart() -> dict[str, Any]:
+        head = manifest.header(kind, extra)
+        if kind == "exact":
+            parts = [exact.encode_stage(encoder, *own) for own in zip(engine.stages, progress, strict=True)]
+        else:  # replicas agree, so the first speaks for all
+            parts = [portable.encode_part(encoder, stage) for stage in engine.stages if stage.replica == 0]
+        if engine.is_first:
+            folder.begin(target)
+        stages = [(stage.index, stage.replica) for stage in engine.stages]
+        return {"head": head, "parts": parts, "stages": stages, "tensors": encoder.specs}
+
+    everything = _together(engine, target, take_apart)
+    here = [(stage.index, stage.replica) for stage in engine.stages]
+    place = next(i for i, other in enumerate(everything) if other["stages"] == here)
+    # A tensor without elements is all in its description.
+    tensors = {key: tensor for key, tensor in encoder.tensors.items() if tensor.numel()}
+    saving = Saving(folder.beside(target), tensors if kind == "exact" else portable.nested(tensors), place)
+    plans = _together(engine, target, saving.prepare)
+    results = _together(engine, target, lambda: saving.write(plans))
+
+    def finish() -> None:
+        if not engine.is_first:
+            return
+        new = folder.beside(target)
+        saving.finish(results)
+        files = {path.name: manifest.describe(path) for path in sorted(new.iterdir())}
+        state: dict[str, Any]
+        if kind == "exact":
+            state = {
+                f"{index}.{replica}": part
+                for other in everything
+                for (index, replica), part in zip(other["stages"], other["parts"], strict=True)
+            }
+        else:
+            merged = portable.merge([part for other in everything for part in other["parts"]])
+            optimizer = merged["optimizer"]
+            state = {"model": merged["model"], "scheduler": merged["scheduler"], **optimizer}
+        specs = {key: spec for other in everything for key, spec in other["tensors"].items()}
+        whole = {
+            **everything[0]["head"],
+            **settings,
+            "num_updates": progress[0].num_updates,
+            "next_microbatch": progress[0].next_microbatch,
+            "threads": torch.get_num_threads(),
+            "engine": "local" if engine.alone else "distributed",
+            "torch": torch.__version__,
+            "files": files,
+            "tensors": specs,
+            "state": state,
+        }
+        with (new / manifest.NAME).open("wb") as file:
+            file.write(manifest.written(whole))
+            file.flush()
+            os.fsync(file.fileno())
+        folder.replace(target)
+
+    _together(engine, target, finish)
+
+
+def _together(engine: Engine, target: Path, job: Callable[[], T]) -> list[T]:
+    """Every rank's result; where one fails, all raise, and what has been written goes."""
+    error: Exception | None = None
+    result: Any = None
+    try:
+        result = job()
+    except Exception as failed:
+        error = failed
+    everything = engine.gather("save", (result, _reason(error)))
+    reasons = [(rank, reason) for rank, (_, reason) in enumerate(everything) if reason is not None]
+    if not reasons:
+        return [value for value, _ in everything]
+    if engine.is_first:
+        folder.discard(target)
+    if isinstance(error, (CheckpointError, TypeError)):
+        raise error
+    rank, reason = reasons[0]
+    where = "" if engine.alone else f" on rank {rank}"
+    raise CheckpointError(
+        f"nothing was saved to {target}{where}: {reason}; what was there before is as it was, and training can go on"
+    ) from error
+
+
+def _reason(error: Exception | None) -> str | None:
+    if error is None:
+        return None
+    first = str(error).splitlines()[0] if str(error) else ""
+    return first if isinstance(error, (CheckpointError, TypeError)) else f"{type(error).__name__}: {first}"
+
+
+def load(
+    engine: Engine,
+    path: str | os.PathLike[str],
+    settings: dict[str, Any],
+    shapes: dict[str, Any],
+    *,
+    scheduler: bool,
+) -> Callable[[], tuple[Any, int]]:
+    """Check a checkpoint against the pipeline, and read what this process needs of it.
+
+    Args:
+        engine: whose stages it is for.
+        path: of the folder.
+        settings: of the pipeline; see `settings_of`.
+        shapes: of the whole model, as `checkpoint.shapes_of`.
+        scheduler: whether the pipeline has a learning-rate scheduler.
+
+    Returns:
+        What puts it in place, and returns what the caller had added to it, and its seed.
+
+    Raises:
+        CheckpointError: damaged, or another pipeline's; nothing has changed.
+    """
+    found = manifest.inspect(path)
+    if found.kind == "portable":
+        put = portable.guarded(found, lambda: _portable(engine, found, shapes, scheduler))
+    else:
+        put = portable.guarded(found, lambda: _exact(engine, found, settings))
+    seed = found.manifest["seed"]
+
+    def commit() -> tuple[Any, int]:
+        put()
+        return found.extra, seed
+
+    return commit
+
+
+def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], scheduler: bool) -> Callable[[], None]:
+    names = {name for stage in engine.stages for name in [*stage.module.state_dict(), *stage.names]}
+    state = portable.decode(found, names)
+    write = checkpoint.check_state(engine.stages, state, shapes, scheduler=scheduler)
+
+    def put() -> None:
+        for stage in engine.stages:
+            stage.drop()
+            stage.seed = found.manifest["seed"]
+        write()
+        rest = Progress.at_rest(found.num_updates, found.manifest["next_microbatch"])
+        engine.resume([rest] * len(engine.stages))
+
+    return put
+
+
+_NAMED = {"num_stages": "stages", "num_replicas": "replicas", "num_microbatches": "micro-batches"}
+
+
+def _exact(engine: Engine, found: Checkpoint, settings: dict[str, Any]) -> Callable[[], None]:
+    from .tensors import read_tensors
+
+    said = found.manifest
+    advice = "make the pipeline with the same arguments, or save with portable=True to change them"
+    for name, word in _NAMED.items():
+        if said[name] != settings[name]:
+            raise CheckpointError(
+                f"{found.folder} was saved with {said[name]} {word}, and this pipeline has {settings[name]}; {advice}"
+            )
+    for name, value in settings["method"].items():
+        if said["method"].get(name) != value:
+            raise CheckpointError(
+                f"{found.folder} was saved by method {found.method!r} with {name}={said['method'].get(name)!r}, and this pipeline "
+                f"has {settings['method']['name']!r} with {name}={value!r}; {advice}"
+            )
+    for k, (theirs, ours) in enumerate(zip(said["layers"], settings["layers"], strict=True)):
+        if theirs != ours:
+            raise CheckpointError(
+                f"{found.folder} is another model's, or cut elsewhere: stage {k} has the layers {', '.join(theirs)} there and "
+                f"{', '.join(ours)} here; {advice}"
+            )
+    if said["keep"] != settings["keep"]:
+        raise CheckpointError(
+            f"{found.folder} was saved with keep={said['keep']}, and this pipeline has keep={settings['keep']}; {advice}"
+        )
+    if said["threads"] != torch.get_num_threads():
+        warnings.warn(
+            f"the checkpoint was saved with {said['threads']} torch threads and there are {torch.get_num_threads()} now, which can "
+            f"change the last bits of what follows; torch.set_num_threads({said['threads']}) makes them the same",
+            stacklevel=2,
+        )
+    here = "local" if engine.alone else "distributed"
+    parts = []
+    for stage in engine.stages:
+        part, common = said["state"][f"{stage.index}.{stage.replica}"], said["state"][f"{stage.index}.0"]
+        if part["predictor"] is not None and here != said["engine"]:
+            raise CheckpointError(
+                f"{found.folder} holds the state of a predictor in a {said['engine']} run, where each process has its own; load "
+                "it in such a run, or save with portable=True"
+            )
+        parts.append((stage, part, common))
+    keys = [key for _, part, common in parts for key in [*tensor_keys(part), *tensor_keys(_common(common))]]
+    specs = {key: Spec(key, said["tensors"][key]) for key in keys}
+    decoder = Decoder(read_tensors(found.folder, said["files"], specs), specs)
+    ready = [exact.decode_stage(decoder, part, common, stage) for stage, part, common in parts]
+
+    def put() -> None:
+        for own in ready:
+            own.put(said["seed"])
+        engine.resume([own.progress for own in ready])
+
+    return put
+
+
+def _common(part: dict[str, Any]) -> list[Any]:
+    """What the first replica writes for all."""
+    return [part["parameters"], part["optimizer"], part["scheduler"]]
+
+
+def settings_of(
+    method: dict[str, Any], stages: list[tuple[Any, ...]], num_microbatches: int, seed: int, keep: Any
+) -> dict[str, Any]:
+    """What must be the same to load an exact checkpoint, and how the pipeline was made.
+
+    Args:
+        method: its fields.
+        stages: what `describe_stage` says of every stage.
+        num_microbatches: of the pipeline.
+        seed: of the pipeline.
+        keep: of the pipeline.
+    """
+    replicas = max(replica for replica, _ in stages) + 1
+    layers = [list(names) for replica, names in stages if replica == 0]
+    return {
+        "method": method,
+        "num_stages": len(layers),
+        "num_replicas": replicas,
+        "num_microbatches": num_microbatches,
+        "layers": layers,
+        "seed": seed,
+        "keep": keep,
+    }
+
+
+def describe_stage(stage: Stage) -> tuple[int, list[str]]:
+    """Its replica, and the names of its layers."""
+    return stage.replica, [name for name, _ in stage.module.named_children()]
