@@ -162,6 +162,7 @@ class DistributedEngine:
         """
         self._begin(f"in {method}()")
         self._losses.check()
+        self._stage.check_gradients()
         ranks = self._transport.ranks
         backwards = self._transport.exchange(method, (self.num_updates, self._order.next_backward))
         self._check_steps([steps for steps, _ in backwards])

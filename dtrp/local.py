@@ -103,6 +103,8 @@ class LocalEngine:
 
     def progress(self, method: str) -> list[Progress]:
         self._losses.check()
+        for stage in self.stages:
+            stage.check_gradients()
         return [
             Progress(
                 self.num_updates,

@@ -412,6 +412,43 @@ def _state_dicts_and_infer(method: str) -> Result:
         return {**first, "losses": [*losses, *more], **seen}
 
 
+def _saved(method: str, num_stages: int, parts: int, make_optimizer: Any, stops: list[int], **more: Any) -> Result:
+    """Stopped at each of ``stops`` and taken up by another pipeline on ranks; never stopped in one process."""
+    options = {"num_stages": num_stages, "method": method, "num_microbatches": parts, "timeout_s": 10.0, **more}
+    batches = minibatches(10)
+    batches[3] = (batches[3][0][:11], batches[3][1][:11])
+    pipe = pipeline(network(), make_optimizer, **options)
+    losses: list[Tensor | None] = []
+    for i, (x, y) in enumerate(batches):
+        if i in stops and world_size() > 1:
+            folder = Path(os.environ["SCRATCH"], "saved")
+            pipe.save(folder, extra={"next": i})
+            pipe.close()
+            torch.manual_seed(5)  # other initial weights, and another seed
+            options["seed"] = 100 + i
+            model = network()
+            pipe = dtrp.Pipeline(model, make_optimizer, nn.functional.cross_entropy, lr_scheduler=scheduler, **options)
+            assert pipe.load(folder) == {"next": i}
+            assert pipe.seed == 7
+        if i == 6:
+            pipe.flush()
+        losses.append(pipe.step(x if pipe.is_first else None, y if pipe.is_last else None))
+    pipe.flush()
+    done = result(pipe, losses, state=pipe.state_dict()["optimizer"]["state"])
+    pipe.close()
+    return done
+
+
+@special(3, *dtrp.list_methods())
+def _saved_and_loaded(method: str) -> Result:
+    return _saved(method, 3, 4 if method in ("dtrp", "adl", "gpipe") else 1, sgd, [1, 2, 5, 6, 9])
+
+
+@special(4, "dtrp", "fdg", "spectrain")
+def _saved_and_loaded_on_four(method: str) -> Result:
+    return _saved(method, 4, 4, adamw, [1, 4, 7])
+
+
 @special(2, 1, 4)
 def _a_predictor_of_the_users(num_microbatches: int) -> Result:
     """A predictor of the user's: called with this stage's parameters, and its answer is read."""
@@ -799,10 +836,59 @@ def sleeping_stages(
     Path(folder, f"seconds{rank()}.json").write_text(json.dumps(seconds[warm_up:]))
 
 
+def load_and_go_on(folder: str, method: str, num_stages: int, begin: int, then: str) -> None:
+    """Take up ``folder/saved`` at mini-batch ``begin``, save again to ``folder/again``, go on to the end."""
+    last = world_size() - 1
+    with pipeline(network(), adamw, num_stages=num_stages, method=method, num_microbatches=2, timeout_s=10.0) as pipe:
+        assert pipe.load(Path(folder, "saved")) == {"sampler": [begin]}
+        losses = []
+        for i, (x, y) in enumerate(minibatches(10)[begin:]):
+            if i == 2:
+                pipe.save(Path(folder, "again"), portable=then == "portable", extra={"sampler": [begin + 2]})
+            losses.append(pipe.step(x if rank() == 0 else None, y if rank() == last else None))
+        pipe.flush()
+        state = pipe.state_dict()
+        if rank() == last:
+            torch.save({"losses": losses, "state": state}, Path(folder, "done.pt"))
+
+
+def save_to_a_full_disk(folder: str, disk: str) -> None:
+    """Fill the disk of the second rank's file, try to save, go on and save elsewhere."""
+    first, last = rank() == 0, rank() == world_size() - 1
+    with pipeline(network(), sgd, num_stages=world_size(), method="dtrp", timeout_s=10.0) as pipe:
+        batches = minibatches(6)
+        for x, y in batches[:3]:
+            pipe.step(x if first else None, y if last else None)
+        pipe.save(Path(disk, "saved"), extra=3)
+        from dtrp.saving import tensors
+
+        own = tensors.Writer.write_data
+
+        def full(self: Any, *given: Any) -> Any:
+            if rank() == 1:
+                raise OSError(28, "No space left on device")
+            return own(self, *given)
+
+        tensors.Writer.write_data = full  # type: ignore[method-assign]
+        try:
+            pipe.save(Path(disk, "saved"), extra=4)
+        except dtrp.CheckpointError as error:
+            print(error, flush=True)
+        tensors.Writer.write_data = own  # type: ignore[method-assign]
+        assert not first or os.listdir(disk) == ["saved"], os.listdir(disk)
+        assert dtrp.saving.inspect(Path(disk, "saved")).extra == 3
+        for x, y in batches[3:]:
+            pipe.step(x if first else None, y if last else None)
+        pipe.save(Path(disk, "saved"), extra=6)
+        assert dtrp.saving.inspect(Path(disk, "saved")).extra == 6
+
+
 PROGRAMS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
         cases,
+        load_and_go_on,
+        save_to_a_full_disk,
         train_until_killed,
         fail_in_stage,
         nonfinite_gradient,

@@ -55,12 +55,16 @@ def replace(folder: Path) -> None:
         try:
             new.rename(folder)
         except BaseException:
-            old.rename(folder)
+            _back(old, folder)
             raise
     else:
         new.rename(folder)
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _back(old: Path, folder: Path) -> None:
+    old.rename(folder)
 
 
 def sync(folder: Path) -> None:
