@@ -125,7 +125,7 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
         raise click.BadParameter(f"{value} is no {'TOML' if path.suffix == '.toml' else 'YAML'}: {error}") from None
     if not isinstance(values, dict):
         raise click.BadParameter(f"{value} holds no options; write lines like 'method: dtrp'")
-    known = {p.name for p in ctx.command.params if p.name and p.name != "config"}
+    known = {p.name: p for p in ctx.command.params if p.name and p.name != "config"}
     defaults = {}
     for key, entry in values.items():
         name = str(key).replace("-", "_")
@@ -134,6 +134,10 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
             raise click.BadParameter(f"{value}: {unknown('option', key, known_names)}")
         if isinstance(entry, dict) or (isinstance(entry, list) and name != "cuts"):
             raise click.BadParameter(f"{value}: {key} holds {entry!r}; give one value")
+        if isinstance(entry, bool) and not getattr(known[name], "is_flag", False):
+            raise click.BadParameter(
+                f"{value}: {key} holds {entry!r}, and is no switch; give its value (in quotes, if it is a word)"
+            )
         if entry is not None:
             defaults[name] = entry if isinstance(entry, (str, bool, list)) else str(entry)
     ctx.default_map = {**(ctx.default_map or {}), **defaults}

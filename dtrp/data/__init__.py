@@ -22,6 +22,7 @@ from .synthetic import load_random
 __all__ = ["Dataset", "batches", "list_data", "load_data"]
 
 _FIXED_SIZE = {"digits": 8, "cifar10": 32, "cifar100": 32}
+_LARGEST = {"random": 256, "folder": 4096}
 _FROM_DIR = ("cifar10", "cifar100", "folder")
 _NAMES = ("digits", "cifar10", "cifar100", "folder", "random")
 
@@ -72,6 +73,11 @@ def load_data(
     if image_size is not None:
         if not isinstance(image_size, int) or image_size < 1:
             raise ValueError(f"image_size={image_size!r}: pass a whole number of at least 1")
+        most = _LARGEST.get(name, image_size)
+        if image_size > most:
+            raise ValueError(
+                f"image_size={image_size}: the images of {name} are {most}x{most} at most, to fit into memory"
+            )
         own = _FIXED_SIZE.get(name, image_size)
         if image_size != own:
             raise ValueError(f"image_size={image_size} but the images of {name} are {own}x{own}; leave image_size out")
