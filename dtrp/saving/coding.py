@@ -17,7 +17,7 @@ from torch import Tensor
 from ..aligned import LINE_BYTES, Layout, aligned_room
 from .manifest import CheckpointError, is_count
 
-_DTYPES = {
+DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in vars(torch).values()
     if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
@@ -67,7 +67,7 @@ class Encoder:
             coded = {name: self._tensor(part, f"{key}.{name}") for name, part in parts.items()}
             return {"sparse": {**coded, "shape": list(t.shape), "coalesced": t.is_coalesced()}}
         name = str(t.dtype).removeprefix("torch.")
-        if t.layout is not torch.strided or name not in _DTYPES:
+        if t.layout is not torch.strided or name not in DTYPES:
             raise CheckpointError(
                 f"{key} is a {t.layout} tensor of {t.dtype}; dense ones of ordinary dtypes can be saved"
             )
@@ -91,12 +91,12 @@ class Spec:
     def __init__(self, key: str, said: Any) -> None:
         self.key = key
         names = {"dtype", "shape", "strides", "span", "shift"}
-        right = isinstance(said, dict) and said.keys() == names and said["dtype"] in _DTYPES
+        right = isinstance(said, dict) and said.keys() == names and said["dtype"] in DTYPES
         right = right and all(is_count(said[name]) for name in ("span", "shift"))
         right = right and all(isinstance(said[n], list) and all(map(is_count, said[n])) for n in ("shape", "strides"))
         if not right:
             raise CheckpointError(f"what the manifest says of the tensor {key!r} is not of its type")
-        self.dtype = _DTYPES[said["dtype"]]
+        self.dtype = DTYPES[said["dtype"]]
         self.layout = Layout(tuple(said["shape"]), tuple(said["strides"]), said["span"], said["shift"])
         self.numel = math.prod(self.layout.shape)
         self.nbytes = self.numel * self.dtype.itemsize

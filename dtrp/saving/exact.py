@@ -20,8 +20,9 @@ from ..predict import BuiltInPredictor
 from ..schedule import Position
 from ..stage import Stage
 from ..stash import AutocastState, Held, MicroBatch, WeightVersion
-from .coding import Decoder, Encoder
-from .manifest import CheckpointError
+from . import checks
+from .coding import DTYPES, Decoder, Encoder
+from .manifest import CheckpointError, is_count
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -124,6 +125,8 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
     if own_buffers.keys() != buffers.keys():
         name = sorted(own_buffers.keys() ^ buffers.keys())[0]
         raise CheckpointError(f"another model's checkpoint: {where} has the buffer {name} only here or only there")
+    for name, buffer in buffers.items():
+        checks.expect(isinstance(buffer, Tensor), f"the buffer {name} of {where} is no tensor")
     if common["optimizer_type"] != type(stage.optimizer).__name__:
         raise CheckpointError(
             f"{where} was trained by {common['optimizer_type']} and this pipeline has {type(stage.optimizer).__name__}; "
@@ -131,16 +134,29 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
         )
     optimizer, scheduler = decode(common["optimizer"]), decode(common["scheduler"])
     if stage.optimizer is not None:
-        _check_groups(where, stage.optimizer.state_dict(), optimizer)
+        own_state = stage.optimizer.state_dict()
+        checks.expect(isinstance(optimizer, dict) and optimizer.keys() == own_state.keys(), f"{where} has no optimizer")
+        checks.groups(where, own_state["param_groups"], optimizer["param_groups"])
+        saved_groups = optimizer["param_groups"]
+        members = [number for group in saved_groups for number in group["params"]]
+        checks.expect(members == list(range(len(members))), f"the members of the groups of {where} are not in order")
+        checks.entries(where, optimizer["state"], set(members))
     if (scheduler is None) != (stage.lr_scheduler is None):
         raise CheckpointError(
             "the checkpoint and this pipeline differ in having a learning-rate scheduler; make both with one"
         )
+    if stage.lr_scheduler is not None:
+        checks.alike(stage.lr_scheduler.state_dict(), scheduler, f"the scheduler of {where}")
+    _check_form(where, part)
     gradients = decode(part["gradients"])
+    checks.expect(isinstance(gradients, list), f"{where} has no gradients")
     if len(gradients) != len(stage.parameters):
         raise CheckpointError(
             f"{where} has {len(stage.parameters)} trained parameters, the checkpoint {len(gradients)}"
         )
+    for p, gradient in zip(stage.parameters, gradients, strict=True):
+        fits = gradient is None or (gradient.shape == p.shape and gradient.dtype == p.dtype)
+        checks.expect(fits, f"a gradient of {where} is not of its parameter")
     versions = []
     for entry in part["versions"]:
         version = WeightVersion(stage.parameters)
@@ -155,7 +171,7 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
         held = Held(
             MicroBatch(*entry["micro"]),
             entry["version"],
-            AutocastState(device_type, enabled, getattr(torch, dtype)),
+            AutocastState(str(device_type), enabled, DTYPES[dtype]),
             decode(entry["leaf"]),
             entry["nbytes"],
             decode(entry["target"]),
@@ -174,12 +190,46 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
     waiting = [note.microbatch for note in progress.notes]
     if waiting != list(range(backward, forward)) or sum(left) != len(waiting):
         raise CheckpointError(f"what is in flight in {where} is not between its forwards and its backwards")
-    if not {held.micro.index for held, _ in stash} <= set(waiting):
+    kept = [held.micro.index for held, _ in stash]
+    if not set(kept) <= set(waiting) or kept != sorted(set(kept)):
         raise CheckpointError(f"what {where} keeps is not what is in flight")
+    arrived, delays, extra_state = progress.gradients, decode(part["delays"]), decode(part["extra_state"])
+    tensors = isinstance(arrived, list) and all(g is None or isinstance(g, torch.Tensor) for g in arrived)
+    checks.expect(tensors and len(arrived) <= len(waiting), f"what has arrived at {where} are no gradients")
+    checks.expect(isinstance(delays, Counter), f"{where} has no delays")
+    checks.counts([*delays, *delays.values()], f"the delays of {where}")
+    checks.expect(
+        isinstance(extra_state, dict) and extra_state.keys() == _extra_state(stage.module).keys(), "extra_state"
+    )
     return StageParts(
-        stage, part, parameters, buffers, decode(part["extra_state"]), optimizer, scheduler, gradients, versions, stash,
-        decode(part["delays"]), decode(part["predictor"]), progress,
+        stage, part, parameters, buffers, extra_state, optimizer, scheduler, gradients, versions, stash,
+        delays, decode(part["predictor"]), progress,
     )  # fmt: skip
+
+
+def _check_form(where: str, part: dict[str, Any]) -> None:
+    """The numbers of a stage's part, each of its type."""
+    counts = [part["version"], part["num_updates"], part["next_microbatch"], *part["position"][:3]]
+    checks.counts(counts, f"the counters of {where}", 6)
+    for name, length in (("peaks", 2), ("skipped", None), ("samples", None)):
+        checks.counts(part[name], f"{name!r} of {where}", length)
+    checks.counts(part["position"][3], f"the position of {where}")
+    checks.expect(part["keep"] in (None, "graph", "input"), f"{where} keeps {str(part['keep'])[:20]!r}")
+    checks.expect(part["changes_input"] in (None, True, False), f"{where} may change its input or not")
+    for note in part["notes"]:
+        fits = isinstance(note, list) and len(note) == len(Note._fields) and all(type(n) is int for n in note)
+        checks.expect(fits and note[4] > 0 and is_count(note[1]), f"a note of {where} is none")
+    for entry in part["versions"]:
+        if entry["key"] is not None:
+            checks.counts(entry["key"], f"a version of {where}", 2)
+    for entry in part["stash"]:
+        m, minibatch, share = entry["micro"]
+        checks.counts([m, minibatch, entry["version"], entry["nbytes"]], f"what {where} keeps", 4)
+        checks.expect(type(share) in (int, float) and 0 < share <= 1, f"a share of {where} is none")
+        checks.expect(type(entry["has_graph"]) is bool and type(entry["autocast"][1]) is bool, f"what {where} keeps")
+        checks.expect(isinstance(entry["leaf"], dict), f"an input of {where} is none")
+        if entry["weights"] is not None:
+            checks.counts([entry["weights"]], f"a version of {where}", 1)
 
 
 @dataclasses.dataclass
@@ -258,16 +308,4 @@ def _check_same(what: str, own: dict[str, Any], saved: dict[str, Tensor]) -> Non
             raise CheckpointError(
                 f"another model's checkpoint: {name} is {tuple(saved[name].shape)}, {saved[name].dtype} there and "
                 f"{tuple(own[name].shape)}, {own[name].dtype} here"
-            )
-
-
-def _check_groups(where: str, own: dict[str, Any], saved: dict[str, Any]) -> None:
-    if [len(g["params"]) for g in own["param_groups"]] != [len(g["params"]) for g in saved["param_groups"]]:
-        raise CheckpointError(
-            f"{where} has other parameter groups in the checkpoint; make the optimizer with the same groups"
-        )
-    for a, b in zip(own["param_groups"], saved["param_groups"], strict=True):
-        if a.keys() != b.keys():
-            raise CheckpointError(
-                f"the optimizer of {where} has the option {sorted(a.keys() ^ b.keys())[0]!r} only here or only in the checkpoint"
             )

@@ -22,8 +22,8 @@ import torch
 
 from .. import checkpoint
 from ..engine import Engine, Progress
-from ..stage import Stage
-from . import exact, folder, manifest, portable
+from ..stage import Stage, StageError
+from . import checks, exact, folder, manifest, portable
 from .coding import Decoder, Encoder, Spec, tensor_keys
 from .manifest import Checkpoint, CheckpointError
 
@@ -175,7 +175,16 @@ def load(
     seed = found.manifest["seed"]
 
     def commit() -> tuple[Any, int]:
-        put()
+        try:
+            put()
+        except StageError:
+            raise
+        except Exception as error:  # of a part that looked right: the caller's own classes refuse it
+            reason = str(error).splitlines()[0] if str(error) else "no reason given"
+            raise CheckpointError(
+                f"{found.folder} cannot be put in place ({type(error).__name__}: {reason}); this pipeline is of no use now: make a "
+                "new one, and use another checkpoint"
+            ) from error
         return found.extra, seed
 
     return commit
@@ -184,6 +193,27 @@ def load(
 def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], scheduler: bool) -> Callable[[], None]:
     names = {name for stage in engine.stages for name in [*stage.module.state_dict(), *stage.names]}
     state = portable.decode(found, names)
+    for stage in engine.stages:
+        if stage.lr_scheduler is not None:
+            checks.alike(stage.lr_scheduler.state_dict(), state["scheduler"], "the scheduler")
+        for group in stage.optimizer.param_groups if stage.optimizer is not None else ():
+            own = {name: value for name, value in group.items() if name != "params"}
+            members = {
+                name
+                for name, p in zip(stage.names, stage.parameters, strict=True)
+                if any(p is q for q in group["params"])
+            }
+            for saved in state["optimizer"]["param_groups"]:
+                if members & set(saved["params"]):
+                    for option in own.keys() & saved.keys():
+                        checks.alike(own[option], saved[option], f"the option {option!r}")
+                        checks.expect(
+                            own[option] is None or saved[option] is not None, f"the option {option!r} is None"
+                        )
+    checks.entries("the model", state["optimizer"]["state"], names)
+    for name, value in state["model"].items():
+        fits = not isinstance(shapes.get(name), torch.Size) or isinstance(value, torch.Tensor)
+        checks.expect(fits, f"{name} is no tensor")
     write = checkpoint.check_state(engine.stages, state, shapes, scheduler=scheduler)
 
     def put() -> None:
