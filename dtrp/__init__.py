@@ -1,8 +1,8 @@
 """Train a network that is spread over several workers, without waiting.
 
-`Pipeline` trains; `get_method` and `list_methods` name what it can train by; `Schedule` writes a
-method's order of work down; `linear` and `rollout` predict weights; `plan` chooses cuts, batch and memory for a
-model, and `simulate` runs a schedule without one.
+`Pipeline` trains; `split` divides a model of any forward into stages; `get_method` and `list_methods` name what it can
+train by; `Schedule` writes a method's order of work down; `linear` and `rollout` predict weights; `plan` chooses
+cuts, batch and memory for a model, and `simulate` runs a schedule without one.
 """
 
 from .methods import Method, get_method, list_methods
@@ -13,6 +13,7 @@ from .predict import linear, rollout
 from .sampler import ResumableSampler
 from .saving import CheckpointError
 from .schedule import Schedule, ScheduleError
+from .splitting import Stages, split
 from .stage import StageError
 
 __all__ = [
@@ -25,12 +26,14 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "StageError",
+    "Stages",
     "get_method",
     "linear",
     "list_methods",
     "plan",
     "rollout",
     "simulate",
+    "split",
 ]
 
 __version__ = "0.1.0"

@@ -169,12 +169,20 @@ _TRAIN_OPTIONS = [
     click.option(
         "--data", type=_DATA, default=_DEFAULTS.data, help="Data set; digits is embedded, the others lie on disk."
     ),
-    click.option("--data-dir", type=click.Path(), help="Where the data set lies (for CIFAR, the current folder)."),
+    click.option(
+        "--data-dir",
+        type=click.Path(),
+        help="Where the data set lies (for CIFAR, the current folder); for text, the file.",
+    ),
     click.option("--image-size", type=int, help="Side that the images of --data folder are brought to (32)."),
     click.option(
         "--augment/--no-augment", default=_DEFAULTS.augment, help="Random crop and flip, where the data set suits it."
     ),
     click.option("--model", type=_MODELS, default=_DEFAULTS.model, help="Network."),
+    click.option("--layers", type=int, help="Blocks of gpt (6)."),
+    click.option("--width", type=int, help="Features of a token in gpt, a multiple of --heads (128)."),
+    click.option("--heads", type=int, help="Heads of each attention in gpt (4)."),
+    click.option("--context", type=int, help="Characters that gpt reads at once (64)."),
     click.option("--method", type=_METHODS, default=_DEFAULTS.method, help="Training method; see 'dtrp methods'."),
     click.option("--stages", type=int, help="K: the parts the network is cut into, of equal numbers of layers (4)."),
     click.option("--workers", type=int, help="Train in as many processes, a stage each, instead of in one."),
@@ -535,6 +543,10 @@ def schedule(
 @click.option("--data-dir", type=click.Path(), help="Where the data set lies.")
 @click.option("--image-size", type=int, help="Side that the images of --data folder are brought to (32).")
 @click.option("--model", type=_MODELS, default=_DEFAULTS.model, help="Network.")
+@click.option("--layers", type=int, help="Blocks of gpt (6).")
+@click.option("--width", type=int, help="Features of a token in gpt, a multiple of --heads (128).")
+@click.option("--heads", type=int, help="Heads of each attention in gpt (4).")
+@click.option("--context", type=int, help="Characters that gpt reads at once (64).")
 @click.option("--method", type=_METHODS, default=_DEFAULTS.method, help="Training method; see 'dtrp methods'.")
 @click.option("--workers", type=click.IntRange(min=1), required=True, help="K: how many there are.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=_DEFAULTS.batch_size, help="The base mini-batch.")
@@ -575,6 +587,10 @@ def plan(**options: Any) -> None:
         "data_dir",
         "image_size",
         "model",
+        "layers",
+        "width",
+        "heads",
+        "context",
         "method",
         "batch_size",
         "optimizer",
@@ -606,7 +622,7 @@ def plan(**options: Any) -> None:
         raise click.ClickException(str(error)) from error
     show_plan(made)
     told = [f"--{name} {options[name.replace('-', '_')]}"
-            for name in ("data-dir", "image-size", "optimizer", "dtype")
+            for name in ("data-dir", "image-size", "layers", "width", "heads", "context", "optimizer", "dtype")
             if options[name.replace("-", "_")] != getattr(_DEFAULTS, name.replace("-", "_"))]  # fmt: skip
     told.append(f"--workers {options['workers']}" if options["workers"] > 1 else "")
     command = " ".join(

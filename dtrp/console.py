@@ -30,8 +30,10 @@ class ConsoleReporter(Reporter):
 
     def start(self, trainer: Trainer) -> None:
         config, data, pipe = trainer.config, trainer.dataset, trainer.pipe
+        self._of_text = config.data == "text"
         self.console.print(
-            f"{config.model} on {config.data}: {len(data.train_y)} training and {len(data.test_y)} test images; "
+            f"{config.model} on {config.data}: {len(data.train_y)} training and {len(data.test_y)} test "
+            f"{'windows' if config.data == 'text' else 'images'}; "
             f"{config.method}, {pipe.num_stages} stages{_processes(trainer)}, mini-batches of {config.batch_size} in "
             f"{pipe.num_microbatches} micro-batch{'es' if pipe.num_microbatches > 1 else ''}, "
             f"{trainer.total_updates} updates",
@@ -41,10 +43,18 @@ class ConsoleReporter(Reporter):
     def epoch(self, metrics: EpochMetrics) -> None:
         self.console.print(
             f"epoch {metrics.epoch:3}  update {metrics.update:6}  train loss {metrics.train_loss:.4f}  "
-            f"test loss {metrics.test_loss:.4f}  accuracy {metrics.test_accuracy:7.2%}  "
+            f"test loss {metrics.test_loss:.4f}  {self._perplexity(metrics)}accuracy {metrics.test_accuracy:7.2%}  "
             f"{metrics.samples_per_s:6.0f} samples/s  {metrics.elapsed_s:6.0f} s",
             highlight=False,
         )
+
+    def _perplexity(self, metrics: EpochMetrics) -> str:
+        """What the loss of a text is told in."""
+        if not self._of_text:
+            return ""
+        loss = metrics.test_loss
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return f"perplexity {perplexity:.3f}  bits per character {loss / math.log(2):.3f}  "
 
     def finish(self, result: TrainResult) -> None:
         if self.table:
@@ -56,7 +66,8 @@ class ConsoleReporter(Reporter):
             if left_out:
                 self.console.print(f"updates left out, their gradient not being finite: {left_out}", highlight=False)
             self.console.print(
-                f"test accuracy {last.test_accuracy:.2%}, {result.samples_per_s:.0f} samples/s (median of the epochs)",
+                f"{self._perplexity(last)}test accuracy {last.test_accuracy:.2%}, {result.samples_per_s:.0f} samples/s "
+                "(median of the epochs)",
                 highlight=False,
             )
             if result.config.out:

@@ -46,8 +46,8 @@ class Pipeline:
     `infer`, is returned by the last rank, None by the others.
 
     Args:
-        model: an `nn.Sequential`, which is cut between its top-level layers, or a list of modules, one a
-            stage. Its parameters stay the same objects and are trained in place.
+        model: an `nn.Sequential`, which is cut between its top-level layers, a list of modules, one a stage, or what
+            `dtrp.split` returns. Its parameters stay the same objects and are trained in place.
         optimizer: list of parameters -> `torch.optim.Optimizer`; called once for each stage that has
             trainable parameters.
         loss_fn: (output, target) -> scalar, the mean over the samples.
@@ -542,7 +542,9 @@ class Pipeline:
 
     def __repr__(self) -> str:
         own = self._engine.stages
-        sizes = ", ".join(str(len(stage.module)) for stage in own)  # type: ignore[arg-type]
+        sizes = ", ".join(
+            str(len(stage.module)) if isinstance(stage.module, nn.Sequential) else "traced" for stage in own
+        )
         here = "" if self._engine.alone else f"stage={own[0].index}, "
         return (
             f"Pipeline(method={self.method.name!r}, num_stages={self.num_stages}, {here}layers=[{sizes}], "

@@ -1,18 +1,188 @@
 """A model into stages.
 
 A stage is an `nn.Sequential` of some of the model's own layers under their own names, so that its
-parameters are the model's objects and its state dict is a part of the model's.
+parameters are the model's objects and its state dict is a part of the model's. Of a model with a forward of its own it is
+a `TracedStage`, of which the same is true.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import operator
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .names import unknown
+
+
+class Stages(list[nn.Module]):
+    """The stages of a model, in order: what `split` returns and `Pipeline` takes.
+
+    Attributes:
+        points: the submodules where stages 1..K-1 begin, by name.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], points: Iterable[str] = ()) -> None:
+        super().__init__(modules)
+        self.points = tuple(points)
+
+    def __repr__(self) -> str:
+        return f"Stages({len(self)} stages, points={list(self.points)})"
+
+
+def split(
+    model: nn.Module | Sequence[nn.Module],
+    *,
+    num_stages: int | None = None,
+    cuts: Sequence[int] | None = None,
+    points: Sequence[str] | None = None,
+    example: Any = None,
+) -> Stages:
+    """A model in stages, each a module with one value in and one value out.
+
+    The parameters and buffers stay the model's own objects, under the model's own names.
+
+    - An `nn.Sequential` is cut between its layers, as `Pipeline` does: by ``num_stages``, ``cuts`` or ``points``, without
+      an example.
+    - A list of modules is divided already, by hand: one a stage. With an example it is tried whether each takes what the one
+      before returns.
+    - Any other module, and a Sequential with an example, is traced by `torch.export`, in train and in eval mode, for any
+      number of samples, and cut at ``points``, or, by ``num_stages``, so that the slowest stage is as fast as
+      it can be: between entries of the model's lists of blocks where that costs little, where few values pass, and without a
+      parameter on both sides. What a later stage needs travels through those in between. Everything but the number of samples
+      is as in the example: shapes, dtypes, constants, and what the forward decides by them.
+
+    Args:
+        model: the model.
+        num_stages: K.
+        cuts: index of the first layer of stages 1..K-1, of a Sequential.
+        points: names of the submodules where stages 1..K-1 begin, as in `named_modules`.
+        example: what the model is called with: a tensor; a tuple of positional arguments; or a dict of keyword arguments.
+            At least two samples along dimension 0 of every tensor. Its values do not matter, and the first stage takes
+            the like.
+
+    Returns:
+        The stages.
+
+    Raises:
+        TypeError: what cannot be cut, or an example that does not fit.
+        ValueError: more than one way to cut, or none; an unknown name (with the nearest right one); a model that cannot be
+            traced (with the place, and the way by hand); stages that do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.first, self.second = torch.nn.Linear(4, 8), torch.nn.Linear(12, 2)
+        ...     def forward(self, x):
+        ...         return self.second(torch.cat([x, self.first(x).relu()], 1))
+        >>> stages = split(Net(), points=["second"], example=torch.randn(2, 4))
+        >>> [name for name, _ in stages[1].named_parameters()]
+        ['second.weight', 'second.bias']
+    """
+    ways = {"num_stages": num_stages, "cuts": cuts, "points": points}
+    given = [name for name, value in ways.items() if value is not None]
+    if not isinstance(model, nn.Module):
+        stages = into_stages(model, num_stages, cuts)
+        if points is not None:
+            raise ValueError(
+                f"points={list(points)} with a list of modules, which already is one module a stage; leave it out"
+            )
+        if example is not None:
+            _try_in_turn(stages, example)
+        return Stages(stages, map(str, range(1, len(stages))))
+    if len(given) != 1:
+        raise ValueError(
+            f"{' and '.join(given) or 'neither num_stages, cuts nor points'} given; say in one way where stages begin"
+        )
+    if isinstance(points, str):
+        raise TypeError(f"points={points!r} is one name; pass a list of names, [{points!r}]")
+    if cuts is not None or _between_layers(model, points, example):
+        if not isinstance(model, nn.Sequential):
+            raise ValueError(
+                f"cuts={cuts} number the layers of an nn.Sequential, and the model is a {type(model).__name__}; pass "
+                "points=, the names of submodules where stages begin, or num_stages="
+            )
+        names = [name for name, _ in layers_of(model)]
+        if points is not None:
+            cuts, num_stages = [names.index(point) for point in points], None
+        sequences = into_stages(model, num_stages, cuts)
+        bounds = itertools.accumulate(len(stage) for stage in sequences[:-1])
+        return Stages(sequences, [names[bound] for bound in bounds])
+    if example is None:
+        raise ValueError(
+            f"the model is a {type(model).__name__}, which is traced to be cut; pass example=, what it is called with (a "
+            "tensor, a tuple of arguments or a dict of keyword arguments), or a list of modules, one a stage"
+        )
+    if num_stages is not None:
+        _cuts_for(max(num_stages, 1) if isinstance(num_stages, int) else 1, num_stages)
+    from .tracing.stage import trace_into_stages  # torch.export is slow to import
+
+    traced, points = trace_into_stages(model, example, num_stages=num_stages, points=points)
+    return Stages(traced, points)
+
+
+def _between_layers(model: nn.Module, points: Sequence[str] | None, example: Any) -> bool:
+    """Whether to cut a Sequential between its layers."""
+    if type(model).forward is not nn.Sequential.forward:
+        return False
+    if points is None:
+        return example is None
+    names = [name for name, _ in model.named_children()]
+    for point in points:
+        if point not in dict(model.named_modules()) or not point:
+            raise ValueError(unknown("submodule in points:", point, names))
+    return all(point in names for point in points)
+
+
+def _try_in_turn(stages: Sequence[nn.Module], example: Any) -> None:
+    """Raises where a stage does not take what the one before returns."""
+    value = example
+    for k, stage in enumerate(stages):
+        first = next(iter(stage.children()), stage)
+        if isinstance(first, nn.Sequential) and len(first):
+            first = first[0]
+        needs = [
+            name
+            for name, parameter in inspect.signature(first.forward).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+            and parameter.default is parameter.empty
+        ]
+        several = len(needs) > 1
+        num = len(value) if several and isinstance(value, (tuple, list)) else 1
+        if len(needs) > num:
+            came = "the example has" if k == 0 else f"stage {k - 1} returns"
+            raise ValueError(
+                f"stage {k} ({type(first).__name__}) takes {len(needs)} values ({', '.join(needs)}) but {came} {num}. A value "
+                f"cannot skip a stage: what stage {k} needs of an earlier one passes through stage {max(k - 1, 0)}, which takes "
+                "it and returns it along; or let dtrp.split trace the model whole"
+            )
+        modes = {module: module.training for module in stage.modules()}
+        try:
+            stage.eval()
+            with torch.no_grad():
+                module = next(iter(stage.children())) if several and len(list(stage.children())) == 1 else stage
+                value = module(*value) if several else module(value)
+        except Exception as error:
+            raise ValueError(
+                f"stage {k} ({type(first).__name__}) does not take what "
+                f"{'the example holds' if k == 0 else f'stage {k - 1} returns'}, {_shown(value)}: {error}"
+            ) from error
+        finally:
+            for member, mode in modes.items():
+                member.training = mode
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (tuple, list)) else "")
 
 
 def equal_cuts(num_layers: int, num_stages: int) -> list[int]:
@@ -27,11 +197,12 @@ def equal_cuts(num_layers: int, num_stages: int) -> list[int]:
 
 def into_stages(
     model: nn.Sequential | Sequence[nn.Module], num_stages: int | None = None, cuts: Sequence[int] | None = None
-) -> list[nn.Sequential]:
+) -> list[Any]:
     """The stages of a model, each layer in exactly one of them.
 
     Args:
-        model: an `nn.Sequential`, cut between its top-level layers, or a list of modules, one a stage.
+        model: an `nn.Sequential`, cut between its top-level layers; a list of modules, one a stage; or what `split`
+            returned.
         num_stages: K. None: the length of the list, or of ``cuts`` plus 1, or 1.
         cuts: index of the first layer of stages 1..K-1, for a Sequential.
 
@@ -39,6 +210,14 @@ def into_stages(
         TypeError: a model that is neither, or has a forward of its own.
         ValueError: stages without layers, cuts out of order or range, a parameter in two stages.
     """
+    if isinstance(model, Stages):
+        if cuts is not None or num_stages not in (None, len(model)):
+            raise ValueError(
+                f"{f'num_stages={num_stages}' if cuts is None else f'cuts={list(cuts)}'} with {len(model)} stages that "
+                "dtrp.split has made; leave it out, or split again"
+            )
+        _refuse_shared(model)
+        return list(model)
     if isinstance(model, nn.Module):
         layers = layers_of(model)
         if cuts is None:
@@ -80,8 +259,8 @@ def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Modu
         model = _sequential_of(model)
     if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         raise TypeError(
-            f"model is a {type(model).__name__}, whose forward cannot be cut between layers; pass an nn.Sequential of its "
-            "parts, or a list of modules, one a stage"
+            f"model is a {type(model).__name__}, whose forward cannot be cut between layers; let dtrp.split trace it, or pass an "
+            "nn.Sequential of its parts, or a list of modules, one a stage"
         )
     own = [*model._parameters, *model._buffers]
     if own or model._forward_hooks or model._forward_pre_hooks:

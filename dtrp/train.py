@@ -25,10 +25,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from .data import batches, load_data
+from .data import Dataset, TextDataset, batches, load_data
 from .gauge import PredictionError
 from .methods import Method, get_method
-from .models import get_model
+from .models import get_model, takes_text
 from .names import unknown
 from .pipeline import Pipeline
 from .planning import Plan, plan
@@ -49,6 +49,10 @@ class TrainConfig:
     image_size: int | None = None
     augment: bool = True
     model: str = "resnet20"
+    layers: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    context: int | None = None
     method: str = "dtrp"
     stages: int | None = None
     workers: int | None = None
@@ -90,7 +94,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """A line of ``metrics.jsonl``. Accuracy in 0..1; throughput over the epoch's training alone."""
+    """A line of ``metrics.jsonl``. Accuracy in 0..1; throughput over the epoch's training alone.
+
+    Of a text, losses are of a character, in nats, and accuracy is the share of next characters told right.
+    """
 
     epoch: int
     update: int
@@ -177,12 +184,10 @@ class Trainer:
         if threads is not None:
             torch.set_num_threads(threads)
         self.dtype = _DTYPES[config.dtype]
-        dataset = load_data(config.data, config.data_dir, seed=config.seed, image_size=config.image_size)
-        dataset = dataset.limit(config.limit_train, config.limit_test)
+        dataset = load_dataset(config).limit(config.limit_train, config.limit_test)
         _check_shards(len(dataset.train_y), config)
         torch.manual_seed(config.seed)
-        model = get_model(config.model, dataset.in_channels, dataset.num_classes, image_size=dataset.image_size)
-        model = model.to(self.dtype)
+        model = make_model(config, dataset).to(self.dtype)
         if agreed is not None:
             agreed.check_model(model)
         self.dataset = dataset.to(here)
@@ -201,7 +206,7 @@ class Trainer:
         self.pipe = Pipeline(
             model,
             make_optimizer(config),
-            cross_entropy,
+            class_loss,
             num_stages=num_stages,
             cuts=config.cuts,
             method=method,
@@ -314,10 +319,10 @@ class Trainer:
                 out = self.pipe.infer(x)
             if out is not None:
                 target = y.to(out.device)
-                loss += float(cross_entropy(out.float(), target, reduction="sum"))
-                correct += float((out.argmax(1) == target).sum())
+                loss += float(class_loss(out.float(), target, reduction="sum"))
+                correct += float((out.argmax(-1) == target).sum())
         sums = self.pipe.gather((loss, correct))
-        return sum(s[0] for s in sums) / len(data.test_y), sum(s[1] for s in sums) / len(data.test_y)
+        return sum(s[0] for s in sums) / data.test_y.numel(), sum(s[1] for s in sums) / data.test_y.numel()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.dtype != "bfloat16":
@@ -465,9 +470,9 @@ def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any
     device = _devices(config.device)[0]
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    dataset = load_data(config.data, config.data_dir, seed=config.seed, image_size=config.image_size)
+    dataset = load_dataset(config)
     torch.manual_seed(config.seed)
-    model = get_model(config.model, dataset.in_channels, dataset.num_classes, image_size=dataset.image_size)
+    model = make_model(config, dataset)
     dataset = dataset.limit(max(1, min(config.batch_size, len(dataset.train_y))), None)
     x, y = next(
         iter(
@@ -480,12 +485,14 @@ def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any
     if len(x) < config.batch_size:
         times = -(-config.batch_size // len(x))
         x, y = torch.cat([x] * times)[: config.batch_size], torch.cat([y] * times)[: config.batch_size]
-    model, x = model.to(_DTYPES[config.dtype]), x.to(_DTYPES[config.dtype])
+    model = model.to(_DTYPES[config.dtype])
+    if x.is_floating_point():
+        x = x.to(_DTYPES[config.dtype])
     autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16) if config.dtype == "bfloat16" else None
     return plan(
         model,
         (x, y),
-        cross_entropy,
+        class_loss,
         method=make_method(config),
         optimizer=make_optimizer(config),
         device=device,
@@ -493,6 +500,29 @@ def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any
         progress=say,
         **choices,
     )
+
+
+def load_dataset(config: TrainConfig) -> Dataset | TextDataset:
+    """The data that the configuration names.
+
+    Raises:
+        ValueError, OSError: files or sizes that do not fit.
+    """
+    context = config.context if config.data == "text" else None
+    return load_data(config.data, config.data_dir, seed=config.seed, image_size=config.image_size, context=context)
+
+
+def make_model(config: TrainConfig, dataset: Dataset | TextDataset) -> nn.Sequential:
+    """The network that the configuration names, for its data."""
+    make = partial(get_model, config.model, layers=config.layers, width=config.width, heads=config.heads)
+    if isinstance(dataset, TextDataset):
+        return make(num_classes=dataset.num_classes, context=dataset.context)
+    return make(dataset.in_channels, dataset.num_classes, image_size=dataset.image_size, context=config.context)
+
+
+def class_loss(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """The cross entropy of logits (..., C) with classes (...): one a sample, or one at each of its places."""
+    return cross_entropy(out.flatten(0, -2), target.flatten(), reduction=reduction)
 
 
 def default_lr(config: TrainConfig) -> float:
@@ -609,11 +639,17 @@ def check_settings(config: TrainConfig) -> None:
     for field, least in (
         ("epochs", 1), ("batch_size", 1), ("num_microbatches", 1), ("stages", 1), ("max_updates", 1),
         ("workers", 1), ("replicas", 1), ("limit_train", 1), ("limit_test", 1), ("threads", 1), ("warmup_updates", 0),
-        ("image_size", 1), ("prediction_error_every", 0),
+        ("image_size", 1), ("layers", 1), ("width", 1), ("heads", 1), ("context", 1), ("prediction_error_every", 0),
     ):  # fmt: skip
         value = getattr(config, field)
         if value is not None and value < least:
             raise ValueError(f"{_option(field)} {value}: at least {least}")
+    if takes_text(config.model) != (config.data == "text"):
+        raise ValueError(
+            f"--model {config.model} with --data {config.data}: "
+            + ("it reads text; pass --data text --data-dir FILE" if takes_text(config.model)
+               else "it reads images; pass --model gpt")
+        )  # fmt: skip
     if config.memory_limit is not None and config.memory_limit < 1:
         raise ValueError(f"--memory-limit {config.memory_limit}: a number of bytes of at least 1")
     keeps = (config.keep or "graph").split(",")

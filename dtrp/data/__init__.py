@@ -1,4 +1,4 @@
-"""Labelled images for the command line and the benchmarks, held in memory, and batches of them.
+"""Labelled images and text for the command line and the benchmarks, held in memory, and batches of them.
 
 >>> data = load_data("random", image_size=8)
 >>> x, y = next(batches(data.train_x, data.train_y, 64, dataset=data, seed=0, epoch=0, augment=data.augment))
@@ -18,13 +18,15 @@ from .digits import load_digits
 from .folder import load_folder
 from .loader import batches
 from .synthetic import load_random
+from .text import TextDataset, load_text
 
-__all__ = ["Dataset", "batches", "list_data", "load_data"]
+__all__ = ["Dataset", "TextDataset", "batches", "list_data", "load_data", "load_text"]
 
 _FIXED_SIZE = {"digits": 8, "cifar10": 32, "cifar100": 32}
 _LARGEST = {"random": 256, "folder": 4096}
 _FROM_DIR = ("cifar10", "cifar100", "folder")
-_NAMES = ("digits", "cifar10", "cifar100", "folder", "random")
+_NAMES = ("digits", "cifar10", "cifar100", "folder", "random", "text")
+_CONTEXT = 64
 
 
 def list_data() -> list[str]:
@@ -33,8 +35,13 @@ def list_data() -> list[str]:
 
 
 def load_data(
-    name: str, data_dir: str | PathLike[str] | None = None, *, seed: int = 0, image_size: int | None = None
-) -> Dataset:
+    name: str,
+    data_dir: str | PathLike[str] | None = None,
+    *,
+    seed: int = 0,
+    image_size: int | None = None,
+    context: int | None = None,
+) -> Dataset | TextDataset:
     """The data set called ``name``.
 
     ========  ===================================================  ==============  ======
@@ -45,15 +52,18 @@ def load_data(
     cifar100  100 classes                                          60,000, 3x32x32 yours
     folder    your images, in one folder per class                 3x32x32         yours
     random    10 random patterns and noise, drawn from ``seed``    2,500, 3x32x32  none
+    text      a text, to tell the next character                   none            yours
     ========  ===================================================  ==============  ======
 
     Nothing is downloaded.
 
     Args:
         name: one of `list_data`.
-        data_dir: where the files are, for the data sets that have files. None: for CIFAR, the current folder.
+        data_dir: where the files are, for the data sets that have files; for text, the file. None: for CIFAR, the current
+            folder.
         seed: of the images of random, and of the split of a folder that has none. The others do not depend on it.
         image_size: H and W, for folder and random. None: the data's own, or 32.
+        context: characters of a window, for text. None: 64.
 
     Raises:
         ValueError: an unknown name (with the nearest right one), ``data_dir`` missing or not wanted, damaged files.
@@ -65,6 +75,19 @@ def load_data(
     if name == "folder" and data_dir is None:
         raise ValueError(
             "data 'folder' needs files; pass data_dir (--data-dir), a folder with train/<class>/ and test/<class>/"
+        )
+    if name == "text":
+        if data_dir is None:
+            raise ValueError("data 'text' needs a file; pass data_dir (--data-dir), any UTF-8 text")
+        if image_size is not None:
+            raise ValueError(f"image_size={image_size} but data 'text' has no images; leave image_size out")
+        context = _CONTEXT if context is None else context
+        if not isinstance(context, int) or context < 1:
+            raise ValueError(f"context={context!r}: pass a whole number of at least 1")
+        return load_text(Path(data_dir).expanduser(), context)
+    if context is not None:
+        raise ValueError(
+            f"context={context} but data {name!r} has no windows of text; leave context out, or take 'text'"
         )
     if name not in _FROM_DIR and data_dir is not None:
         raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..rng import epoch_order
 from .augment import Crops, crop, draw_crops
 from .dataset import Dataset
+from .text import TextDataset
 
 
 def batches(
@@ -17,7 +18,7 @@ def batches(
     y: Tensor,
     batch_size: int,
     *,
-    dataset: Dataset,
+    dataset: Dataset | TextDataset,
     seed: int,
     epoch: int,
     augment: bool,
@@ -33,8 +34,9 @@ def batches(
     with ``start``. For a test, ``shuffle=False, augment=False``: every image in its order, as it is.
 
     Args:
-        x: images (N, C, H, H), uint8 or floats in 0..1: a split of ``dataset``, or a part of one.
-        y: their classes (N,).
+        x: images (N, C, H, H), uint8 or floats in 0..1: a split of ``dataset``, or a part of one; or windows of text
+            (N, context), which come as they are.
+        y: their classes (N,); or the characters that follow (N, context).
         batch_size: images a batch.
         dataset: gives ``mean`` and ``std``.
         seed: of the run.
@@ -67,6 +69,9 @@ def batches(
     if not images:
         order = order.to(y.device)
         return ((None, y[chosen]) for chosen in torch.split(order[start:], batch_size) if len(chosen))
+    if isinstance(dataset, TextDataset):
+        order = order[start:].to(x.device)
+        return ((x[chosen], y[chosen]) for chosen in torch.split(order, batch_size) if len(chosen))
     return _batches(x, y, batch_size, order, crops, dataset, dtype, start)
 
 

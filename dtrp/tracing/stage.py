@@ -1,0 +1,281 @@
+"""A part of a traced model as a module: one value in, one value out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .divide import Part, Use, attribute, divide
+from .export import Example, export
+from .points import check_points, choose_points
+
+Owner = tuple[nn.Module, str]  # a module that holds a tensor, and its name there
+
+
+class TracedStage(nn.Module):
+    """A contiguous part of a model, with the model's own parameters and buffers under the model's own names.
+
+    It takes what the stage before returns, and returns what the next one takes: a tensor, or a tuple of tensors and
+    whole numbers. The first takes what the example was, with any number of samples; the last returns what the model does.
+    In train and in eval mode it runs the graph that was traced in that mode.
+
+    Args:
+        label: how errors name it.
+        parts: the graphs, in train and in eval mode.
+    """
+
+    def __init__(self, label: str, parts: tuple[Part, Part]) -> None:
+        super().__init__()
+        self._label = label
+        self._parts = parts
+        self._weights: tuple[list[Owner | None], list[Owner | None]] = ([], [])  # of each argument, in either mode
+        self._dtypes: list[tuple[nn.Module, str, torch.dtype]] = []
+        self._example: Example | None = None  # of the first stage
+        self._shapes: list[tuple[torch.Size, torch.dtype] | None] = []
+        self._device: torch.device | None = None
+        self._origins: list[
+            tuple[nn.Module, str, nn.Module]
+        ] = []  # buffers of the model: where they were, and are here
+
+    def forward(self, value: Any) -> Any:
+        mode = 0 if self.training else 1
+        part = self._parts[mode]
+        self._check_dtypes()
+        carried = self._entered(value)
+        carried += [carried[place].shape[dim] for place, dim in part.sizes]
+        arguments = [
+            carried[source.index] if owner is None else getattr(*owner)
+            for source, owner in zip(part.arguments, self._weights[mode], strict=True)
+        ]
+        made = part.graph(*arguments)
+        if not isinstance(made, (tuple, list)):
+            made = (made,)
+        outputs = [
+            made[source.index]
+            if source.kind == "made"
+            else carried[source.index]
+            if source.kind == "in"
+            else source.constant
+            if source.kind == "constant"
+            else None
+            for source in part.outputs
+        ]
+        if part.is_last:
+            return pytree.tree_map(outputs.__getitem__, part.returns)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _entered(self, value: Any) -> list[Any]:
+        if self._example is None:
+            return list(value) if isinstance(value, (tuple, list)) else [value]
+        example = self._example
+        if isinstance(example.value, dict) and isinstance(value, dict) and value.keys() == example.value.keys():
+            value = {name: value[name] for name in example.value}
+        leaves, spec = pytree.tree_flatten(value)
+        if spec != example.spec:
+            raise ValueError(
+                f"{self._label} takes {_described(example.value)}, as the example of dtrp.split, and got {_described(value)}; "
+                "pass the same, or split with another example"
+            )
+        for leaf, want, path, wanted in zip(leaves, example.leaves, example.paths, self._shapes, strict=True):
+            where = path.replace("example", "x", 1)
+            if wanted is None:
+                if leaf != want or type(leaf) is not type(want):
+                    raise ValueError(
+                        f"{where} is {leaf!r}, and the model was traced with {want!r}; split with another example"
+                    )
+            elif not isinstance(leaf, Tensor):
+                raise TypeError(f"{where} is a {type(leaf).__name__}, and the model was traced with a tensor")
+            elif leaf.dtype != wanted[1]:
+                raise TypeError(
+                    f"{where} is {leaf.dtype}, and the model was traced with {wanted[1]}; convert it, or split with an example "
+                    "of that dtype"
+                )
+            elif leaf.shape[1:] != wanted[0][1:] or leaf.dim() != len(wanted[0]):
+                raise ValueError(
+                    f"{where} has shape {tuple(leaf.shape)}, and the model was traced with {tuple(wanted[0])}; only the number "
+                    "of samples may differ: pad it, or split with another example"
+                )
+        return leaves
+
+    def _check_dtypes(self) -> None:
+        for module, name, dtype in self._dtypes:
+            if getattr(module, name).dtype != dtype:
+                raise TypeError(
+                    f"{self._label} was traced in {dtype}, and its {name} is {getattr(module, name).dtype} now; convert the "
+                    "model first, then call dtrp.split"
+                )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TracedStage:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for model_part, name, module in self._origins:
+            model_part._buffers[name] = module._buffers[name]
+        now = next((t.device for t in [*self.parameters(), *self.buffers()]), None)
+        if now is not None and self._device is not None and now != self._device:
+            for part in self._parts:
+                for graph in part.graph.modules():
+                    if isinstance(graph, fx.GraphModule):
+                        _move(graph, self._device, now)
+            self._device = now
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_origins": []}  # a copy has no part in the model
+
+    def extra_repr(self) -> str:
+        """Shown in ``repr``."""
+        return self._label
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"a dict of {', '.join(map(str, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def _move(graph: fx.GraphModule, old: torch.device, new: torch.device) -> None:
+    """Operations that make tensors on a device make them on the other one."""
+
+    def moved(value: Any) -> Any:
+        return new if isinstance(value, torch.device) and value == old else value
+
+    for node in graph.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, moved)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
+    graph.recompile()
+
+
+def trace_into_stages(
+    model: nn.Module, example: Any, *, num_stages: int | None = None, points: Sequence[str] | None = None
+) -> tuple[list[TracedStage], list[str]]:
+    """The stages of a traced model, and the submodules where they begin.
+
+    Args:
+        model: any module.
+        example: what it is called with.
+        num_stages: K, to choose the points by; or
+        points: where stages 1..K-1 begin.
+
+    Raises:
+        TypeError, ValueError: an example that does not fit, a model that cannot be traced or cut so.
+    """
+    checked = Example.of(example)
+    traced = [export(model, checked, training=training) for training in (True, False)]
+    graphs = [one.graph for one in traced]
+    if points is None:
+        assert num_stages is not None
+        points = choose_points(model, num_stages, *graphs) if num_stages > 1 else []
+    points = check_points(model, points, *graphs)
+    divided = [divide(one, points) for one in traced]
+    bounds = ["the beginning", *points]
+    stages = [
+        TracedStage(f"stage {k} (from {bounds[k]})", (divided[0][0][k], divided[1][0][k]))
+        for k in range(len(points) + 1)
+    ]
+    _give_tensors(model, stages, [use for _, uses in divided for use in uses], graphs)
+    first = stages[0]
+    first._example = checked
+    first._shapes = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in checked.leaves]
+    # Shapes are enough of its tensors.
+    empty = [torch.empty(0, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in checked.leaves]
+    value = pytree.tree_unflatten(empty, checked.spec)
+    first._example = Example(value, tuple(empty), checked.paths)
+    for stage in stages:
+        stage.train(model.training)
+    return stages, list(points)
+
+
+def _give_tensors(
+    model: nn.Module, stages: Sequence[TracedStage], uses: Sequence[Use], graphs: Sequence[fx.GraphModule]
+) -> None:
+    """Each parameter and buffer to the stage that uses it, under its name in the model."""
+    own: dict[str, Tensor] = dict(
+        [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    )
+    names: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        names.setdefault(id(tensor), []).append(name)
+    here: list[dict[int, str]] = [{} for _ in stages]  # a name of each tensor in each stage
+    placed: dict[str, int] = {}
+    constants: list[tuple[int, str, Tensor]] = []
+
+    def place(stage: int, name: str, tensor: Tensor) -> None:
+        placed.setdefault(name, stage)
+        here[stage].setdefault(id(tensor), name)
+        _register(model, stages[stage], name, tensor)
+
+    for use in uses:
+        used = own.get(use.name)
+        if used is None:
+            constant = next(attribute(graph, use.name) for graph in graphs if _has(graph, use.name))
+            constants.append((use.stage, use.name.replace(".", "_"), constant))
+            continue
+        for name in names[id(used)]:  # of tied names, those of the submodules that read it in this stage
+            if name.rpartition(".")[0] in use.readers and name not in placed:
+                place(use.stage, name, used)
+    for use in uses:
+        used = own.get(use.name)
+        if used is not None and id(used) not in here[use.stage]:
+            free = [name for name in names[id(used)] if name not in placed]
+            place(use.stage, free[0] if free else use.name, used)
+    # What no graph uses goes where its tied name or its neighbour is.
+    stage = 0
+    for name, tensor in own.items():
+        if name not in placed:
+            tied = [placed[other] for other in names[id(tensor)] if other in placed]
+            place(tied[0] if tied else stage, name, tensor)
+        stage = placed[name]
+    for stage, name, tensor in constants:
+        if name not in stages[stage]._buffers:
+            stages[stage].register_buffer(name, tensor.detach(), persistent=False)
+    for index, owner in enumerate(stages):
+        for mode, part in enumerate(owner._parts):
+            owner._weights[mode].extend(
+                _owner(owner, source.name, own, here[index]) if source.kind == "weight" else None
+                for source in part.arguments
+            )
+        for member in owner.modules():
+            for name, held in [*member._parameters.items(), *member._buffers.items()]:
+                if held is None:
+                    continue
+                owner._device = owner._device or held.device
+                if held.is_floating_point() or held.is_complex():
+                    owner._dtypes.append((member, name, held.dtype))
+
+
+def _owner(stage: TracedStage, name: str, own: dict[str, Tensor], here: dict[int, str]) -> Owner:
+    """The module of the stage that holds what the graph calls ``name``, and what it is called there."""
+    tensor = own.get(name)
+    path = name.replace(".", "_") if tensor is None else here[id(tensor)]
+    prefix, _, member = path.rpartition(".")
+    return stage.get_submodule(prefix), member
+
+
+def _has(module: Any, name: str) -> bool:
+    try:
+        attribute(module, name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _register(model: nn.Module, stage: TracedStage, name: str, tensor: Tensor) -> None:
+    prefix, _, attribute = name.rpartition(".")
+    module: nn.Module = stage
+    for part in prefix.split(".") if prefix else ():
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        child = module._modules[part]
+        assert child is not None
+        module = child
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(attribute, tensor)
+        return
+    original = model.get_submodule(prefix)
+    module.register_buffer(attribute, tensor, persistent=attribute not in original._non_persistent_buffers_set)
+    stage._origins.append((original, attribute, module))
