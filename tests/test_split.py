@@ -301,7 +301,18 @@ def test_the_slowest_stage_is_as_fast_as_it_can_be() -> None:
             return x
 
     assert dtrp.split(Uneven(), num_stages=2, example=torch.randn(2, 8)).points == ("blocks.2",)
-    assert dtrp.split(Residual(8), num_stages=4, example=rows()).points == ("blocks.2", "blocks.4", "blocks.6")
+
+    class Even(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = x + torch.tanh(block(x))
+            return x
+
+    assert dtrp.split(Even(), num_stages=4, example=torch.randn(2, 64)).points == ("blocks.2", "blocks.4", "blocks.6")
 
 
 @pytest.mark.usefixtures("float64")

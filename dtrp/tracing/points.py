@@ -15,7 +15,7 @@ from ..names import unknown
 from .export import module_path
 
 _MEMORY = 16  # what an element written costs, in floating-point operations
-_TOLERANCE = 1.25  # how much slower the slowest stage may be for a cut at whole blocks
+_TOLERANCE = 1.5  # how much slower the slowest stage may be for a cut at whole blocks
 
 
 def work_nodes(graph: fx.GraphModule) -> list[fx.Node]:
@@ -125,7 +125,7 @@ def choose_points(model: nn.Module, num_stages: int, train: fx.GraphModule, eval
     """Where to begin ``num_stages`` - 1 stages so that the slowest is as fast as it can be.
 
     A stage's work is what its operations take, in floating-point operations (and 16 for each element written). A stage
-    begins at an entry of a `ModuleList` or `Sequential` where that costs the slowest stage at most a quarter more; among
+    begins at an entry of a `ModuleList` or `Sequential` where that costs the slowest stage at most half more; among
     cuts as good to a tenth, the one where the fewest elements pass. No parameter and no buffer is used on both sides of a
     cut, but those that are tied by the model under several names.
 
@@ -248,40 +248,43 @@ def _blocks(model: nn.Module) -> set[str]:
 
 
 def _best(positions: Sequence[_Position], num_stages: int, before: Sequence[float]) -> tuple[float, list[str]]:
-    """The cuts whose slowest stage is fastest, and of those as good to a tenth the one where least passes."""
+    """The cuts whose slowest stage is fastest, and of those as good to a tenth the one where least passes, evenly."""
     if len(positions) < num_stages - 1:
         return math.inf, []
+    slowest = _divide(positions, num_stages, before, math.inf).slowest
+    found = _divide(positions, num_stages, before, 1.1 * slowest)
+    return found.slowest, [positions[end - 1].name for end in found.ends[:-1]]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The first stages of a division."""
+
+    slowest: float = 0.0
+    crossing: int = 0
+    squares: float = 0.0  # of the stages' work: the more even, the smaller
+    ends: tuple[int, ...] = ()
+
+
+def _divide(positions: Sequence[_Position], num_stages: int, before: Sequence[float], limit: float) -> _Cut:
+    """The division with the least slowest stage; under a finite limit of it the one where least passes."""
     bounds = [0, *(p.place for p in positions), len(before) - 1]
-
-    def solve(limit: float) -> tuple[float, float, list[int]]:
-        """(slowest, crossing, cuts) with the least slowest stage; with the least crossing under a finite limit."""
-        rows: list[tuple[float, float, list[int]] | None] = [None] * len(bounds)
-        rows[0] = (0.0, 0.0, [])
-        for stage in range(num_stages):
-            following: list[tuple[float, float, list[int]] | None] = [None] * len(bounds)
-            last = stage == num_stages - 1
-            for end in [len(bounds) - 1] if last else range(1, len(bounds) - 1):
-                for start in range(end):
-                    row = rows[start]
-                    if row is None:
-                        continue
-                    slowest = max(row[0], before[bounds[end]] - before[bounds[start]])
-                    if slowest > limit:
-                        continue
-                    passing = row[1] + (0 if last else positions[end - 1].crossing)
-                    option = (slowest, passing, [*row[2], end])
-                    known = following[end]
-                    key = (slowest, passing) if limit == math.inf else (passing, slowest)
-                    if known is None or key < ((known[0], known[1]) if limit == math.inf else (known[1], known[0])):
-                        following[end] = option
-            rows = following
-        result = rows[-1]
-        assert result is not None
-        return result
-
-    slowest, _, _ = solve(math.inf)
-    slowest, _, ends = solve(1.1 * slowest)
-    return slowest, [positions[end - 1].name for end in ends[:-1]]
+    rows: dict[int, _Cut] = {0: _Cut()}
+    for stage in range(num_stages):
+        last = stage == num_stages - 1
+        following: dict[int, _Cut] = {}
+        for end in [len(bounds) - 1] if last else range(1, len(bounds) - 1):
+            options = []
+            for start, row in rows.items():
+                work = before[bounds[end]] - before[bounds[start]]
+                if start < end and work <= limit:
+                    crossing = row.crossing + (0 if last else positions[end - 1].crossing)
+                    options.append(_Cut(max(row.slowest, work), crossing, row.squares + work * work, (*row.ends, end)))
+            if options:
+                first = "slowest" if limit == math.inf else "crossing"
+                following[end] = min(options, key=lambda cut: (getattr(cut, first), cut.squares))
+        rows = following
+    return rows[len(bounds) - 1]
 
 
 def _used_twice(model: nn.Module, graph: fx.GraphModule, points: Sequence[str]) -> bool:
