@@ -37,6 +37,7 @@ from .stage import Stage, StageError, naming
 from .stash import MicroBatch
 from .trace import Span, Tracer
 from .transport import Transport
+from .trees import flatten, num_samples, split
 
 T = TypeVar("T")
 NCCL_VARIABLE = "DTRP_NCCL"
@@ -78,13 +79,13 @@ class DistributedEngine:
         self._losses = Losses(
             ranks.num_stages - 1, at_once=stage.device.type == "cpu", stops=stage.rule.on_nonfinite == "stop"
         )
-        self._inputs: deque[Tensor] = deque()  # of the current mini-batch, on the first rank
-        self._targets: deque[Tensor] = deque()  # of the current mini-batch, on the last rank
+        self._inputs: deque[Any] = deque()  # of the current mini-batch, on the first rank
+        self._targets: deque[Any] = deque()  # of the current mini-batch, on the last rank
         self._notes: deque[Note] = deque()  # of the micro-batches between F and B
         self._samples: deque[int] = deque()  # in each mini-batch that has not had its U
         self._given: Note | None = None  # what the first rank's messages of the current mini-batch say
         self._message: Message | None = None  # received to learn `_given` from, and not yet used
-        self._arrived: deque[Tensor | None] = deque()  # gradients taken from their link before their B
+        self._arrived: deque[Any] = deque()  # gradients taken from their link before their B
         self._mean_loss: float | None = None  # over all replicas
         self._next_microbatch = 0
         self.working_times = (WorkingTime(),)
@@ -97,7 +98,7 @@ class DistributedEngine:
     def num_updates(self, value: int) -> None:
         self._transport.num_updates = value
 
-    def step(self, x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    def step(self, x: Any, y: Any) -> Tensor | None:
         self._begin(f"in step() of mini-batch {self.num_updates}")
         self._losses.check()
         self.working_times[0].begin()
@@ -105,10 +106,9 @@ class DistributedEngine:
             self._do(action)
         note = self._first_note(x, y) if self.takes_x else self._received_note()
         if self.takes_y:
-            assert y is not None
             if not self.takes_x:
                 _check_targets(note, y)
-            self._targets.extend(torch.tensor_split(y, note.parts))
+            self._targets.extend(split(y, note.parts))
         self._given = note
         self._samples.append(note.total)
         for slot in self._order.minibatch(note.parts):
@@ -122,14 +122,14 @@ class DistributedEngine:
             loss = self._transport.spread_back("step", loss).to(self._stage.device)
         return loss
 
-    def _first_note(self, x: Tensor | None, y: Tensor | None) -> Note:
-        assert x is not None
+    def _first_note(self, x: Any, y: Any) -> Note:
+        samples = num_samples(x)
         # Replicas work in step, so all cut into as many parts, whatever their shards; a part may be empty.
         alone = self._transport.ranks.num_replicas == 1
-        parts = min(self._num_microbatches, len(x)) if alone else self._num_microbatches
-        self._inputs.extend(torch.tensor_split(x, parts))
+        parts = min(self._num_microbatches, samples) if alone else self._num_microbatches
+        self._inputs.extend(split(x, parts))
         checksum = _checksum(y) if y is not None and not self.takes_y else -1
-        return Note(-1, self.num_updates, parts, 0, len(x), checksum)
+        return Note(-1, self.num_updates, parts, 0, samples, checksum)
 
     def _received_note(self) -> Note:
         with self.working_times[0].working:
@@ -190,7 +190,7 @@ class DistributedEngine:
         self._samples.extend(own.samples)
         self._arrived.extend(own.gradients)
 
-    def infer(self, x: Tensor | None) -> Tensor | None:
+    def infer(self, x: Any) -> Any:
         self._begin("in infer()")
         return self._transport.hand_over("infer", x, self._stage.infer)
 
@@ -272,10 +272,10 @@ class DistributedEngine:
     def _forward(self, action: Action) -> None:
         assert self._given is not None
         m = action.index
-        x: Tensor | None
+        x: Any
         if self.takes_x:
             x = self._inputs.popleft()
-            note = self._given._replace(microbatch=m, samples=len(x))
+            note = self._given._replace(microbatch=m, samples=num_samples(x))
         else:
             if self._message is None:
                 self._stage.prepare(m, self.num_updates)
@@ -286,7 +286,7 @@ class DistributedEngine:
         self._notes.append(note._replace(minibatch=self.num_updates))
         self._next_microbatch = m + 1
         with naming(self._stage.index, action, micro.minibatch):
-            out = self._stage.forward(micro, x, target) if x is not None and note.samples else None
+            out = self._stage.forward(micro, x, target) if note.samples else None
             if not self.takes_y:
                 self._send(self._transport.forward_out, note, out)
             elif out is not None:
@@ -331,10 +331,10 @@ class DistributedEngine:
         with naming(self._stage.index, action, self._stage.version):
             self._stage.update(norms)
 
-    def _send(self, link: Sender | None, note: Note, tensor: Tensor | None) -> None:
+    def _send(self, link: Sender | None, note: Note, value: Any) -> None:
         assert link is not None
         with self.working_times[0].waiting("send"):
-            link.send(Kind.NOTHING if tensor is None else Kind.TENSOR, note, tensor)
+            link.send(Kind.of(value), note, value)
 
     def _receive(self, link: Receiver | None, direction: str, m: int) -> Message:
         assert link is not None
@@ -423,21 +423,26 @@ def _check_alike(rank: int, theirs: dict[str, Any], first: dict[str, Any]) -> No
                 )
 
 
-def _checksum(y: Tensor) -> int:
-    """Of the targets' values, shape and dtype; -1 where looking at them would hold up an accelerator."""
-    if y.device.type != "cpu":
+def _checksum(y: Any) -> int:
+    """Of the targets' values, shapes and dtypes; -1 where looking at them would hold up an accelerator."""
+    tensors, form = flatten(y)
+    if any(t.device.type != "cpu" for t in tensors):
         return -1
-    shape = repr((tuple(y.shape), y.dtype)).encode()
-    y = y.detach().reshape(-1)
-    y = y[:: max(1, y.nbytes // _CHECKED_BYTES)].contiguous()
-    return zlib.crc32(memory_of(y), zlib.crc32(shape))
+    checksum = zlib.crc32(repr((form, [(tuple(t.shape), t.dtype) for t in tensors])).encode())
+    for t in tensors:
+        values = t.detach().reshape(-1)
+        values = values[:: max(1, values.nbytes // _CHECKED_BYTES)].contiguous()
+        checksum = zlib.crc32(memory_of(values), checksum)
+    return checksum
 
 
-def _check_targets(note: Note, y: Tensor) -> None:
+def _check_targets(note: Note, y: Any) -> None:
     seed = "seed the sampler, so that every rank sees the same mini-batches"
-    if len(y) != note.total:
-        raise ValueError(f"the first rank was given {note.total} samples and the last rank {len(y)} targets; {seed}")
-    if note.checksum != -1 and y.device.type == "cpu" and _checksum(y) != note.checksum:
+    if num_samples(y) != note.total:
+        raise ValueError(
+            f"the first rank was given {note.total} samples and the last rank {num_samples(y)} targets; {seed}"
+        )
+    if note.checksum != -1 and _checksum(y) not in (-1, note.checksum):
         raise ValueError(
             f"the first and the last rank were given different targets for mini-batch {note.minibatch}; {seed}"
         )

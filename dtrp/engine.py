@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Progress:
     position: Position
     notes: list[Note]
     samples: list[int]
-    gradients: list[Tensor | None]
+    gradients: list[Any]
 
     @classmethod
     def at_rest(cls, num_updates: int, next_microbatch: int) -> Progress:
@@ -81,9 +81,9 @@ class Engine(Protocol):
 
     num_updates: int  # mini-batches stepped
 
-    def step(self, x: Tensor | None, y: Tensor | None) -> Tensor | None: ...
+    def step(self, x: Any, y: Any) -> Tensor | None: ...
     def flush(self) -> None: ...
-    def infer(self, x: Tensor | None) -> Tensor | None: ...
+    def infer(self, x: Any) -> Any: ...
 
     def gather(self, method: str, value: T) -> list[T]:
         """Every process's value, by rank, on every rank; ``method``, called on every rank, is for messages."""

@@ -24,6 +24,7 @@ from .aligned import aligned_room
 from .failure import GRACE_S, Board, Failure
 from .messages import HEADER_BYTES, Kind, Message, Note, Packed, Packer, decode, read_header
 from .trace import Tracer
+from .trees import tensors_of
 
 _SMALL_BYTES = 64 * 2**10
 _MOST_KEPT = 16
@@ -69,17 +70,20 @@ class Wire:
     def arrived(self, room: Tensor) -> Message:
         """The message in a buffer that has been filled, its tensor on the stage's device; called by a helper thread."""
         header = read_header(room)
-        if room.device != self.device and header[0] is Kind.TENSOR:
+        if room.device != self.device and header[0] in (Kind.TENSOR, Kind.TREE):
             here = aligned_room(room.numel(), self.device)
             here.copy_(room, non_blocking=True)
             self._stream.synchronize()
             room = here
         return decode(header, room)
 
-    def taken(self, tensor: Tensor | None) -> None:
-        """A received tensor is about to be used by the main thread, on its stream."""
-        if self._module is not None and tensor is not None and tensor.device == self.device:
-            tensor.record_stream(self._module.current_stream(self.device))
+    def taken(self, value: Any) -> None:
+        """What was received is about to be used by the main thread, on its stream."""
+        if self._module is None or value is None:
+            return
+        for tensor in tensors_of(value):
+            if tensor.device == self.device:
+                tensor.record_stream(self._module.current_stream(self.device))
 
     def own_thread(self) -> None:
         """Work on this device, and the link's stream, in the calling thread."""
@@ -151,8 +155,8 @@ class Sender(Link):
         self._finished = threading.Lock()
         self._thread.start()
 
-    def send(self, kind: Kind, note: Note, tensor: Tensor | None = None) -> None:
-        """Send a message; the tensor may be written when this returns."""
+    def send(self, kind: Kind, note: Note, tensor: Any = None) -> None:
+        """Send a message, a tensor or a tree of them; they may be written when this returns."""
         packed, ready = self._wire.out(self._packer.pack(kind, note, tensor))
         job = _Job(kind, note, packed, ready, time.monotonic() + self._latency_s if self._latency_s else 0.0)
         with self._counting:

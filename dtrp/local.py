@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from .busy import WorkingTime
@@ -17,6 +16,7 @@ from .schedule import Action, StageOrder
 from .stage import Stage, naming
 from .stash import MicroBatch
 from .trace import Span, Tracer
+from .trees import num_samples, split
 
 T = TypeVar("T")
 
@@ -42,27 +42,26 @@ class LocalEngine:
         self.working_times = [WorkingTime() for _ in stages]
         self._orders = [StageOrder(method, num, stage) for stage in range(num)]
         self._queues: list[deque[deque[Action]]] = [deque() for _ in stages]
-        self._inputs: list[dict[int, Tensor]] = [{} for _ in stages]
-        self._gradients: list[dict[int, Tensor | None]] = [{} for _ in stages]
+        self._inputs: list[dict[int, Any]] = [{} for _ in stages]
+        self._gradients: list[dict[int, Any]] = [{} for _ in stages]
         self._micros: dict[int, MicroBatch] = {}
-        self._targets: dict[int, Tensor] = {}
+        self._targets: dict[int, Any] = {}
         rule = stages[0].rule
         one_device = len({stage.device for stage in stages}) == 1
         self._losses = Losses(num - 1, at_once=one_device, stops=rule.on_nonfinite == "stop")
         self._together = rule.together
         self._norms: dict[int, float] = {}  # of the current mini-batch's gradient, by stage, where all count for all
 
-    def step(self, x: Tensor | None, y: Tensor | None) -> Tensor:
-        assert x is not None
-        assert y is not None
+    def step(self, x: Any, y: Any) -> Tensor:
         self._losses.check()
         self._norms.clear()
         for working_time in self.working_times:
             working_time.begin()
-        parts = min(self._num_microbatches, len(x))
-        for part, target in zip(torch.tensor_split(x, parts), torch.tensor_split(y, parts), strict=True):
+        samples = num_samples(x)
+        parts = min(self._num_microbatches, samples)
+        for part, target in zip(split(x, parts), split(y, parts), strict=True):
             m = self._next_microbatch
-            self._micros[m] = MicroBatch(m, self.num_updates, len(part) / len(x))
+            self._micros[m] = MicroBatch(m, self.num_updates, num_samples(part) / samples)
             self._inputs[0][m] = part
             self._targets[m] = target
             self._next_microbatch += 1
@@ -81,8 +80,7 @@ class LocalEngine:
             stage.check_gradients()
             stage.rest()
 
-    def infer(self, x: Tensor | None) -> Tensor:
-        assert x is not None
+    def infer(self, x: Any) -> Any:
         for stage in self.stages:
             x = stage.infer(x)
         return x

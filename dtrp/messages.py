@@ -8,13 +8,18 @@
 
 Both sides lay a buffer at the beginning of a line, so that the received tensor, which stands on the
 buffer itself, has the strides of the one sent and its address modulo the line: see `dtrp.aligned`.
+
+A tree of tensors is one message too: after the header comes, as JSON, its form and how each tensor lies; then, each from the
+beginning of a line, the tensors.
 """
 
 from __future__ import annotations
 
 import ctypes
 import io
+import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -23,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .aligned import LINE_BYTES, Layout, aligned_room, shift_of
+from .trees import flatten, unflatten
 
 HEADER_BYTES = LINE_BYTES
 _WORDS = HEADER_BYTES // 8
@@ -45,6 +51,14 @@ class Kind(IntEnum):
     OBJECT = 2  # a pickled object
     GROW = 3  # the next message needs a buffer of so many bytes
     END = 4  # the sender sends no more
+    TREE = 5  # tensors and constants in tuples, lists and dicts
+
+    @classmethod
+    def of(cls, value: Any) -> Kind:
+        """The kind that carries a value between stages."""
+        if value is None:
+            return cls.NOTHING
+        return cls.TENSOR if isinstance(value, Tensor) else cls.TREE
 
 
 class Note(NamedTuple):
@@ -68,11 +82,17 @@ class Note(NamedTuple):
 
 @dataclass(frozen=True)
 class Message:
-    """A message as received; ``nbytes``, for GROW, the size of the buffer that the next one needs."""
+    """A message as received.
+
+    Args:
+        kind, note: what the header says.
+        tensor: what was sent: a tensor, for TREE a tree, or None.
+        nbytes: for GROW, the size of the buffer that the next one needs.
+    """
 
     kind: Kind
     note: Note
-    tensor: Tensor | None = None
+    tensor: Any = None
     nbytes: int = 0
 
     def object(self) -> Any:
@@ -106,7 +126,7 @@ class _Form(NamedTuple):
     def of(cls, tensor: Tensor) -> _Form:
         if tensor.layout is not torch.strided or tensor.dtype not in _DTYPES or tensor.dim() > _MOST_DIMS:
             raise TypeError(
-                f"a stage's output is a {tensor.layout} tensor of {tensor.dtype} with {tensor.dim()} dimensions; ranks "
+                f"a stage's output has a {tensor.layout} tensor of {tensor.dtype} with {tensor.dim()} dimensions; ranks "
                 f"exchange dense ones of the common dtypes with at most {_MOST_DIMS} dimensions"
             )
         # A tensor that is mostly holes, a column of a larger one, travels without them.
@@ -144,12 +164,14 @@ class Packer:
         self._keeps = keeps
         self._forms: dict[Any, tuple[_Form, list[Packed]]] = {}
 
-    def pack(self, kind: Kind, note: Note, tensor: Tensor | None = None) -> Packed:
+    def pack(self, kind: Kind, note: Note, tensor: Any = None) -> Packed:
         """A message, whose header is not written yet.
 
         Raises:
-            TypeError: a tensor that no message can carry.
+            TypeError: what no message can carry.
         """
+        if kind is Kind.TREE:
+            return _pack_tree(note, tensor)
         words: tuple[int, ...] = (_MAGIC, kind, *note)
         if tensor is None:
             return Packed(aligned_room(HEADER_BYTES, _CPU), struct.pack(f"<{len(words)}q", *words))
@@ -180,6 +202,40 @@ class Packer:
         return known
 
 
+def _pack_tree(note: Note, value: Any) -> Packed:
+    tensors, form = flatten(value)
+    tensors = [t.detach() for t in tensors]
+    forms = [_Form.of(t) for t in tensors]
+    about = json.dumps([form, [each.words for each in forms]]).encode()
+    starts, end = [], HEADER_BYTES + _whole_lines(len(about))
+    for each in forms:
+        starts.append(end)
+        end += _whole_lines(each.nbytes - HEADER_BYTES)
+    words = (_MAGIC, Kind.TREE, *note, len(about))
+    place = next((t.device for t in tensors if t.device.type != "cpu"), _CPU)
+    with torch.inference_mode(False):
+        room = aligned_room(end, place)
+        room[HEADER_BYTES : HEADER_BYTES + len(about)].copy_(torch.frombuffer(bytearray(about), dtype=torch.uint8))
+        for tensor, each, start in zip(tensors, forms, starts, strict=True):
+            each.layout.fill(each.layout.over(room, each.dtype, start), tensor)
+    return Packed(room, struct.pack(f"<{len(words)}q", *words))
+
+
+def _unpack_tree(room: Tensor, nbytes: int) -> Any:
+    about = room[HEADER_BYTES : HEADER_BYTES + nbytes].cpu()
+    form, forms = json.loads(bytes(memory_of(about)))
+    tensors, start = [], HEADER_BYTES + _whole_lines(nbytes)
+    for words in forms:
+        tensor, nbytes = _standing(words, room, start)
+        tensors.append(tensor)
+        start += _whole_lines(nbytes)
+    return unflatten(form, iter(tensors))
+
+
+def _whole_lines(nbytes: int) -> int:
+    return -(-nbytes // LINE_BYTES) * LINE_BYTES
+
+
 def read_header(room: Tensor) -> tuple[Kind, Note, tuple[int, ...]]:
     """What the header of a received message says: its kind, its note, and how its tensor lies.
 
@@ -204,13 +260,21 @@ def decode(header: tuple[Kind, Note, tuple[int, ...]], room: Tensor) -> Message:
     kind, note, rest = header
     if kind is Kind.GROW:
         return Message(kind, note, nbytes=note.total)
+    if kind is Kind.TREE:
+        return Message(kind, note, _unpack_tree(room, rest[0]))
     if kind not in (Kind.TENSOR, Kind.OBJECT):
         return Message(kind, note)
-    number, dims, span, shift, compact = rest[:5]
-    layout, dtype = Layout(rest[5 : 5 + dims], rest[5 + dims : 5 + 2 * dims], span, shift), _DTYPES[number]
+    return Message(kind, note, _standing(rest, room, HEADER_BYTES)[0])
+
+
+def _standing(words: Sequence[int], room: Tensor, start: int) -> tuple[Tensor, int]:
+    """The tensor that a message says lies at ``start``, and the bytes that it takes there."""
+    number, dims, span, shift, compact = words[:5]
+    shape, strides = tuple(words[5 : 5 + dims]), tuple(words[5 + dims : 5 + 2 * dims])
+    layout, dtype = Layout(shape, strides, span, shift), _DTYPES[number]
     if not compact:
-        return Message(kind, note, layout.over(room, dtype, HEADER_BYTES))
-    sent = Layout.contiguous(layout.shape).over(room, dtype, HEADER_BYTES)
+        return layout.over(room, dtype, start), shift + span * dtype.itemsize
+    sent = Layout.contiguous(layout.shape)
     tensor = layout.over(aligned_room(shift + span * dtype.itemsize, room.device), dtype)
-    layout.fill(tensor, sent)
-    return Message(kind, note, tensor)
+    layout.fill(tensor, sent.over(room, dtype, start))
+    return tensor, sent.span * dtype.itemsize

@@ -31,6 +31,7 @@ from .splitting import into_stages, stage_device
 from .stage import LossFn, Stage
 from .trace import Tracer, write_chrome_trace
 from .transport import Transport
+from .trees import check_samples, num_samples, tensors_of
 
 Device = torch.device | str | int
 T = TypeVar("T")
@@ -217,12 +218,14 @@ class Pipeline:
 
     # -- training ---------------------------------------------------------------------------------------
 
-    def step(self, x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    def step(self, x: Any, y: Any) -> Tensor | None:
         """Train on one mini-batch.
 
         Args:
-            x: the model's input, samples along dimension 0; any number of them, of any shape the model takes.
-            y: the targets, as many.
+            x: the model's input, samples along dimension 0; any number of them, of any shape the model takes. It may be a
+                tree: tuples, lists and dicts of tensors, each with as many samples. Constants in it, and tensors without a
+                dimension, go to every micro-batch whole.
+            y: the targets, as many; a tree too, if ``loss_fn`` takes one.
 
         Returns:
             The mean loss of this mini-batch, at the weights its forward met: a detached scalar tensor; None on ranks
@@ -236,14 +239,14 @@ class Pipeline:
         self._check_usable(trains=True)
         engine = self._engine
         with self._shared():
-            x = _samples("x", x) if engine.takes_x else None
+            x = check_samples("x", x) if engine.takes_x else None
             # The first rank may be given y too, and then both are checked against each other.
-            y = _samples("y", y) if engine.takes_y or (engine.takes_x and isinstance(y, Tensor)) else None
+            y = check_samples("y", y) if engine.takes_y or (engine.takes_x and y is not None) else None
             for stage in engine.stages:
                 stage.check_trainable()
-            if x is not None and y is not None and len(x) != len(y):
+            if x is not None and y is not None and num_samples(x) != num_samples(y):
                 raise ValueError(
-                    f"x has {len(x)} samples and y has {len(y)}; a mini-batch needs as many targets as inputs"
+                    f"x has {num_samples(x)} samples and y has {num_samples(y)}; a mini-batch needs as many targets as inputs"
                 )
         with self._breaking():
             return engine.step(x, y)
@@ -254,14 +257,14 @@ class Pipeline:
         with self._breaking():
             self._engine.flush()
 
-    def infer(self, x: Tensor | None) -> Tensor | None:
+    def infer(self, x: Any) -> Any:
         """The model's output for ``x``, any number of samples, in eval mode, with the weights as they are.
 
         Batches in flight stay in flight. Modules that were in train mode are again after it.
         """
         self._check_usable()
         with self._shared():
-            if self._engine.takes_x and not isinstance(x, Tensor):
+            if self._engine.takes_x and not tensors_of(x):
                 raise TypeError(f"x is a {type(x).__name__}; infer takes a tensor with samples along dimension 0")
             return self._engine.infer(x)
 
@@ -577,17 +580,6 @@ class Pipeline:
         else:
             with self._breaking():
                 yield
-
-
-def _samples(label: str, value: Any) -> Tensor:
-    """A tensor with at least one sample along dimension 0."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{label} is a {type(value).__name__}; step takes tensors with samples along dimension 0")
-    if not value.dim():
-        raise ValueError(f"{label} has no dimension; its first one counts the samples")
-    if not len(value):
-        raise ValueError("an empty mini-batch; pass at least one sample (each replica needs at least one)")
-    return value.clone() if value.is_inference() else value  # no graph can save an inference tensor
 
 
 def _check_world(num_stages: int, ranks: Ranks) -> None:

@@ -36,7 +36,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.optim import Optimizer
 
 from .aligned import aligned_clone, enter
@@ -48,9 +48,10 @@ from .methods import Keep, Method
 from .predict import BuiltInPredictor, as_predictor
 from .rng import microbatch_seed, seeded
 from .schedule import Action, lead
-from .stash import AutocastState, Held, MicroBatch, WeightVersion, stash_bytes, states_bytes, tensor_bytes
+from .stash import AutocastState, Held, MicroBatch, WeightVersion, stash_bytes, states_bytes, tensor_bytes, value_bytes
+from .trees import flatten, map_tensors, tensors_of, unflatten
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
+LossFn = Callable[[Any, Any], Tensor]
 Buffers = Literal["own", "discarded", "returned"]
 
 
@@ -196,16 +197,17 @@ class Stage:
         if self.predictor is None or isinstance(self.predictor, BuiltInPredictor):
             self._prepared = self._weights(microbatch, minibatch - self.version)
 
-    def forward(self, micro: MicroBatch, x: Tensor, target: Tensor | None = None) -> Tensor:
+    def forward(self, micro: MicroBatch, x: Any, target: Any = None) -> Any:
         """F(m).
 
         Args:
             micro: m.
-            x: the stage's input.
+            x: the stage's input, a tensor or a tree of them.
             target: what the loss compares with, at the last stage.
 
         Returns:
-            The output for the next stage, or the last stage's share of the loss (a scalar); detached.
+            The output for the next stage, a tensor or a tree of them, or the last stage's share of the loss (a scalar);
+            detached.
         """
         self.rest()
         leaf = self._own(x)
@@ -215,11 +217,11 @@ class Stage:
         if self.gauge is not None and self.trains:
             read = self.parameters if weights is None else weights.tensors
             self.gauge.forward(micro.index, micro.minibatch - self.version, read, self.parameters)
-        held = Held(micro, self.version, AutocastState.now(leaf.device.type), leaf, leaf.nbytes, target)
+        held = Held(micro, self.version, self._autocast(leaf), leaf, value_bytes(leaf), target)
         if not self.trains:
             with torch.no_grad():
                 out = self._run(held, None)
-            held.leaf, held.nbytes, held.has_graph = leaf.new_empty(0), 0, True
+            held.leaf, held.nbytes, held.has_graph = None, 0, True
         elif self.recomputes:
             held.weights = weights if self.method.backward_at == "stashed" else None
             with torch.no_grad():
@@ -231,11 +233,16 @@ class Stage:
         self._prepared = None
         self._stash.append(held)
         self._note_peak(0)
-        return aligned_clone(out) if self._is_weight(out) else out.detach()
+        return map_tensors(lambda t: aligned_clone(t) if self._is_weight(t) else t.detach(), out)
 
-    def _decide(self, micro: MicroBatch, leaf: Tensor, target: Tensor | None) -> None:
+    @staticmethod
+    def _autocast(leaf: Any) -> AutocastState:
+        place = leaf if isinstance(leaf, Tensor) else next(iter(tensors_of(leaf)), torch.empty(0))
+        return AutocastState.now(place.device.type)
+
+    def _decide(self, micro: MicroBatch, leaf: Any, target: Any) -> None:
         """Keep graphs if they fit the memory limit, inputs if those do; what a graph takes is seen on a trial run."""
-        trial = Held(micro, self.version, AutocastState.now(leaf.device.type), leaf, leaf.nbytes, target)
+        trial = Held(micro, self.version, self._autocast(leaf), leaf, value_bytes(leaf), target)
         if self._changes_input is None:  # the first run ever is on a copy of the input, which is not to be weighed
             self._graph(trial, "discarded")
         out, graph_bytes = self._graph(trial, "discarded")
@@ -243,9 +250,9 @@ class Stage:
             weights=self._weights_bytes(),
             trained=sum(map(tensor_bytes, self.parameters)),
             optimizer=optimizer_bytes(self.optimizer) if self.optimizer is not None else 0,
-            input=leaf.nbytes,
+            input=value_bytes(leaf),
             graph=graph_bytes,
-            output=out.nbytes,
+            output=value_bytes(out),
         )
         del trial, out
         assert self.memory_limit_bytes is not None
@@ -266,8 +273,11 @@ class Stage:
             "micro-batches or more stages"
         )
 
-    def _own(self, x: Tensor) -> Tensor:
-        """The input, detached, on this stage's device; a copy of the caller's tensor where it outlives the step."""
+    def _own(self, x: Any) -> Any:
+        """The input, detached, on this stage's device; a copy of the caller's tensors where they outlive the step."""
+        return map_tensors(self._own_tensor, x)
+
+    def _own_tensor(self, x: Tensor) -> Tensor:
         leaf = x.detach()
         if leaf.device != self.device:
             leaf = _moved(leaf, self.device)
@@ -348,14 +358,15 @@ class Stage:
             _, graph_bytes = self._graph(held)
             self._note_peak(graph_bytes)
 
-    def backward(self, grad: Tensor | None) -> Tensor | None:
+    def backward(self, grad: Any) -> Any:
         """B of the oldest micro-batch in the stash.
 
         Args:
-            grad: of its output, from the next stage; None at the last, or where no gradient comes.
+            grad: of its output, from the next stage: a tensor, or where the output was a tree a list with one for each
+                tensor of it; None at the last, or where no gradient comes.
 
         Returns:
-            The gradient of its input, or None where there is none.
+            The gradient of its input, in the same way; None where there is none.
         """
         self.recompute()
         held = self._stash.popleft()
@@ -363,34 +374,53 @@ class Stage:
         self.delays[self.version - held.version] += 1
         if self.gauge is not None:
             self.gauge.backward(held.micro.index, self.version, self.parameters)
-        if held.root is None or (grad is None and self.loss_fn is None):
+        starts = self._starts(held, grad)
+        if not starts:
             return None
-        if grad is not None:
-            if grad.device != self.device:
-                grad = _moved(grad, self.device)
-            if self.method.grad_shrink != 1:
-                grad = grad * self.method.grad_shrink
-        elif self.rule.on_nonfinite == "skip" and isinstance(held.root, Tensor) and not torch.isfinite(held.root):
-            grad = torch.full_like(held.root, math.nan)  # so that every stage's gradient says it
         leaves = self.parameters if held.weights is None else held.weights.leaves
         for leaf, gradient in zip(leaves, self.gradients, strict=True):
             leaf.grad = gradient
         # An activation checkpoint inside the module runs a part of it again: at the same weights.
         with self._places.hold(self._tensors(held.weights)), held.autocast._replace(enabled=False).region():
-            torch.autograd.backward((held.root,), (grad,))  # type: ignore[arg-type]
+            torch.autograd.backward([root for root, _ in starts], [gradient for _, gradient in starts])  # type: ignore[arg-type]
         for i, leaf in enumerate(leaves):
             self.gradients[i], leaf.grad = leaf.grad, None
-        return held.input_gradient[0] if held.input_gradient else None
+        gradients = [each[0] if each else None for each in held.input_gradients]
+        if all(gradient is None for gradient in gradients):
+            return None
+        return gradients[0] if isinstance(held.leaf, Tensor) else gradients
 
-    def _graph(self, held: Held, buffers: Buffers = "own") -> tuple[Tensor, int]:
+    def _starts(self, held: Held, grad: Any) -> list[tuple[Tensor | GradientEdge, Tensor | None]]:
+        """Where differentiation starts, and with what gradient."""
+        if self.loss_fn is not None:
+            (root,) = held.roots or (None,)
+            if root is None:
+                return []
+            assert isinstance(root, Tensor)
+            if self.rule.on_nonfinite == "skip" and not torch.isfinite(root):
+                return [(root, torch.full_like(root, math.nan))]  # so that every stage's gradient says it
+            return [(root, None)]
+        starts: list[tuple[Tensor | GradientEdge, Tensor | None]] = []
+        for root, gradient in zip(held.roots, grad if isinstance(grad, list) else [grad], strict=False):
+            if root is None or gradient is None:
+                continue
+            if gradient.device != self.device:
+                gradient = _moved(gradient, self.device)
+            if self.method.grad_shrink != 1:
+                gradient = gradient * self.method.grad_shrink
+            starts.append((root, gradient))
+        return starts
+
+    def _graph(self, held: Held, buffers: Buffers = "own") -> tuple[Any, int]:
         """Run with a graph and remember where its differentiation starts; (output, bytes of the graph)."""
-        key = (held.leaf.shape, held.leaf.dtype, held.autocast, self.module.training)
+        inputs = tensors_of(held.leaf)
+        key = (*((t.shape, t.dtype) for t in inputs), held.autocast, self.module.training)
         nbytes = self._graph_bytes.get(key)
         with torch.enable_grad():
             if nbytes is not None:
                 out = self._run(held, held.weights, buffers=buffers)
             else:  # weigh the graph, once for each kind of input
-                known = [*self.module.parameters(), *self.module.buffers(), held.leaf]
+                known = [*self.module.parameters(), *self.module.buffers(), *inputs]
                 known += held.weights.leaves if held.weights else []
                 first = self._changes_input is None
                 seen = {t.untyped_storage().data_ptr() for t in known}
@@ -408,16 +438,16 @@ class Stage:
                 if nbytes and not first:  # hooks of the caller's inside the module hide the graph from these
                     self._graph_bytes[key] = nbytes
         held.has_graph = True
-        if out.requires_grad:
-            # Not the output itself: the next stage has it, and this one need not hold it for its backward.
-            held.root = out if self.loss_fn is not None else get_gradient_edge(out)
-        elif self.loss_fn is not None:
+        # Not the output itself: the next stage has it, and this one need not hold it for its backward.
+        start = get_gradient_edge if self.loss_fn is None else _itself
+        held.roots = [start(t) if t.requires_grad else None for t in tensors_of(out)]
+        if self.loss_fn is not None and held.roots == [None]:
             raise ValueError("the loss has no gradient; loss_fn must not detach it or compute it under no_grad")
         return out, nbytes
 
     # -- the module -----------------------------------------------------------------------------------
 
-    def _run(self, held: Held, weights: WeightVersion | None, *, buffers: Buffers = "own") -> Tensor:
+    def _run(self, held: Held, weights: WeightVersion | None, *, buffers: Buffers = "own") -> Any:
         """The module's forward (and at the last stage the loss), as micro-batch m must see it every time.
 
         What it does to buffers happens to the module's ``own``; or to copies that are ``discarded``, or that are
@@ -428,24 +458,21 @@ class Stage:
         tensors.update((name, buffer.clone()) for name, buffer in own.items())
         # A module that writes its input (an in-place ReLU at its front) would write the stash, or what the stage
         # before has saved. The first run, on a copy, shows whether it does; one that does gets a copy every time.
-        copy = self._changes_input is not False
-        if held.leaf.requires_grad and torch.is_grad_enabled():
-            x = enter(held.leaf, held.input_gradient, copy=copy)
-        else:
-            x = aligned_clone(held.leaf) if copy else held.leaf
-        before = x._version
+        entered = self._entered(held, copy=self._changes_input is not False)
+        x = entered[0] if isinstance(held.leaf, Tensor) else unflatten(flatten(held.leaf)[1], iter(entered))
+        before = [t._version for t in entered]
         with self.rng(held.micro.index), held.autocast.region():
             with self._places.hold(tensors):
                 out = self.module(x)
-            if not isinstance(out, Tensor):
-                raise TypeError(f"its output is a {type(out).__name__}; a stage passes on one tensor")
             if self.loss_fn is not None:
                 out = self._loss(out, held)
+            elif not isinstance(out, Tensor):
+                flatten(out)  # refuses what cannot be passed on
         if buffers == "returned":
             with torch.no_grad():
                 for name, buffer in own.items():
                     buffer.copy_(tensors[name])
-        if x._version == before:
+        if [t._version for t in entered] == before:
             self._changes_input = bool(self._changes_input)
         elif self._changes_input is False:
             raise RuntimeError(
@@ -456,13 +483,24 @@ class Stage:
             self._changes_input = True
         return out
 
+    def _entered(self, held: Held, *, copy: bool) -> list[Tensor]:
+        """The tensors of the input, as the module is given them."""
+        inputs = tensors_of(held.leaf)
+        if not torch.is_grad_enabled():
+            return [aligned_clone(t) if copy else t for t in inputs]
+        held.input_gradients = [[] for _ in inputs]
+        return [
+            enter(t, gradients, copy=copy) if t.requires_grad else aligned_clone(t) if copy else t
+            for t, gradients in zip(inputs, held.input_gradients, strict=True)
+        ]
+
     def _tensors(self, weights: WeightVersion | None) -> dict[str, Tensor]:
         return {} if weights is None else dict(zip(self.names, weights.leaves, strict=True))
 
-    def _loss(self, out: Tensor, held: Held) -> Tensor:
+    def _loss(self, out: Any, held: Held) -> Tensor:
         assert self.loss_fn is not None
-        assert held.target is not None
-        loss = self.loss_fn(out, held.target.to(out.device))
+        place = out.device if isinstance(out, Tensor) else self.device
+        loss = self.loss_fn(out, map_tensors(lambda t: t.to(place), held.target))
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"loss_fn returned a {type(loss).__name__}; it returns a scalar tensor, the mean over samples"
@@ -479,14 +517,14 @@ class Stage:
         return seeded(microbatch_seed(self.seed, self.replica, self.index, microbatch), self.device)
 
     @torch.no_grad()
-    def infer(self, x: Tensor) -> Tensor:
+    def infer(self, x: Any) -> Any:
         """The output in eval mode, at the weights of now."""
-        x = _moved(x, self.device)
+        x = map_tensors(lambda t: _moved(t, self.device), x)
         modes = {module: module.training for module in self.module.modules()}
         try:
             self.module.eval()
-            with self.rng(-1), AutocastState.now(x.device.type).region():
-                out: Tensor = self.module(x if self._changes_input is False else aligned_clone(x))
+            with self.rng(-1), self._autocast(x).region():
+                out = self.module(x if self._changes_input is False else map_tensors(aligned_clone, x))
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -638,6 +676,10 @@ class Stage:
             "stash": stash_bytes(self._stash),
             "stash_peak": self.stash_peak,
         }
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .trees import tensors_of
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -68,19 +70,26 @@ class Held:
     micro: MicroBatch
     version: int  # updates when F ran
     autocast: AutocastState
-    leaf: Tensor  # the input
+    leaf: Any  # the input, a tensor or a tree of them
     nbytes: int  # of the input, and of the graph where it is kept
-    target: Tensor | None = None  # what the loss compares with, at the last stage
+    target: Any = None  # what the loss compares with, at the last stage
     weights: WeightVersion | None = None  # the copy that F read, where B needs it
     has_graph: bool = False
-    root: Tensor | GradientEdge | None = None  # where differentiation starts; None where it has nothing to do
-    input_gradient: list[Tensor] = field(default_factory=list)  # filled by B; empty where the input needs none
+    # Where differentiation starts, for each tensor of the output; None where it has nothing to do. Of the last stage: the loss.
+    roots: list[Tensor | GradientEdge | None] = field(default_factory=list)
+    # Filled by B, for each tensor of the input; empty where it needs none.
+    input_gradients: list[list[Tensor]] = field(default_factory=list)
 
 
 def stash_bytes(stash: Iterable[Held]) -> int:
     """What the entries hold together; entries may share a copy of the weights."""
     versions = {id(held.weights): held.weights.nbytes for held in stash if held.weights is not None}
     return sum(held.nbytes for held in stash) + sum(versions.values())
+
+
+def value_bytes(value: Any) -> int:
+    """Of the tensors of a tree."""
+    return value.nbytes if isinstance(value, Tensor) else sum(map(tensor_bytes, tensors_of(value)))
 
 
 def tensor_bytes(t: Tensor) -> int:

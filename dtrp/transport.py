@@ -37,6 +37,7 @@ from .links import Link, Receiver, Sender, Wire
 from .messages import Kind, Message, Note, object_tensor
 from .ranks import Ranks, watch_launcher
 from .trace import Tracer
+from .trees import map_tensors
 from .watch import Watch
 
 _BUCKET_BYTES = 25 * 2**20
@@ -260,13 +261,12 @@ class Transport:
         into = None if last else self._from_right
         return self._pass_on(into, None if first else self._to_left, method, lambda v: (value,) if v is None else v)[0]
 
-    def hand_over(self, method: str, x: Tensor | None, work: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def hand_over(self, method: str, x: Any, work: Callable[[Any], Any]) -> Any:
         """``work`` of each stage in turn on what the one before made of ``x``; the result on the last, None elsewhere."""
         if self.ranks.before is not None:
             assert self._from_left is not None
             message = self._next_control(self._from_left, method)
             x = message.tensor
-        assert x is not None
         out = work(x)
         if self.ranks.after is None:
             return out
@@ -279,7 +279,8 @@ class Transport:
                 f"rank {self.ranks.rank}, {self.board.doing}, has waited {{}} for rank {link.peer} to take its input"
             ),
         )
-        link.send(Kind.TENSOR, Note(), out.cpu())
+        out = map_tensors(Tensor.cpu, out)
+        link.send(Kind.of(out), Note(), out)
         return None
 
     def _pass_on(self, into: Receiver | None, out: Sender | None, method: str, work: Callable[[Any], Any]) -> Any:
@@ -296,8 +297,8 @@ class Transport:
 
     def _next_control(self, link: Receiver, method: str) -> Message:
         message = self.receive(link, lambda: f"its part in {method}()")
-        if (message.kind is Kind.TENSOR) != (method == "infer"):
-            other = "infer" if message.kind is Kind.TENSOR else message.object()[0]
+        if (message.kind is not Kind.OBJECT) != (method == "infer"):
+            other = "infer" if message.kind is not Kind.OBJECT else message.object()[0]
             raise self._out_of_step(link.peer, other, method)
         return message
 

@@ -93,14 +93,14 @@ def plain_loop(
     losses = []
     m = 0
     for x, y in batches:
-        parts = min(num_microbatches, len(x))
+        parts = min(num_microbatches, len(y))
         total = None
-        for part, target in zip(torch.tensor_split(x, parts), torch.tensor_split(y, parts), strict=True):
+        for part, target in zip(cut(x, parts), torch.tensor_split(y, parts), strict=True):
             h = part
             for k, (start, end) in enumerate(itertools.pairwise(bounds)):
                 with rng(k, m):
                     h = model[start:end](h)
-            loss = nn.functional.cross_entropy(h, target) * (len(part) / len(x))
+            loss = nn.functional.cross_entropy(h, target) * (len(target) / len(y))
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
             m += 1
@@ -111,6 +111,18 @@ def plain_loop(
         if after_update is not None:
             after_update()
     return losses
+
+
+def cut(x: Any, parts: int) -> list[Any]:
+    """The parts of a mini-batch, which may be a tree; the parts may be written."""
+    if isinstance(x, Tensor):
+        return [part.clone() if x.dim() else x for part in (x.tensor_split(parts) if x.dim() else [x] * parts)]
+    if isinstance(x, dict):
+        each = {key: cut(value, parts) for key, value in x.items()}
+        return [{key: values[i] for key, values in each.items()} for i in range(parts)]
+    if isinstance(x, tuple):
+        return list(zip(*[cut(value, parts) for value in x], strict=True))
+    return [x] * parts
 
 
 def pipeline(model: Any, make_optimizer: Any = sgd, **options: Any) -> dtrp.Pipeline:
@@ -164,7 +176,7 @@ def check_perfect_prediction(
 
     def record() -> None:
         for versions, stage in zip(history, stages, strict=True):
-            versions.append([p.detach().clone() for p in stage.parameters()])
+            versions.append([p.detach().clone() for p in stage.parameters() if p.requires_grad])
 
     record()
     prophet = Prophet(history)

@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers import WIDTH, adamw, minibatches, network, pipeline, scheduler, sgd
+from helpers import WIDTH, adamw, cut, minibatches, network, pipeline, scheduler, sgd
 from test_models_in_stages import MODELS, Tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from tree_models import TREES
 
 import dtrp
 
@@ -131,10 +132,10 @@ CASES.update({matrix_case(*cell): Case(cell[1], _matrix(*cell)) for cell in MATR
 
 
 def _kind(kind: str, method: str) -> Result:
-    make, data = MODELS[kind]
+    make, data = {**MODELS, **TREES}[kind]
     model = nn.Sequential(*make())
     batches = [(data(), torch.randint(3, (12,))) for _ in range(5)]
-    batches.append((batches[0][0][:7], batches[0][1][:7]))
+    batches.append((cut(batches[0][0], 2)[0], batches[0][1][:6]))
     return train(model, [batches], num_stages=4, method=method, num_microbatches=2)
 
 
@@ -144,7 +145,7 @@ def _expanded(method: str) -> Result:
     return train(model, [batches], num_stages=4, method=method, num_microbatches=2)
 
 
-KINDS = [f"{kind}, {method}" for kind in [*MODELS, "expanded output"] for method in ("dtrp", "fdg")]
+KINDS = [f"{kind}, {method}" for kind in [*MODELS, *TREES, "expanded output"] for method in ("dtrp", "fdg")]
 for _name in KINDS:
     _kind_of, _, _method = _name.rpartition(", ")
     CASES[_name] = Case(

@@ -142,7 +142,7 @@ def test_many_dimensions_and_no_more() -> None:
     ids=["sparse", "float8"],
 )
 def test_what_no_message_can_carry(tensor: Tensor) -> None:
-    with pytest.raises(TypeError, match=r"a stage's output is a torch\..* tensor of torch\.float"):
+    with pytest.raises(TypeError, match=r"a stage's output has a torch\..* tensor of torch\.float"):
         encode(Kind.TENSOR, NOTE, tensor)
 
 

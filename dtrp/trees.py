@@ -1,0 +1,130 @@
+"""What a stage is given and returns: a tensor, or a tree of tensors and plain constants.
+
+A tree is made of tuples, lists and dicts; its leaves are tensors, None, booleans, numbers and text. A tree is taken apart into
+its tensors, in order, and a form, which is plain data and so can travel in a message::
+
+    {"h": x, "masks": (m, None), "step": 3}
+
+    tensors    [x, m]
+    form       ["dict", [["h", ["tensor"]], ["masks", ["tuple", [["tensor"], ["constant", None]]]], ["step", ["constant", 3]]]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Form = list[Any]
+_TENSOR: Form = ["tensor"]
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+def flatten(value: Any, what: str = "its output") -> tuple[list[Tensor], Form]:
+    """The tensors of a tree, in order, and its form.
+
+    Args:
+        value: a tree.
+        what: it is, for the error.
+
+    Raises:
+        TypeError: there is something else in it, with its place.
+    """
+    if isinstance(value, Tensor):
+        return [value], _TENSOR
+    tensors: list[Tensor] = []
+    return tensors, _form(value, what, "", tensors)
+
+
+def _form(value: Any, what: str, place: str, tensors: list[Tensor]) -> Form:
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _TENSOR
+    if type(value) in _CONSTANTS:
+        return ["constant", value]
+    if type(value) in (tuple, list, torch.Size):
+        name = "list" if type(value) is list else "tuple"
+        return [name, [_form(each, what, f"{place}[{i}]", tensors) for i, each in enumerate(value)]]
+    if isinstance(value, Mapping):
+        if all(type(key) in (str, int) for key in value):
+            return ["dict", [[key, _form(each, what, f"{place}[{key!r}]", tensors)] for key, each in value.items()]]
+        raise TypeError(f"{what}{place} is a dict whose keys are not all text or whole numbers; name its entries")
+    kind = f"a {type(value).__name__}"
+    if isinstance(value, tuple):
+        raise TypeError(f"{what}{place} is {kind}; pass a plain tuple, tuple(value), or a dict")
+    raise TypeError(
+        f"{what}{place} is {kind}; between stages go tensors, None, numbers and text, in tuples, lists and dicts"
+    )
+
+
+def unflatten(form: Form, tensors: Iterator[Tensor]) -> Any:
+    """The tree of a form, with these tensors."""
+    kind = form[0]
+    if kind == "tensor":
+        return next(tensors)
+    if kind == "constant":
+        return form[1]
+    if kind == "dict":
+        return {key: unflatten(each, tensors) for key, each in form[1]}
+    entries = [unflatten(each, tensors) for each in form[1]]
+    return entries if kind == "list" else tuple(entries)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of a tree, in order."""
+    return [value] if isinstance(value, Tensor) else flatten(value)[0]
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """The tree with ``function`` of every tensor in its place."""
+    if isinstance(value, Tensor):
+        return function(value)
+    tensors, form = flatten(value)
+    return unflatten(form, iter([function(t) for t in tensors]))
+
+
+def num_samples(value: Any) -> int:
+    """Samples along dimension 0 of the first tensor that has one; 0 where none has."""
+    if isinstance(value, Tensor):
+        return len(value)
+    return next((len(t) for t in tensors_of(value) if t.dim()), 0)
+
+
+def split(value: Any, parts: int) -> Sequence[Any]:
+    """A mini-batch cut into micro-batches, as `torch.tensor_split` cuts each of its tensors.
+
+    Constants, and tensors without a dimension, go to every part whole.
+    """
+    if isinstance(value, Tensor):
+        return torch.tensor_split(value, parts)
+    tensors, form = flatten(value)
+    cut = [torch.tensor_split(t, parts) if t.dim() else (t,) * parts for t in tensors]
+    return [unflatten(form, iter([each[part] for each in cut])) for part in range(parts)]
+
+
+def check_samples(label: str, value: Any) -> Any:
+    """A mini-batch, every tensor of which has the same number of samples, at least one, along dimension 0.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    tensors = flatten(value, label)[0] if isinstance(value, (Tensor, tuple, list, Mapping)) else []
+    if not tensors:
+        raise TypeError(
+            f"{label} is a {type(value).__name__}; step takes tensors with samples along dimension 0, or tuples, lists and "
+            "dicts of them"
+        )
+    lengths = [len(t) for t in tensors if t.dim()]
+    if not lengths:
+        raise ValueError(f"{label} has no dimension; its first one counts the samples")
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"the tensors of {label} have {', '.join(map(str, lengths))} samples along dimension 0; each has those of one "
+            "mini-batch (what is the same for all samples is expanded to as many, or given to the model)"
+        )
+    if not lengths[0]:
+        raise ValueError("an empty mini-batch; pass at least one sample (each replica needs at least one)")
+    # No graph can save an inference tensor.
+    return map_tensors(lambda t: t.clone() if t.is_inference() else t, value)
