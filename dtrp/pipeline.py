@@ -223,8 +223,9 @@ class Pipeline:
 
         Args:
             x: the model's input, samples along dimension 0; any number of them, of any shape the model takes. It may be a
-                tree: tuples, lists and dicts of tensors, each with as many samples. Constants in it, and tensors without a
-                dimension, go to every micro-batch whole.
+                tree: tuples, lists and dicts of tensors, each with as many samples. Constants in it, tensors without a
+                dimension, and those with one entry along dimension 0 beside longer ones go to every micro-batch whole.
+                Between stages such trees travel too: each stage takes the one value that the stage before returns.
             y: the targets, as many; a tree too, if ``loss_fn`` takes one.
 
         Returns:

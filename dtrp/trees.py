@@ -86,26 +86,28 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def num_samples(value: Any) -> int:
-    """Samples along dimension 0 of the first tensor that has one; 0 where none has."""
+    """Samples along dimension 0; of a tree that of its tensors that is not 1, if there is one."""
     if isinstance(value, Tensor):
         return len(value)
-    return next((len(t) for t in tensors_of(value) if t.dim()), 0)
+    lengths = {len(t) for t in tensors_of(value) if t.dim()}
+    return next(iter(lengths - {1}), len(lengths))
 
 
 def split(value: Any, parts: int) -> Sequence[Any]:
     """A mini-batch cut into micro-batches, as `torch.tensor_split` cuts each of its tensors.
 
-    Constants, and tensors without a dimension, go to every part whole.
+    Constants, tensors without a dimension and, in a tree, tensors of length 1 beside longer ones go to every part whole.
     """
     if isinstance(value, Tensor):
         return torch.tensor_split(value, parts)
     tensors, form = flatten(value)
-    cut = [torch.tensor_split(t, parts) if t.dim() else (t,) * parts for t in tensors]
+    samples = num_samples(value)
+    cut = [torch.tensor_split(t, parts) if t.dim() and len(t) == samples else (t,) * parts for t in tensors]
     return [unflatten(form, iter([each[part] for each in cut])) for part in range(parts)]
 
 
 def check_samples(label: str, value: Any) -> Any:
-    """A mini-batch, every tensor of which has the same number of samples, at least one, along dimension 0.
+    """A mini-batch, every tensor of which has the same number of samples, at least one, along dimension 0, or is one for all.
 
     Raises:
         TypeError, ValueError: it is none.
@@ -119,12 +121,12 @@ def check_samples(label: str, value: Any) -> Any:
     lengths = [len(t) for t in tensors if t.dim()]
     if not lengths:
         raise ValueError(f"{label} has no dimension; its first one counts the samples")
-    if len(set(lengths)) > 1:
+    if len({1, *lengths}) > 2:
         raise ValueError(
             f"the tensors of {label} have {', '.join(map(str, lengths))} samples along dimension 0; each has those of one "
-            "mini-batch (what is the same for all samples is expanded to as many, or given to the model)"
+            "mini-batch, or is one for all of them"
         )
-    if not lengths[0]:
+    if not num_samples(value):
         raise ValueError("an empty mini-batch; pass at least one sample (each replica needs at least one)")
     # No graph can save an inference tensor.
     return map_tensors(lambda t: t.clone() if t.is_inference() else t, value)

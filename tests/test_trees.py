@@ -147,10 +147,15 @@ def test_mini_batches_that_do_not_fit(x: Any, error: type[Exception], rule: str)
 
 
 def test_a_tree_is_cut_into_parts() -> None:
-    tree = {"a": torch.arange(5), "b": (torch.arange(10).view(5, 2), torch.tensor(3), None, "word")}
+    tree = {
+        "one": torch.ones(1, 4),
+        "a": torch.arange(5),
+        "b": (torch.arange(10).view(5, 2), torch.tensor(3), None, "word"),
+    }
     parts = split(tree, 2)
     assert parts[0]["a"].tolist() == [0, 1, 2]
     assert parts[1]["b"][0].tolist() == [[6, 7], [8, 9]]
+    assert all(part["one"].shape == (1, 4) for part in parts)
     assert all(part["b"][1].item() == 3 and part["b"][2:] == (None, "word") for part in parts)
 
 

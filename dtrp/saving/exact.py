@@ -20,6 +20,7 @@ from ..predict import BuiltInPredictor
 from ..schedule import Position
 from ..stage import Stage
 from ..stash import AutocastState, Held, MicroBatch, WeightVersion
+from ..trees import flatten
 from . import checks
 from .coding import DTYPES, Decoder, Encoder
 from .manifest import CheckpointError, is_count
@@ -168,6 +169,10 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
     stash = []
     for entry in part["stash"]:
         device_type, enabled, dtype = entry["autocast"]
+        try:
+            flatten([decode(entry["leaf"]), decode(entry["target"])])
+        except TypeError:
+            raise CheckpointError(f"an input of {where} is none") from None
         held = Held(
             MicroBatch(*entry["micro"]),
             entry["version"],
@@ -194,8 +199,10 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
     if not set(kept) <= set(waiting) or kept != sorted(set(kept)):
         raise CheckpointError(f"what {where} keeps is not what is in flight")
     arrived, delays, extra_state = progress.gradients, decode(part["delays"]), decode(part["extra_state"])
-    tensors = isinstance(arrived, list) and all(g is None or isinstance(g, torch.Tensor) for g in arrived)
-    checks.expect(tensors and len(arrived) <= len(waiting), f"what has arrived at {where} are no gradients")
+    checks.expect(
+        isinstance(arrived, list) and all(map(_is_gradient, arrived)), f"what has arrived at {where} are no gradients"
+    )
+    checks.expect(len(arrived) <= len(waiting), f"what has arrived at {where} are no gradients")
     checks.expect(isinstance(delays, Counter), f"{where} has no delays")
     checks.counts([*delays, *delays.values()], f"the delays of {where}")
     checks.expect(
@@ -205,6 +212,12 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
         stage, part, parameters, buffers, extra_state, optimizer, scheduler, gradients, versions, stash,
         delays, decode(part["predictor"]), progress,
     )  # fmt: skip
+
+
+def _is_gradient(value: Any) -> bool:
+    """Of a tensor, or of the tensors of a tree; None where there is none."""
+    each = value if isinstance(value, list) else [value]
+    return all(g is None or isinstance(g, torch.Tensor) for g in each)
 
 
 def _check_form(where: str, part: dict[str, Any]) -> None:
@@ -227,7 +240,6 @@ def _check_form(where: str, part: dict[str, Any]) -> None:
         checks.counts([m, minibatch, entry["version"], entry["nbytes"]], f"what {where} keeps", 4)
         checks.expect(type(share) in (int, float) and 0 < share <= 1, f"a share of {where} is none")
         checks.expect(type(entry["has_graph"]) is bool and type(entry["autocast"][1]) is bool, f"what {where} keeps")
-        checks.expect(isinstance(entry["leaf"], dict), f"an input of {where} is none")
         if entry["weights"] is not None:
             checks.counts([entry["weights"]], f"a version of {where}", 1)
 
