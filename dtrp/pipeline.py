@@ -89,6 +89,8 @@ class Pipeline:
         plan: what `dtrp.plan` returned, or the path of its file: it says ``method``, ``cuts``, ``keep`` and
             ``num_microbatches``. The size of the mini-batch and the learning rate stay the caller's; the plan tells what
             it reckons with (``batch_size``, ``lr_scale``).
+        compile: True: each stage's module runs through `torch.compile`, with dropout masks as without it
+            (``options={"fallback_random": True}``); or the keyword arguments for `torch.compile`, as they are.
         trace: record when each F, B, U, send and receive runs, for `save_trace`.
 
     Raises:
@@ -130,6 +132,7 @@ class Pipeline:
         keep: Literal["auto"] | Keep | Sequence[Keep] | None = None,
         memory_limit_bytes: int | None = None,
         plan: Plan | str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        compile: bool | Mapping[str, Any] = False,
         trace: bool = False,
     ) -> None:
         if plan is not None:
@@ -162,6 +165,7 @@ class Pipeline:
         self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else int(seed)
         methods, limit = _keeping(self.method, self.num_stages, keep, memory_limit_bytes)
         self._keep = list(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else keep
+        compiling = _compiling(compile)
         self._closed = False
         self._broken: str | None = None
         self._schedules_lr = lr_scheduler is not None
@@ -184,6 +188,7 @@ class Pipeline:
                 memory_limit_bytes=limit,
                 rule=rule,
                 at_once=at_once,
+                compile=compiling,
             )
 
         self._engine: Engine
@@ -581,6 +586,16 @@ class Pipeline:
         else:
             with self._breaking():
                 yield
+
+
+def _compiling(compile: Any) -> Mapping[str, Any] | None:
+    """Arguments of `torch.compile`, or None."""
+    if isinstance(compile, Mapping):
+        return compile
+    if not isinstance(compile, bool):
+        raise TypeError(f"compile={compile!r}: pass True, False, or a dict of keyword arguments for torch.compile")
+    # Else inductor draws masks of its own, and not the same ones with and without a graph: recomputing would see others.
+    return {"options": {"fallback_random": True}} if compile else None
 
 
 def _check_world(num_stages: int, ranks: Ranks) -> None:

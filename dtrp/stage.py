@@ -28,7 +28,7 @@ import itertools
 import math
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Literal
@@ -119,6 +119,7 @@ class Stage:
         memory_limit_bytes: None: the stage keeps what its method says. Else it looks at its first input, and keeps its
             graphs where they fit, and its inputs where they do not.
         rule: what is done with gradients that are too long or not finite.
+        compile: arguments of `torch.compile` for the module; None: it runs as it is.
         at_once: whether to wait for the answer to "is the gradient finite?" before the update; else, since an accelerator
             would stand still meanwhile, it is heard at the next.
     """
@@ -141,11 +142,14 @@ class Stage:
         memory_limit_bytes: int | None = None,
         rule: GradientRule | None = None,
         at_once: bool = True,
+        compile: Mapping[str, Any] | None = None,
     ) -> None:
         self.index = index
         self.num_stages, self.num_microbatches = num_stages, num_microbatches
         self.memory_limit_bytes = memory_limit_bytes
         self.module = module
+        # Compiled code reads the parameters that are in their places when it runs, as the module itself does.
+        self._call: Callable[[Any], Any] = module if compile is None else _compiled(module, compile)
         self.method = method
         self.device = device
         self.loss_fn = loss_fn
@@ -463,7 +467,7 @@ class Stage:
         before = [t._version for t in entered]
         with self.rng(held.micro.index), held.autocast.region():
             with self._places.hold(tensors):
-                out = self.module(x)
+                out = self._call(x)
             if self.loss_fn is not None:
                 out = self._loss(out, held)
             elif not isinstance(out, Tensor):
@@ -524,7 +528,7 @@ class Stage:
         try:
             self.module.eval()
             with self.rng(-1), self._autocast(x).region():
-                out = self.module(x if self._changes_input is False else map_tensors(aligned_clone, x))
+                out = self._call(x if self._changes_input is False else map_tensors(aligned_clone, x))
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -676,6 +680,17 @@ class Stage:
             "stash": stash_bytes(self._stash),
             "stash_peak": self.stash_peak,
         }
+
+
+def _compiled(module: nn.Module, arguments: Mapping[str, Any]) -> Callable[[Any], Any]:
+    compiled = torch.compile(module, **arguments)
+
+    def call(x: Any) -> Any:
+        with warnings.catch_warnings():  # the compiler looks at .grad of what the module is given, which is no leaf
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            return compiled(x)
+
+    return call
 
 
 def _itself(t: Tensor) -> Tensor:

@@ -180,6 +180,13 @@ def without_noise(layers: int = 4, width: int = WIDTH) -> nn.Sequential:
     return nn.Sequential(*inner, nn.Linear(width, 3))
 
 
+@special(2)
+def _compiled_stages() -> Result:
+    return train(
+        network(), [minibatches(6)], num_stages=2, method="dtrp", compile={"backend": "aot_eager"}, timeout_s=60.0
+    )
+
+
 @special(3, "dtrp", "spectrain", "bp")
 def _image_sizes_and_batch_sizes_change(method: str) -> Result:
     model = nn.Sequential(
