@@ -26,7 +26,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import unsplit
 from helpers import WIDTH, adamw, cut, minibatches, network, pipeline, scheduler, sgd
+from split_models import MODELS as SPLIT_MODELS
 from test_models_in_stages import MODELS, Tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -127,6 +129,40 @@ HALF_OF_THE_MATRIX = [
     cell for cell in MATRIX if (sum(map(ord, cell[0])) + cell[1] + (1, 2, 4).index(cell[2])) % 2 == (cell[3] == "sgd")
 ]
 CASES.update({matrix_case(*cell): Case(cell[1], _matrix(*cell)) for cell in MATRIX})
+
+# -- models with forwards of their own --------------------------------------------------------------------------
+
+
+def _split(kind: str, method: str, num_stages: int) -> Result:
+    if kind in SPLIT_MODELS:
+        build, data, _ = SPLIT_MODELS[kind]
+    else:  # only where they are asked for: transformers takes seconds to import
+        import hugging_face_models
+
+        build, data, _ = hugging_face_models.MODELS[kind]
+    model, x = build(), data()
+    batches = unsplit.minibatches(x, unsplit.logits(unsplit.call(model.eval(), x)).shape[1], 5)
+    stages = dtrp.split(model.train(), num_stages=num_stages, example=x)
+    with dtrp.Pipeline(stages, sgd, unsplit.loss_fn, method=method, num_microbatches=2, seed=7, timeout_s=20.0) as pipe:
+        losses = [pipe.step(x if rank() == 0 else None, y if rank() == world_size() - 1 else None) for x, y in batches]
+        pipe.flush()
+        return result(pipe, losses)
+
+
+SPLITS = [
+    f"split {kind}, {method}"
+    for kind, method in (
+        ("u-net", "dtrp"),
+        ("u-net", "fdg"),
+        ("lstm, None", "dtrp"),
+        ("siamese", "bp"),
+        ("adapters", "dtrp"),
+    )
+]
+HUGGING_FACE = [f"split {kind}, dtrp" for kind in ("gpt2, mask", "t5")]
+for _name in [*SPLITS, *HUGGING_FACE]:
+    _kind_of, _, _method = _name.removeprefix("split ").rpartition(", ")
+    CASES[_name] = Case(2, functools.partial(_split, _kind_of, _method, 2))
 
 # -- kinds of models ------------------------------------------------------------------------------------------
 

@@ -25,7 +25,19 @@ import pytest
 import torch
 from helpers import assert_close, assert_same
 from launching import Outcome, Server, run_ranks, runs, start_ranks, start_torchrun
-from rank_programs import CASES, HALF_OF_THE_MATRIX, KINDS, MATRIX, REPLICAS, SPECIAL, SUBSETS, matrix_case, run_case
+from rank_programs import (
+    CASES,
+    HALF_OF_THE_MATRIX,
+    HUGGING_FACE,
+    KINDS,
+    MATRIX,
+    REPLICAS,
+    SPECIAL,
+    SPLITS,
+    SUBSETS,
+    matrix_case,
+    run_case,
+)
 from torch import Tensor
 
 pytestmark = pytest.mark.timeout(300)
@@ -159,6 +171,17 @@ def one_by_one(
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_model_equals_the_local_engine(one_by_one: Callable[[str], Results], name: str) -> None:
     check_equal(name, one_by_one(name))
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_split_model_equals_the_local_engine(results_of: Callable[..., Results], name: str) -> None:
+    check_equal(name, results_of("splits", SPLITS))
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_transformers_equal_the_local_engine(results_of: Callable[..., Results], name: str) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed; pip install 'dtrp[transformers]'")
+    check_equal(name, results_of("hugging face", HUGGING_FACE))
 
 
 @pytest.mark.parametrize("name", SPECIAL)

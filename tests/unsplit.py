@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from helpers import Prophet, assert_same
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import dtrp
 from dtrp.rng import microbatch_seed, seeded
 from dtrp.splitting import Stages
 
@@ -174,3 +176,41 @@ def assert_trained_alike(model: nn.Module, plain: nn.Module, losses: list[Tensor
         torch.testing.assert_close(
             state[name], other[name], rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.05, momentum=0.9)
+
+
+def loss_fn(out: Any, y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits(out), y)
+
+
+def check_pipeline(model: nn.Module, x: Any, stages: Stages, num_microbatches: int) -> None:
+    """bp trains as the unsplit model to 1e-10; dtrp, with the weights of that run for predictions, as bp to the bit."""
+    plain, late = copy.deepcopy(model), copy.deepcopy(model)
+    batches = minibatches(x, logits(call(copy.deepcopy(model).eval(), x)).shape[1], 6)
+    pipe = dtrp.Pipeline(stages, sgd, loss_fn, method="bp", num_microbatches=num_microbatches, seed=SEED)
+    history: list[list[list[Tensor]]] = [[] for _ in stages]
+
+    def record() -> None:
+        for versions, stage in zip(history, stages, strict=True):
+            versions.append([p.detach().clone() for p in stage.parameters() if p.requires_grad])
+
+    record()
+    losses = []
+    for batch in batches:
+        losses.append(pipe.step(*batch))
+        record()
+    want = train_plain(plain, stages.points, batches, num_microbatches)
+    assert_trained_alike(model, plain, losses, want)
+
+    again = dtrp.split(late, points=stages.points, example=x)
+    method = dtrp.get_method("dtrp", predict=Prophet(history))
+    pipe = dtrp.Pipeline(again, sgd, loss_fn, method=method, num_microbatches=num_microbatches, seed=SEED)
+    assert all(torch.equal(pipe.step(*batch), loss) for batch, loss in zip(batches, losses, strict=True))
+    pipe.flush()
+    assert_same(late.state_dict(), model.state_dict())
+    assert_same(pipe.model_state_dict(), model.state_dict())
+    for a, b in zip(leaves(pipe.infer(x)), leaves(call(model.eval(), x)), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,162 @@
+"""Models with forwards of their own, what they are called with, and where four stages of them may begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class UNet(nn.Module):
+    """Skips over the middle, and ReLUs that write their input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc1, self.enc2, self.mid = self.block(3, 4), self.block(4, 8), self.block(8, 8)
+        self.up2, self.dec2 = nn.ConvTranspose2d(8, 8, 2, 2), self.block(16, 4)
+        self.up1, self.dec1 = nn.ConvTranspose2d(4, 4, 2, 2), self.block(8, 4)
+        self.drop, self.out = nn.Dropout(0.1), nn.Conv2d(4, 1, 1)
+
+    @staticmethod
+    def block(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.enc1(x)
+        b = self.enc2(F.max_pool2d(a, 2))
+        u = self.dec2(torch.cat([self.up2(self.mid(F.max_pool2d(b, 2))), b], 1))
+        u = self.dec1(torch.cat([self.up1(self.drop(u)), a], 1))
+        return self.out(u)
+
+
+class Dense(nn.Module):
+    """DenseNet-style: a layer reads all that came before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6 + 4 * i, 4) for i in range(5))
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(26, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.cat([x, self.drop(torch.tanh(layer(x)))], 1)
+        return self.head(x)
+
+
+class Mix(nn.Module):
+    """Inception-style: branches side by side."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.one, self.three = nn.Conv2d(inputs, 3, 1), nn.Conv2d(inputs, 3, 3, padding=1)
+        self.five, self.pool = nn.Conv2d(inputs, 2, 5, padding=2), nn.MaxPool2d(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(torch.cat([self.one(x), self.three(x), self.five(x), self.pool(x)[:, :1]], 1))
+
+
+class Inception(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixes = nn.Sequential(Mix(3), Mix(9), Mix(9), Mix(9))
+        self.head = nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(self.mixes(x).mean((2, 3)), 0.2, self.training))
+
+
+class Siamese(nn.Module):
+    """Two inputs through the same layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+        self.head = nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.head(torch.cat([self.encoder(left), self.encoder(right)], 1))
+
+
+class Lstm(nn.Module):
+    """A classifier of sequences that returns None beside its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.lstm = nn.LSTM(8, 8, num_layers=2, batch_first=True, dropout=0.2)
+        self.drop, self.head = nn.Dropout(0.1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        _, (h, _) = self.lstm(self.embedding(x))
+        return self.head(self.drop(h[-1])), None
+
+
+class Residual(nn.Module):
+    """Blocks in a list, dropout between them, and a buffer that the forward assigns."""
+
+    def __init__(self, blocks: int = 6) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(blocks))
+        self.norm, self.drop, self.head = nn.LayerNorm(8), nn.Dropout(0.2), nn.Linear(8, 3)
+        self.register_buffer("size", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.training:
+            self.size = 0.9 * self.size + 0.1 * x.detach().abs().mean(0)
+        for block in self.blocks:
+            x = x + self.drop(torch.tanh(block(x)))
+        return self.head(self.norm(x))
+
+
+class Adapter(nn.Module):
+    """LoRA-style: a frozen layer and a product of two small matrices."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down, self.up = nn.Linear(layer.in_features, 2, bias=False), nn.Linear(2, layer.out_features, bias=False)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(self.drop(x)))
+
+
+def frozen_first_half() -> nn.Module:
+    model = Residual()
+    for module in (model.first, *model.blocks[:3]):
+        module.requires_grad_(False)
+    return model
+
+
+def with_adapters() -> nn.Module:
+    model = Residual().requires_grad_(False)
+    model.blocks = nn.ModuleList(Adapter(block) for block in model.blocks)
+    return model
+
+
+def rows(num: int = 5) -> Tensor:
+    return torch.randn(num, 6)
+
+
+def images() -> Tensor:
+    return torch.randn(5, 3, 8, 8)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], list[str]]] = {
+    "u-net": (UNet, images, ["enc2", "dec2", "up1"]),
+    "densenet": (Dense, rows, ["layers.1", "layers.3", "head"]),
+    "inception": (Inception, images, ["mixes.1", "mixes.2.three", "mixes.3"]),
+    "siamese": (Siamese, lambda: (rows(), rows()), ["encoder.2", "head", "head.3"]),
+    "lstm, None": (Lstm, lambda: torch.randint(20, (5, 4)), ["lstm", "drop", "head"]),
+    "dropout": (Residual, rows, ["blocks.1", "blocks.3", "norm"]),
+    "frozen first half": (frozen_first_half, rows, ["blocks.1", "blocks.3", "norm"]),
+    "adapters": (with_adapters, rows, ["blocks.1", "blocks.3.layer", "norm"]),
+}
