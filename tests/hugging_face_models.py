@@ -45,9 +45,12 @@ def vit() -> Any:
 
 
 def t5() -> Any:
+    """Encoder and decoder read one embedding; the head, which T5 ties to it too, has a tensor of its own."""
     config = hf.T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=4, num_heads=2,
-                         use_cache=False, tie_word_embeddings=False, decoder_start_token_id=0)  # fmt: skip
-    return hf.T5ForConditionalGeneration(config)
+                         use_cache=False, decoder_start_token_id=0)  # fmt: skip
+    model = hf.T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    return model
 
 
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {

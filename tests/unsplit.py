@@ -212,5 +212,7 @@ def check_pipeline(model: nn.Module, x: Any, stages: Stages, num_microbatches: i
     pipe.flush()
     assert_same(late.state_dict(), model.state_dict())
     assert_same(pipe.model_state_dict(), model.state_dict())
-    for a, b in zip(leaves(pipe.infer(x)), leaves(call(model.eval(), x)), strict=True):
-        assert torch.equal(a, b)
+    with torch.no_grad():  # attention has another kernel where gradients are asked for
+        want = call(model.eval(), x)
+    for a, b in zip(leaves(pipe.infer(x)), leaves(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)

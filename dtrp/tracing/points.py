@@ -47,7 +47,8 @@ def assign(graph: fx.GraphModule, points: Sequence[str]) -> dict[fx.Node, int]:
 
     A stage begins with the first operation of its point. A submodule that is called again has its operations where they
     were the first time, or, where they need what comes later, there: so the two ways through a Siamese network
-    are cut alike.
+    are cut alike. In the same way what reads a weight of an earlier stage is done there, if it needs nothing later: so T5's
+    decoder has its embedding beside the encoder's, whose tensor it is.
 
     Args:
         graph: a traced model.
@@ -60,10 +61,12 @@ def assign(graph: fx.GraphModule, points: Sequence[str]) -> dict[fx.Node, int]:
     for place, node in enumerate(nodes):
         inputs = [stages[arg] for arg in node.all_input_nodes if arg in stages]
         weights = [arg.target for arg in node.all_input_nodes if arg.op == "get_attr"]
+        owned = [owners[weight] for weight in weights if weight in owners]
+        stage = sum(place >= begin for begin in begins)
         if is_repeat(node):
-            stage = max([*inputs, *(owners[weight] for weight in weights if weight in owners), 0])
-        else:
-            stage = sum(place >= begin for begin in begins)
+            stage = max([*inputs, *owned, 0])
+        elif owned and len(owned) == len(weights) and max([*inputs, 0]) <= max(owned) < stage:
+            stage = max(owned)
         stages[node] = max([stage, *inputs])
         for weight in weights:
             owners.setdefault(weight, stages[node])
