@@ -39,7 +39,7 @@ def make(kind: str, how: int | str) -> tuple[Any, Any, dtrp.Stages]:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("kind", "how"), CASES)
+@pytest.mark.parametrize(("kind", "how"), [case for case in CASES if case[1] != 2])
 def test_stages_are_the_model(kind: str, how: int | str) -> None:
     model, x, stages = make(kind, how)
     check_outputs(model, stages, x)
@@ -48,6 +48,7 @@ def test_stages_are_the_model(kind: str, how: int | str) -> None:
     )
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("kind", "how"), CASES)
 def test_they_train_as_the_model(kind: str, how: int | str) -> None:
@@ -59,7 +60,8 @@ def test_they_train_as_the_model(kind: str, how: int | str) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("kind", "how"), [case for case in CASES if case[1] != "points"])
+@pytest.mark.parametrize("how", [pytest.param(2, marks=pytest.mark.full), 4])
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_pipeline_of_them_trains_as_the_model(kind: str, how: int) -> None:
     check_pipeline(*make(kind, how), 3)
 
