@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from . import __version__
-from .compare import Comparison, grid
+from .compare import Comparison, grid, read_summary
 from .console import PlainReporter, make_reporter, show_comparison, show_plan, show_side_by_side, show_simulations
 from .data import list_data
 from .failure import WorkerError
@@ -33,6 +33,7 @@ from .schedule import Schedule, ScheduleError
 from .stage import StageError
 from .train import (
     CHOICES,
+    Interrupted,
     Reporter,
     TrainConfig,
     Trainer,
@@ -44,6 +45,14 @@ from .train import (
 )
 
 
+class Stopped(click.ClickException):
+    """The run was asked to stop and did."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def run(arguments: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on stderr and exit code 2."""
     try:
@@ -51,6 +60,8 @@ def run(arguments: list[str] | None = None) -> int:
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)
         return 2
+    except Stopped as error:
+        return _complain(error.format_message(), error.code)
     except click.ClickException as error:
         return _complain(error.format_message())
     except (click.Abort, KeyboardInterrupt):
@@ -111,6 +122,13 @@ class Bytes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return int(float(match[1]) * self._UNITS[match[2].lower()])
 
 
+def _load_run(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Make a run's settings the defaults of the other options, unless a file of settings has been read."""
+    if value is not None and not ctx.default_map:
+        _load_config(ctx, param, str(Path(value) / "config"))
+    return value
+
+
 def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Make a file's values the defaults of the other options."""
     if value is None:
@@ -125,7 +143,7 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
         raise click.BadParameter(f"{value} is no {'TOML' if path.suffix == '.toml' else 'YAML'}: {error}") from None
     if not isinstance(values, dict):
         raise click.BadParameter(f"{value} holds no options; write lines like 'method: dtrp'")
-    known = {p.name: p for p in ctx.command.params if p.name and p.name != "config"}
+    known = {p.name: p for p in ctx.command.params if p.name and p.name not in ("config", "resume")}
     defaults = {}
     for key, entry in values.items():
         name = str(key).replace("-", "_")
@@ -285,6 +303,13 @@ _TRAIN_OPTIONS = [
         "--out", type=click.Path(), help="Folder for config, metrics.jsonl, model.pt and, at the end, summary.json."
     ),
     click.option("--overwrite", is_flag=True, help="Replace the run in --out."),
+    click.option("--save-every", type=int, help="Save within an epoch too, every so many updates."),
+    click.option(
+        "--keep-last",
+        type=int,
+        default=_DEFAULTS.keep_last,
+        help="Saves that are kept in --out, beside that of the best epoch; 0: none is made.",
+    ),
 ]
 
 
@@ -306,7 +331,14 @@ def _train_options(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., 
 @cli.command()
 @_train_options()
 @click.option("--quiet", is_flag=True, help="Plain lines on a terminal too.")
-def train(*, quiet: bool, **options: Any) -> None:
+@click.option(
+    "--resume",
+    type=click.Path(),
+    callback=_load_run,
+    is_eager=True,
+    help="Go on with the run in this folder, from its last save, with its own settings; options beside it win.",
+)
+def train(*, quiet: bool, resume: str | None, **options: Any) -> None:
     """Train a network and test it after each epoch.
 
     Settings are checked before anything is written. The folder of --out appears when the first epoch is
@@ -317,7 +349,18 @@ def train(*, quiet: bool, **options: Any) -> None:
     for typed, other in (("stages", "cuts"), ("cuts", "stages")):
         if source(typed) == ParameterSource.COMMANDLINE and source(other) == ParameterSource.DEFAULT_MAP:
             options[other] = None
-    config = TrainConfig(**options)
+    if resume is not None:
+        if source("out") == ParameterSource.COMMANDLINE or source("overwrite") == ParameterSource.COMMANDLINE:
+            raise click.UsageError("--resume goes on in the run's own folder; leave --out and --overwrite out")
+        options = {**options, "out": resume, "overwrite": False}
+        finished = read_summary(Path(resume))
+        if finished is not None and not under_launcher() and options["epochs"] <= finished["epochs"]:
+            click.echo(
+                f"{resume} is finished: {finished['epochs']} epochs, {finished['updates']} updates; to train longer, "
+                "pass --epochs"
+            )
+            return
+    config = TrainConfig(**options, resume=resume is not None)
     if (config.workers is not None or config.replicas > 1) and not under_launcher():
         _train_in_workers(config, quiet=quiet)
         return
@@ -336,7 +379,7 @@ def _train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
         check_settings(settings)
         num_workers = workers_per_replica(settings)
         if config.out:
-            RunFolder(config.out, overwrite=config.overwrite)
+            RunFolder(config.out, overwrite=config.overwrite, resume=config.resume)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     with tempfile.NamedTemporaryFile("w", prefix="dtrp-", suffix=".yaml") as file:
@@ -345,7 +388,9 @@ def _train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
         arguments = ["-m", "dtrp", "train", "--config", file.name]
         if quiet:
             arguments.append("--quiet")
-        if config.out:
+        if config.resume:
+            arguments += ["--resume", str(config.out)]
+        elif config.out:
             arguments += ["--out", config.out, *(["--overwrite"] if config.overwrite else [])]
         try:
             # The last stage of the first replica knows the loss.
@@ -491,6 +536,8 @@ def _checked(config: TrainConfig) -> Trainer:
 def _trained(trainer: Trainer, reporter: Any) -> Any:
     try:
         return trainer.run(reporter)
+    except Interrupted as error:
+        raise Stopped(str(error), 128 + error.signal) from error
     except StageError as error:
         cause = error.__cause__ if isinstance(error.__cause__, FloatingPointError) else error
         raise click.ClickException(str(cause)) from error

@@ -125,7 +125,7 @@ class Comparison:
         workers = cell.stages if self.base.workers else None
         return dataclasses.replace(
             self.base, method=cell.method, stages=cell.stages, num_microbatches=cell.num_microbatches, seed=cell.seed,
-            prediction=cell.prediction, workers=workers, out=str(self.folder / cell.name), overwrite=True,
+            prediction=cell.prediction, workers=workers, out=str(self.folder / cell.name), overwrite=True, keep_last=0,
         )  # fmt: skip
 
     def done(self, cell: Cell) -> dict[str, Any] | None:

@@ -40,6 +40,9 @@ class ConsoleReporter(Reporter):
             highlight=False,
         )
 
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
     def epoch(self, metrics: EpochMetrics) -> None:
         self.console.print(
             f"epoch {metrics.epoch:3}  update {metrics.update:6}  train loss {metrics.train_loss:.4f}  "

@@ -18,14 +18,19 @@ from .files import whole_file
 class RunFolder:
     """``--out``: ``config``, ``metrics.jsonl`` and ``model.pt``, all three as of the last finished epoch.
 
-    At the end of the run ``summary.json`` comes beside them.
+    At the end of the run ``summary.json`` comes beside them; ``saves`` holds checkpoints (`dtrp.saves`).
 
-    The folder appears, whole, when the first epoch is through; what it replaces goes then.
+    The folder appears, whole, when the first epoch is through, or with the first save; what it replaces goes then.
+    ``resume`` takes up the run that is in it.
     """
 
-    def __init__(self, path: str, *, overwrite: bool) -> None:
+    def __init__(self, path: str, *, overwrite: bool, resume: bool = False) -> None:
         self.path = Path(path).expanduser().absolute()
-        self._made = False
+        self._made = resume
+        if resume:
+            if not (self.path / "config").is_file():
+                raise ValueError(f"--resume {path} is no run of dtrp train; name the folder of one")
+            return
         if self.path.exists() and not overwrite:
             raise ValueError(f"--out {path} exists; choose another name, or pass --overwrite to replace it")
         if self.path.exists() and not _is_run(self.path):
@@ -58,6 +63,27 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         self._made = True
+
+    def begin(self, config: str) -> None:
+        """Make the folder before an epoch is through, for a save; it has no metrics yet."""
+        if self._made:
+            return
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+        with whole_file(self.path / "metrics.jsonl"):
+            pass
+        with whole_file(self.path / "config") as file:
+            file.write(config.encode())
+        self._made = True
+
+    def go_on(self, config: str, metrics: list[dict[str, Any]]) -> None:
+        """Take a run up again where these epochs were through: what came after them is trained again."""
+        with whole_file(self.path / "config") as file:
+            file.write(config.encode())
+        with whole_file(self.path / "metrics.jsonl") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in metrics).encode())
+        (self.path / "summary.json").unlink(missing_ok=True)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """The run is through; ``summary.json`` says so, whole or not at all."""

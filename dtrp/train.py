@@ -11,11 +11,14 @@ import itertools
 import math
 import os
 import platform
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +37,7 @@ from .pipeline import Pipeline
 from .planning import Plan, plan
 from .ranks import join
 from .runs import RunFolder
+from .saves import Position, Saves
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 _TEST_BATCH = 500
@@ -88,8 +92,11 @@ class TrainConfig:
     seed: int = 0
     prediction_error_every: int = 0
     trace: bool = False
+    save_every: int | None = None
+    keep_last: int = 2
     out: str | None = None
     overwrite: bool = False
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,9 +156,22 @@ class Reporter:
     ) -> None: ...
 
     def start(self, trainer: Trainer) -> None: ...
+    def note(self, text: str) -> None: ...
     def update(self, epoch: int, update: int, loss: Callable[[], float], samples: int) -> None: ...
     def epoch(self, metrics: EpochMetrics) -> None: ...
     def finish(self, result: TrainResult) -> None: ...
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved.
+
+    Attributes:
+        signal: that asked.
+    """
+
+    def __init__(self, signal: int, update: int, out: str) -> None:
+        super().__init__(f"stopped after update {update}, which is saved; go on with: dtrp train --resume {out}")
+        self.signal = signal
 
 
 class Trainer:
@@ -172,7 +192,9 @@ class Trainer:
         )
         check_settings(config)
         num_workers = workers_per_replica(config, world_size) if world_size > 1 else None
-        self.run_folder = RunFolder(config.out, overwrite=config.overwrite) if config.out and rank == 0 else None
+        self.run_folder = None
+        if config.out and rank == 0:
+            self.run_folder = RunFolder(config.out, overwrite=config.overwrite, resume=config.resume)
         method = make_method(config)
         devices = _devices(config.device)
         stage = rank % (num_workers or 1)
@@ -226,19 +248,34 @@ class Trainer:
         if config.prediction_error_every:
             self.pipe.watch_prediction(config.prediction_error_every)
         self.reports = self.pipe.is_last and self.replica == 0
+        self.position, self.notes = Position(), list[str]()
+        self._saves: Saves | None = None
+        if config.out:
+            run = Path(config.out).expanduser().absolute()
+            self._saves = Saves(run, config.keep_last) if config.keep_last else None
+            if config.resume:
+                self.position, self.notes = Saves(run, 1).resume(self.pipe, num_replicas=config.replicas)
+                if self.run_folder is not None:
+                    self.run_folder.go_on(config_text(config), self.position.metrics)
+        self._asked_to_stop: int | None = None
 
     def run(self, reporter: Reporter | None = None) -> TrainResult:
         """Train, test after each epoch, and keep the run folder whole all the while."""
         reporter = reporter or Reporter()
         config, pipe = self.config, self.pipe
-        with ExitStack() as failing:
+        with ExitStack() as failing, self._stopping():
             failing.push(pipe)  # an error here is told to the other ranks at once
             reporter.start(self)
-            start = time.perf_counter()
-            epochs: list[EpochMetrics] = []
-            for epoch in range(config.epochs):
-                began = time.perf_counter()
-                loss_sum, learned, samples = self._train(epoch, reporter)
+            for note in self.notes:
+                reporter.note(note)
+            at = self.position
+            start = time.perf_counter() - at.elapsed_s
+            epochs = [EpochMetrics(**line) for line in at.metrics]
+            for epoch in range(at.epoch, config.epochs):
+                if pipe.num_updates >= self.total_updates:
+                    break
+                began = time.perf_counter() - at.trained_s
+                loss_sum, learned, samples = self._train(at, start, began, reporter)
                 pipe.flush()
                 train_loss = float(loss_sum) / max(
                     1.0, float(learned)
@@ -260,9 +297,15 @@ class Trainer:
                     model = pipe.model_state_dict_on_first()
                     if self.run_folder is not None and model is not None:
                         self.run_folder.write(config_text(config), dataclasses.asdict(metrics), model)
+                best = at.best
+                if best is None or metrics.test_accuracy > best[1]:
+                    best = (metrics.update, metrics.test_accuracy)
+                lines = [dataclasses.asdict(each) for each in epochs]
+                at = Position(epoch + 1, elapsed_s=metrics.elapsed_s, metrics=lines, best=best)
+                if self._saves is not None:
+                    self._saves.write(pipe, at, portable=True)
                 reporter.epoch(metrics)
-                if pipe.num_updates == self.total_updates:
-                    break
+                self._check_asked()
             result = TrainResult(config, tuple(epochs), self._stage_summaries())
             if config.trace:
                 pipe.save_trace(os.path.join(os.path.expanduser(str(config.out)), "trace.json"))
@@ -272,21 +315,23 @@ class Trainer:
         reporter.finish(result)
         return result
 
-    def _train(self, epoch: int, reporter: Reporter) -> tuple[Tensor, Tensor, int]:
-        """An epoch's steps; the sum of the losses of its samples, how many have a finite one, and how many there are."""
+    def _train(self, at: Position, start: float, began: float, reporter: Reporter) -> tuple[Tensor, Tensor, int]:
+        """What is left of an epoch; the sum of the losses of its samples, how many have a finite one, and how many there are."""
         config, data, pipe = self.config, self.dataset, self.pipe
-        loss_sum = learned = torch.zeros((), dtype=torch.float64)
-        samples = 0
+        loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64)
+        learned = torch.tensor(at.learned, dtype=torch.float64)
+        samples = at.samples
         for x, y in batches(
             data.train_x,
             data.train_y,
             config.batch_size,
             dataset=data,
             seed=config.seed,
-            epoch=epoch,
+            epoch=at.epoch,
             augment=config.augment and data.augment,
             dtype=self.dtype,
             images=pipe.is_first,
+            start=at.samples,
         ):
             with self._autocast():
                 loss = pipe.step(self._shard(x), self._shard(y))
@@ -295,10 +340,63 @@ class Trainer:
                 known = torch.isfinite(loss)  # nothing is learned from one that is not, nor is it counted
                 loss_sum = loss_sum.to(loss.device) + torch.where(known, loss.double(), 0.0) * len(y)
                 learned = learned.to(loss.device) + known * len(y)
-                reporter.update(epoch, pipe.num_updates, loss.item, len(y))
-            if pipe.num_updates == self.total_updates:
-                break
+                reporter.update(at.epoch, pipe.num_updates, loss.item, len(y))
+            if pipe.num_updates == self.total_updates or samples == len(data.train_y):
+                break  # the epoch's end saves
+            asked = self._asked_to_stop is not None
+            if asked or (config.save_every is not None and pipe.num_updates % config.save_every == 0):
+                self._save_within(at, samples, loss_sum, learned, start, began)
+                self._check_asked()
         return loss_sum, learned, samples
+
+    def _save_within(
+        self, at: Position, samples: int, loss_sum: Tensor, learned: Tensor, start: float, began: float
+    ) -> None:
+        """Save in the middle of an epoch."""
+        if self._saves is None:
+            return
+        if self.run_folder is not None:
+            self.run_folder.begin(config_text(self.config))
+        known = self.pipe.gather((float(loss_sum), float(learned)) if self.reports else None)
+        sums = next(each for each in known if each is not None)
+        now = time.perf_counter()
+        here = dataclasses.replace(
+            at, samples=samples, loss_sum=sums[0], learned=sums[1], trained_s=now - began, elapsed_s=now - start
+        )
+        self._saves.write(self.pipe, here, portable=False)
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Within it Ctrl-C and SIGTERM ask for an end after the step under way, which saves; a second one ends at once.
+
+        Where several ranks train they end at once, since ranks that hear of it at different steps could not save together.
+        """
+        here = threading.current_thread() is threading.main_thread()
+        if (
+            self._saves is None
+            or not (self.pipe.is_first and self.pipe.is_last and self.config.replicas == 1)
+            or not here
+        ):
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, frame: Any) -> None:
+            self._asked_to_stop = number
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _check_asked(self) -> None:
+        if self._asked_to_stop is not None and self.pipe.num_updates < self.total_updates:
+            raise Interrupted(self._asked_to_stop, self.pipe.num_updates, str(self.config.out))
 
     def _shard(self, batch: Tensor | None) -> Tensor | None:
         """This replica's part of a mini-batch."""
@@ -537,7 +635,7 @@ def config_text(config: TrainConfig) -> str:
     values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value is not None and field.name not in ("out", "overwrite"):
+        if value is not None and field.name not in ("out", "overwrite", "resume"):
             values[field.name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
     text: str = yaml.safe_dump(values, sort_keys=False)
     return text
@@ -639,6 +737,7 @@ def check_settings(config: TrainConfig) -> None:
     for field, least in (
         ("epochs", 1), ("batch_size", 1), ("num_microbatches", 1), ("stages", 1), ("max_updates", 1),
         ("workers", 1), ("replicas", 1), ("limit_train", 1), ("limit_test", 1), ("threads", 1), ("warmup_updates", 0),
+        ("save_every", 1), ("keep_last", 0),
         ("image_size", 1), ("layers", 1), ("width", 1), ("heads", 1), ("context", 1), ("prediction_error_every", 0),
     ):  # fmt: skip
         value = getattr(config, field)
@@ -669,6 +768,10 @@ def check_settings(config: TrainConfig) -> None:
         raise ValueError(
             "--nesterov with --momentum 0: there is no momentum to look ahead with; raise it, or leave --nesterov out"
         )
+    if config.save_every is not None and not config.out:
+        raise ValueError("--save-every without --out: saves go to the run's folder; name one")
+    if config.save_every is not None and not config.keep_last:
+        raise ValueError("--save-every with --keep-last 0, which keeps no save; leave one of them out")
     if config.trace and not config.out:
         raise ValueError("--trace without --out: the trace goes to the run's folder; name one")
     if config.batch_size < config.num_microbatches:

@@ -1,0 +1,171 @@
+"""Runs of ``dtrp train`` that are broken off and taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dtrp.cli import run
+from dtrp.saves import Saves
+
+SMALL = ["train", "--model", "resnet14-8", "--batch-size", "64", "--limit-train", "500", "--limit-test", "100", "--augment",
+         "--num-microbatches", "2", "--threads", "1", "--quiet", "--stages", "3", "--epochs", "3", "--save-every", "3"]  # fmt: skip
+TIMES = ("samples_per_s", "elapsed_s")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run([*SMALL, "--out", str(folder)]) == 0
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def check_same(folder: Path, whole: Path) -> None:
+    a, b = (torch.load(each / "model.pt") for each in (folder, whole))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert metrics(folder) == metrics(whole)
+    assert (folder / "summary.json").is_file()
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "dtrp", *SMALL, "--out", str(folder), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path) -> None:
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def saves(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "saves").iterdir())
+
+
+@pytest.mark.parametrize("update", [3, 11])
+def test_a_killed_run_goes_on_to_the_bit(whole: Path, tmp_path: Path, update: int) -> None:
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for(folder / "saves" / f"update-{update // 3 * 3:08d}" / "manifest.json")
+    process.kill()
+    process.communicate()
+    assert not (folder / "summary.json").exists()
+    assert run(["train", "--resume", str(folder), "--quiet"]) == 0
+    check_same(folder, whole)
+
+
+def test_on_workers_too(tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    command = ["train", "--model", "mlp", "--batch-size", "64", "--limit-train", "500", "--num-microbatches", "2", "--quiet",
+               "--workers", "2", "--epochs", "2", "--save-every", "3", "--keep-last", "9", "--out", str(whole)]  # fmt: skip
+    assert subprocess.run([sys.executable, "-m", "dtrp", *command], check=False).returncode == 0
+    shutil.copytree(whole, folder)
+    (folder / "summary.json").unlink()
+    for update in (12, 15, 16):
+        shutil.rmtree(folder / "saves" / f"update-{update:08d}")
+    command = [sys.executable, "-m", "dtrp", "train", "--resume", str(folder), "--quiet"]
+    resumed = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on after update 9, what was in flight included" in resumed.stdout
+    check_same(folder, whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop_it_saves(whole: Path, tmp_path: Path, number: int, code: int) -> None:
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for(folder / "saves" / "update-00000003" / "manifest.json")
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err.count("\n") == 1
+    assert "go on with: dtrp train --resume" in err
+    assert run(["train", "--resume", str(folder), "--quiet"]) == 0
+    check_same(folder, whole)
+
+
+def test_a_finished_run_says_so_and_can_be_trained_longer(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    assert run(["train", "--resume", str(folder)]) == 0
+    assert "is finished: 3 epochs, 24 updates" in capsys.readouterr().out
+    assert run(["train", "--resume", str(folder), "--epochs", "4", "--quiet"]) == 0
+    assert [line["epoch"] for line in metrics(folder)] == [1, 2, 3, 4]
+    assert metrics(folder)[:3] == metrics(whole)
+
+
+def test_the_last_and_the_best_are_kept(whole: Path) -> None:
+    accuracies = {line["update"]: line["test_accuracy"] for line in metrics(whole)}
+    best = max(accuracies, key=lambda update: accuracies[update])
+    assert saves(whole) == sorted({f"update-{n:08d}" for n in (21, 24, best)})
+
+
+def test_at_another_number_of_stages_it_goes_on_from_an_epochs_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run([*SMALL, "--out", str(folder), "--keep-last", "9", "--epochs", "2"]) == 0
+    shutil.rmtree(folder / "saves" / "update-00000016")
+    capsys.readouterr()
+    assert run(["train", "--resume", str(folder), "--stages", "2", "--epochs", "3", "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "update-00000015 holds what was in flight in another pipeline" in out
+    assert "going on after update 8, from a portable save" in out
+    assert [line["epoch"] for line in metrics(folder)] == [1, 2, 3]
+
+
+def test_a_damaged_save_is_left_aside(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "summary.json").unlink()
+    damaged = next((folder / "saves" / "update-00000024").glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert run(["train", "--resume", str(folder), "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "update-00000024 is left aside" in out
+    assert damaged.name in out.replace("\n", "")
+    check_same(folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["--resume", "nowhere"], "cannot read nowhere/config"),
+        (["--save-every", "3"], "--save-every without --out"),
+        (["--save-every", "3", "--keep-last", "0", "--out", "x"], "--save-every with --keep-last 0"),
+        (["--keep-last", "-1"], "--keep-last -1: at least 0"),
+    ],
+)
+def test_wrong_use(arguments: list[str], rule: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", *arguments]) == 2
+    assert rule in capsys.readouterr().err
+
+
+def test_nothing_to_go_on_from(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("saves", "summary.json"))
+    before = metrics(folder)
+    assert run(["train", "--resume", str(folder)]) == 2
+    assert "has no save to go on from" in capsys.readouterr().err
+    assert metrics(folder) == before
+    assert Saves(folder, 2)._all() == []
