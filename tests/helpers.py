@@ -114,9 +114,9 @@ def plain_loop(
 
 
 def cut(x: Any, parts: int) -> list[Any]:
-    """The parts of a mini-batch, which may be a tree; the parts may be written."""
+    """The parts of a mini-batch, which may be a tree."""
     if isinstance(x, Tensor):
-        return [part.clone() if x.dim() else x for part in (x.tensor_split(parts) if x.dim() else [x] * parts)]
+        return list(x.tensor_split(parts)) if x.dim() else [x] * parts
     if isinstance(x, dict):
         each = {key: cut(value, parts) for key, value in x.items()}
         return [{key: values[i] for key, values in each.items()} for i in range(parts)]

@@ -50,7 +50,7 @@ cross_entropy = nn.functional.cross_entropy
         ({"lr_scheduler": 3}, TypeError, "lr_scheduler is a int"),
         ({"lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, TypeError, "needs a metric at every step"),
         ({"lr_scheduler": lambda o: 3}, TypeError, "lr_scheduler returned a int"),
-        ({"compile": True}, TypeError, "unexpected keyword argument 'compile'"),
+        ({"compiled": True}, TypeError, "unexpected keyword argument 'compiled'"),
         ({"loss_on": "first"}, ValueError, "loss_on='first': choose 'last' or 'all'"),
         ({"timeout_s": 0}, ValueError, "timeout_s=0: pass a number of seconds above 0"),
         ({"group": 3}, TypeError, "group is a int; pass a process group"),
