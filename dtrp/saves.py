@@ -47,20 +47,22 @@ class Saves:
     Args:
         run: its folder.
         keep_last: how many of the last ones are kept; the best one is kept beside them.
+        tidies: whether this process, of those that train together, makes the folder and lets go of old ones.
     """
 
-    def __init__(self, run: Path, keep_last: int) -> None:
+    def __init__(self, run: Path, keep_last: int, *, tidies: bool = True) -> None:
+        self._tidies = tidies
         self._folder = run / "saves"
         self._keep_last = keep_last
 
     def write(self, pipe: Pipeline, position: Position, *, portable: bool) -> None:
         """Save, on all ranks, and let go of what need not be kept."""
-        if pipe.is_first:
+        if self._tidies:
             self._folder.mkdir(exist_ok=True)
         # As text, since a loss may be nan, which JSON has not.
         extra = {"position": json.dumps(dataclasses.asdict(position))}
         pipe.save(self._path(pipe.num_updates), portable=portable, extra=extra)
-        if pipe.is_first:
+        if self._tidies:
             best = self._path(position.best[0]) if position.best else None
             for path in self._all()[self._keep_last :]:
                 if path != best:

@@ -252,7 +252,8 @@ class Trainer:
         self._saves: Saves | None = None
         if config.out:
             run = Path(config.out).expanduser().absolute()
-            self._saves = Saves(run, config.keep_last) if config.keep_last else None
+            if config.keep_last:
+                self._saves = Saves(run, config.keep_last, tidies=self.run_folder is not None)
             if config.resume:
                 self.position, self.notes = Saves(run, 1).resume(self.pipe, num_replicas=config.replicas)
                 if self.run_folder is not None:

@@ -36,7 +36,7 @@ FIXED = settings(
 )  # fmt: skip
 SMALL = {"data": "digits", "model": "mlp", "limit-train": 40, "limit-test": 20, "batch-size": 16, "epochs": 2,
          "max-updates": 4, "threads": 1}  # fmt: skip
-FILES = ["config", "metrics.jsonl", "model.pt", "summary.json"]
+FILES = ["config", "metrics.jsonl", "model.pt", "saves", "summary.json"]
 
 JUNK = st.sampled_from(
     [
