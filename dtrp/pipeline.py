@@ -207,7 +207,7 @@ class Pipeline:
                     "loss_on": loss_on,
                     "seed": seed,
                     "method": self.method,
-                    "keep": keep if keep is None or isinstance(keep, str) else list(keep),
+                    "keep": self._keep,
                     "memory_limit_bytes": limit,
                     "max_grad_norm": rule.max_norm,
                     "clip": clip,

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,25 @@ class RunFolder:
             checkpoint.write_model(model, self.path / "model.pt")
             self._append(self.path, metrics)
             return
+        with self._appearing(config) as folder:
+            checkpoint.write_model(model, folder / "model.pt")
+            self._append(folder, metrics)
+
+    def begin(self, config: str) -> None:
+        """Make the folder before an epoch is through, for a save; it has no metrics yet."""
+        if not self._made:
+            with self._appearing(config):
+                pass
+
+    @contextmanager
+    def _appearing(self, config: str) -> Iterator[Path]:
+        """A folder to fill, which takes its place, and that of what it replaces, when the context ends well."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         try:
             (folder / "config").write_text(config)
-            checkpoint.write_model(model, folder / "model.pt")
-            self._append(folder, metrics)
+            (folder / "metrics.jsonl").touch()
+            yield folder
             folder.chmod(0o755)
             if self.path.exists():
                 old = folder.with_name(folder.name + ".old")
@@ -62,19 +77,6 @@ class RunFolder:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        self._made = True
-
-    def begin(self, config: str) -> None:
-        """Make the folder before an epoch is through, for a save; it has no metrics yet."""
-        if self._made:
-            return
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
-        with whole_file(self.path / "metrics.jsonl"):
-            pass
-        with whole_file(self.path / "config") as file:
-            file.write(config.encode())
         self._made = True
 
     def go_on(self, config: str, metrics: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .modes import in_mode
 from .names import unknown
 
 
@@ -121,7 +122,7 @@ def split(
             "tensor, a tuple of arguments or a dict of keyword arguments), or a list of modules, one a stage"
         )
     if num_stages is not None:
-        _cuts_for(max(num_stages, 1) if isinstance(num_stages, int) else 1, num_stages)
+        _check_num_stages(num_stages)
     from .tracing.stage import trace_into_stages  # torch.export is slow to import
 
     traced, points = trace_into_stages(model, example, num_stages=num_stages, points=points)
@@ -163,10 +164,8 @@ def _try_in_turn(stages: Sequence[nn.Module], example: Any) -> None:
                 f"cannot skip a stage: what stage {k} needs of an earlier one passes through stage {max(k - 1, 0)}, which takes "
                 "it and returns it along; or let dtrp.split trace the model whole"
             )
-        modes = {module: module.training for module in stage.modules()}
         try:
-            stage.eval()
-            with torch.no_grad():
+            with in_mode(stage, training=False), torch.no_grad():
                 module = next(iter(stage.children())) if several and len(list(stage.children())) == 1 else stage
                 value = module(*value) if several else module(value)
         except Exception as error:
@@ -174,9 +173,6 @@ def _try_in_turn(stages: Sequence[nn.Module], example: Any) -> None:
                 f"stage {k} ({type(first).__name__}) does not take what "
                 f"{'the example holds' if k == 0 else f'stage {k - 1} returns'}, {_shown(value)}: {error}"
             ) from error
-        finally:
-            for member, mode in modes.items():
-                member.training = mode
 
 
 def _shown(value: Any) -> str:
@@ -272,9 +268,13 @@ def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Modu
     return list(model._modules.items())
 
 
-def _cuts_for(num_layers: int, num_stages: int) -> list[int]:
+def _check_num_stages(num_stages: Any) -> None:
     if not isinstance(num_stages, int) or num_stages < 1:
         raise ValueError(f"num_stages={num_stages!r}: pass a whole number of at least 1")
+
+
+def _cuts_for(num_layers: int, num_stages: int) -> list[int]:
+    _check_num_stages(num_stages)
     if num_stages > num_layers:
         raise ValueError(
             f"num_stages={num_stages} but the model has {num_layers} layers; pass num_stages<={num_layers}"

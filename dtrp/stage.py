@@ -45,6 +45,7 @@ from .footprint import StageSizes, footprint, optimizer_bytes
 from .gauge import Gauge
 from .gradients import GradientRule, Unseen, clip_, gradient_norm, nonfinite, overall
 from .methods import Keep, Method
+from .modes import in_mode
 from .predict import BuiltInPredictor, as_predictor
 from .rng import microbatch_seed, seeded
 from .schedule import Action, lead
@@ -221,7 +222,7 @@ class Stage:
         if self.gauge is not None and self.trains:
             read = self.parameters if weights is None else weights.tensors
             self.gauge.forward(micro.index, micro.minibatch - self.version, read, self.parameters)
-        held = Held(micro, self.version, self._autocast(leaf), leaf, value_bytes(leaf), target)
+        held = Held(micro, self.version, self._autocast_now(), leaf, value_bytes(leaf), target)
         if not self.trains:
             with torch.no_grad():
                 out = self._run(held, None)
@@ -239,14 +240,12 @@ class Stage:
         self._note_peak(0)
         return map_tensors(lambda t: aligned_clone(t) if self._is_weight(t) else t.detach(), out)
 
-    @staticmethod
-    def _autocast(leaf: Any) -> AutocastState:
-        place = leaf if isinstance(leaf, Tensor) else next(iter(tensors_of(leaf)), torch.empty(0))
-        return AutocastState.now(place.device.type)
+    def _autocast_now(self) -> AutocastState:
+        return AutocastState.now(self.device.type)
 
     def _decide(self, micro: MicroBatch, leaf: Any, target: Any) -> None:
         """Keep graphs if they fit the memory limit, inputs if those do; what a graph takes is seen on a trial run."""
-        trial = Held(micro, self.version, self._autocast(leaf), leaf, value_bytes(leaf), target)
+        trial = Held(micro, self.version, self._autocast_now(), leaf, value_bytes(leaf), target)
         if self._changes_input is None:  # the first run ever is on a copy of the input, which is not to be weighed
             self._graph(trial, "discarded")
         out, graph_bytes = self._graph(trial, "discarded")
@@ -397,9 +396,9 @@ class Stage:
     def _starts(self, held: Held, grad: Any) -> list[tuple[Tensor | GradientEdge, Tensor | None]]:
         """Where differentiation starts, and with what gradient."""
         if self.loss_fn is not None:
-            (root,) = held.roots or (None,)
-            if root is None:
+            if not held.roots:
                 return []
+            (root,) = held.roots
             assert isinstance(root, Tensor)
             if self.rule.on_nonfinite == "skip" and not torch.isfinite(root):
                 return [(root, torch.full_like(root, math.nan))]  # so that every stage's gradient says it
@@ -442,10 +441,12 @@ class Stage:
                 if nbytes and not first:  # hooks of the caller's inside the module hide the graph from these
                     self._graph_bytes[key] = nbytes
         held.has_graph = True
-        # Not the output itself: the next stage has it, and this one need not hold it for its backward.
-        start = get_gradient_edge if self.loss_fn is None else _itself
-        held.roots = [start(t) if t.requires_grad else None for t in tensors_of(out)]
-        if self.loss_fn is not None and held.roots == [None]:
+        if self.loss_fn is None:
+            # Not the output itself: the next stage has it, and this one need not hold it for its backward.
+            held.roots = [get_gradient_edge(t) if t.requires_grad else None for t in tensors_of(out)]
+        elif out.requires_grad:
+            held.roots = [out]
+        else:
             raise ValueError("the loss has no gradient; loss_fn must not detach it or compute it under no_grad")
         return out, nbytes
 
@@ -462,8 +463,9 @@ class Stage:
         tensors.update((name, buffer.clone()) for name, buffer in own.items())
         # A module that writes its input (an in-place ReLU at its front) would write the stash, or what the stage
         # before has saved. The first run, on a copy, shows whether it does; one that does gets a copy every time.
-        entered = self._entered(held, copy=self._changes_input is not False)
-        x = entered[0] if isinstance(held.leaf, Tensor) else unflatten(flatten(held.leaf)[1], iter(entered))
+        inputs, form = flatten(held.leaf)
+        entered = self._entered(held, inputs, copy=self._changes_input is not False)
+        x = unflatten(form, iter(entered))
         before = [t._version for t in entered]
         with self.rng(held.micro.index), held.autocast.region():
             with self._places.hold(tensors):
@@ -487,9 +489,8 @@ class Stage:
             self._changes_input = True
         return out
 
-    def _entered(self, held: Held, *, copy: bool) -> list[Tensor]:
+    def _entered(self, held: Held, inputs: list[Tensor], *, copy: bool) -> list[Tensor]:
         """The tensors of the input, as the module is given them."""
-        inputs = tensors_of(held.leaf)
         if not torch.is_grad_enabled():
             return [aligned_clone(t) if copy else t for t in inputs]
         held.input_gradients = [[] for _ in inputs]
@@ -524,15 +525,8 @@ class Stage:
     def infer(self, x: Any) -> Any:
         """The output in eval mode, at the weights of now."""
         x = map_tensors(lambda t: _moved(t, self.device), x)
-        modes = {module: module.training for module in self.module.modules()}
-        try:
-            self.module.eval()
-            with self.rng(-1), self._autocast(x).region():
-                out = self._call(x if self._changes_input is False else map_tensors(aligned_clone, x))
-        finally:
-            for module, training in modes.items():
-                module.training = training
-        return out
+        with in_mode(self.module, training=False), self.rng(-1), self._autocast_now().region():
+            return self._call(x if self._changes_input is False else map_tensors(aligned_clone, x))
 
     # -- U ------------------------------------------------------------------------------------------
 
@@ -691,10 +685,6 @@ def _compiled(module: nn.Module, arguments: Mapping[str, Any]) -> Callable[[Any]
             return compiled(x)
 
     return call
-
-
-def _itself(t: Tensor) -> Tensor:
-    return t
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:

@@ -252,10 +252,10 @@ class Trainer:
         self._saves: Saves | None = None
         if config.out:
             run = Path(config.out).expanduser().absolute()
-            if config.keep_last:
-                self._saves = Saves(run, config.keep_last, tidies=self.run_folder is not None)
+            saves = Saves(run, config.keep_last, tidies=self.run_folder is not None)
+            self._saves = saves if config.keep_last else None
             if config.resume:
-                self.position, self.notes = Saves(run, 1).resume(self.pipe, num_replicas=config.replicas)
+                self.position, self.notes = saves.resume(self.pipe, num_replicas=config.replicas)
                 if self.run_folder is not None:
                     self.run_folder.go_on(config_text(config), self.position.metrics)
         self._asked_to_stop: int | None = None

@@ -144,6 +144,24 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], bound: float = 1e-1
         assert difference <= bound * size, f"{name}: {difference} against {size}"
 
 
+def batches_of(make: Callable[[], Any]) -> list[tuple[Any, Tensor]]:
+    """Eight mini-batches of twelve samples, and their classes."""
+    return [(make(), torch.randint(3, (12,))) for _ in range(8)]
+
+
+def check_trains_as_unsplit(
+    model: nn.Sequential, batches: list[tuple[Any, Tensor]], *, method: str, num_microbatches: int
+) -> tuple[dtrp.Pipeline, nn.Sequential]:
+    """Four stages without delay are a plain loop, to the bit; the pipeline, and the model that the loop has trained."""
+    plain = clone(model)
+    pipe = pipeline(model, num_stages=4, method=method, num_microbatches=num_microbatches)
+    losses = [pipe.step(x, y) for x, y in batches]
+    want = plain_loop(plain, batches, sgd, pipe.rng, cuts=[1, 2, 3], num_microbatches=num_microbatches)
+    assert all(torch.equal(a, b) for a, b in zip(losses, want, strict=True))
+    assert_same(model.state_dict(), plain.state_dict())
+    return pipe, plain
+
+
 def clone(model: nn.Module) -> Any:
     return copy.deepcopy(model)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, check_perfect_prediction, clone, pipeline, plain_loop, sgd
+from helpers import batches_of, check_perfect_prediction, check_trains_as_unsplit, pipeline, sgd
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -109,10 +109,6 @@ MODELS: dict[str, tuple[Callable[[], list[nn.Module]], Callable[[], Tensor]]] = 
 }  # fmt: skip
 
 
-def batches_of(make: Callable[[], Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return [(make(), torch.randint(3, (12,))) for _ in range(8)]
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("method", "num_microbatches"), [("bp", 1), ("bp", 3), ("gpipe", 3)])
 @pytest.mark.parametrize("kind", MODELS)
@@ -122,12 +118,7 @@ def test_without_delay_they_train_as_unsplit_to_the_bit(
     torch.set_default_dtype(dtype)
     make, data = MODELS[kind]
     model = nn.Sequential(*make())
-    plain, batches = clone(model), batches_of(data)
-    pipe = pipeline(model, num_stages=4, method=method, num_microbatches=num_microbatches)
-    losses = [pipe.step(x, y) for x, y in batches]
-    want = plain_loop(plain, batches, sgd, pipe.rng, cuts=[1, 2, 3], num_microbatches=num_microbatches)
-    assert all(torch.equal(a, b) for a, b in zip(losses, want, strict=True))
-    assert_same(model.state_dict(), plain.state_dict())
+    check_trains_as_unsplit(model, batches_of(data), method=method, num_microbatches=num_microbatches)
 
 
 @pytest.mark.usefixtures("float64")

@@ -491,7 +491,7 @@ def test_a_save_that_dies_leaves_the_one_before(tmp_path: Path, monkeypatch: pyt
     other = pipeline(network(), num_stages=2)
     monkeypatch.setattr(Path, "rename", dying)
     monkeypatch.setattr("dtrp.saving.folder._back", lambda old, folder: None)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="killed between two renames"):
         other.save(tmp_path / "saved", extra=2)
     monkeypatch.undo()
     assert not (tmp_path / "saved").exists()

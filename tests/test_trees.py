@@ -6,17 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, check_perfect_prediction, clone, pipeline, plain_loop, sgd
+from helpers import batches_of, check_perfect_prediction, check_trains_as_unsplit, clone, pipeline, sgd
 from torch import Tensor, nn
 from tree_models import TREES
 
 import dtrp
 from dtrp.messages import Kind, Note, Packer, decode, read_header
 from dtrp.trees import check_samples, flatten, split, unflatten
-
-
-def batches_of(data: Any) -> list[tuple[Any, Tensor]]:
-    return [(data(), torch.randint(3, (12,))) for _ in range(8)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -28,12 +24,7 @@ def test_without_delay_they_train_as_unsplit_to_the_bit(
     torch.set_default_dtype(dtype)
     make, data = TREES[kind]
     model = nn.Sequential(*make())
-    plain, batches = clone(model), batches_of(data)
-    pipe = pipeline(model, num_stages=4, method=method, num_microbatches=num_microbatches)
-    losses = [pipe.step(x, y) for x, y in batches]
-    want = plain_loop(plain, batches, sgd, pipe.rng, cuts=[1, 2, 3], num_microbatches=num_microbatches)
-    assert all(torch.equal(a, b) for a, b in zip(losses, want, strict=True))
-    assert_same(model.state_dict(), plain.state_dict())
+    pipe, plain = check_trains_as_unsplit(model, batches_of(data), method=method, num_microbatches=num_microbatches)
     plain.eval()
     x = data()
     assert torch.equal(pipe.infer(x), plain(clone(x)))

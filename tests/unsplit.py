@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -128,34 +128,33 @@ def train_plain(
     model: nn.Module, points: tuple[str, ...], batches: list[tuple[Any, Tensor]], num_microbatches: int
 ) -> list[Tensor]:
     """The unsplit model's training, with the draws of a pipeline of these stages; its losses."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
-    losses, m = [], 0
-    for x, y in batches:
-        total = torch.zeros(())
-        for chosen in torch.tensor_split(torch.arange(len(y)), num_microbatches):
-            part = slice(int(chosen[0]), int(chosen[-1]) + 1)
-            with drawing_by_stage(model, points, m):
-                out = call(model, samples(x, part))
-            loss = nn.functional.cross_entropy(logits(out), y[part]) * (len(chosen) / len(y))
-            loss.backward()
-            total = total + loss.detach()
-            m += 1
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-    return losses
+
+    def forward(x: Any, m: int) -> Any:
+        with drawing_by_stage(model, points, m):
+            return call(model, x)
+
+    return _train(forward, model.parameters(), batches, num_microbatches)
 
 
 def train_chain(stages: Stages, batches: list[tuple[Any, Tensor]], num_microbatches: int) -> list[Tensor]:
     """The stages' training one after the other, without an engine; the losses."""
-    parameters = list(dict.fromkeys(p for stage in stages for p in stage.parameters() if p.requires_grad))
-    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+    parameters = dict.fromkeys(p for stage in stages for p in stage.parameters())
+    return _train(lambda x, m: chain(stages, x, lambda k: rng(k, m)), parameters, batches, num_microbatches)
+
+
+def _train(
+    forward: Callable[[Any, int], Any],
+    parameters: Iterable[nn.Parameter],
+    batches: list[tuple[Any, Tensor]],
+    num_microbatches: int,
+) -> list[Tensor]:
+    optimizer = torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.05, momentum=0.9)
     losses, m = [], 0
     for x, y in batches:
         total = torch.zeros(())
         for chosen in torch.tensor_split(torch.arange(len(y)), num_microbatches):
             part = slice(int(chosen[0]), int(chosen[-1]) + 1)
-            out = chain(stages, samples(x, part), lambda k, m=m: rng(k, m))
+            out = forward(samples(x, part), m)
             loss = nn.functional.cross_entropy(logits(out), y[part]) * (len(chosen) / len(y))
             loss.backward()
             total = total + loss.detach()

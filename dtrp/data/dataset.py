@@ -5,14 +5,49 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Dataset:
+class Splits:
+    """Examples in memory, (N, ...), and what is to be told of each, split into training and test."""
+
+    samples = "examples"  # what one is called; no field
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+    def limit(self, train: int | None, test: int | None) -> Self:
+        """The first examples of each split, or all where there are fewer or the number is None.
+
+        Raises:
+            ValueError: a number below 1.
+        """
+        for split, num in (("train", train), ("test", test)):
+            if num is not None and num < 1:
+                raise ValueError(f"{split}={num}: pass a number of {self.samples} of at least 1, or None for all")
+        return dataclasses.replace(
+            self,
+            train_x=self.train_x[:train],
+            train_y=self.train_y[:train],
+            test_x=self.test_x[:test],
+            test_y=self.test_y[:test],
+        )
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same data on ``device``."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved: dict[str, Any] = {name: t.to(device) for name, t in values.items() if isinstance(t, Tensor)}
+        return dataclasses.replace(self, **moved)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dataset(Splits):
     """Square images and their classes.
 
     Args:
@@ -21,18 +56,15 @@ class Dataset:
         train_y, test_y: classes (N,), int64, in 0..num_classes - 1.
         num_classes: of both splits.
         class_names: one a class; None where they have none.
-        mean, std: of each channel (C,), float32, over the whole training split scaled to 0..1; see `channel_stats`.
+        mean, std: of each channel (C,), float32, over the whole training split scaled to 0..1 (`limit` leaves them); see
+            `channel_stats`.
         augment: whether a moved or mirrored image is still of its class, so that training may crop and flip.
 
     Raises:
         ValueError: shapes or types other than these.
     """
 
-    name: str
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
+    samples = "images"
     num_classes: int
     class_names: tuple[str, ...] | None
     mean: Tensor
@@ -70,30 +102,6 @@ class Dataset:
     def image_size(self) -> int:
         """H, which is W."""
         return self.train_x.shape[2]
-
-    def limit(self, train: int | None, test: int | None) -> Dataset:
-        """The first images of each split, or all where there are fewer or the number is None.
-
-        ``mean`` and ``std`` stay those of the whole training split.
-
-        Raises:
-            ValueError: a number below 1.
-        """
-        for split, num in (("train", train), ("test", test)):
-            if num is not None and num < 1:
-                raise ValueError(f"{split}={num}: pass a number of images of at least 1, or None for all")
-        return dataclasses.replace(
-            self,
-            train_x=self.train_x[:train],
-            train_y=self.train_y[:train],
-            test_x=self.test_x[:test],
-            test_y=self.test_y[:test],
-        )
-
-    def to(self, device: torch.device | str) -> Dataset:
-        """The same data on ``device``."""
-        fields = ("train_x", "train_y", "test_x", "test_y", "mean", "std")
-        return dataclasses.replace(self, **{field: getattr(self, field).to(device) for field in fields})
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.train_x.shape[1:]))

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .dataset import Splits
+
 _TEST_SHARE = 0.1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TextDataset:
+class TextDataset(Splits):
     """Windows of characters, by their places in ``characters``.
 
     Args:
@@ -23,11 +25,7 @@ class TextDataset:
         characters: all that the text has, sorted.
     """
 
-    name: str
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
+    samples = "windows"
     characters: str
     augment: bool = dataclasses.field(default=False, init=False)
 
@@ -40,28 +38,6 @@ class TextDataset:
     def context(self) -> int:
         """Characters of a window."""
         return self.train_x.shape[1]
-
-    def limit(self, train: int | None, test: int | None) -> TextDataset:
-        """The first windows of each split, or all where there are fewer or the number is None.
-
-        Raises:
-            ValueError: a number below 1.
-        """
-        for split, num in (("train", train), ("test", test)):
-            if num is not None and num < 1:
-                raise ValueError(f"{split}={num}: pass a number of windows of at least 1, or None for all")
-        return dataclasses.replace(
-            self,
-            train_x=self.train_x[:train],
-            train_y=self.train_y[:train],
-            test_x=self.test_x[:test],
-            test_y=self.test_y[:test],
-        )
-
-    def to(self, device: torch.device | str) -> TextDataset:
-        """The same data on ``device``."""
-        fields = ("train_x", "train_y", "test_x", "test_y")
-        return dataclasses.replace(self, **{field: getattr(self, field).to(device) for field in fields})
 
     def decode(self, tokens: Tensor) -> str:
         """The characters of ``tokens``, (T,)."""

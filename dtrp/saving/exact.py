@@ -26,11 +26,6 @@ from .coding import DTYPES, Decoder, Encoder
 from .manifest import CheckpointError, is_count
 
 
-def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters and buffers, those too that its state dict leaves out."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
 def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str, Any]:
     """The stage as JSON, its tensors in the encoder.
 
@@ -169,17 +164,18 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
     stash = []
     for entry in part["stash"]:
         device_type, enabled, dtype = entry["autocast"]
+        leaf, target = decode(entry["leaf"]), decode(entry["target"])
         try:
-            flatten([decode(entry["leaf"]), decode(entry["target"])])
+            flatten([leaf, target])
         except TypeError:
             raise CheckpointError(f"an input of {where} is none") from None
         held = Held(
             MicroBatch(*entry["micro"]),
             entry["version"],
             AutocastState(str(device_type), enabled, DTYPES[dtype]),
-            decode(entry["leaf"]),
+            leaf,
             entry["nbytes"],
-            decode(entry["target"]),
+            target,
             None if entry["weights"] is None else versions[entry["weights"]][1],
         )
         stash.append((held, bool(entry["has_graph"])))

@@ -10,7 +10,7 @@ The keys are those of nested dicts, ``model.<name>`` and ``optimizer.state.<name
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -38,11 +38,6 @@ def encode_part(encoder: Encoder, stage: Stage) -> dict[str, Any]:
         "param_groups": groups,
         "scheduler": encoder.encode(part["scheduler"], f"scheduler.stage{stage.index}"),
     }
-
-
-def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All stages' parts as one, in which their number does not show."""
-    return checkpoint.merge_state(parts)
 
 
 def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import torch
 
 from .. import checkpoint
 from ..engine import Engine, Progress
+from ..files import whole_file
 from ..stage import Stage, StageError
 from . import checks, exact, folder, manifest, portable
 from .coding import Decoder, Encoder, Spec, tensor_keys
@@ -89,7 +90,7 @@ def save(
                 for (index, replica), part in zip(other["stages"], other["parts"], strict=True)
             }
         else:
-            merged = portable.merge([part for other in everything for part in other["parts"]])
+            merged = checkpoint.merge_state([part for other in everything for part in other["parts"]])
             optimizer = merged["optimizer"]
             state = {"model": merged["model"], "scheduler": merged["scheduler"], **optimizer}
         specs = {key: spec for other in everything for key, spec in other["tensors"].items()}
@@ -105,10 +106,8 @@ def save(
             "tensors": specs,
             "state": state,
         }
-        with (new / manifest.NAME).open("wb") as file:
+        with whole_file(new / manifest.NAME) as file:
             file.write(manifest.written(whole))
-            file.flush()
-            os.fsync(file.fileno())
         folder.replace(target)
 
     _together(engine, target, finish)

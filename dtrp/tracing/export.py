@@ -21,6 +21,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..modes import in_mode
+
 _TORCH = Path(torch.__file__).parent
 _HERE = Path(__file__).parent
 # Checks of the traced run, of no use to others: they would refuse a batch of one, and autocast.
@@ -116,7 +118,7 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
         if isinstance(leaf, Tensor) and leaf.dim():
             shapes[leaf] = {0: batch}
     try:
-        with _mode(model, training), _plainly():
+        with in_mode(model, training=training), _plainly():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             graph = program.module()
     except Exception as error:
@@ -188,18 +190,6 @@ def module_path(node: fx.Node) -> tuple[str, ...]:
     """The submodules in which an operation ran, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
     return tuple(fqn for fqn, _ in stack.values() if fqn)
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        if not training or not model.training:
-            model.train(training)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

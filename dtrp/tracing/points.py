@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -199,10 +200,7 @@ def _homes(nodes: Sequence[fx.Node]) -> list[int]:
 def _positions(
     model: nn.Module, nodes: Sequence[fx.Node], homes: Sequence[int], evaluation: fx.GraphModule
 ) -> list[_Position]:
-    aliases: dict[int, int] = {}
-    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    for tensor in tensors.values():
-        aliases[id(tensor)] = aliases.get(id(tensor), 0) + 1
+    num_names = _num_names(model)
     place_of = {node: place for place, node in enumerate(nodes)}
     closed = [False] * (len(nodes) + 1)
     crossing = [0] * (len(nodes) + 2)
@@ -210,8 +208,7 @@ def _positions(
         for arg in source.all_input_nodes:
             if arg.op != "get_attr":
                 continue
-            own = tensors.get(str(arg.target))
-            if own is not None and aliases[id(own)] > 1:
+            if num_names.get(str(arg.target), 1) > 1:
                 continue
             used = [homes[place_of[user]] for user in arg.users if user in place_of]
             for place in range(min(used) + 1, max(used) + 1):
@@ -292,13 +289,17 @@ def _divide(positions: Sequence[_Position], num_stages: int, before: Sequence[fl
 
 def _used_twice(model: nn.Module, graph: fx.GraphModule, points: Sequence[str]) -> bool:
     """Whether a parameter or buffer that has one name would be in two stages."""
-    names: dict[int, int] = {}
-    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    for tensor in tensors.values():
-        names[id(tensor)] = names.get(id(tensor), 0) + 1
+    num_names = _num_names(model)
     stages = assign(graph, points)
     for node in graph.graph.nodes:
-        own = tensors.get(str(node.target)) if node.op == "get_attr" else None
-        if own is not None and names[id(own)] == 1 and len({stages[user] for user in node.users if user in stages}) > 1:
+        own = node.op == "get_attr" and num_names.get(str(node.target)) == 1
+        if own and len({stages[user] for user in node.users if user in stages}) > 1:
             return True
     return False
+
+
+def _num_names(model: nn.Module) -> dict[str, int]:
+    """By each name of a parameter or buffer, how many names it has."""
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    counts = Counter(id(tensor) for tensor in tensors.values())
+    return {name: counts[id(tensor)] for name, tensor in tensors.items()}
