@@ -1,15 +1,21 @@
-# Two commands do everything on a machine with Python (3.11 or newer) and make:
+# Two commands do nearly everything on a machine with Python (3.11 or newer) and make:
 #   make demo    train a small ResNet with backpropagation and with dtrp, and show the two side by side
 #   make test    lint, types and tests
+# and one more builds the documentation, into build/docs:
+#   make docs    needs no network once installed; a warning or a dead link is an error
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint format clean
+.PHONY: demo docs test test-full lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dtrp demo
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
+	$(BIN)/python docs/check.py build/docs
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2
@@ -29,7 +35,7 @@ format: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,dev,docs]'
 	touch $@
 
 clean:

@@ -44,16 +44,16 @@ def load_data(
 ) -> Dataset | TextDataset:
     """The data set called ``name``.
 
-    ========  ===================================================  ==============  ======
-    name      what                                                 images          files
-    ========  ===================================================  ==============  ======
-    digits    handwritten digits, part of scikit-learn             1,797, 1x8x8    none
-    cifar10   10 classes of things and animals                     60,000, 3x32x32 yours
-    cifar100  100 classes                                          60,000, 3x32x32 yours
-    folder    your images, in one folder per class                 3x32x32         yours
-    random    10 random patterns and noise, drawn from ``seed``    2,500, 3x32x32  none
-    text      a text, to tell the next character                   none            yours
-    ========  ===================================================  ==============  ======
+    ========  ===================================================  ===============  ======
+    name      what                                                 images           files
+    ========  ===================================================  ===============  ======
+    digits    handwritten digits, part of scikit-learn             1,797, 1x8x8     none
+    cifar10   10 classes of things and animals                     60,000, 3x32x32  yours
+    cifar100  100 classes                                          60,000, 3x32x32  yours
+    folder    your images, in one folder per class                 3x32x32          yours
+    random    10 random patterns and noise, drawn from ``seed``    2,500, 3x32x32   none
+    text      a text, to tell the next character                   none             yours
+    ========  ===================================================  ===============  ======
 
     Nothing is downloaded.
 

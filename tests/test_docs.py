@@ -1,0 +1,78 @@
+"""The parts of which the site is made (`make docs` builds the whole, and walks its links)."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtrp import Schedule, get_method, list_methods
+
+pytest.importorskip("sphinx", reason="the extra 'docs' is not installed")
+DOCS = Path(__file__).parent.parent / "docs"
+sys.path.insert(0, str(DOCS))
+
+import check  # noqa: E402
+import pages  # noqa: E402
+import pictures  # noqa: E402
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_every_method_has_a_page_from_its_docstring(name: str) -> None:
+    page = pages.page(name)
+    said = re.sub(r"[*\s]", "", page)
+    for word in (get_method(name).__doc__ or "").split():
+        assert re.sub(r"[*\s]", "", pages.linked(word)) in said, word
+    assert f"{{grid}} {name}" in page
+    assert "| 3 |" in page.split("## Delay")[1]
+
+
+def test_the_numbers_on_a_methods_page() -> None:
+    page = pages.page("dtrp")
+    assert "| 0 | 6 | 5 | 6 | 1 or 2 | 6 |" in page
+    assert "| A=1 | 4.00 | 4.00 | 4.00 | 5.00 |" in page  # the table of leads and latencies
+
+
+@pytest.mark.parametrize(("name", "parts"), [("dtrp", 1), ("bp", 3), ("gpipe", 2), ("fdg", 1)])
+def test_a_picture_has_the_cells_of_its_schedule(name: str, parts: int) -> None:
+    schedule = Schedule.build(name, 3, 5, parts)
+    picture = pictures.draw_grid(schedule, show="versions")
+    shown = re.findall(r'<text class="(?:forward|backward)"[^>]*>([FB]\d+)</text>', picture)
+    assert sorted(shown) == sorted(str(a) for row in schedule.stages for a in row if a.kind != "U")
+    assert picture.count('class="update"') == 3 * 5
+    versions = [int(v) for v in re.findall(r">v(\d+)</text>", picture)]
+    counted = []
+    for row in schedule.stages:
+        updates = 0
+        for action in row:
+            updates += action.kind == "U"
+            counted += [updates] if action.kind != "U" else []
+    assert versions == counted
+
+
+def test_a_timeline_is_to_scale() -> None:
+    picture = pictures.draw_timeline([("spectrain", 1)], num_stages=2, num_minibatches=2, latency=0.0)
+    widths = {float(width) for width in re.findall(r'<rect class="backward"[^>]* width="([\d.]+)"', picture)}
+    assert widths == {2.0 * pictures.SCALE}
+
+
+def test_every_command_and_option_is_on_the_page_of_commands() -> None:
+    text = pages.commands()
+    for name in ("train", "compare", "report", "demo", "plan", "simulate", "schedule", "methods"):
+        assert f"## dtrp {name}" in text
+    assert "`--num-microbatches INTEGER`\n: " in text
+    assert "One of `digits`, `cifar10`" in text
+
+
+def test_dead_links_and_loads_from_the_network_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<h1 id="top"></h1><a href="b.html#here">b</a><a href="https://example.org">c</a>')
+    (tmp_path / "b.html").write_text('<p id="here"></p><a href="a.html#top">a</a>')
+    assert check.problems(tmp_path) == []
+    (tmp_path / "b.html").write_text('<script src="https://example.org/x.js"></script><a href="gone.html">a</a>')
+    assert check.problems(tmp_path) == [
+        "a.html links to b.html#here, and there is no such place in it",
+        "b.html loads https://example.org/x.js from the network",
+        "b.html links to gone.html, which is not there",
+    ]
