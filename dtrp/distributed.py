@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .agreeing import Proposals
 from .busy import WorkingTime
 from .checkpoint import on_cpu
 from .engine import Losses, Progress
@@ -89,6 +90,8 @@ class DistributedEngine:
         self._mean_loss: float | None = None  # over all replicas
         self._next_microbatch = 0
         self.working_times = (WorkingTime(),)
+        self.proposals = Proposals()
+        self._due = 0  # what the replicas have agreed on, for the next mini-batch
 
     @property
     def num_updates(self) -> int:
@@ -110,6 +113,7 @@ class DistributedEngine:
                 _check_targets(note, y)
             self._targets.extend(split(y, note.parts))
         self._given = note
+        self.proposals.agreed = note.word
         self._samples.append(note.total)
         for slot in self._order.minibatch(note.parts):
             for action in slot:
@@ -129,7 +133,11 @@ class DistributedEngine:
         parts = min(self._num_microbatches, samples) if alone else self._num_microbatches
         self._inputs.extend(split(x, parts))
         checksum = _checksum(y) if y is not None and not self.takes_y else -1
-        return Note(-1, self.num_updates, parts, 0, samples, checksum)
+        if alone:
+            word = self.proposals.take()
+        else:
+            word, self._due = self._due, 0
+        return Note(-1, self.num_updates, parts, 0, samples, checksum, word)
 
     def _received_note(self) -> Note:
         with self.working_times[0].working:
@@ -283,7 +291,7 @@ class DistributedEngine:
             self._message, note, x = None, message.note, message.tensor
         target = self._targets.popleft() if self.takes_y else None
         micro = MicroBatch(m, self.num_updates, note.samples / note.total)
-        self._notes.append(note._replace(minibatch=self.num_updates))
+        self._notes.append(note._replace(minibatch=self.num_updates, word=0))
         self._next_microbatch = m + 1
         with naming(self._stage.index, action, micro.minibatch):
             out = self._stage.forward(micro, x, target) if note.samples else None
@@ -308,7 +316,7 @@ class DistributedEngine:
             if note.samples:
                 gradient = self._stage.backward(gradient)
             if not self.takes_x:
-                self._send(self._transport.backward_out, note, gradient)
+                self._send(self._transport.backward_out, note._replace(word=self.proposals.take()), gradient)
 
     def _update(self, action: Action) -> None:
         samples = self._samples.popleft()
@@ -316,9 +324,14 @@ class DistributedEngine:
             loss = self._losses.sum() if self.takes_y else 0.0
             try:
                 with self.working_times[0].waiting("replicas"):
-                    self._mean_loss = self._transport.average(
-                        self._stage.gradients, self._stage.parameters, samples, loss
+                    self._mean_loss, word = self._transport.average(
+                        self._stage.gradients,
+                        self._stage.parameters,
+                        samples,
+                        loss,
+                        self.proposals.take() if self.takes_x else 0,
                     )
+                    self._due |= word
             except WorkerError:
                 raise
             except Exception as error:
@@ -342,6 +355,8 @@ class DistributedEngine:
         with waits, self._tracer.span(f"wait {direction} {m}", "wait", f"stage {self._stage.index}"):
             message = self._transport.receive(link, lambda: f"the {direction} message of micro-batch {m}")
         assert message.note.microbatch == m, f"expected micro-batch {m}, received {message.note}"
+        if direction == "backward" and message.note.word:
+            self.proposals.add(message.note.word)
         return message
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from .agreeing import Proposals
 from .busy import WorkingTime
 from .messages import Note
 from .schedule import Action, Position
@@ -80,6 +81,7 @@ class Engine(Protocol):
         """Of this process's stages."""
 
     num_updates: int  # mini-batches stepped
+    proposals: Proposals
 
     def step(self, x: Any, y: Any) -> Tensor | None: ...
     def flush(self) -> None: ...

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from .agreeing import Proposals
 from .busy import WorkingTime
 from .engine import Losses, Progress
 from .messages import Note
@@ -36,6 +37,7 @@ class LocalEngine:
         num = len(stages)
         self.stages = stages
         self.num_updates = 0
+        self.proposals = Proposals()
         self._num_microbatches = num_microbatches
         self._next_microbatch = 0
         self._tracer = tracer
@@ -69,6 +71,7 @@ class LocalEngine:
         for queue, order in zip(self._queues, self._orders, strict=True):
             queue.extend(deque(slot) for slot in order.minibatch(parts))
         self._run()
+        self.proposals.agreed = self.proposals.take()
         return self._losses.total()
 
     def flush(self) -> None:

@@ -70,6 +70,7 @@ class Note(NamedTuple):
         samples: in the micro-batch.
         total: samples in the mini-batch.
         checksum: of the mini-batch's targets as the first rank was given them; -1: it was not.
+        word: forward, what all ranks agree on in this mini-batch; backward, what a rank proposes: see `dtrp.agreeing`.
     """
 
     microbatch: int = -1
@@ -78,6 +79,7 @@ class Note(NamedTuple):
     samples: int = 0
     total: int = 0
     checksum: int = -1
+    word: int = 0
 
 
 @dataclass(frozen=True)

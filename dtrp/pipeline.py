@@ -257,6 +257,26 @@ class Pipeline:
         with self._breaking():
             return engine.step(x, y)
 
+    def propose(self, word: int) -> None:
+        """Propose something to all ranks, at any time, from a signal handler or a thread too: 1, 2, or 3 for both.
+
+        It costs no waiting: the proposal goes to the first rank with gradients, and comes back with the activations of a
+        mini-batch, so that `agreed` is the same on every rank after the same step. What the numbers mean is the caller's
+        business; ``dtrp train`` saves at 1, and saves and stops at 2.
+        """
+        if word not in (1, 2, 3):
+            raise ValueError(f"word={word!r}: propose 1, 2, or 3 for both")
+        self._engine.proposals.add(word)
+
+    @property
+    def agreed(self) -> int:
+        """What ranks have proposed, as of the last step: the same on all, at least once for every proposal; 0 is nothing.
+
+        A few steps may lie between a proposal and it. What is proposed in the last steps before a flush is agreed on in the
+        first after it.
+        """
+        return self._engine.proposals.agreed
+
     def flush(self) -> None:
         """Run the backwards and updates that are left. After it every stage has made one update per mini-batch."""
         self._check_usable(trains=True)

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .agreeing import NUM_BITS, bits_of, word_of
 from .failure import GRACE_S, Board, Failure, Helper, SigtermHandler, WorkerError
 from .groups import Meeting
 from .links import Link, Receiver, Sender, Wire
@@ -162,7 +163,9 @@ class Transport:
 
         return self.board.wait(take, lambda: self._describe(link, what()))
 
-    def average(self, gradients: list[Tensor | None], like: Sequence[Tensor], samples: int, loss: float) -> float:
+    def average(
+        self, gradients: list[Tensor | None], like: Sequence[Tensor], samples: int, loss: float, word: int
+    ) -> tuple[float, int]:
         """Average gradients over the replicas of this stage, weighted by samples, in buckets, in place.
 
         Args:
@@ -170,29 +173,32 @@ class Transport:
             like: the parameters they belong to.
             samples: in the shard.
             loss: the shard's mean loss.
+            word: what this rank proposes.
 
         Returns:
-            The mean loss of the whole mini-batch.
+            The mean loss of the whole mini-batch, and what any of the replicas proposes.
         """
         if any(g is not None and g.layout is not torch.strided for g in gradients):
             raise TypeError("sparse gradients cannot be averaged over replicas; make the embedding with sparse=False")
         device = like[0].device if like else torch.device("cpu")
         sums = torch.tensor(
-            [samples, samples * loss, *(g is not None for g in gradients)], dtype=torch.float64, device=device
+            [samples, samples * loss, *bits_of(word), *(g is not None for g in gradients)],
+            dtype=torch.float64,
+            device=device,
         )
         # On an accelerator the helper works on the main thread's stream, which waits for it.
         module = torch.get_device_module(device) if device.type != "cpu" else None
         stream = module.current_stream(device) if module is not None else None
 
-        def all_reduce() -> float:
+        def all_reduce() -> tuple[float, int]:
             with module.stream(stream) if module is not None else nullcontext():
                 return average()
 
-        def average() -> float:
+        def average() -> tuple[float, int]:
             self._replicas.allreduce([sums]).wait()
-            totals = sums.tolist()
-            share = samples / totals[0]
-            present = [i for i, count in enumerate(totals[2:]) if count]
+            all_samples, all_losses, *rest = sums.tolist()
+            share = samples / all_samples
+            present = [i for i, count in enumerate(rest[NUM_BITS:]) if count]
             for i in present:
                 gradient = gradients[i]
                 gradients[i] = gradient * share if gradient is not None else torch.zeros_like(like[i])
@@ -201,18 +207,17 @@ class Transport:
                 self._replicas.allreduce([flat]).wait()
                 for gradient, part in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
                     gradient.copy_(part.view(gradient.shape))
-            mean: float = totals[1] / totals[0]
-            return mean
+            return all_losses / all_samples, word_of(rest[:NUM_BITS])
 
         others = ", ".join(str(rank) for rank in self.ranks.replicas if rank != self.ranks.rank)
-        mean: float = self._helper.run(
+        result: tuple[float, int] = self._helper.run(
             all_reduce,
             lambda: (
                 f"rank {self.ranks.rank} has waited {{}} for the gradients of stage {self.ranks.stage} of its replicas "
                 f"(rank {others}); every rank must call step() the same number of times"
             ),
         )
-        return mean
+        return result
 
     def settle(self) -> None:
         """Wait until what has been sent has arrived: the spans of a trace are then complete."""

@@ -927,6 +927,36 @@ def save_to_a_full_disk(folder: str, disk: str) -> None:
         assert dtrp.saving.inspect(Path(disk, "saved")).extra == 6
 
 
+def agree(folder: str, num_replicas: int, proposals: list[list[int]]) -> None:
+    """Print what `agreed` says after each of 20 steps; ``proposals`` are (rank, before which step, word).
+
+    At the first word all save together, which they can after the same step alone, and go on after a flush.
+    """
+    dist.init_process_group("gloo")
+    num_stages = world_size() // num_replicas
+    replica, stage = divmod(rank(), num_stages)
+    mesh = init_device_mesh("cpu", (num_replicas, num_stages), mesh_dim_names=("replica", "stage"))
+    options: dict[str, Any] = {"mesh": mesh} if num_replicas > 1 else {}
+    with pipeline(
+        network(), sgd, num_stages=num_stages, method="dtrp", num_microbatches=2, timeout_s=10.0, **options
+    ) as pipe:
+        said = []
+        for step, (x, y) in enumerate(minibatches(20)):
+            time.sleep(0.002 * ((rank() + step) % 3))
+            for who, when, word in proposals:
+                if (who, when) == (rank(), step):
+                    pipe.propose(word)
+            x, y = (torch.tensor_split(each, num_replicas)[replica] for each in (x, y))
+            pipe.step(x if stage == 0 else None, y if stage == num_stages - 1 else None)
+            said.append(pipe.agreed)
+            if pipe.agreed and sum(map(bool, said)) == 1:
+                pipe.save(Path(folder, "saved"))
+                pipe.flush()
+        pipe.flush()
+        print(json.dumps([said, dtrp.saving.inspect(Path(folder, "saved")).num_updates]), flush=True)
+    dist.destroy_process_group()
+
+
 PROGRAMS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
@@ -944,6 +974,7 @@ PROGRAMS: dict[str, Callable[..., None]] = {
         wait_for_nobody,
         traced,
         sleeping_stages,
+        agree,
     )
 }
 
