@@ -1,0 +1,77 @@
+"""What the documents say of the raw files in results/."""
+
+from statistics import median
+from typing import Any
+
+from shown import rows
+
+SIMULATOR, KEEP, BATCH, CUTS, ACCURACY = (
+    rows(f"planning/results/{part}.jsonl") for part in ("simulator", "keep", "batch", "cuts", "accuracy")
+)
+
+
+def simulator() -> list[str]:
+    off = sorted(abs(row["off"]) for row in SIMULATOR)
+    near = [value for value in off if value <= 0.05]
+    assert (len(off), len(near)) == (48, 43)
+    assert all(row["off"] >= 0 for row in SIMULATOR)  # "the run is always the slower one"
+    outside = off[len(near) :]
+    return ["5", f"{100 * outside[0]:.1f}", f"{100 * outside[-1]:.1f}"]
+
+
+def _kept(label: str) -> tuple[float, list[float]]:
+    (row,) = [row for row in KEEP if row["label"] == label]
+    return median(row["rounds_ms"]), [size / 1e6 for size in row["memory"]]
+
+
+def keep() -> list[str]:
+    fdg, spectrain, recomputing, generous = (
+        _kept(label)[0] for label in ("fdg", "spectrain", "dtrp, recomputing", "dtrp, generous limit")
+    )
+    sizes = _kept("dtrp, 100 MB")[1]
+    return [f"{fdg:.0f}", f"{spectrain:.0f}", f"{recomputing:.0f}", f"{generous:.0f}", f"{generous / spectrain:.2f}",
+            "100", *(f"{size:.1f}" for size in sizes)]  # fmt: skip
+
+
+def batch() -> list[str]:
+    by = {row["label"]: row for row in BATCH}
+    speeds = [by[f"dtrp {size}"]["samples_per_s"] for size in (16, 32, 64)]
+    memory = [max(by[label]["memory"]) / 1e6 for label in ("dtrp 16", "dtrp 32", "dtrp 64", "fdg 16")]
+    return (
+        [f"{speed:.0f}" for speed in speeds]
+        + ["1.2", f"{max(speeds) / speeds[0]:.2f}"]
+        + [f"{size:.1f}" for size in memory]
+    )
+
+
+def _cuts(model: str, last: bool = False) -> dict[str, Any]:
+    found = [row for row in CUTS if row["model"] == model]
+    return found[-1 if last else 0]
+
+
+def _faster(row: dict[str, Any]) -> float:
+    """Planned cuts against equal ones, measured."""
+    return float(median(row["equal_rounds_ms"]) / median(row["rounds_ms"]))
+
+
+def _off(row: dict[str, Any]) -> float:
+    """Predicted time against measured, per cent."""
+    return float(100 * abs(row["predicted_ms"] / median(row["rounds_ms"]) - 1))
+
+
+def cuts() -> list[str]:
+    small, large = _cuts("resnet20"), _cuts("resnet56")
+    promised = [row["predicted_equal_ms"] / row["predicted_ms"] for row in (small, large)]
+    rounds = sorted(small["rounds_ms"])
+    wide, deep = _cuts("resnet18"), _cuts("vgg16")
+    return [f"{_faster(small):.2f}", f"{promised[0]:.2f}", f"{_faster(large):.2f}", f"{promised[1]:.2f}",
+            f"{_off(small):.0f}", f"{_off(large):.0f}", "10", f"{rounds[0]:.0f}", f"{rounds[-1]:.0f}",
+            f"{_off(wide):.0f}", f"{_off(deep):.0f}", f"{_faster(deep):.2f}", f"{_faster(wide):.2f}",
+            f"{_faster(_cuts('resnet18', last=True)):.2f}"]  # fmt: skip
+
+
+def accuracy() -> list[str]:
+    last = {(row["label"], row["seed"]): 100 * row["test_accuracy"][-1] for row in ACCURACY}
+    shown = [last[label, seed] for label in ("base", "compensated") for seed in (0, 1)]
+    less = [last["base", seed] - last["compensated", seed] for seed in (0, 1)]
+    return [f"{ACCURACY[0]['lr']:g}", *(f"{value:.2f}" for value in shown), *(f"{value:.1f}" for value in less)]

@@ -1,0 +1,100 @@
+"""What the documents say of results/sleeping.jsonl, links.jsonl and compute.jsonl."""
+
+from typing import Any
+
+from shown import rows, table
+
+SLEEPING = rows("throughput/results/sleeping.jsonl")
+LINKS = rows("throughput/results/links.jsonl")
+COMPUTE = rows("throughput/results/compute.jsonl")
+SYNCHRONOUS = ("torch 1F1B", "torch GPipe", "torch InterleavedZeroBubble")
+SIZES = (2, 4, 8)
+
+
+def _median(lines: list[dict[str, Any]], **wanted: Any) -> float:
+    (found,) = [line["median_ms"] for line in lines if all(line[key] == value for key, value in wanted.items())]
+    return float(found)
+
+
+def _faster(contender: str, stages: int) -> str:
+    """Times as fast as torch's 1F1B."""
+    one, other = (_median(SLEEPING, contender=name, stages=stages) for name in ("torch 1F1B", contender))
+    return f"{one / other:.2f}"
+
+
+def _lost(contender: str, latency: float) -> float:
+    """Per cent of throughput that a latency costs."""
+    here, there = (_median(LINKS, contender=contender, latency_ms=ms) for ms in (0.0, latency))
+    return 100 * (1 - here / there)
+
+
+def _times() -> tuple[float, float]:
+    return SLEEPING[0]["forward_ms"], SLEEPING[0]["backward_ms"]
+
+
+def readme() -> list[str]:
+    forward, backward = _times()
+    faster = [_faster(name, stages) for name in ("dtrp", "fdg") for stages in SIZES]
+    assert _lost("dtrp", forward / 2) < 0.5
+    assert _lost("fdg", forward / 2) < 0.5
+    return [f"{forward:g}", f"{backward:g}", *faster, f"{_lost('bp', forward / 2):.0f}"]
+
+
+def sleeping() -> str:
+    forward, backward = _times()
+    lines = []
+    for stages in SIZES:
+        ideals = {"dtrp": 2 * forward + backward, "fdg": forward + backward, "spectrain": forward + backward}
+        over = [f"{_median(SLEEPING, contender=name, stages=stages) / ideal:.3f}" for name, ideal in ideals.items()]
+        faster = f"{_faster('dtrp', stages)}, {_faster('fdg', stages)}"
+        lines.append([str(stages), *over, faster, _faster("torch InterleavedZeroBubble", stages)])
+    head = [
+        "K",
+        "dtrp / (2F+B)",
+        "fdg / (F+B)",
+        "spectrain / (F+B)",
+        "dtrp, fdg against 1F1B",
+        "zero bubble against 1F1B",
+    ]
+    return table(head, lines)
+
+
+def links() -> str:
+    lines = []
+    for name, label, parts in (
+        ("dtrp", "dtrp", 1),
+        ("dtrp-1f1b", "dtrp-1f1b", 1),
+        ("fdg", "fdg", 1),
+        ("bp", "bp (1F1B-flush)", 4),
+    ):
+        lines.append([label, str(parts), *(f"{_lost(name, ms):.1f}" for ms in (10.0, 18.0, 40.0, 80.0))])
+    return table(["", "A", "10 ms (F/2)", "18 ms (0.9 F)", "40 ms", "80 ms"], lines)
+
+
+def _compute(model: str, sizes: tuple[int, ...]) -> str:
+    lines = [line for line in COMPUTE if line["model"] == model]
+    alone = _median(lines, contender="one worker")
+    written = []
+    for contender in dict.fromkeys(line["contender"] for line in lines if line["stages"] > 1):
+        cells = []
+        for parts in sizes:
+            found = [x["median_ms"] for x in lines if (x["contender"], x["num_microbatches"]) == (contender, parts)]
+            cells.append(f"{found[0]:.0f} ({alone / found[0]:.2f})" if found else "")
+        written.append([contender, *cells])
+    return table(["", *(f"A={parts}" for parts in sizes)], written)
+
+
+def resnet20() -> str:
+    return _compute("resnet20", (1, 2, 4, 8))
+
+
+def resnet56() -> str:
+    return _compute("resnet56", (1, 2, 4))
+
+
+def one_worker_20() -> list[str]:
+    return [f"{_median(COMPUTE, model='resnet20', contender='one worker'):.0f}"]
+
+
+def one_worker_56() -> list[str]:
+    return [f"{_median(COMPUTE, model='resnet56', contender='one worker'):.0f}"]
