@@ -221,9 +221,9 @@ def write(path: Path) -> None:
             continue
         expected = [value for benchmark, name in marks for value in _values(benchmark, name)]
         shown = _shown(block)
-        if block.is_table:
-            first = next(i for i, line in enumerate(block.lines) if line.startswith("|"))
-            new = block.lines[:first] + expected + block.lines[first + len(shown) :]
+        if expected and expected[0].startswith("|"):  # a table, or the place for one
+            rest = [line for line in block.lines if not line.startswith("|")]
+            new = rest + expected
         elif len(shown) == len(expected):
             text, at = block.text, 0
             for old, value in zip(shown, expected, strict=True):

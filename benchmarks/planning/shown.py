@@ -3,7 +3,7 @@
 from statistics import median
 from typing import Any
 
-from shown import rows
+from shown import rows, table
 
 SIMULATOR, KEEP, BATCH, CUTS, ACCURACY = (
     rows(f"planning/results/{part}.jsonl") for part in ("simulator", "keep", "batch", "cuts", "accuracy")
@@ -31,6 +31,21 @@ def keep() -> list[str]:
     sizes = _kept("dtrp, 100 MB")[1]
     return [f"{fdg:.0f}", f"{spectrain:.0f}", f"{recomputing:.0f}", f"{generous:.0f}", f"{generous / spectrain:.2f}",
             "100", *(f"{size:.1f}" for size in sizes)]  # fmt: skip
+
+
+def memory() -> str:
+    names = {
+        "fdg": "`fdg`",
+        "spectrain": "`spectrain`",
+        "dtrp, recomputing": "`dtrp`",
+        "dtrp, generous limit": '`dtrp`, `keep="auto"`, no tight limit',
+        "dtrp, 100 MB": '`dtrp`, `keep="auto"`, 100 MB',
+    }
+    lines = []
+    for label, name in names.items():
+        time, sizes = _kept(label)
+        lines.append([name, *(f"{size:.1f}" for size in sizes), f"{time:.0f}"])
+    return table(["", "stage 0, MB", "stage 1, MB", "ms a mini-batch"], lines)
 
 
 def batch() -> list[str]:
