@@ -7,6 +7,7 @@ exceeds it is announced by one that says so, and the receive after that has the 
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -30,6 +31,7 @@ _SMALL_BYTES = 64 * 2**10
 _MOST_KEPT = 16
 _MOST_WAITING = 2
 _CPU = torch.device("cpu")
+_give_way = getattr(os, "sched_yield", lambda: None)  # where ranks share cores, whoever waits for the message goes first
 
 
 class Wire:
@@ -176,6 +178,7 @@ class Sender(Link):
             self._kept.append(job)
         if not at_once or len(self._kept) >= _MOST_KEPT or self._tracer.on:
             self._hand_over()
+        _give_way()
 
     def _hand_over(self) -> None:
         with self._counting:

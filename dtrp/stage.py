@@ -43,7 +43,7 @@ from .aligned import aligned_clone, enter
 from .exchange import Places
 from .footprint import StageSizes, footprint, optimizer_bytes
 from .gauge import Gauge
-from .gradients import GradientRule, Unseen, clip_, gradient_norm, nonfinite, overall
+from .gradients import GradientRule, Unseen, all_finite, clip_, gradient_norm, nonfinite, overall
 from .methods import Keep, Method
 from .modes import in_mode
 from .predict import BuiltInPredictor, as_predictor
@@ -570,6 +570,9 @@ class Stage:
         self.check_gradients()
         if not self._at_once:
             self._unseen.add(self.version, self.gradients, self.device)
+            return True
+        unclipped = norms is None and rule.max_norm is None
+        if unclipped and self.device.type == "cpu" and all_finite(self.gradients):
             return True
         if norms is None or (rule.clip == "stage" and rule.max_norm is not None):
             norm = gradient_norm(self.gradients)
