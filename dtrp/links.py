@@ -31,7 +31,8 @@ _SMALL_BYTES = 64 * 2**10
 _MOST_KEPT = 16
 _MOST_WAITING = 2
 _CPU = torch.device("cpu")
-_give_way = getattr(os, "sched_yield", lambda: None)  # where ranks share cores, whoever waits for the message goes first
+# Where ranks share cores, whoever waits for the message goes first.
+_give_way = getattr(os, "sched_yield", lambda: None)
 
 
 class Wire:
