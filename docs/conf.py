@@ -40,7 +40,7 @@ default_role = "py:obj"  # `Pipeline` in a docstring links to it, and is code wh
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures say them
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 autodoc_preserve_defaults = True
 napoleon_use_rtype = False
 
