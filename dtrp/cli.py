@@ -294,6 +294,11 @@ _TRAIN_OPTIONS = [
         "--trace", is_flag=True, help="Write what ran when to trace.json in --out, for Perfetto and for 'dtrp report'."
     ),
     click.option(
+        "--tensorboard",
+        is_flag=True,
+        help="Write events to tensorboard/ in --out, while it trains (tensorboard --logdir).",
+    ),
+    click.option(
         "--prediction-error-every",
         type=int,
         default=_DEFAULTS.prediction_error_every,

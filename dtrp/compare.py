@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from .footprint import held_at_most
 from .methods import get_method
 from .train import TrainConfig, check_settings, config_text
 
@@ -115,10 +118,19 @@ class Comparison:
             known = self.folder / _SETTINGS
             if not self.folder.is_dir() or (any(self.folder.iterdir()) and not known.is_file()):
                 raise ValueError(f"--out {folder} exists and is no comparison; choose another name")
-            if known.is_file() and known.read_text() != self._settings:
+            if known.is_file() and not self._agrees(known):
                 raise ValueError(
                     f"--out {folder} holds runs of other settings ({known}); choose another name, or give the same settings"
                 )
+
+    def _agrees(self, known: Path) -> bool:
+        """Whether a file holds these settings; one that it does not name, since it is older than that option, has its default."""
+        defaults = yaml.safe_load(config_text(dataclasses.replace(TrainConfig(), **dict.fromkeys(_OWN))))  # type: ignore[arg-type]
+        try:
+            theirs = yaml.safe_load(known.read_text())
+        except yaml.YAMLError:
+            return False
+        return isinstance(theirs, dict) and {**defaults, **theirs} == {**defaults, **yaml.safe_load(self._settings)}
 
     def config(self, cell: Cell) -> TrainConfig:
         """The settings of one cell's run."""
@@ -218,12 +230,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 def peak_bytes(summary: dict[str, Any]) -> list[int]:
     """Of each stage: weights, optimizer state, gradients, the predicted copy, and the most activations at once."""
-    peaks = []
-    for stage in summary["stages"]:
-        memory = stage["memory"]
-        held = memory["weights"] + memory["optimizer"] + memory["predicted"]
-        peaks.append(held + stage["activations_peak"])
-    return peaks
+    return [held_at_most(stage["memory"], stage["activations_peak"]) for stage in summary["stages"]]
 
 
 def largest_delay(summary: dict[str, Any]) -> int:

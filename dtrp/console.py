@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from .compare import Group, largest_delay, peak_bytes, prediction_error
+from .compare import Group as Cells
+from .compare import largest_delay, peak_bytes, prediction_error
 from .planning import Choice, Plan, Simulation
 from .train import EpochMetrics, Reporter, Trainer, TrainResult, describe_layers, summarize_delays
 
@@ -44,12 +47,17 @@ class ConsoleReporter(Reporter):
         self.console.print(text, highlight=False, markup=False)
 
     def epoch(self, metrics: EpochMetrics) -> None:
-        self.console.print(
+        line = (
             f"epoch {metrics.epoch:3}  update {metrics.update:6}  train loss {metrics.train_loss:.4f}  "
             f"test loss {metrics.test_loss:.4f}  {self._perplexity(metrics)}accuracy {metrics.test_accuracy:7.2%}  "
-            f"{metrics.samples_per_s:6.0f} samples/s  {metrics.elapsed_s:6.0f} s",
-            highlight=False,
+            f"{metrics.samples_per_s:6.0f} samples/s  {metrics.elapsed_s:6.0f} s"
         )
+        if len(line) > self.console.width:
+            line = (
+                f"epoch {metrics.epoch:3}  train {metrics.train_loss:.4f}  test {metrics.test_loss:.4f}  "
+                f"accuracy {metrics.test_accuracy:7.2%}  {metrics.elapsed_s:6.0f} s"
+            )
+        self.console.print(line, highlight=False)
 
     def _perplexity(self, metrics: EpochMetrics) -> str:
         """What the loss of a text is told in."""
@@ -102,60 +110,74 @@ class PlainReporter(ConsoleReporter):
 
 
 class LiveReporter(ConsoleReporter):
-    """A line that refreshes: loss and accuracy with their curves so far, samples/s and the time left."""
+    """Two lines that refresh: how far the run is, and the curves of loss and accuracy so far."""
 
     def __enter__(self) -> LiveReporter:
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]}  accuracy {task.fields[accuracy]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[speed]} samples/s"),
             TimeRemainingColumn(),
             console=self.console,
-            transient=True,
+            expand=True,
         )
-        self._progress.start()
+        self._loss: float | None = None
+        self._losses: list[float] = []
+        self._accuracies: list[float] = []
+        self._live = Live(console=self.console, transient=True, get_renderable=self._lines)
+        self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._live.stop()
+
+    def _lines(self) -> RenderableType:
+        if self._loss is None:
+            return self._progress
+        texts = [f"loss {{}} {self._loss:.4f}"]
+        if self._accuracies:
+            texts.append(f"accuracy {{}} {self._accuracies[-1]:.2%}")
+        free = self.console.width - sum(map(len, texts)) + 2 * len(texts) - 2
+        width = max(4, min(40, free // len(texts)))
+        curves = (curve(values, width) for values in (self._losses, self._accuracies))
+        shown = "  ".join(text.format(own) for text, own in zip(texts, curves, strict=False))
+        return Group(self._progress, Text(shown, no_wrap=True))
 
     def start(self, trainer: Trainer) -> None:
         super().start(trainer)
-        self._task = self._progress.add_task(
-            "", total=trainer.total_updates, epoch=1, loss="-", accuracy="-", speed="-"
-        )
+        self._task = self._progress.add_task("", total=trainer.total_updates, epoch=1, speed="-")
+        self._every, self._due = (
+            trainer.total_updates // 500,
+            0,
+        )  # a curve of a few hundred points, however long the run
         self._shown = self._since = time.perf_counter()
         self._samples = 0
-        self._losses: list[float] = []
-        self._accuracies: list[float] = []
 
     def update(self, epoch: int, update: int, loss: Callable[[], float], samples: int) -> None:
         now = time.perf_counter()
         self._samples += samples
         if now - self._shown < 0.2:  # reading the loss waits for the device
             return
-        self._losses.append(loss())
+        self._loss = loss()
+        if update > self._due:
+            self._losses.append(self._loss)
+            self._due = update + self._every
         self._progress.update(
-            self._task,
-            completed=update,
-            epoch=epoch + 1,
-            loss=f"{curve(self._losses)} {self._losses[-1]:.4f}",
-            speed=f"{self._samples / (now - self._since):.0f}",
+            self._task, completed=update, epoch=epoch + 1, speed=f"{self._samples / (now - self._since):.0f}"
         )
         self._shown = now
 
     def epoch(self, metrics: EpochMetrics) -> None:
         super().epoch(metrics)
         self._accuracies.append(metrics.test_accuracy)
-        shown = f"{curve(self._accuracies)} {metrics.test_accuracy:.2%}"
-        self._progress.update(self._task, completed=metrics.update, accuracy=shown)
+        self._progress.update(self._task, completed=metrics.update)
         self._samples, self._since = 0, time.perf_counter()
 
     def finish(self, result: TrainResult) -> None:
-        self._progress.remove_task(self._task)
+        self._live.stop()
         super().finish(result)
 
 
@@ -310,7 +332,7 @@ def _few(words: Sequence[str]) -> str:
     return " ".join(words) if len(words) <= 8 else f"{' '.join(words[:3])} .. {' '.join(words[-3:])}"
 
 
-def show_comparison(groups: Sequence[Group]) -> None:
+def show_comparison(groups: Sequence[Cells]) -> None:
     """Runs of several methods, a row for those that differ in their seed alone; mean and standard deviation."""
     table = Table(title="side by side (mean ± standard deviation over seeds)", title_justify="left")
     table.add_column("method")

@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -154,6 +155,13 @@ def _moments(
             if action.kind == "B":
                 held.popleft()
     return frozenset(moments), delayed
+
+
+def held_at_most(memory: Mapping[str, int], activations_peak: int) -> int:
+    """Bytes that a stage has held at most, by what it measured of itself (`Pipeline.memory`, `Pipeline.activations_peak`)."""
+    return (
+        sum(memory.get(name, 0) for name in ("weights", "optimizer", "gradients_peak", "predicted")) + activations_peak
+    )
 
 
 def optimizer_bytes(optimizer: Optimizer) -> int:

@@ -183,7 +183,7 @@ class Stage:
         self.skipped: list[int] = []  # mini-batches whose update was left out
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
         self.delays: Counter[int] = Counter()
-        self.stash_peak = self.activations_peak = 0  # bytes
+        self.stash_peak = self.activations_peak = self.gradients_peak = 0  # bytes
         self.gauge: Gauge | None = None  # of the distance from the weights read to the true ones
         self._spent: list[Tensor | None] = []  # the gradients of the last update
         self._stash: deque[Held] = deque()
@@ -560,6 +560,7 @@ class Stage:
             # Freed with the stage's next work, not here: a heap that is empty between two steps goes back to the
             # system and is faulted in again, a tenth of a small network's step.
             self._spent, self.gradients = self.gradients, [None] * len(self.parameters)
+            self.gradients_peak = max(self.gradients_peak, self._gradients_bytes())
         if self.lr_scheduler is not None:
             self._step_scheduler(self.lr_scheduler, applies)
         self.version += 1
@@ -662,18 +663,21 @@ class Stage:
         self.stash_peak = max(self.stash_peak, stash)
         self.activations_peak = max(self.activations_peak, stash + graph_bytes)
 
+    def _gradients_bytes(self) -> int:
+        return sum(tensor_bytes(g) for g in [*self.gradients, *self._spent] if g is not None)
+
     def _weights_bytes(self) -> int:
         return sum(map(tensor_bytes, itertools.chain(self.module.parameters(), self.module.buffers())))
 
     def memory(self) -> dict[str, int]:
         """Bytes held, as in `Pipeline.memory`."""
         states = self.optimizer.state.values() if self.optimizer is not None else ()
-        gradients = [g for g in [*self.gradients, *self._spent] if g is not None]
         return {
             "weights": self._weights_bytes(),
             "predicted": self._predicted.nbytes if self._predicted is not None else 0,
             "optimizer": states_bytes(states),
-            "gradients": sum(map(tensor_bytes, gradients)),
+            "gradients": self._gradients_bytes(),
+            "gradients_peak": self.gradients_peak,
             "stash": stash_bytes(self._stash),
             "stash_peak": self.stash_peak,
         }

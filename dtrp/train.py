@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from .data import Dataset, TextDataset, batches, load_data
+from .events import Events, StageScalars, check_tensorboard
 from .gauge import PredictionError
 from .methods import Method, get_method
 from .models import get_model, takes_text
@@ -92,6 +93,7 @@ class TrainConfig:
     seed: int = 0
     prediction_error_every: int = 0
     trace: bool = False
+    tensorboard: bool = False
     save_every: int | None = None
     keep_last: int = 2
     out: str | None = None
@@ -259,12 +261,13 @@ class Trainer:
                 if self.run_folder is not None:
                     self.run_folder.go_on(config_text(config), self.position.metrics)
         self._asked_to_stop: int | None = None
+        self._events: Events | None = None
 
     def run(self, reporter: Reporter | None = None) -> TrainResult:
         """Train, test after each epoch, and keep the run folder whole all the while."""
         reporter = reporter or Reporter()
         config, pipe = self.config, self.pipe
-        with ExitStack() as failing, self._stopping():
+        with ExitStack() as failing, ExitStack() as ending, self._stopping():
             failing.push(pipe)  # an error here is told to the other ranks at once
             reporter.start(self)
             for note in self.notes:
@@ -272,6 +275,10 @@ class Trainer:
             at = self.position
             start = time.perf_counter() - at.elapsed_s
             epochs = [EpochMetrics(**line) for line in at.metrics]
+            stage_scalars = StageScalars()
+            if config.tensorboard:
+                self._begin_events()
+                ending.callback(self._end_events)
             for epoch in range(at.epoch, config.epochs):
                 if pipe.num_updates >= self.total_updates:
                     break
@@ -294,6 +301,10 @@ class Trainer:
                 )
                 metrics = next(m for m in pipe.gather(own if self.reports else None) if m is not None)
                 epochs.append(metrics)
+                if config.tensorboard:
+                    scalars = pipe.gather(stage_scalars.since(pipe) if self.replica == 0 else {})
+                    if self._events is not None:
+                        self._events.epoch(metrics, scalars)
                 if config.out:
                     model = pipe.model_state_dict_on_first()
                     if self.run_folder is not None and model is not None:
@@ -334,6 +345,7 @@ class Trainer:
             images=pipe.is_first,
             start=at.samples,
         ):
+            lr = next((o.param_groups[0]["lr"] for o in reversed(pipe.optimizers) if o is not None), None)
             with self._autocast():
                 loss = pipe.step(self._shard(x), self._shard(y))
             samples += len(y)
@@ -342,6 +354,8 @@ class Trainer:
                 loss_sum = loss_sum.to(loss.device) + torch.where(known, loss.double(), 0.0) * len(y)
                 learned = learned.to(loss.device) + known * len(y)
                 reporter.update(at.epoch, pipe.num_updates, loss.item, len(y))
+                if self._events is not None:
+                    self._events.update(pipe.num_updates, loss, lr, len(y))
             if pipe.num_updates == self.total_updates or samples == len(data.train_y):
                 break  # the epoch's end saves
             asked = self._asked_to_stop is not None
@@ -364,7 +378,23 @@ class Trainer:
         here = dataclasses.replace(
             at, samples=samples, loss_sum=sums[0], learned=sums[1], trained_s=now - began, elapsed_s=now - start
         )
+        if self._events is not None:
+            self._events.flush()  # a run that goes on from the save lacks nothing
         self._saves.write(self.pipe, here, portable=False)
+
+    def _begin_events(self) -> None:
+        """Make the run's folder now, and the writer where the progress is known."""
+        if self.run_folder is not None:
+            self.run_folder.begin(config_text(self.config))
+        self.pipe.gather(None)  # the folder is there
+        if self.reports:
+            folder = Path(str(self.config.out)).expanduser().absolute() / "tensorboard"
+            self._events = Events(folder, after=self.pipe.num_updates, settings=config_text(self.config))
+
+    def _end_events(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
@@ -775,6 +805,10 @@ def check_settings(config: TrainConfig) -> None:
         raise ValueError("--save-every with --keep-last 0, which keeps no save; leave one of them out")
     if config.trace and not config.out:
         raise ValueError("--trace without --out: the trace goes to the run's folder; name one")
+    if config.tensorboard:
+        if not config.out:
+            raise ValueError("--tensorboard without --out: the events go to the run's folder; name one")
+        check_tensorboard()
     if config.batch_size < config.num_microbatches:
         raise ValueError(
             f"--batch-size {config.batch_size} is smaller than --num-microbatches {config.num_microbatches}; every "

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from dtrp import Schedule
 from dtrp.cli import cli, run
-from dtrp.console import LiveReporter, curve
+from dtrp.console import LiveReporter, PlainReporter, curve, make_reporter
 from dtrp.models import get_model
-from dtrp.train import TrainConfig, Trainer, lr_factor, summarize_delays
+from dtrp.train import EpochMetrics, TrainConfig, Trainer, lr_factor, summarize_delays
 
 SMALL = ["train", "--data", "digits", "--model", "mlp", "--limit-train", "100", "--limit-test", "50",
          "--batch-size", "32", "--epochs", "2", "--threads", "1", "--lr", "0.01"]  # fmt: skip
@@ -283,6 +283,38 @@ def test_the_live_line(tmp_path: Path) -> None:
     shown = console.export_text()
     assert "epoch   1" in shown
     assert "test accuracy" in shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 130])
+def test_the_live_lines_fit_the_terminal(width: int) -> None:
+    console = Console(force_terminal=True, width=width, file=io.StringIO())
+    trainer = Trainer(TrainConfig(model="mlp", limit_train=64, limit_test=20, epochs=1, threads=1))
+    with LiveReporter(console, table=False) as reporter:
+        reporter.start(trainer)
+        reporter._shown = 0.0
+        reporter.epoch(EpochMetrics(1, 3, 2.31, 2.25, 0.125, 345.6, 12.3))
+        reporter.update(0, 4, lambda: 2.5, 64)
+        with console.capture() as capture:
+            console.print(reporter._lines())
+    bar, curves = capture.get().splitlines()
+    assert "4/1" in bar
+    assert "loss ▁ 2.5000  accuracy ▁ 12.50%" in curves
+    printed = [line for line in console.file.getvalue().splitlines() if "epoch   1" in line]  # type: ignore[attr-defined]
+    assert all(("12 s" in line) and ("12.50%" in line) for line in printed), "on one line"
+    assert any(("samples/s" in line) == (width > 110) for line in printed)
+
+
+def test_a_log_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["train", "--model", "mlp", "--limit-train", "64", "--limit-test", "20", "--epochs", "2", "--threads", "1"]
+    assert run(small) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\r" not in shown
+    assert [line[:9] for line in shown.splitlines()[1:3]] == ["epoch   1", "epoch   2"]
+    assert type(make_reporter()) is PlainReporter
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal
+    assert type(make_reporter()) is LiveReporter
+    assert type(make_reporter(quiet=True)) is PlainReporter
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,15 @@ def test_the_prediction_error_is_the_distance_of_the_weights(method: str) -> Non
 
 
 def test_numbers_of_a_summary() -> None:
-    memory = {"weights": 10, "optimizer": 20, "predicted": 5, "gradients": 0, "stash": 0, "stash_peak": 7}
+    memory = {
+        "weights": 10,
+        "optimizer": 20,
+        "predicted": 5,
+        "gradients": 0,
+        "gradients_peak": 6,
+        "stash": 0,
+        "stash_peak": 7,
+    }
     stages = [
         {"memory": memory, "activations_peak": 9, "delays": {"0": 3, "10": 2}, "prediction_errors": [[1, 2, 0.5, 1.0]]},
         {
@@ -229,7 +237,7 @@ def test_numbers_of_a_summary() -> None:
         },
     ]
     summary = {"stages": stages}
-    assert peak_bytes(summary) == [44, 36]
+    assert peak_bytes(summary) == [50, 42]
     assert largest_delay(summary) == 10
     assert prediction_error(summary) == pytest.approx(0.75)
     assert math.isnan(prediction_error({"stages": []}))

@@ -141,6 +141,7 @@ def test_memory_adds_up() -> None:
         assert memory["weights"] == weights + sum(b.nbytes for b in stage.buffers())
         assert memory["optimizer"] == weights, "one momentum buffer"
         assert memory["gradients"] in (0, weights), "those of the last update until the next work"
+        assert memory["gradients_peak"] == weights
     pipe.flush()
     assert all(memory["stash"] == memory["gradients"] == 0 for memory in pipe.memory().values())
     pipe.close()
