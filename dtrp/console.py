@@ -55,7 +55,7 @@ class ConsoleReporter(Reporter):
         if len(line) > self.console.width:
             line = (
                 f"epoch {metrics.epoch:3}  train {metrics.train_loss:.4f}  test {metrics.test_loss:.4f}  "
-                f"accuracy {metrics.test_accuracy:7.2%}  {metrics.elapsed_s:6.0f} s"
+                f"accuracy {metrics.test_accuracy:.2%}  {metrics.elapsed_s:.0f} s"
             )
         self.console.print(line, highlight=False)
 

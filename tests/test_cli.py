@@ -294,9 +294,9 @@ def test_the_live_lines_fit_the_terminal(width: int) -> None:
         reporter._shown = 0.0
         reporter.epoch(EpochMetrics(1, 3, 2.31, 2.25, 0.125, 345.6, 12.3))
         reporter.update(0, 4, lambda: 2.5, 64)
-        with console.capture() as capture:
-            console.print(reporter._lines())
-    bar, curves = capture.get().splitlines()
+        beside = Console(width=width, file=io.StringIO())
+        beside.print(reporter._lines())
+    bar, curves = beside.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert "4/1" in bar
     assert "loss ▁ 2.5000  accuracy ▁ 12.50%" in curves
     printed = [line for line in console.file.getvalue().splitlines() if "epoch   1" in line]  # type: ignore[attr-defined]
