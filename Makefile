@@ -18,7 +18,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/check.py build/docs
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 # The numbers as the issues word them: hours. CIFAR is the folder that holds cifar-10-batches-py.
 test-full: lint

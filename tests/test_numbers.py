@@ -100,3 +100,10 @@ def test_numbers_are_written_from_the_raw_files(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "README.md").write_text(wrong)
     shown.write(tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text() == text
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/*/results/*.json*")), ids=lambda path: path.name)
+def test_every_raw_file_is_on_the_page_of_results(path: Path) -> None:
+    page = DOCUMENTS["docs/results.md"]
+    linked = {link for block in shown.blocks(page, page.read_text()) for link in block.links}
+    assert path in linked, f"docs/results.md does not link to {path.relative_to(ROOT)}"
