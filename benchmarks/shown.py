@@ -37,7 +37,7 @@ GENERATED = ("cli.md",)
 _MARK = re.compile(r"<!-- shown: ([\w-]+)/(\w+) -->")
 _EXEMPT = re.compile(r"<!-- not measured: \S.*? -->")
 _UNIT = r"\s?(?:%|per cent|ms\b|µs\b|MB\b|GB\b|samples/s|points?\b|seconds?\b|s\b|times (?:as|the|its|faster|slower)\b|x\b(?! \d))"
-_NUMBER = r"(?<![\w.,/-])-?\d[\d,]*(?:\.\d+)?(?![\w])"
+_NUMBER = r"(?<![\w.,/-])-?\d[\d,]*(?:\.\d+)?"
 _WITH_UNIT = re.compile(rf"{_NUMBER}(?=(?:(?:, | and | to | or ){_NUMBER})*{_UNIT})")
 _DECIMAL = re.compile(r"(?<!torch )(?<!Python )(?<![\w.,/-])-?\d[\d,]*\.\d+(?!\w|\.\d)")
 _SPREAD = re.compile(r"±\s?\d")

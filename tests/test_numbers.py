@@ -69,6 +69,8 @@ def test_a_dead_link_and_numbers_without_one_are_seen() -> None:
     [
         "dtrp is 12 % faster.",
         "It takes 1.3 times as long.",
+        "It is 1.3x faster.",
+        "A step takes 30ms.",
         "A step takes 30 and 40 ms.",
         "54.2 ± 0.1",
         "It holds 45 MB.",
