@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from browser import needs_chromium, open_page
 
 from dtrp import Schedule, get_method, list_methods
 
 pytest.importorskip("sphinx", reason="the extra 'docs' is not installed")
 DOCS = Path(__file__).parent.parent / "docs"
+SITE = DOCS.parent / "build" / "docs"
 sys.path.insert(0, str(DOCS))
 
 import check  # noqa: E402
@@ -64,6 +66,35 @@ def test_every_command_and_option_is_on_the_page_of_commands() -> None:
         assert f"## dtrp {name}" in text
     assert "`--num-microbatches INTEGER`\n: " in text
     assert "One of `digits`, `cifar10`" in text
+
+
+@needs_chromium
+@pytest.mark.skipif(not (SITE / "docs").is_dir(), reason="the site is not built: make docs")
+@pytest.mark.parametrize(
+    ("page", "width"),
+    [
+        ("docs/concepts", 390),
+        ("docs/concepts", 1400),
+        ("docs/theory", 390),
+        ("docs/methods/dtrp", 390),
+        ("README", 390),
+    ],
+)
+def test_the_site_opens_in_a_browser(tmp_path: Path, page: str, width: int) -> None:
+    shown = open_page(SITE / f"{page}.html", width, tmp_path)
+    assert "<math" in shown or page != "docs/theory"
+    assert 'role="img"' in shown or page in ("docs/theory", "README")
+
+
+@needs_chromium
+def test_what_a_page_may_not_do_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text('<!doctype html><div style="width: 600px">wide</div>')
+    with pytest.raises(AssertionError, match="is 6[0-9][0-9] pixels wide in a window of 390"):
+        open_page(page, 390, tmp_path)
+    page.write_text('<!doctype html><script src="https://example.org/x.js"></script>')
+    with pytest.raises(AssertionError, match="net::ERR"):
+        open_page(page, 390, tmp_path)
 
 
 def test_dead_links_and_loads_from_the_network_are_found(tmp_path: Path) -> None:
