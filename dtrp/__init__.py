@@ -1,15 +1,15 @@
 """Train a network that is spread over several workers, without waiting.
 
 `Pipeline` trains; `split` divides a model of any forward into stages; `get_method` and `list_methods` name what it can
-train by; `Schedule` writes a method's order of work down; `linear` and `rollout` predict weights; `plan` chooses
-cuts, batch and memory for a model, and `simulate` runs a schedule without one.
+train by; `Schedule` writes a method's order of work down; `linear`, `rollout` and `informed` predict weights;
+`plan` chooses cuts, batch and memory for a model, and `simulate` runs a schedule without one.
 """
 
 from .methods import Method, get_method, list_methods
 from .pipeline import Pipeline
 from .plan_file import Plan, PlanError
 from .planning import plan, simulate
-from .predict import linear, rollout
+from .predict import informed, linear, rollout
 from .sampler import ResumableSampler
 from .saving import CheckpointError
 from .schedule import Schedule, ScheduleError
@@ -28,6 +28,7 @@ __all__ = [
     "StageError",
     "Stages",
     "get_method",
+    "informed",
     "linear",
     "list_methods",
     "plan",

@@ -33,6 +33,7 @@ from .failure import WorkerError
 from .links import Receiver, Sender
 from .messages import Kind, Message, Note, memory_of
 from .methods import Method
+from .predict import BuiltInPredictor
 from .schedule import Action, StageOrder
 from .stage import Stage, StageError, naming
 from .stash import MicroBatch
@@ -417,10 +418,11 @@ def _fingerprint(module: nn.Module) -> dict[str, str]:
 
 
 def method_values(method: Method) -> dict[str, Any]:
-    """A method as values that can be compared; a predictor object by its type."""
+    """A method as values that can be compared; a predictor object by its name or its type."""
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     if not isinstance(method.predict, (str, NoneType)):
-        values["predict"] = type(method.predict).__name__
+        built_in = isinstance(method.predict, BuiltInPredictor)
+        values["predict"] = method.predict.name if built_in else type(method.predict).__name__
     return values
 
 

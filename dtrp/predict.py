@@ -21,8 +21,24 @@ Two are built in. With p a weight, v its momentum buffer, mu the momentum and h 
     The optimizer run h times with a zero gradient, weight decay included (the roll-out of FTPipe's
     momentum prediction, USENIX ATC 2021). SGD without decay: ``p - lr v (mu + mu^2 + ... + mu^h)``.
 
-Both leave a weight as it is while its optimizer holds no state for it: before its first update, and
+``informed``
+    ``linear``, from a momentum that counts what is known of the next gradient. When a micro-batch's
+    forward runs, some of those of the mini-batch before its own have often had their backward; with s
+    their share of its samples, a their gradient so far, and g the mean gradient that a momentum stands
+    for, the next gradient is taken to be ``a + (1 - s) g``. Ours. An object, not a name:
+    ``method=get_method("dtrp", predict=dtrp.informed)``. It is another prediction for each micro-batch,
+    so it costs a pass each, with scratch of two weights. ::
+
+        SGD     v becomes  mu v + (1 - dampening) (a + (1 - s) g),     g = v (1 - mu) / (1 - dampening)
+        Adam    m becomes  beta1 m + (1 - beta1) (a + (1 - s) g),      g = m_hat
+
+All leave a weight as it is while its optimizer holds no state for it: before its first update, and
 for SGD without momentum.
+
+A predictor of one's own is told the gradient too if it has an attribute ``uses_gradients`` that is
+true: it is then called with ``gradients=`` (those of mini-batch ``version`` so far, summed over its
+micro-batches, each weighted by its share; None where there is none; not to be written) and ``share=``
+(of its samples, from 0 to 1), and on ranks the prediction is not made ahead of its time.
 """
 
 from __future__ import annotations
@@ -55,13 +71,15 @@ _Rule = Callable[[Tensor, dict[str, Any], dict[str, Any], int, Tensor], None]  #
 
 
 class BuiltInPredictor:
-    """``linear`` or ``rollout`` for SGD, Adam, AdamW and NAdam.
+    """``linear``, ``rollout`` or ``informed`` for SGD, Adam, AdamW and NAdam.
 
-    The result depends on the version and the horizon alone, so micro-batches that share both share it.
+    Unless it uses gradients, the result depends on the version and the horizon alone, so micro-batches that share both
+    share it.
     """
 
-    def __init__(self, name: str, rules: dict[type[Optimizer], _Rule]) -> None:
+    def __init__(self, name: str, rules: dict[type[Optimizer], _Rule], *, uses_gradients: bool = False) -> None:
         self.name = name
+        self.uses_gradients = uses_gradients
         self._rules = rules
 
     def __repr__(self) -> str:
@@ -92,11 +110,13 @@ class BuiltInPredictor:
         stage: int = 0,
         microbatch: int = 0,
         version: int = 0,
+        gradients: Sequence[Tensor | None] = (),
+        share: float = 0.0,
     ) -> None:
         self.check(optimizer)
         rule = self._rules[type(optimizer)]
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        for p, o in zip(parameters, out, strict=True):
+        for p, o, gradient in zip(parameters, out, gradients or [None] * len(out), strict=True):
             state = optimizer.state.get(p, {})
             if state.get("momentum_buffer" if type(optimizer) is SGD else "exp_avg") is None:
                 o.copy_(p)
@@ -106,7 +126,28 @@ class BuiltInPredictor:
                     state = {k: torch.view_as_real(t) if torch.is_complex(t) else t for k, t in state.items()
                              if isinstance(t, Tensor)}  # fmt: skip
                     p, o = torch.view_as_real(p), torch.view_as_real(o)
+                    gradient = gradient if gradient is None else torch.view_as_real(gradient)
+                if gradient is not None and self.uses_gradients:
+                    state = _informed(p, state, group, gradient, share, decoupled=_is_decoupled(group, optimizer))
                 rule(p, state, group, horizon, o)
+
+
+def _informed(
+    p: Tensor, state: dict[str, Any], group: dict[str, Any], gradient: Tensor, share: float, *, decoupled: bool
+) -> dict[str, Any]:
+    """The state, its momentum that of the next update, as the rules read it: they correct Adam's for the steps so far."""
+    known = -gradient if group["maximize"] else gradient
+    if group["weight_decay"] and not decoupled:
+        known = known.add(p, alpha=share * group["weight_decay"])
+    if "momentum_buffer" in state:
+        mu = group["momentum"]
+        v = torch.mul(state["momentum_buffer"], 1 - share * (1 - mu))
+        return {**state, "momentum_buffer": v.add_(known, alpha=1 - group["dampening"])}
+    beta1, t = float(group["betas"][0]), float(state["step"])
+    now, then = 1 - beta1**t, 1 - beta1 ** (t + 1)
+    c = (1 - beta1) / then
+    m = torch.mul(state["exp_avg"], 1 - share * c)
+    return {**state, "exp_avg": m.add_(known, alpha=now * c)}
 
 
 # -- SGD ------------------------------------------------------------------------------------------------
@@ -139,9 +180,9 @@ def _sgd_rollout(p: Tensor, state: dict[str, Any], group: dict[str, Any], horizo
 # -- the Adam family ------------------------------------------------------------------------------------
 
 
-def _is_decoupled(group: dict[str, Any]) -> bool:
+def _is_decoupled(group: dict[str, Any], optimizer: Optimizer | None = None) -> bool:
     # Adam, AdamW and NAdam all carry the flag in recent torch; older AdamW does not (see _with_flag).
-    return bool(group.get("decoupled_weight_decay", False))
+    return type(optimizer) is AdamW or bool(group.get("decoupled_weight_decay", False))
 
 
 def _adam_linear(p: Tensor, state: dict[str, Any], group: dict[str, Any], horizon: int, out: Tensor) -> None:
@@ -264,9 +305,14 @@ def _with_flag(rule: _Rule) -> _Rule:
     return adamw
 
 
-linear = BuiltInPredictor(
-    "linear", {SGD: _sgd_linear, Adam: _adam_linear, AdamW: _with_flag(_adam_linear), NAdam: _nadam_linear}
-)
+_LINEAR: dict[type[Optimizer], _Rule] = {
+    SGD: _sgd_linear,
+    Adam: _adam_linear,
+    AdamW: _with_flag(_adam_linear),
+    NAdam: _nadam_linear,
+}
+linear = BuiltInPredictor("linear", _LINEAR)
+informed = BuiltInPredictor("informed", _LINEAR, uses_gradients=True)
 rollout = BuiltInPredictor(
     "rollout", {SGD: _sgd_rollout, Adam: _adam_rollout, AdamW: _with_flag(_adam_rollout), NAdam: _nadam_rollout}
 )

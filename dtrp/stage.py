@@ -174,6 +174,9 @@ class Stage:
         self.predictor = as_predictor(method.predict) if self.distance > 0 and self.parameters else None
         if isinstance(self.predictor, BuiltInPredictor) and self.optimizer is not None:
             self.predictor.check(self.optimizer)
+        self.uses_gradients = bool(getattr(self.predictor, "uses_gradients", False))
+        # Whether micro-batches of one version and horizon read the same, which may be made ahead of its time.
+        self.predicts_alike = isinstance(self.predictor, BuiltInPredictor) and not self.uses_gradients
 
         self.rule = rule or GradientRule()
         self._at_once = at_once or self.rule.max_norm is not None or self.rule.on_nonfinite == "skip"
@@ -199,7 +202,7 @@ class Stage:
 
     def prepare(self, microbatch: int, minibatch: int) -> None:
         """The part of the next F that needs no input: the weights it is going to read."""
-        if self.predictor is None or isinstance(self.predictor, BuiltInPredictor):
+        if self.predictor is None or self.predicts_alike:
             self._prepared = self._weights(microbatch, minibatch - self.version)
 
     def forward(self, micro: MicroBatch, x: Any, target: Any = None) -> Any:
@@ -313,7 +316,7 @@ class Stage:
         if self._predicted is None:
             self._predicted = WeightVersion(self.parameters)
         key = (self.version, horizon)
-        if self._predicted_for != key or not isinstance(self.predictor, BuiltInPredictor):
+        if self._predicted_for != key or not self.predicts_alike:
             self._predict_into(self._predicted, microbatch, horizon)
             self._predicted_for = key
         return self._predicted
@@ -322,7 +325,7 @@ class Stage:
         """A copy of the weights that F reads, shared by the micro-batches that read the same."""
         if not self.parameters:
             return None
-        shared = self.predictor is None or isinstance(self.predictor, BuiltInPredictor)
+        shared = self.predictor is None or self.predicts_alike
         key = (self.version, 0 if self.predictor is None else horizon)
         version = self._versions.get(key) if shared else None
         if version is None:
@@ -340,6 +343,12 @@ class Stage:
         assert self.optimizer is not None
         if not isinstance(self.predictor, BuiltInPredictor):
             version.copy_from(self.parameters)  # a weight that it leaves out is predicted to stay
+        more: dict[str, Any] = {}
+        if self.uses_gradients:
+            # A forward with a delay is of a later mini-batch than this version's, so all of its forwards are through.
+            waiting = sum(held.micro.share for held in self._stash if held.micro.minibatch == self.version)
+            known = any(gradient is not None for gradient in self.gradients)
+            more = {"gradients": self.gradients, "share": max(0.0, 1.0 - waiting) if known else 0.0}
         with torch.no_grad(), self._shrunk_lr():
             self.predictor(
                 self.parameters,
@@ -349,6 +358,7 @@ class Stage:
                 stage=self.index,
                 microbatch=microbatch,
                 version=self.version,
+                **more,
             )
 
     # -- B ------------------------------------------------------------------------------------------

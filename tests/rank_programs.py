@@ -389,7 +389,7 @@ def _uneven_cuts(method: str) -> Result:
     return train(network(), [minibatches(7)], cuts=[1, 6], method=method, num_microbatches=2)
 
 
-@special(3, "grad_shrink", "lr_shrink", "ahead", "forward first", "input kept")
+@special(3, "grad_shrink", "lr_shrink", "ahead", "forward first", "input kept", "gradients in prediction")
 def _a_field_of_the_row(field: str) -> Result:
     method = {
         "grad_shrink": dtrp.get_method("fdg", grad_shrink=0.5),
@@ -397,6 +397,7 @@ def _a_field_of_the_row(field: str) -> Result:
         "ahead": dtrp.get_method("dtrp", ahead=1.5, predict="linear"),
         "forward first": dtrp.get_method("dtrp", backward_first=False),
         "input kept": dtrp.get_method("pipedream", keep="input"),
+        "gradients in prediction": dtrp.get_method("dtrp", predict=dtrp.informed),
     }[field]
     return train(network(), [minibatches(8)], num_stages=3, method=method, num_microbatches=2)
 
@@ -456,7 +457,9 @@ def _state_dicts_and_infer(method: str) -> Result:
         return {**first, "losses": [*losses, *more], **seen}
 
 
-def _saved(method: str, num_stages: int, parts: int, make_optimizer: Any, stops: list[int], **more: Any) -> Result:
+def _saved(
+    method: str | dtrp.Method, num_stages: int, parts: int, make_optimizer: Any, stops: list[int], **more: Any
+) -> Result:
     """Stopped at each of ``stops`` and taken up by another pipeline on ranks; never stopped in one process."""
     options = {"num_stages": num_stages, "method": method, "num_microbatches": parts, "timeout_s": 10.0, **more}
     batches = minibatches(10)
@@ -491,6 +494,12 @@ def _saved_and_loaded(method: str) -> Result:
 @special(4, "dtrp", "fdg", "spectrain")
 def _saved_and_loaded_on_four(method: str) -> Result:
     return _saved(method, 4, 4, adamw, [1, 4, 7])
+
+
+@special(3, "dtrp", "spectrain")
+def _saved_and_loaded_where_gradients_are_predicted_from(method: str) -> Result:
+    row = dtrp.get_method(method, predict=dtrp.informed)
+    return _saved(row, 3, 4, adamw, [1, 4, 7])
 
 
 @special(2, 1, 4)

@@ -78,14 +78,15 @@ def test_attention_is_the_equation() -> None:
     torch.testing.assert_close(attention(x), attention.out(torch.cat(heads, -1)), rtol=1e-12, atol=1e-14)
 
 
-def test_its_weights_are_drawn_as_gpt2s() -> None:
+def test_how_its_weights_are_drawn() -> None:
     model = gpt(65, layers=6, width=128, heads=4)
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             assert not p.any()
         elif p.dim() > 1:
             adds = name.endswith(("attention.out.weight", "mlp.down.weight"))
-            assert float(p.detach().std()) == pytest.approx(0.02 / math.sqrt(12) if adds else 0.02, rel=0.05), name
+            want = 0.5 if name.startswith("embedding") else math.sqrt(2 / sum(p.shape) / (12 if adds else 1))
+            assert float(p.detach().std()) == pytest.approx(want, rel=0.05), name
 
 
 def test_sizes_that_do_not_fit() -> None:

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dtrp
-from dtrp.predict import linear, rollout
+from dtrp.distributed import method_values
+from dtrp.predict import informed, linear, rollout
 
 Make = Callable[[list[Tensor]], Optimizer]
 
@@ -135,6 +136,104 @@ def test_linear_is_the_last_step_over_and_over(cls: Any, options: dict[str, Any]
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize(("cls", "options"), OPTIMIZERS)
+def test_informed_is_linear_after_the_gradient_that_is_known(cls: Any, options: dict[str, Any], share: float) -> None:
+    """The oracle: the optimizer's own step with the known part of the gradient and, for the rest, what its momentum is."""
+    parameters = weights()
+    optimizer = trained(parameters, lambda p: cls(p, **options))
+    known = [share * torch.randn_like(p) for p in parameters]
+    out = [torch.full_like(p, torch.nan) for p in parameters]
+    before = [g.clone() for g in known]
+    where = {"stage": 0, "microbatch": 5, "version": 4}
+    informed(parameters, optimizer, 3, out, gradients=known, share=share, **where)
+    assert all(torch.equal(a, b) for a, b in zip(known, before, strict=True))
+    if options.get("momentum") == 0:
+        assert all(torch.equal(o, p) for o, p in zip(out, parameters, strict=True))
+        return
+    copies = [p.detach().clone().requires_grad_() for p in parameters]
+    shadow = cls(copies, **options)
+    shadow.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    sign = -1 if options["maximize"] else 1
+    coupled = (
+        options["weight_decay"] if cls is not torch.optim.AdamW and not options.get("decoupled_weight_decay") else 0
+    )
+    for c, p, a in zip(copies, parameters, known, strict=True):
+        state = optimizer.state[p]
+        if cls is torch.optim.SGD:
+            mean = state["momentum_buffer"] * (1 - 0.9) / (1 - options["dampening"])
+        else:
+            mean = state["exp_avg"] / (1 - 0.8 ** state["step"].item())
+        c.grad = a + (1 - share) * sign * (mean - coupled * p.detach())  # the optimizer adds the decay of all of it
+    shadow.step()
+    moved = cls([p.detach().clone().requires_grad_() for p in parameters], **options)
+    moved.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for c, p in zip(copies, moved.param_groups[0]["params"], strict=True):
+        if cls is torch.optim.SGD:
+            moved.state[p]["momentum_buffer"] = shadow.state[c]["momentum_buffer"]
+        else:
+            t = moved.state[p]["step"].item()
+            moved.state[p]["exp_avg"] = shadow.state[c]["exp_avg"] / (1 - 0.8 ** (t + 1)) * (1 - 0.8**t)
+    want = [torch.empty_like(p) for p in parameters]
+    linear(moved.param_groups[0]["params"], moved, 3, want)
+    close(out, want)
+    nothing = [torch.empty_like(p) for p in parameters]
+    informed(parameters, optimizer, 3, nothing, gradients=[None] * len(parameters), share=0.0, **where)
+    linear(parameters, optimizer, 3, want)
+    assert all(torch.equal(a, b) for a, b in zip(nothing, want, strict=True))
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_predictor_is_told_the_gradient_as_far_as_it_is_known() -> None:
+    """Against a count over the schedule."""
+    num, parts, samples = 3, 4, (0, 5, 9, 13, 17)  # a mini-batch of 17: parts of 5, 4, 4 and 4
+    seen: dict[tuple[int, int], tuple[int, float, list[Tensor | None]]] = {}
+
+    class Told:
+        uses_gradients = True
+
+        def __call__(self, parameters: Any, optimizer: Any, horizon: int, out: Any, **told: Any) -> None:
+            gradients = [None if g is None else g.clone() for g in told["gradients"]]
+            seen[told["stage"], told["microbatch"]] = told["version"], told["share"], gradients
+
+    pipe = pipeline(network(), num_stages=num, method=dtrp.get_method("dtrp", predict=Told()), num_microbatches=parts)
+    for x, y in minibatches(5, 17, 17):
+        pipe.step(x, y)
+    pipe.flush()
+    want = {}
+    for stage, actions in enumerate(dtrp.Schedule.build("dtrp", num, 5, parts).stages[:-1]):
+        version, through = 0, 0
+        for action in actions:
+            if action.kind == "B":
+                through += 1
+            elif action.kind == "U":
+                version, through = version + 1, 0
+            elif action.index // parts > version:
+                want[stage, action.index] = version, samples[through] / 17
+    assert {key: version for key, (version, _, _) in seen.items()} == {
+        key: version for key, (version, _) in want.items()
+    }
+    assert {share for _, share in want.values()} == {5 / 17, 9 / 17, 13 / 17}
+    for key, (_, share, gradients) in seen.items():
+        assert share == pytest.approx(want[key][1], abs=1e-12), key
+        assert all((g is None) == (share == 0) for g in gradients)
+
+
+def test_informed_is_nearer_where_gradients_are_known() -> None:
+    """Four micro-batches: the distance that is left, against `linear`'s."""
+    left = {}
+    for predictor in (linear, informed):
+        method = dtrp.get_method("dtrp", predict=predictor)
+        pipe = pipeline(network(), num_stages=3, method=method, num_microbatches=4)
+        pipe.watch_prediction()
+        for x, y in minibatches(20):
+            pipe.step(x, y)
+        pipe.flush()
+        left[predictor] = sum(error.read for error in pipe.prediction_errors())
+    assert left[informed] < 0.9 * left[linear]
+
+
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("rule", [linear, rollout])
 def test_several_groups_and_weights_without_state(rule: Any) -> None:
     a, b, unseen, outside = (torch.randn(4).requires_grad_() for _ in range(4))
@@ -242,3 +341,9 @@ def test_scratch_is_no_larger_than_the_largest_weight(cls: Any, options: dict[st
     with LargestScratch({t.untyped_storage().data_ptr() for t in held}) as counter:
         rule(parameters, optimizer, 4, out)
     assert counter.peak <= max(p.nbytes for p in parameters) + 64
+
+
+def test_objects_of_the_library_are_told_apart_by_their_names() -> None:
+    assert repr(informed) == "<predictor informed>"
+    methods = [dtrp.get_method("dtrp", predict=predictor) for predictor in (linear, informed)]
+    assert [method_values(method)["predict"] for method in methods] == ["linear", "informed"]

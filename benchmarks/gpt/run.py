@@ -1,11 +1,14 @@
 """A GPT trained without waiting: its validation loss against backpropagation's.
 
     python benchmarks/gpt/run.py --data-dir FILE --seeds 0 1 2        # FILE: a text, here tiny Shakespeare
+    python benchmarks/gpt/run.py --data-dir FILE --tune               # backpropagation's learning rate
 
-The `gpt` of `dtrp.models`, character level: 6 layers, width 128, 4 heads, windows of 64 characters. 500 updates of 32 windows,
-AdamW (learning rate 1e-3, weight decay 0.1, betas 0.9 and 0.99), a warm-up of 50 updates and a cosine to 0; K=4, 4 micro-batches,
-one thread. dtr is dtrp without prediction. Every finished run is a line of results/gpt.jsonl, with the validation loss
-(nats a character, over the text's last tenth) every 100 updates; a run that is there is not repeated.
+The `gpt` of `dtrp.models`, character level: 6 layers, width 128, 4 heads, windows of 64 characters. 500 updates of 16 windows,
+AdamW (weight decay 0.1, betas 0.9 and 0.99), a warm-up of 50 updates and a cosine to 0; K=4, 4 micro-batches, one thread. The
+learning rate is backpropagation's best (--tune: seed 0, 250 updates each). Stages hold 1, 1, 2 and 2 blocks: the last one, which
+repeats no forward, takes no less than another (`cuts`). A row is a method, and its prediction where that is not its own. Every
+finished run is a line of results/gpt.jsonl, with the validation loss (nats a character, over the text's last tenth; on the way,
+over 256 windows of it); a run that is there is not repeated.
 """
 
 from __future__ import annotations
@@ -21,62 +24,79 @@ from typing import Any
 import torch
 
 import dtrp
+from dtrp import Method
 from dtrp.data import TextDataset, batches, load_text
 from dtrp.models import gpt
 from dtrp.train import class_loss, lr_factor
 
-UPDATES, BATCH, STAGES, PARTS, WARMUP, EVERY = 500, 32, 4, 4, 50, 100
+UPDATES, BATCH, PARTS, WARMUP, EVERY = 500, 16, 4, 50, 50
+CUTS = (2, 3, 5)
 SIZES = {"layers": 6, "width": 128, "heads": 4, "context": 64}
-LR, DECAY, BETAS = 1e-3, 0.1, (0.9, 0.99)
-METHODS = ("bp", "dtrp", "dtr", "dtrp-1f1b", "fr")
+LR, DECAY, BETAS = 4e-3, 0.1, (0.9, 0.99)
+ON_THE_WAY = 256  # windows
+TUNED, TUNING_UPDATES = (2e-3, 4e-3, 8e-3), 250
+METHODS: dict[str, Method] = {
+    "bp": dtrp.get_method("bp"),
+    "dtrp, informed": dtrp.get_method("dtrp", predict=dtrp.informed),
+    "dtrp": dtrp.get_method("dtrp"),
+    "dtrp, linear": dtrp.get_method("dtrp", predict="linear"),
+    "dtr": dtrp.get_method("dtr"),
+    "dtrp-1f1b, informed": dtrp.get_method("dtrp-1f1b", predict=dtrp.informed),
+    "dtrp-1f1b": dtrp.get_method("dtrp-1f1b"),
+    "fr": dtrp.get_method("fr"),
+    "spectrain": dtrp.get_method("spectrain"),
+}
 
 
-def validation_loss(pipe: dtrp.Pipeline, data: TextDataset) -> float:
+def validation_loss(pipe: dtrp.Pipeline, data: TextDataset, windows: int) -> float:
+    test_x, test_y = data.test_x[:windows], data.test_y[:windows]
     total = 0.0
-    for x, y in batches(data.test_x, data.test_y, 250, dataset=data, seed=0, epoch=0, augment=False, shuffle=False):
+    for x, y in batches(test_x, test_y, 250, dataset=data, seed=0, epoch=0, augment=False, shuffle=False):
         total += float(class_loss(pipe.infer(x), y, reduction="sum"))
-    return total / data.test_y.numel()
+    return total / test_y.numel()
 
 
-def train(data: TextDataset, method: str, seed: int) -> dict[str, Any]:
+def train(data: TextDataset, method: str, seed: int, lr: float, updates: int) -> dict[str, Any]:
     """One run; its line."""
     torch.manual_seed(seed)
-    factor = lr_factor("cosine", WARMUP, UPDATES)
+    factor = lr_factor("cosine", WARMUP, updates)
     pipe = dtrp.Pipeline(
         gpt(data.num_classes, **SIZES),
-        lambda params: torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, betas=BETAS),
+        lambda params: torch.optim.AdamW(params, lr=lr, weight_decay=DECAY, betas=BETAS),
         class_loss,
-        num_stages=STAGES,
-        method=method,
+        cuts=CUTS,
+        method=METHODS[method],
         num_microbatches=PARTS,
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
         seed=seed,
     )
+    pipe.watch_prediction(every=7)  # all places in a mini-batch come up
     losses: list[float] = []
     curve: dict[int, float] = {}
     seconds, epoch = 0.0, 0
-    while pipe.num_updates < UPDATES:
+    while pipe.num_updates < updates:
         for x, y in batches(data.train_x, data.train_y, BATCH, dataset=data, seed=seed, epoch=epoch, augment=False):
             began = time.perf_counter()
             losses.append(float(pipe.step(x, y)))
-            if pipe.num_updates == UPDATES:
+            if pipe.num_updates == updates:
                 pipe.flush()
             seconds += time.perf_counter() - began
             if pipe.num_updates % EVERY == 0:
-                curve[pipe.num_updates] = validation_loss(pipe, data)
-            if pipe.num_updates == UPDATES:
+                curve[pipe.num_updates] = validation_loss(pipe, data, ON_THE_WAY)
+            if pipe.num_updates == updates:
                 break
         epoch += 1
     return {
         "method": method,
         "seed": seed,
-        "validation_loss": curve[UPDATES],
+        "validation_loss": validation_loss(pipe, data, len(data.test_x)),
         "curve": curve,
         "train_loss": statistics.mean(losses[-50:]),
         "delays": {k: dict(counter) for k, counter in pipe.delays().items()},
+        "prediction_error": prediction_error(pipe),
         "seconds": seconds,
         "config": {
-            **SIZES, "num_stages": STAGES, "num_microbatches": PARTS, "updates": UPDATES, "batch": BATCH, "lr": LR,
+            **SIZES, "cuts": CUTS, "num_microbatches": PARTS, "updates": updates, "batch": BATCH, "lr": lr,
             "weight_decay": DECAY, "betas": BETAS, "warmup": WARMUP, "lr_schedule": "cosine",
         },
         "train_windows": len(data.train_x),
@@ -88,42 +108,56 @@ def train(data: TextDataset, method: str, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def prediction_error(pipe: dtrp.Pipeline) -> dict[int, tuple[float, float]]:
+    """Means by stage: the distance of the weights that a forward read from the true ones, and of those as they were."""
+    errors: dict[int, list[tuple[float, float]]] = {}
+    for error in pipe.prediction_errors():
+        errors.setdefault(error.stage, []).append((error.read, error.stale))
+    return {k: (statistics.mean(r for r, _ in each), statistics.mean(s for _, s in each)) for k, each in errors.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, help="the text file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "gpt.jsonl"))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--tune", action="store_true", help=f"backpropagation at the learning rates {TUNED}")
+    parser.add_argument("--out", help="results/gpt.jsonl, or results/tuning.jsonl with --tune")
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = load_text(Path(args.data_dir), SIZES["context"])
-    out = Path(args.out)
+    out = Path(args.out or Path(__file__).parent / "results" / ("tuning.jsonl" if args.tune else "gpt.jsonl"))
+    runs = [(method, seed, LR, UPDATES) for seed in args.seeds for method in args.methods]
+    if args.tune:
+        runs = [("bp", 0, lr, TUNING_UPDATES) for lr in TUNED]
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    for seed in args.seeds:
-        for method in args.methods:
-            if any(row["method"] == method and row["seed"] == seed for row in rows):
-                continue
-            row = train(data, method, seed)
-            rows.append(row)
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(
-                f"{method:10} seed {seed}: validation loss {row['validation_loss']:.4f} in {row['seconds']:.0f} s",
-                flush=True,
-            )
-    show(rows)
+    for run in runs:
+        if any((row["method"], row["seed"], row["config"]["lr"], row["config"]["updates"]) == run for row in rows):
+            continue
+        row = train(data, *run)
+        rows.append(row)
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        method, seed, lr, updates = run
+        print(
+            f"{method:20} seed {seed}, {updates} updates at {lr}: validation loss {row['validation_loss']:.4f} "
+            f"in {row['seconds']:.0f} s",
+            flush=True,
+        )
+    if not args.tune:
+        show(rows)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Means over the seeds, and each method's excess over backpropagation's, seed by seed."""
     bp = {row["seed"]: row["validation_loss"] for row in rows if row["method"] == "bp"}
-    print("method      seeds  validation loss    over bp's, %")
+    print("method                seeds  validation loss    over bp's, %")
     for method in dict.fromkeys(row["method"] for row in rows):
         own = {row["seed"]: row["validation_loss"] for row in rows if row["method"] == method}
         excess = [100 * (own[seed] / bp[seed] - 1) for seed in own if seed in bp]
         spread = statistics.stdev(own.values()) if len(own) > 1 else float("nan")
         shown = " ".join(f"{value:+.2f}" for value in excess)
-        print(f"{method:10} {len(own):6}  {statistics.mean(own.values()):.4f} ± {spread:.4f}  {shown}")
+        print(f"{method:20} {len(own):6}  {statistics.mean(own.values()):.4f} ± {spread:.4f}  {shown}")
 
 
 if __name__ == "__main__":

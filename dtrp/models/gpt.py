@@ -69,7 +69,9 @@ def gpt(num_tokens: int, *, layers: int = 6, width: int = 128, heads: int = 4, c
 
     Source: Radford et al., Language models are unsupervised multitask learners, 2019 (GPT-2), without dropout, and with
     a head of its own: the embedding and the head lie in different stages, so that they are not one tensor. Weights are
-    drawn as there: normal with deviation 0.02, and 0.02 / sqrt(2 layers) where a block adds to its input.
+    not drawn as there, with deviation 0.02, which is for a width of 768 and more: those of linear layers are normal with
+    deviation sqrt(2 / (inputs + outputs)) (Glorot and Bengio 2010), divided by sqrt(2 layers) where a block adds to its
+    input, as there; the embeddings have deviation 0.5, so that an update moves what the blocks read by little.
 
     Args:
         num_tokens: of the vocabulary.
@@ -95,7 +97,9 @@ def gpt(num_tokens: int, *, layers: int = 6, width: int = 128, heads: int = 4, c
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
+        elif name.startswith("embedding"):
+            nn.init.normal_(p, std=0.5)
         elif p.dim() > 1:
             adds = name.endswith(("attention.out.weight", "mlp.down.weight"))
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if adds else 0.02)
+            nn.init.xavier_normal_(p, gain=1 / math.sqrt(2 * layers) if adds else 1.0)
     return model
