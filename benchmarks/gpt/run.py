@@ -18,10 +18,12 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import dtrp
 from dtrp import Method
@@ -29,12 +31,13 @@ from dtrp.data import TextDataset, batches, load_text
 from dtrp.models import gpt
 from dtrp.train import class_loss, lr_factor
 
-UPDATES, BATCH, PARTS, WARMUP, EVERY = 500, 16, 4, 50, 50
-CUTS = (2, 3, 5)
-SIZES = {"layers": 6, "width": 128, "heads": 4, "context": 64}
-LR, DECAY, BETAS = 4e-3, 0.1, (0.9, 0.99)
-ON_THE_WAY = 256  # windows
-TUNED, TUNING_UPDATES = (2e-3, 4e-3, 8e-3), 250
+Recipe = dict[str, Any]
+RECIPE: Recipe = {
+    "layers": 6, "width": 128, "heads": 4, "context": 64, "cuts": (2, 3, 5), "num_microbatches": 4, "updates": 500, "batch": 16,
+    "lr": 4e-3, "weight_decay": 0.1, "betas": (0.9, 0.99), "warmup": 50, "lr_schedule": "cosine",
+}  # fmt: skip
+TUNING = [{**RECIPE, "updates": 250, "lr": lr} for lr in (2e-3, 4e-3, 8e-3)]
+EVERY, ON_THE_WAY = 50, 256  # updates, windows
 METHODS: dict[str, Method] = {
     "bp": dtrp.get_method("bp"),
     "dtrp, informed": dtrp.get_method("dtrp", predict=dtrp.informed),
@@ -56,34 +59,43 @@ def validation_loss(pipe: dtrp.Pipeline, data: TextDataset, windows: int) -> flo
     return total / test_y.numel()
 
 
-def train(data: TextDataset, method: str, seed: int, lr: float, updates: int) -> dict[str, Any]:
-    """One run; its line."""
+def train(
+    data: TextDataset, method: str, seed: int, recipe: Recipe, change: Callable[[nn.Module], None] | None = None
+) -> dict[str, Any]:
+    """One run; its line. ``change`` draws the model's weights in another way."""
     torch.manual_seed(seed)
-    factor = lr_factor("cosine", WARMUP, updates)
+    sizes = {name: recipe[name] for name in ("layers", "width", "heads", "context")}
+    model = gpt(data.num_classes, **sizes)
+    if change is not None:
+        change(model)
+    updates, decay, betas = recipe["updates"], recipe["weight_decay"], recipe["betas"]
+    factor = lr_factor(recipe["lr_schedule"], recipe["warmup"], updates)
     pipe = dtrp.Pipeline(
-        gpt(data.num_classes, **SIZES),
-        lambda params: torch.optim.AdamW(params, lr=lr, weight_decay=DECAY, betas=BETAS),
+        model,
+        lambda params: torch.optim.AdamW(params, lr=recipe["lr"], weight_decay=decay, betas=betas),
         class_loss,
-        cuts=CUTS,
+        cuts=recipe["cuts"],
         method=METHODS[method],
-        num_microbatches=PARTS,
+        num_microbatches=recipe["num_microbatches"],
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
         seed=seed,
     )
     pipe.watch_prediction(every=7)  # all places in a mini-batch come up
     losses: list[float] = []
     curve: dict[int, float] = {}
-    seconds, epoch = 0.0, 0
-    while pipe.num_updates < updates:
-        for x, y in batches(data.train_x, data.train_y, BATCH, dataset=data, seed=seed, epoch=epoch, augment=False):
+    seconds, epoch, stop = 0.0, 0, recipe.get("stop", updates)
+    while pipe.num_updates < stop:
+        for x, y in batches(
+            data.train_x, data.train_y, recipe["batch"], dataset=data, seed=seed, epoch=epoch, augment=False
+        ):
             began = time.perf_counter()
             losses.append(float(pipe.step(x, y)))
-            if pipe.num_updates == updates:
+            if pipe.num_updates == stop:
                 pipe.flush()
             seconds += time.perf_counter() - began
             if pipe.num_updates % EVERY == 0:
                 curve[pipe.num_updates] = validation_loss(pipe, data, ON_THE_WAY)
-            if pipe.num_updates == updates:
+            if pipe.num_updates == stop:
                 break
         epoch += 1
     return {
@@ -95,10 +107,7 @@ def train(data: TextDataset, method: str, seed: int, lr: float, updates: int) ->
         "delays": {k: dict(counter) for k, counter in pipe.delays().items()},
         "prediction_error": prediction_error(pipe),
         "seconds": seconds,
-        "config": {
-            **SIZES, "cuts": CUTS, "num_microbatches": PARTS, "updates": updates, "batch": BATCH, "lr": lr,
-            "weight_decay": DECAY, "betas": BETAS, "warmup": WARMUP, "lr_schedule": "cosine",
-        },
+        "config": recipe,
         "train_windows": len(data.train_x),
         "test_windows": len(data.test_x),
         "threads": torch.get_num_threads(),
@@ -121,27 +130,27 @@ def main() -> None:
     parser.add_argument("--data-dir", required=True, help="the text file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--tune", action="store_true", help=f"backpropagation at the learning rates {TUNED}")
+    parser.add_argument("--tune", action="store_true", help="backpropagation at several learning rates")
     parser.add_argument("--out", help="results/gpt.jsonl, or results/tuning.jsonl with --tune")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    data = load_text(Path(args.data_dir), SIZES["context"])
+    data = load_text(Path(args.data_dir), RECIPE["context"])
     out = Path(args.out or Path(__file__).parent / "results" / ("tuning.jsonl" if args.tune else "gpt.jsonl"))
-    runs = [(method, seed, LR, UPDATES) for seed in args.seeds for method in args.methods]
+    runs = [(method, seed, RECIPE) for seed in args.seeds for method in args.methods]
     if args.tune:
-        runs = [("bp", 0, lr, TUNING_UPDATES) for lr in TUNED]
+        runs = [("bp", 0, recipe) for recipe in TUNING]
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    for run in runs:
-        if any((row["method"], row["seed"], row["config"]["lr"], row["config"]["updates"]) == run for row in rows):
+    for method, seed, recipe in runs:
+        run = method, seed, json.loads(json.dumps(recipe))
+        if any((row["method"], row["seed"], row["config"]) == run for row in rows):
             continue
-        row = train(data, *run)
+        row = train(data, method, seed, recipe)
         rows.append(row)
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        method, seed, lr, updates = run
         print(
-            f"{method:20} seed {seed}, {updates} updates at {lr}: validation loss {row['validation_loss']:.4f} "
-            f"in {row['seconds']:.0f} s",
+            f"{method:20} seed {seed}, {recipe['updates']} updates at {recipe['lr']}: validation loss "
+            f"{row['validation_loss']:.4f} in {row['seconds']:.0f} s",
             flush=True,
         )
     if not args.tune:
