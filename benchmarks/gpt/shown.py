@@ -1,0 +1,60 @@
+"""What the documents say of results/."""
+
+from typing import Any
+
+from shown import rows, table
+
+EXPLORED = rows("gpt/results/exploration.jsonl")
+FIRST = rows("gpt/results/first_recipe.jsonl")
+
+
+def first() -> str:
+    lines = []
+    (bp,) = [row["validation_loss"] for row in FIRST if (row["method"], row["seed"]) == ("bp", 0)]
+    for row in FIRST:
+        if row["seed"] == 0:
+            loss = row["validation_loss"]
+            lines.append([f"`{row['method']}`", f"{loss:.3f}", f"{100 * (loss / bp - 1):.1f}"])
+    return table(["method", "validation loss", "over bp's, %"], lines)
+
+
+def _found(method: str, **other: Any) -> dict[str, Any]:
+    (row,) = [row for row in EXPLORED if row["method"] == method and other.items() <= row["other"].items()]
+    return row
+
+
+def narrow() -> str:
+    """Ways to draw the weights, at width 64."""
+    lines = []
+    for draw in ([0.02, 0.02], [0.02, 0.3], [0.07, 0.07], [0.07, 0.3], [0.088, 1.0]):
+        bp, dtrp = (_found(method, width=64, draw=draw) for method in ("bp", "dtrp"))
+        losses = [row["curve"]["200"] for row in (bp, dtrp)]
+        over = 100 * (losses[1] / losses[0] - 1)
+        lines.append(
+            [f"{draw[0]}, {draw[1]}", str(bp["other"]["lr"]), *(f"{loss:.3f}" for loss in losses), f"{over:.1f}"]
+        )
+    return table(["linear layers, embeddings", "learning rate", "`bp`", "`dtrp`", "over bp's, %"], lines)
+
+
+def full() -> str:
+    """Predictions, at full width after 150 updates of 250."""
+    lines = []
+    for draw in ([0.05, 0.05], [0.07, 0.5]):
+        bp = _found("bp", batch=16, draw=draw)["curve"]["150"]
+        for method in ("bp", "dtrp", "dtrp, linear", "dtrp, informed"):
+            found = [row for row in EXPLORED if row["method"] == method and row["other"]["draw"] == draw]
+            found = [row for row in found if row["other"]["batch"] == 16]
+            for row in found:
+                loss, cuts = row["curve"]["150"], row["other"].get("cuts", [2, 3, 5])
+                over = f"{100 * (loss / bp - 1):.1f}"
+                lines.append([f"{draw[0]}, {draw[1]}", method, ", ".join(map(str, cuts)), f"{loss:.3f}", over])
+    return table(["linear layers, embeddings", "method", "cuts", "validation loss", "over bp's, %"], lines)
+
+
+def wide() -> str:
+    """Backpropagation at full width: GPT-2's deviation and a larger one."""
+    lines = []
+    for draw in ([0.02, 0.02], [0.05, 0.05]):
+        losses = [_found("bp", batch=32, lr=lr, draw=draw, updates=250)["curve"]["250"] for lr in (1e-3, 3e-3)]
+        lines.append([str(draw[0]), *(f"{loss:.3f}" for loss in losses)])
+    return table(["deviation", "`bp`, learning rate 0.001", "0.003"], lines)
