@@ -28,8 +28,8 @@ extensions = [
     "pages",
 ]
 root_doc = "docs/index"
-include_patterns = ["docs/**", "benchmarks/*/README.md", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
-exclude_patterns = [".*", "build", "dist", "runs", "tests", "examples", "dtrp", "shared", "**/__pycache__"]
+include_patterns = ["docs/**", "benchmarks/*/README.md", "examples/README.md", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+exclude_patterns = [".*", "build", "dist", "runs", "tests", "dtrp", "shared", "**/__pycache__"]
 
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 4
