@@ -28,7 +28,14 @@ extensions = [
     "pages",
 ]
 root_doc = "docs/index"
-include_patterns = ["docs/**", "benchmarks/*/README.md", "examples/README.md", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+include_patterns = [
+    "docs/**",
+    "benchmarks/*/README.md",
+    "examples/README.md",
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+]
 exclude_patterns = [".*", "build", "dist", "runs", "tests", "dtrp", "shared", "**/__pycache__"]
 
 myst_enable_extensions = ["dollarmath", "deflist"]
