@@ -99,6 +99,7 @@ def check_state(
     if missing:
         raise ValueError(f"the state dict lacks {', '.join(missing)}; pass what pipe.state_dict() returned")
     _check_names(shapes, state["model"])
+    _check_ties(stages, state["model"])
     if (state["scheduler"] is None) == scheduler:
         raise ValueError(
             "the state dict and this pipeline differ in having a learning-rate scheduler; make both with one"
@@ -134,7 +135,7 @@ def check_state(
             groups.append({**options[members[0]], "params": [index[name] for name in members]})
         entries = {
             index[name]: copy.deepcopy(state["optimizer"]["state"][name])
-            for name in stage.names
+            for name in index
             if name in state["optimizer"]["state"]
         }
         plans.append((stage.optimizer, {"state": entries, "param_groups": groups}))
@@ -214,3 +215,15 @@ def _check_names(own: dict[str, torch.Size | None], given: dict[str, Any]) -> No
                 f"the state dict is another model's: {name} has shape {tuple(given[name].shape)} there, "
                 f"{tuple(shape)} here"
             )
+
+
+def _check_ties(stages: Sequence[Stage], given: dict[str, Any]) -> None:
+    """Names of one tensor have one value: each stage that holds it loads its own."""
+    for stage in stages:
+        for tie in stage.ties:
+            for name in tie.names[stage.index]:
+                if not torch.equal(given[name].to(given[tie.name].device), given[tie.name]):
+                    raise ValueError(
+                        f"{name} and {tie.name} are one tensor of this model, and two in the state dict; untie them in the model, "
+                        "or make them equal in the state dict"
+                    )

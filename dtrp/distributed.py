@@ -37,6 +37,7 @@ from .predict import BuiltInPredictor
 from .schedule import Action, StageOrder
 from .stage import Stage, StageError, naming
 from .stash import MicroBatch
+from .ties import Tie, add_up, hand_over
 from .trace import Span, Tracer
 from .transport import Transport
 from .trees import flatten, num_samples, split
@@ -321,6 +322,9 @@ class DistributedEngine:
 
     def _update(self, action: Action) -> None:
         samples = self._samples.popleft()
+        ties = [tie for tie in self._stage.ties if tie.trained]
+        if ties:
+            self._add_up_tied(action, ties)
         if self._transport.ranks.num_replicas > 1:
             loss = self._losses.sum() if self.takes_y else 0.0
             try:
@@ -344,6 +348,38 @@ class DistributedEngine:
                 norms = self._transport.exchange("step", norm)[: self._transport.ranks.num_stages]
         with naming(self._stage.index, action, self._stage.version):
             self._stage.update(norms)
+        if ties:
+            self._spread_tied(ties)
+
+    def _add_up_tied(self, action: Action, ties: Sequence[Tie]) -> None:
+        """The gradients of parameters that other stages hold too go to their owners."""
+        stage, transport = self._stage, self._transport
+        for tie in ties:
+            if tie.owner != stage.index:
+                with naming(stage.index, action, stage.version):
+                    transport.give_tied(tie.owner, hand_over(stage, tie))
+        for tie in ties:
+            if tie.owner == stage.index:
+                with self.working_times[0].waiting("gradient"):
+                    what = f"the gradient of {tie.name}, which both hold"
+                    parts = [transport.take_tied(k, what) for k in tie.partners(stage.index)]
+                with naming(stage.index, action, stage.version):
+                    add_up(stage, tie, parts)
+
+    @torch.no_grad()
+    def _spread_tied(self, ties: Sequence[Tie]) -> None:
+        """Their owners' values go to the others."""
+        stage, transport = self._stage, self._transport
+        for tie in ties:
+            if tie.owner == stage.index:
+                for k in tie.partners(stage.index):
+                    transport.give_tied(k, stage.parameters[tie.place_in(stage)])
+        for tie in ties:
+            if tie.owner != stage.index:
+                with self.working_times[0].waiting("forward"):
+                    new = transport.take_tied(tie.owner, f"the values of {tie.name}, which both hold")
+                assert new is not None
+                stage.parameters[tie.place_in(stage)].copy_(new)
 
     def _send(self, link: Sender | None, note: Note, value: Any) -> None:
         assert link is not None
@@ -362,7 +398,12 @@ class DistributedEngine:
 
 
 def agree(
-    transport: Transport, modules: Sequence[nn.Module], device: torch.device, settings: dict[str, Any], seed: int
+    transport: Transport,
+    modules: Sequence[nn.Module],
+    device: torch.device,
+    settings: dict[str, Any],
+    seed: int,
+    ties: Sequence[Tie] = (),
 ) -> int:
     """Make all ranks one pipeline: what must be the same is, the first rank's initial values are taken, and links made.
 
@@ -372,6 +413,7 @@ def agree(
         device: of this rank's stage.
         settings: what else must be the same on every rank, by the name of its argument.
         seed: the first rank's is everyone's.
+        ties: parameters that several stages hold.
 
     Returns:
         The seed.
@@ -380,7 +422,7 @@ def agree(
         ValueError: a rank differs from the first.
     """
     ranks = transport.ranks
-    settings = {**settings, "method": method_values(settings["method"])}
+    settings = {**settings, "method": method_values(settings["method"]), "tied parameters": [str(tie) for tie in ties]}
     own = {"settings": settings, "stages": [_fingerprint(module) for module in modules]}
     facts = transport.exchange("Pipeline", (own, _place(device)))
     for rank, (theirs, _) in zip(ranks.all, facts, strict=True):
@@ -393,7 +435,8 @@ def agree(
     seed = transport.spread("Pipeline", seed)
     places = [place for _, place in facts]
     apart = len(set(places)) == len(places) and all(place.startswith("cuda") for place in places)
-    transport.connect(device, "nccl" if apart and os.environ.get(NCCL_VARIABLE) == "1" else "gloo")
+    backend = "nccl" if apart and os.environ.get(NCCL_VARIABLE) == "1" else "gloo"
+    transport.connect(device, backend, [tie for tie in ties if tie.trained])
     return int(seed)
 
 

@@ -16,6 +16,7 @@ from .methods import Method
 from .schedule import Action, StageOrder
 from .stage import Stage, naming
 from .stash import MicroBatch
+from .ties import add_up, hand_over
 from .trace import Span, Tracer
 from .trees import num_samples, split
 
@@ -52,11 +53,14 @@ class LocalEngine:
         one_device = len({stage.device for stage in stages}) == 1
         self._losses = Losses(num - 1, at_once=one_device, stops=rule.on_nonfinite == "stop")
         self._together = rule.together
-        self._norms: dict[int, float] = {}  # of the current mini-batch's gradient, by stage, where all count for all
+        # A stage owns what it shares with later ones.
+        self._ties = [tie for stage in stages for tie in stage.ties if tie.trained and tie.owner == stage.index]
+        self._at_update: set[int] = set()  # stages through with the current mini-batch, where all wait for the last
+        self._norms: list[float] | None = None  # of its gradient, by stage, where all count for all
 
     def step(self, x: Any, y: Any) -> Tensor:
         self._losses.check()
-        self._norms.clear()
+        self._at_update.clear()
         for working_time in self.working_times:
             working_time.begin()
         samples = num_samples(x)
@@ -164,10 +168,15 @@ class LocalEngine:
             return action.index in self._inputs[stage]
         if action.kind == "B" and stage < len(self.stages) - 1:
             return action.index in self._gradients[stage]
-        if action.kind == "U" and self._together:
-            if stage not in self._norms:
-                self._norms[stage] = self.stages[stage].gradient_norm()
-            return len(self._norms) == len(self.stages)
+        if action.kind == "U" and (self._together or self._ties) and len(self._at_update) < len(self.stages):
+            self._at_update.add(stage)
+            if len(self._at_update) < len(self.stages):
+                return False
+            for tie in self._ties:
+                with naming(tie.owner, action, self.stages[tie.owner].version):
+                    parts = [hand_over(self.stages[k], tie) for k in tie.names if k != tie.owner]
+                    add_up(self.stages[tie.owner], tie, parts)
+            self._norms = [each.gradient_norm() for each in self.stages] if self._together else None
         return True
 
     def _do(self, index: int, action: Action) -> None:
@@ -193,4 +202,4 @@ class LocalEngine:
                 else:
                     del self._micros[action.index]
             else:
-                stage.update([self._norms[k] for k in range(last + 1)] if self._together else None)
+                stage.update(self._norms)

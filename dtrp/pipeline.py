@@ -29,6 +29,7 @@ from .plan_file import Plan, as_plan
 from .ranks import Ranks, find_ranks
 from .splitting import into_stages, stage_device
 from .stage import LossFn, Stage
+from .ties import check_ties, find_ties
 from .trace import Tracer
 from .transport import Transport
 from .trees import check_samples, num_samples, tensors_of
@@ -47,7 +48,9 @@ class Pipeline(Driver):
 
     Args:
         model: an `nn.Sequential`, which is cut between its top-level layers, a list of modules, one a stage, or what
-            `dtrp.split` returns. Its parameters stay the same objects and are trained in place.
+            `dtrp.split` returns. Its parameters stay the same objects and are trained in place. One that several stages
+            hold (a tied embedding) is updated once, with the sum of their gradients, by methods that flush; the others
+            refuse it.
         optimizer: list of parameters -> `torch.optim.Optimizer`; called once for each stage that has
             trainable parameters.
         loss_fn: (output, target) -> scalar, the mean over the samples.
@@ -155,6 +158,8 @@ class Pipeline(Driver):
         modules = into_stages(model, num_stages, cuts)
         if not any(p.requires_grad for module in modules for p in module.parameters()):
             raise ValueError("the model has no parameter that requires a gradient; there is nothing to train")
+        ties = find_ties(modules)
+        check_ties(ties, self.method)
         self.num_stages = len(modules)
         self.num_microbatches = num_microbatches
         self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else int(seed)
@@ -182,11 +187,17 @@ class Pipeline(Driver):
                 rule=rule,
                 at_once=at_once,
                 compile=compiling,
+                ties=ties,
             )
 
         if ranks is None:
             places = _places(modules, devices)
             one_device = len(set(places)) == 1
+            if ties and not one_device:
+                raise ValueError(
+                    f"{ties[0]} are one tensor, which cannot be on {' and '.join(map(str, dict.fromkeys(places)))}; pass one "
+                    "device, give each stage its own, or start a rank for each stage, where each has a copy"
+                )
             stages = [make_stage(index, place, at_once=one_device) for index, place in enumerate(places)]
             self._engine = LocalEngine(stages, self.method, num_microbatches, self._tracer)
         else:
@@ -205,7 +216,7 @@ class Pipeline(Driver):
                     "clip": clip,
                     "on_nonfinite": on_nonfinite,
                 }
-                self.seed = agree(transport, modules, place, settings, self.seed)
+                self.seed = agree(transport, modules, place, settings, self.seed, ties)
                 stage = make_stage(ranks.stage, place, ranks.replica, at_once=place.type == "cpu")
                 self._engine = DistributedEngine(stage, self.method, num_microbatches, transport, self._tracer, loss_on)
             except BaseException as error:
@@ -222,7 +233,9 @@ class Pipeline(Driver):
             x: the model's input, samples along dimension 0; any number of them, of any shape the model takes. It may be a
                 tree: tuples, lists and dicts of tensors, each with as many samples. Constants in it, tensors without a
                 dimension, and those with one entry along dimension 0 beside longer ones go to every micro-batch whole.
-                Between stages such trees travel too: each stage takes the one value that the stage before returns.
+                Between stages such trees travel too: each stage takes the one value that the stage before returns. Of a
+                model that `dtrp.split` has traced, and of modules whose forward takes several arguments, a tuple is the
+                positional arguments and a dict the keyword arguments: ``pipe.step({"ids": ids, "mask": mask}, y)``.
             y: the targets, as many; a tree too, if ``loss_fn`` takes one.
 
         Returns:

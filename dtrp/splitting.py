@@ -50,8 +50,9 @@ def split(
 
     - An `nn.Sequential` is cut between its layers, as `Pipeline` does: by ``num_stages``, ``cuts`` or ``points``, without
       an example.
-    - A list of modules is divided already, by hand: one a stage. With an example it is tried whether each takes what the one
-      before returns.
+    - A list of modules is divided already, by hand: one a stage. A module whose forward has several arguments without a
+      default is given the entries of a tuple one by one, or those of a dict by keyword; any other takes one value, whatever
+      it is. With an example it is tried whether each takes what the one before returns.
     - Any other module, and a Sequential with an example, is traced by `torch.export`, in train and in eval mode, for any
       number of samples, and cut at ``points``, or, by ``num_stages``, so that the slowest stage is as fast as
       it can be: between entries of the model's lists of blocks where that costs little, where few values pass, and without a
@@ -64,8 +65,8 @@ def split(
         cuts: index of the first layer of stages 1..K-1, of a Sequential.
         points: names of the submodules where stages 1..K-1 begin, as in `named_modules`.
         example: what the model is called with: a tensor; a tuple of positional arguments; or a dict of keyword arguments.
-            At least two samples along dimension 0 of every tensor. Its values do not matter, and the first stage takes
-            the like.
+            At least two samples along dimension 0 of every tensor (one of one sample beside them is for all). Its values do not
+            matter, and `Pipeline.step` and `Pipeline.infer` take the like for x.
 
     Returns:
         The stages.
@@ -146,33 +147,57 @@ def _try_in_turn(stages: Sequence[nn.Module], example: Any) -> None:
     """Raises where a stage does not take what the one before returns."""
     value = example
     for k, stage in enumerate(stages):
+        giver = "the example" if k == 0 else f"stage {k - 1}"
         first = next(iter(stage.children()), stage)
-        if isinstance(first, nn.Sequential) and len(first):
-            first = first[0]
-        needs = [
-            name
-            for name, parameter in inspect.signature(first.forward).parameters.items()
-            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-            and parameter.default is parameter.empty
-        ]
-        several = len(needs) > 1
-        num = len(value) if several and isinstance(value, (tuple, list)) else 1
-        if len(needs) > num:
-            came = "the example has" if k == 0 else f"stage {k - 1} returns"
-            raise ValueError(
-                f"stage {k} ({type(first).__name__}) takes {len(needs)} values ({', '.join(needs)}) but {came} {num}. A value "
-                f"cannot skip a stage: what stage {k} needs of an earlier one passes through stage {max(k - 1, 0)}, which takes "
-                "it and returns it along; or let dtrp.split trace the model whole"
-            )
+        _check_values(first, value, f"stage {k}", giver)
         try:
             with in_mode(stage, training=False), torch.no_grad():
-                module = next(iter(stage.children())) if several and len(list(stage.children())) == 1 else stage
-                value = module(*value) if several else module(value)
+                value = stage(value)
         except Exception as error:
             raise ValueError(
-                f"stage {k} ({type(first).__name__}) does not take what "
-                f"{'the example holds' if k == 0 else f'stage {k - 1} returns'}, {_shown(value)}: {error}"
+                f"stage {k} ({type(first).__name__}) does not take what {giver} {'holds' if k == 0 else 'returns'}, "
+                f"{_shown(value)}: {error}"
             ) from error
+
+
+class Chain(nn.Sequential):
+    """Layers of which some take several values: a tuple or a list is their arguments, a dict their keyword arguments."""
+
+    def forward(self, value: Any) -> Any:
+        for name, layer in self._modules.items():
+            assert layer is not None
+            if len(_needed(layer)) < 2:
+                value = layer(value)
+                continue
+            _check_values(layer, value, f"layer {name}", "what comes before it")
+            value = layer(**value) if isinstance(value, dict) else layer(*value)
+        return value
+
+
+def _needed(layer: nn.Module) -> list[str]:
+    """The arguments without which ``layer`` cannot be called."""
+    try:
+        parameters = inspect.signature(layer.forward).parameters.values()
+    except (TypeError, ValueError):  # a scripted module's
+        return []
+    return [
+        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
+
+
+def _check_values(layer: nn.Module, value: Any, taker: str, giver: str) -> None:
+    """Refuse too few values for a layer that takes several."""
+    needed = _needed(layer)
+    if len(needed) < 2:
+        return
+    num = len(value) if isinstance(value, (tuple, list, dict)) else 1
+    lost = [name for name in needed if name not in value] if isinstance(value, dict) else needed[num:]
+    if lost:
+        raise ValueError(
+            f"{taker} ({type(layer).__name__}) takes {len(needed)} values ({', '.join(needed)}) but {giver} gives {num}, without "
+            f"{lost[0]}. A value cannot skip a stage: what a later one needs of an earlier one passes through those in between, "
+            "which take it and return it along; or let dtrp.split trace the model whole"
+        )
 
 
 def _shown(value: Any) -> str:
@@ -204,7 +229,7 @@ def into_stages(
 
     Raises:
         TypeError: a model that is neither, or has a forward of its own.
-        ValueError: stages without layers, cuts out of order or range, a parameter in two stages.
+        ValueError: stages without layers, cuts out of order or range.
     """
     if isinstance(model, Stages):
         if cuts is not None or num_stages not in (None, len(model)):
@@ -212,7 +237,6 @@ def into_stages(
                 f"{f'num_stages={num_stages}' if cuts is None else f'cuts={list(cuts)}'} with {len(model)} stages that "
                 "dtrp.split has made; leave it out, or split again"
             )
-        _refuse_shared(model)
         return list(model)
     if isinstance(model, nn.Module):
         layers = layers_of(model)
@@ -234,9 +258,8 @@ def into_stages(
             )
         cuts = range(1, len(layers))
     bounds = [0, *cuts, len(layers)]
-    stages = [nn.Sequential(OrderedDict(layers[start:end])) for start, end in itertools.pairwise(bounds)]
-    _refuse_shared(stages)
-    return stages
+    made = [OrderedDict(layers[start:end]) for start, end in itertools.pairwise(bounds)]
+    return [(Chain if any(len(_needed(layer)) > 1 for layer in own.values()) else nn.Sequential)(own) for own in made]
 
 
 def _sequential_of(modules: Sequence[nn.Module]) -> nn.Sequential:
@@ -297,19 +320,6 @@ def _checked_cuts(cuts: Sequence[int], num_layers: int, num_stages: int | None) 
     if any(a >= b for a, b in itertools.pairwise(cuts)):
         raise ValueError(f"cuts={cuts}: put them in rising order, each once; every stage has at least one layer")
     return cuts
-
-
-def _refuse_shared(stages: Sequence[nn.Module]) -> None:
-    owner: dict[int, tuple[int, str]] = {}
-    for index, stage in enumerate(stages):
-        tensors = [*stage.named_parameters(), *stage.named_buffers()]
-        for name, tensor in tensors:
-            first, other = owner.setdefault(id(tensor), (index, name))
-            if first != index:
-                raise ValueError(
-                    f"{other} of stage {first} and {name} of stage {index} are one tensor; two stages would train it apart. "
-                    "Cut the model so that both lie in one stage, or give each its own"
-                )
 
 
 def stage_device(stage: nn.Module) -> torch.device | None:

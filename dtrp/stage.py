@@ -50,6 +50,7 @@ from .predict import BuiltInPredictor, as_predictor
 from .rng import microbatch_seed, seeded
 from .schedule import Action, lead
 from .stash import AutocastState, Held, MicroBatch, WeightVersion, stash_bytes, states_bytes, tensor_bytes, value_bytes
+from .ties import Tie
 from .trees import flatten, map_tensors, tensors_of, unflatten
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -121,6 +122,7 @@ class Stage:
             graphs where they fit, and its inputs where they do not.
         rule: what is done with gradients that are too long or not finite.
         compile: arguments of `torch.compile` for the module; None: it runs as it is.
+        ties: parameters that other stages hold too; those that an earlier one owns have no part in this one's optimizer.
         at_once: whether to wait for the answer to "is the gradient finite?" before the update; else, since an accelerator
             would stand still meanwhile, it is heard at the next.
     """
@@ -144,6 +146,7 @@ class Stage:
         rule: GradientRule | None = None,
         at_once: bool = True,
         compile: Mapping[str, Any] | None = None,
+        ties: Sequence[Tie] = (),
     ) -> None:
         self.index = index
         self.num_stages, self.num_microbatches = num_stages, num_microbatches
@@ -162,7 +165,10 @@ class Stage:
         self.parameters = [p for _, p in named]
         for p in self.parameters:
             p.grad = None
-        self.optimizer = optimizer(list(self.parameters)) if self.parameters else None
+        self.ties = [tie for tie in ties if index in tie.names]
+        others = {tie.names[index][0] for tie in self.ties if tie.owner != index}
+        own = [p for name, p in named if name not in others]
+        self.optimizer = optimizer(own) if own else None
         self.lr_scheduler = lr_scheduler(self.optimizer) if lr_scheduler and self.optimizer else None
         self.lr_factor = method.lr_shrink**self.distance
         # A frozen front part has nothing to differentiate, so nothing to keep and nothing to repeat.

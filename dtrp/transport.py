@@ -8,6 +8,7 @@
     replica 1    rank 3  <--control-->  rank 4  <--control-->  rank 5  <-+   state dicts, what must agree
                  every rank  <--watch-->  every rank                         who has failed, or is done
                  rank 0  <--replicas-->  rank 3                              gradients, at U
+                 rank 0  <----tied---->  rank 2                              of a parameter that both hold, and its values
 
 While it trains, nothing blocks the main thread but `Board.wait`: a link has a thread at each end.
 
@@ -37,6 +38,7 @@ from .groups import Meeting
 from .links import Link, Receiver, Sender, Wire
 from .messages import Kind, Message, Note, object_tensor
 from .ranks import Ranks, watch_launcher
+from .ties import Tie
 from .trace import Tracer
 from .trees import map_tensors
 from .watch import Watch
@@ -75,6 +77,7 @@ class Transport:
         self._tracer = tracer
         self._links: list[Link] = []
         self._replicas: Any = None
+        self._tied: dict[int, tuple[Sender, Receiver]] = {}  # by the stage that shares a parameter with this one
         self._watch: Watch | None = None
         self._meeting = Meeting(ranks.all, ranks.rank)
         self._helper = Helper(self.board)
@@ -99,24 +102,38 @@ class Transport:
         self._from_right = self._receiver("control", control, right, *wire)
         self._to_right = self._sender("control", control, right, *wire)
 
-    def connect(self, device: torch.device, backend: str) -> None:
+    def connect(self, device: torch.device, backend: str, ties: Sequence[Tie] = ()) -> None:
         """Make the connections for training.
 
         Args:
             device: of this rank's stage.
             backend: that carries its tensors, the same on all ranks: ``gloo`` or ``nccl``.
+            ties: parameters that several stages train, the same on all ranks.
         """
         ranks = self.ranks
         wanted = [("forward", ranks.all, backend), ("backward", ranks.all, backend)]
         if ranks.num_replicas > 1:
             wanted.append(("replicas", ranks.replicas, backend))
-        forward, backward, *replicas = self._make_groups(*wanted)
-        self._replicas = replicas[0] if replicas else None
+        if ties:  # in both directions between two ranks, so two groups
+            wanted += [("tied gradients", ranks.all, backend), ("tied values", ranks.all, backend)]
+        forward, backward, *others = self._make_groups(*wanted)
+        self._replicas = others[0] if ranks.num_replicas > 1 else None
         latency_s = float(os.environ.get(LATENCY_VARIABLE, "0"))
         self.forward_in = self._receiver("forward", forward, ranks.before, device, backend)
         self.forward_out = self._sender("forward", forward, ranks.after, device, backend, latency_s)
         self.backward_in = self._receiver("backward", backward, ranks.after, device, backend)
         self.backward_out = self._sender("backward", backward, ranks.before, device, backend, latency_s)
+        for stage in sorted({stage for tie in ties for stage in tie.partners(ranks.stage)}):
+            peer, owns = ranks.rows[ranks.replica][stage], ranks.stage < stage
+            gradients, values = others[-2:]
+            outward, inward = ("tied values", values), ("tied gradients", gradients)
+            if not owns:
+                outward, inward = inward, outward
+            sender = self._sender(*outward, peer, device, backend, latency_s)
+            receiver = self._receiver(*inward, peer, device, backend)
+            assert sender is not None
+            assert receiver is not None
+            self._tied[stage] = sender, receiver
 
     def _make_groups(self, *wanted: tuple[str, list[int], str]) -> list[Any]:
         groups: list[Any] = self._helper.run(
@@ -218,6 +235,15 @@ class Transport:
             ),
         )
         return result
+
+    def give_tied(self, stage: int, tensor: Tensor | None) -> None:
+        """Send ``stage`` of this replica a gradient, or the values, of a parameter that both hold; never waits."""
+        self._tied[stage][0].send(Kind.of(tensor), Note(), tensor)
+
+    def take_tied(self, stage: int, what: str) -> Tensor | None:
+        """What `give_tied` of ``stage`` has sent; ``what`` says what that is."""
+        tensor: Tensor | None = self.receive(self._tied[stage][1], lambda: what).tensor
+        return tensor
 
     def settle(self) -> None:
         """Wait until what has been sent has arrived: the spans of a trace are then complete."""

@@ -56,6 +56,7 @@ def t5() -> Any:
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
     "gpt2": (gpt2, tokens, "transformer.h.{}"),
     "gpt2, mask": (gpt2, lambda: {"input_ids": tokens(), "attention_mask": mask()}, "transformer.h.{}"),
+    "gpt2, tied": (lambda: gpt2(tied=True), tokens, "transformer.h.{}"),
     "bert": (bert, lambda: {"input_ids": tokens(), "attention_mask": mask()}, "bert.encoder.layer.{}"),
     "llama": (llama, lambda: {"input_ids": tokens(), "attention_mask": mask()}, "model.layers.{}"),
     "vit": (vit, lambda: torch.randn(5, 3, 8, 8), "vit.layers.{}"),

@@ -30,6 +30,7 @@ import unsplit
 from helpers import WIDTH, adamw, cut, minibatches, network, pipeline, scheduler, sgd
 from split_models import MODELS as SPLIT_MODELS
 from test_models_in_stages import MODELS, Tokens
+from tied_models import TIED
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from tree_models import TREES
@@ -159,7 +160,7 @@ SPLITS = [
         ("adapters", "dtrp"),
     )
 ]
-HUGGING_FACE = [f"split {kind}, dtrp" for kind in ("gpt2, mask", "t5")]
+HUGGING_FACE = ["split gpt2, mask, dtrp", "split t5, dtrp", "split gpt2, tied, bp"]
 for _name in [*SPLITS, *HUGGING_FACE]:
     _kind_of, _, _method = _name.removeprefix("split ").rpartition(", ")
     CASES[_name] = Case(2, functools.partial(_split, _kind_of, _method, 2))
@@ -413,6 +414,61 @@ def _flush_after_every_minibatch_and_twice(method: str) -> Result:
     return train(network(), [[], *segments, []], num_stages=2, method=method, num_microbatches=2)
 
 
+TIES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{kind: (kind, {"method": "bp"}) for kind in TIED},
+    "gpipe": ("three holders and two ties", {"method": "gpipe"}),
+    "all clip": ("three holders and two ties", {"method": "bp", "max_grad_norm": 0.2, "clip": "global"}),
+    "skip": ("embedding and head", {"method": "gpipe", "max_grad_norm": 0.3, "on_nonfinite": "skip"}),
+    "recomputed": ("embedding and head", {"method": dtrp.get_method("bp", keep="input")}),
+    "frozen": ("embedding and head", {"method": "dtrp"}),
+    "saved": ("three holders and two ties", {"method": "bp"}),
+}
+
+
+@special(4, *TIES)
+def _tied_parameters(variant: str) -> Result:
+    """After every step their copies are the same."""
+    kind, options = TIES[variant]
+    make, data = TIED[kind]
+    model = nn.Sequential(*make())
+    if variant == "frozen":
+        model[0].requires_grad_(False)
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    batches = [(data(), torch.randint(3, (12,))) for _ in range(7)]
+    batches[4] = (batches[4][0][:1], batches[4][1][:1])
+    options = {"num_stages": 4, "num_microbatches": 2, "timeout_s": 10.0, **options}
+    pipe = pipeline(model, adamw, **options)
+    losses = []
+    for i, (x, y) in enumerate(batches):
+        if i == 3 and variant == "saved" and world_size() > 1:
+            pipe.save(Path(os.environ["SCRATCH"], "tied"))
+            pipe.close()
+            pipe = pipeline(nn.Sequential(*make()), adamw, **options)
+            pipe.load(Path(os.environ["SCRATCH"], "tied"))
+        if i == 3 and variant == "skip":
+            with torch.no_grad():  # what only the head sees
+                for stage in pipe.stages:
+                    for name, p in stage.named_parameters():
+                        if name == "3.1.bias":
+                            p.fill_(math.inf)
+        losses.append(pipe.step(x, y))
+        whole = pipe.model_state_dict()
+        assert all(torch.equal(whole[name], whole[each[0]]) for each in names.values() for name in each)
+        if i == 3 and variant == "skip":
+            assert all(skipped == [3] for skipped in pipe.skipped_updates().values())
+            with torch.no_grad():
+                for stage in pipe.stages:
+                    for name, p in stage.named_parameters():
+                        if name == "3.1.bias":
+                            p.fill_(0.0)
+    pipe.flush()
+    done = result(pipe, [None if loss is None else loss.nan_to_num(-1.0) for loss in losses])
+    pipe.close()
+    return done
+
+
 @special(3, "dtrp", "spectrain")
 def _state_dicts_and_infer(method: str) -> Result:
     """All that is collective, some of it with micro-batches in flight."""
@@ -542,10 +598,12 @@ SHARDS = {
 }
 
 
-def replicas(method: str, num_microbatches: int, shards: str, optimizer: str = "sgd") -> Result:
+def replicas(method: str, num_microbatches: int, shards: str, optimizer: str = "sgd", tied: bool = False) -> Result:
     """Two replicas of two stages, or one process whose micro-batches are the replicas' ones put together."""
     torch.set_default_dtype(torch.float64)
     model = without_noise()
+    if tied:
+        model[2][0].weight = model[0][0].weight
     batches = []
     for sizes in SHARDS[shards]:
         parts = []
@@ -595,13 +653,16 @@ def clips_and_leaves_out(variant: str) -> Result:
         return result(pipe, [None if loss is None else loss.nan_to_num(-1.0) for loss in losses])
 
 
-REPLICAS = {
+REPLICAS: dict[str, tuple[Any, ...]] = {
     f"replicas, {method}, A={a}, {shards}, {optimizer}": (method, a, shards, optimizer)
     for method, a, shards, optimizer in [
         *itertools.product(("bp", "dtrp"), (1, 2), ("equal", "unequal"), ("sgd",)),
         *itertools.product(("fdg", "dtrp"), (2,), ("unequal",), ("adamw",)),
         *itertools.product(("bp", "dtrp", "fdg"), (2,), ("fewer than A",), ("sgd",)),
     ]
+}
+REPLICAS |= {
+    f"replicas, bp, {shards}, tied": ("bp", 2, shards, "adamw", True) for shards in ("unequal", "fewer than A")
 }
 CASES.update({name: Case(4, lambda cell=cell: replicas(*cell)) for name, cell in REPLICAS.items()})
 
@@ -773,6 +834,10 @@ def wrong(folder: str, what: str) -> None:
         model[3].double()
     elif what == "frozen" and last:
         model[3].requires_grad_(False)
+    elif what == "tied":
+        options["method"] = "bp"
+        if last:
+            model[5][0].weight = model[0][0].weight
     elif what == "method":
         options["method"] = "fdg" if last else "dtrp"
     elif what == "num_microbatches":

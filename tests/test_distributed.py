@@ -478,6 +478,7 @@ def test_a_rank_that_never_makes_its_pipeline(server: Server, tmp_path: Path) ->
         ("shapes", 3, [r"the models differ", r"head\.weight", r"rank 2", r"\(4, 5\)", r"\(3, 5\)"]),
         ("dtypes", 2, [r"the models differ", r"block3\.0\.weight", r"rank 1", "float64", "float32"]),
         ("frozen", 2, [r"the models differ", r"block3\.0\.weight", "rank 1"]),
+        ("tied", 2, ["rank 1 has tied parameters", r"block0\.0\.weight of stage 0 and block5\.0\.weight of stage 1"]),
         ("method", 2, ["rank 1", "fdg", "dtrp"]),
         ("num_microbatches", 2, ["rank 1", "num_microbatches=2", "4"]),
         ("targets", 3, ["different targets", "mini-batch 4", "seed the sampler"]),

@@ -110,7 +110,7 @@ def test_one_module_in_two_places_of_one_stage_is_fine() -> None:
     model = nn.Sequential(shared, act, shared, act, nn.Linear(5, 3))
     assert [len(stage) for stage in into_stages(model, 2)] == [3, 2]
     with pytest.raises(ValueError, match="one tensor"):
-        into_stages(model, cuts=[2])
+        pipeline(model, cuts=[2])
     pipe = pipeline(model, num_stages=2, method="dtrp")
     for x, y in minibatches(4):
         pipe.step(x, y)

@@ -239,14 +239,81 @@ class Joins(nn.Module):
 def test_a_skip_over_a_stage_is_named() -> None:
     with pytest.raises(
         ValueError,
-        match=r"stage 2 \(Joins\) takes 2 values \(x, skip\) but stage 1 returns 1. A value cannot skip a stage: .* passes "
-        "through stage 1, which takes it and returns it along",
+        match=r"stage 2 \(Joins\) takes 2 values \(x, skip\) but stage 1 gives 1, without skip. A value cannot skip a stage: .* "
+        "passes through those in between, which take it and return it along",
     ):
         dtrp.split([nn.Linear(6, 6), nn.Linear(6, 6), Joins()], example=rows())
     with pytest.raises(
         ValueError, match=r"stage 1 \(Linear\) does not take what stage 0 returns, a tensor of shape \(5, 7\)"
     ):
         dtrp.split([nn.Linear(6, 7), nn.Linear(6, 6)], example=rows())
+
+
+class Start(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        return {"skip": x, "x": torch.tanh(self.f(x)) * mask}
+
+
+class Middle(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, skip: Tensor, scale: float = 0.5) -> tuple[Tensor, Tensor]:
+        return torch.tanh(self.f(x)) * scale, skip
+
+
+class Whole(nn.Module):
+    """What the list of the three is."""
+
+    def __init__(self, start: nn.Module, middle: nn.Module, joins: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.start, self.middle, self.joins, self.head = start, middle, joins, head
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.joins(*self.middle(**self.start(x, mask))))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", ["bp", "dtrp"])
+@pytest.mark.parametrize("given", ["list", "sequential", "split"])
+def test_modules_of_several_arguments_are_given_the_entries(given: str, method: str) -> None:
+    """A tuple one by one, a dict by keyword, in `step` and between stages; one argument is one value, a tuple too."""
+    modules = [Start(), Middle(), Joins(), nn.Linear(6, 3)]
+    whole = Whole(*copy.deepcopy(modules))
+    traced = dtrp.split(copy.deepcopy(whole), points=["middle", "head"], example=(rows(), rows()))
+    stages: Any = {
+        "list": modules,
+        "sequential": nn.Sequential(*modules),
+        "split": dtrp.split(modules, example=(rows(), rows())),
+    }[given]
+    options: dict[str, Any] = {"method": method, "num_microbatches": 2, "seed": SEED}
+    pipe = dtrp.Pipeline(stages, sgd, loss_fn, num_stages=4 if given == "sequential" else None, **options)
+    other = dtrp.Pipeline(traced if method == "bp" else copy.deepcopy(modules), sgd, loss_fn, **options)
+    for i in range(6):
+        x, mask, y = rows(), (rows() > 0).double(), torch.randint(3, (5,))
+        loss = pipe.step({"mask": mask, "x": x} if i % 2 else (x, mask), y)
+        torch.testing.assert_close(loss, other.step((x, mask), y), rtol=1e-12, atol=0)
+    pipe.flush()
+    x = (rows(), rows())
+    torch.testing.assert_close(pipe.infer(x), modules[3](modules[2](*modules[1](**modules[0](*x)))), rtol=1e-12, atol=0)
+
+
+def test_too_few_values_are_named_by_the_engine_too() -> None:
+    pipe = dtrp.Pipeline([nn.Linear(6, 6), Joins(), nn.Linear(6, 3)], sgd, loss_fn)
+    with pytest.raises(
+        dtrp.StageError,
+        match=r"stage 1, forward .*layer 1 \(Joins\) takes 2 values \(x, skip\) but what comes before it gives 1",
+    ):
+        pipe.step(rows(), torch.randint(3, (5,)))
+    with pytest.raises(
+        ValueError, match=r"stage 0 \(Start\) takes 2 values \(x, mask\) but the example gives 1, without mask"
+    ):
+        dtrp.split([Start(), Middle()], example={"x": rows()})
 
 
 # -- errors ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import pytest
 import torch
 from helpers import Prophet, assert_same
 from torch import Tensor, nn
@@ -185,8 +186,11 @@ def loss_fn(out: Any, y: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits(out), y)
 
 
-def check_pipeline(model: nn.Module, x: Any, stages: Stages, num_microbatches: int) -> None:
-    """bp trains as the unsplit model to 1e-10; dtrp, with the weights of that run for predictions, as bp to the bit."""
+def check_pipeline(model: nn.Module, x: Any, stages: Stages, num_microbatches: int, *, tied: bool = False) -> None:
+    """bp trains as the unsplit model to 1e-10; dtrp, with the weights of that run for predictions, as bp to the bit.
+
+    Where parameters are ``tied`` across stages, dtrp refuses them.
+    """
     plain, late = copy.deepcopy(model), copy.deepcopy(model)
     batches = minibatches(x, logits(call(copy.deepcopy(model).eval(), x)).shape[1], 6)
     pipe = dtrp.Pipeline(stages, sgd, loss_fn, method="bp", num_microbatches=num_microbatches, seed=SEED)
@@ -205,6 +209,10 @@ def check_pipeline(model: nn.Module, x: Any, stages: Stages, num_microbatches: i
     assert_trained_alike(model, plain, losses, want)
 
     again = dtrp.split(late, points=stages.points, example=x)
+    if tied:
+        with pytest.raises(ValueError, match="are one tensor, and stages of method='dtrp' update without waiting"):
+            dtrp.Pipeline(again, sgd, loss_fn, method="dtrp")
+        return
     method = dtrp.get_method("dtrp", predict=Prophet(history))
     pipe = dtrp.Pipeline(again, sgd, loss_fn, method=method, num_microbatches=num_microbatches, seed=SEED)
     assert all(torch.equal(pipe.step(*batch), loss) for batch, loss in zip(batches, losses, strict=True))

@@ -191,6 +191,7 @@ def load(
 
 def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], scheduler: bool) -> Callable[[], None]:
     names = {name for stage in engine.stages for name in [*stage.module.state_dict(), *stage.names]}
+    names |= {tie.name for stage in engine.stages for tie in stage.ties}
     state = portable.decode(found, names)
     for stage in engine.stages:
         if stage.lr_scheduler is not None:
