@@ -373,7 +373,7 @@ class DistributedEngine:
         for tie in ties:
             if tie.owner == stage.index:
                 for k in tie.partners(stage.index):
-                    transport.give_tied(k, stage.parameters[tie.place_in(stage)])
+                    transport.give_tied(k, stage.parameters[tie.place_in(stage)].detach())
         for tie in ties:
             if tie.owner != stage.index:
                 with self.working_times[0].waiting("forward"):

@@ -10,7 +10,7 @@ Both sides lay a buffer at the beginning of a line, so that the received tensor,
 buffer itself, has the strides of the one sent and its address modulo the line: see `dtrp.aligned`.
 
 A tree of tensors is one message too: after the header comes, as JSON, its form and how each tensor lies; then, each from the
-beginning of a line, the tensors.
+beginning of a line, the tensors. A tensor says whether it wants a gradient back, and says so where it arrives.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from .trees import flatten, unflatten
 
 HEADER_BYTES = LINE_BYTES
 _WORDS = HEADER_BYTES // 8
-_MAGIC = 0x64747270_0001  # "dtrp", and the version of this layout
+_MAGIC = 0x64747270_0002  # "dtrp", and the version of this layout
 _MOST_DIMS = 24
 _CPU = torch.device("cpu")
 _MOST_FREE = 20  # messages of one layout whose memory is kept; there are seldom more than two under way
 _MOST_FORMS = 8  # layouts whose memory is kept: full and partial mini-batches, and their parts
+_COMPACT, _WANTS_GRADIENT = 1, 2  # flags of a tensor
 _DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool, torch.complex64, torch.complex128,
@@ -134,7 +135,8 @@ class _Form(NamedTuple):
         # A tensor that is mostly holes, a column of a larger one, travels without them.
         wanted, sent = Layout.of(tensor, holes=True), Layout.of(tensor)
         nbytes = HEADER_BYTES + sent.shift + sent.span * tensor.element_size()
-        about = (_DTYPES.index(tensor.dtype), tensor.dim(), wanted.span, wanted.shift, wanted != sent)
+        flags = (wanted != sent) * _COMPACT + tensor.requires_grad * _WANTS_GRADIENT
+        about = (_DTYPES.index(tensor.dtype), tensor.dim(), wanted.span, wanted.shift, flags)
         return cls(sent, tensor.dtype, nbytes, (*about, *wanted.shape, *wanted.strides))
 
 
@@ -177,7 +179,6 @@ class Packer:
         words: tuple[int, ...] = (_MAGIC, kind, *note)
         if tensor is None:
             return Packed(aligned_room(HEADER_BYTES, _CPU), struct.pack(f"<{len(words)}q", *words))
-        tensor = tensor.detach()
         form, free = self._form(tensor)
         words += form.words
         header = struct.pack(f"<{len(words)}q", *words)
@@ -189,13 +190,13 @@ class Packer:
                 room = aligned_room(form.nbytes, tensor.device)
                 packed = Packed(room, header, form.layout.over(room, form.dtype, HEADER_BYTES), free)
         assert packed.inside is not None
-        form.layout.fill(packed.inside, tensor)
+        form.layout.fill(packed.inside, tensor.detach())
         return packed
 
     def _form(self, tensor: Tensor) -> tuple[_Form, list[Packed]]:
         if not self._keeps or tensor.layout is not torch.strided:
             return _Form.of(tensor), []
-        key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, shift_of(tensor))
+        key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, shift_of(tensor), tensor.requires_grad)
         known = self._forms.get(key)
         if known is None:
             if len(self._forms) == _MOST_FORMS:
@@ -206,7 +207,6 @@ class Packer:
 
 def _pack_tree(note: Note, value: Any) -> Packed:
     tensors, form = flatten(value)
-    tensors = [t.detach() for t in tensors]
     forms = [_Form.of(t) for t in tensors]
     about = json.dumps([form, [each.words for each in forms]]).encode()
     starts, end = [], HEADER_BYTES + _whole_lines(len(about))
@@ -219,7 +219,7 @@ def _pack_tree(note: Note, value: Any) -> Packed:
         room = aligned_room(end, place)
         room[HEADER_BYTES : HEADER_BYTES + len(about)].copy_(torch.frombuffer(bytearray(about), dtype=torch.uint8))
         for tensor, each, start in zip(tensors, forms, starts, strict=True):
-            each.layout.fill(each.layout.over(room, each.dtype, start), tensor)
+            each.layout.fill(each.layout.over(room, each.dtype, start), tensor.detach())
     return Packed(room, struct.pack(f"<{len(words)}q", *words))
 
 
@@ -271,12 +271,13 @@ def decode(header: tuple[Kind, Note, tuple[int, ...]], room: Tensor) -> Message:
 
 def _standing(words: Sequence[int], room: Tensor, start: int) -> tuple[Tensor, int]:
     """The tensor that a message says lies at ``start``, and the bytes that it takes there."""
-    number, dims, span, shift, compact = words[:5]
+    number, dims, span, shift, flags = words[:5]
+    wants = bool(flags & _WANTS_GRADIENT)
     shape, strides = tuple(words[5 : 5 + dims]), tuple(words[5 + dims : 5 + 2 * dims])
     layout, dtype = Layout(shape, strides, span, shift), _DTYPES[number]
-    if not compact:
-        return layout.over(room, dtype, start), shift + span * dtype.itemsize
+    if not flags & _COMPACT:
+        return layout.over(room, dtype, start).requires_grad_(wants), shift + span * dtype.itemsize
     sent = Layout.contiguous(layout.shape)
     tensor = layout.over(aligned_room(shift + span * dtype.itemsize, room.device), dtype)
     layout.fill(tensor, sent.over(room, dtype, start))
-    return tensor, sent.span * dtype.itemsize
+    return tensor.requires_grad_(wants), sent.span * dtype.itemsize

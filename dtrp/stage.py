@@ -203,6 +203,7 @@ class Stage:
         self._places = Places(module)
         self._changes_input: bool | None = None  # does the module write its input? None: not seen yet
         self._graph_bytes: dict[Any, int] = {}
+        self._wanting: dict[Any, list[bool]] = {}  # which tensors of an output have a gradient, by its form
 
     # -- F ------------------------------------------------------------------------------------------
 
@@ -220,8 +221,8 @@ class Stage:
             target: what the loss compares with, at the last stage.
 
         Returns:
-            The output for the next stage, a tensor or a tree of them, or the last stage's share of the loss (a scalar);
-            detached.
+            The output for the next stage, a tensor or a tree of them, each requiring a gradient if it wants one back; or
+            the last stage's share of the loss (a scalar), detached.
         """
         self.rest()
         leaf = self._own(x)
@@ -247,7 +248,27 @@ class Stage:
         self._prepared = None
         self._stash.append(held)
         self._note_peak(0)
-        return map_tensors(lambda t: aligned_clone(t) if self._is_weight(t) else t.detach(), out)
+        if self.loss_fn is not None:
+            return out.detach()
+        tensors, form = flatten(out)
+        wanting = self._wants(held, tensors)
+        passed = [aligned_clone(t) if self._is_weight(t) else t.detach() for t in tensors]
+        return unflatten(form, iter([t.requires_grad_(each) for t, each in zip(passed, wanting, strict=True)]))
+
+    def _wants(self, held: Held, tensors: list[Tensor]) -> list[bool]:
+        """Which tensors of an output have a gradient: where it was made without a graph, by a trial with one."""
+        if not self.trains or not self.recomputes:
+            return [t.requires_grad for t in tensors]
+        able = [t.is_floating_point() or t.is_complex() for t in tensors]
+        if sum(able) < 2:  # why else would this stage be there
+            return able
+        key = (*((t.dtype, t.dim()) for t in tensors), self.module.training)
+        if key not in self._wanting:
+            trial = Held(held.micro, self.version, held.autocast, held.leaf, 0)
+            self._graph(trial, "discarded")
+            self._wanting[key] = [root is not None for root in trial.roots]
+        held.wanting = self._wanting[key]
+        return held.wanting
 
     def _autocast_now(self) -> AutocastState:
         return AutocastState.now(self.device.type)
@@ -297,9 +318,8 @@ class Stage:
         outlives = self.distance > 0 and not self.method.flush
         if self.index == 0 and outlives and leaf.data_ptr() == x.data_ptr():
             leaf = aligned_clone(leaf)
-        if self.needs_input_grad and (leaf.is_floating_point() or leaf.is_complex()):
-            leaf.requires_grad_()
-        return leaf
+        # The stage before says which of its outputs have one.
+        return leaf.requires_grad_(self.needs_input_grad and x.requires_grad)
 
     def _is_weight(self, out: Tensor) -> bool:
         """Whether an output is (a view of) a tensor that will be written while a later stage keeps it."""
@@ -460,6 +480,11 @@ class Stage:
         if self.loss_fn is None:
             # Not the output itself: the next stage has it, and this one need not hold it for its backward.
             held.roots = [get_gradient_edge(t) if t.requires_grad else None for t in tensors_of(out)]
+            if any(root is not None and not each for root, each in zip(held.roots, held.wanting, strict=False)):
+                raise RuntimeError(
+                    "an output of the stage has a gradient now and had none when it was first tried; let it always have one, or "
+                    "never (return it detached)"
+                )
         elif out.requires_grad:
             held.roots = [out]
         else:

@@ -77,6 +77,8 @@ class Held:
     has_graph: bool = False
     # Where differentiation starts, for each tensor of the output; None where it has nothing to do. Of the last stage: the loss.
     roots: list[Tensor | GradientEdge | None] = field(default_factory=list)
+    # Which tensors of the output went on as ones that want a gradient; empty where all have a root that do.
+    wanting: list[bool] = field(default_factory=list)
     # Filled by B, for each tensor of the input; empty where it needs none.
     input_gradients: list[list[Tensor]] = field(default_factory=list)
 

@@ -41,7 +41,7 @@ def arrived(tensor: Tensor) -> Tensor:
     assert message.tensor is not None
     assert message.tensor.dtype == tensor.dtype
     assert message.tensor.shape == tensor.shape
-    assert not message.tensor.requires_grad
+    assert message.tensor.requires_grad == tensor.requires_grad
     assert torch.equal(message.tensor, tensor)
     return message.tensor
 

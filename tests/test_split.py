@@ -186,6 +186,37 @@ def test_a_model_in_eval_mode_and_frozen_parts_of_one_in_train_mode() -> None:
     assert not any(stage.training for stage in dtrp.split(model.eval(), num_stages=2, example=images()))
 
 
+class Shifted(nn.Module):
+    """Reads a tensor and a number that are one for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.h = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        out: Tensor = self.h(torch.tanh(self.g(torch.tanh(self.f(x)) * shift)) * scale + shift)
+        return out
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_tensor_of_one_sample_is_for_all() -> None:
+    model, shared = Shifted(), (torch.randn(1, 6), torch.tensor(0.5))
+    stages = dtrp.split(model, points=["g", "h"], example=(rows(), *shared))
+    for num in (1, 2, 7):
+        x = (rows(num), *shared)
+        assert torch.equal(chain(stages, x), model(*x))
+    pipe = dtrp.Pipeline(stages, sgd, loss_fn, method="dtrp", num_microbatches=2)
+    for num in (4, 1, 5):
+        pipe.step((rows(num), *shared), torch.randint(3, (num,)))
+    pipe.flush()
+    with pytest.raises(ValueError, match=r"x\[1\] has shape \(5, 6\), and the model was traced with \(1, 6\)"):
+        stages[0]((rows(), rows(), shared[1]))
+    with pytest.raises(
+        ValueError, match=r"example\[0\] has 5 samples and example\[1\] has 2; .* or one for all of them"
+    ):
+        dtrp.split(model, num_stages=2, example=(rows(), rows(2), shared[1]))
+
+
 def test_tracing_touches_nothing() -> None:
     model, x = UNet(), images()
     state, drawn = copy.deepcopy(model.state_dict()), torch.get_rng_state()

@@ -103,6 +103,42 @@ def test_a_frozen_front_half_keeps_nothing_and_gets_no_gradient(method: str) -> 
     assert pipe.optimizers[1] is None
 
 
+@pytest.mark.parametrize("method", dtrp.list_methods())
+def test_no_gradient_goes_back_for_what_has_none(method: str) -> None:
+    make, data = TREES["float masks"]
+    pipe = pipeline(make(), method=method, num_microbatches=2)
+    returned: list[Any] = []
+    for stage in pipe._engine.stages[1:]:
+        backward = stage.backward
+        stage.backward = lambda grad, backward=backward: returned.append(backward(grad)) or returned[-1]  # type: ignore[method-assign]
+    for x, y in batches_of(data):
+        pipe.step(x, y)
+    pipe.flush()
+    assert len(returned) == 3 * 16
+    assert all([g is not None for g in gradients] == [False, True, False] for gradients in returned)
+
+
+def test_an_output_that_has_a_gradient_now_and_then_is_refused() -> None:
+    class Fickle(nn.Linear):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Any:
+            h = super().forward(x)
+            self.calls += 1
+            return h, (h if self.calls > 6 else h.detach())
+
+    class Sum(nn.Linear):
+        def forward(self, v: Any) -> Tensor:
+            return super().forward(v[0] + v[1])
+
+    pipe = pipeline([Fickle(6, 6), Sum(6, 3)])
+    with pytest.raises(
+        dtrp.StageError, match="stage 0, backward .*an output of the stage has a gradient now and had none"
+    ):
+        for x, y in batches_of(lambda: torch.randn(12, 6)):
+            pipe.step(x, y)
+
+
 @pytest.mark.parametrize(
     ("gives", "rule"),
     [
@@ -158,6 +194,7 @@ def test_a_tree_is_cut_into_parts() -> None:
         {"a": [torch.randn(3, 4), (torch.zeros(2, dtype=torch.bool),)], 7: {"b": torch.randn(2, 3, 4, 5)}},
         (torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.randn(9, 4)[:, 1], torch.empty(0, 3)),
         (torch.randn(1, 5).expand(4, 5), torch.tensor(3), torch.randn(7, 3)[2:]),
+        (torch.randn(3).requires_grad_(), torch.randn(3), torch.randn(30, 4)[:, 0].detach().requires_grad_()),
     ],
 )
 def test_a_tree_arrives_as_it_lay(value: Any) -> None:
@@ -172,6 +209,7 @@ def test_a_tree_arrives_as_it_lay(value: Any) -> None:
     for a, b in zip(sent, came, strict=True):
         assert torch.equal(a, b)
         assert a.dtype == b.dtype
+        assert a.requires_grad == b.requires_grad
         if a.numel():
             assert a.stride() == b.stride()
             assert a.data_ptr() % 128 == b.data_ptr() % 128

@@ -69,6 +69,25 @@ def _masks() -> list[nn.Module]:
     ]
 
 
+def _float_masks() -> list[nn.Module]:
+    """A mask and a number that travel beside the hidden values want no gradient back, and no stage computes them one."""
+
+    def first(v: Any, f: nn.Module) -> Any:
+        return {"mask": (v > 0).to(v.dtype), "h": f(v), "scale": v.new_tensor(0.5)}
+
+    def masked(v: Any, f: nn.Module) -> Any:
+        if torch.is_grad_enabled():
+            assert [v[name].requires_grad for name in ("mask", "h", "scale")] == [False, True, False]
+        return {**v, "h": torch.tanh(f(v["h"])) * v["mask"] * v["scale"]}
+
+    return [
+        Stage(first, f=linear()),
+        Stage(masked, f=linear()),
+        Stage(masked, f=linear()),
+        Stage(lambda v, f, g: g(masked(v, f)["h"]), f=linear(), g=linear(6, 3)),
+    ]
+
+
 def _tokens() -> dict[str, Any]:
     mask = torch.rand(12, 5) < 0.7
     mask[:, 0] = True
@@ -128,6 +147,7 @@ TREES: dict[str, tuple[Callable[[], list[nn.Module]], Callable[[], Any]]] = {
     "siamese": (_siamese, _pair),
     "u-net": (_unet, lambda: torch.randn(12, 3, 8, 8)),
     "masks": (_masks, _tokens),
+    "float masks": (_float_masks, lambda: torch.randn(12, 6)),
     "frozen half": (_frozen, lambda: torch.randn(12, 6)),
     "adapters": (_adapters, lambda: torch.randn(12, 6)),
     "dead ends": (_dead_ends, lambda: torch.randn(12, 6)),

@@ -38,11 +38,13 @@ class Example:
         value: as given.
         leaves: tensors and constants in it, in order.
         paths: how each is named in errors.
+        samples: in it; tensors of one sample beside them are one for all, as in `Pipeline.step`.
     """
 
     value: Any
     leaves: tuple[Any, ...]
     paths: tuple[str, ...]
+    samples: int
 
     @property
     def spec(self) -> pytree.TreeSpec:
@@ -54,7 +56,7 @@ class Example:
         """The example, checked.
 
         Raises:
-            TypeError, ValueError: no tensors, or tensors of several numbers of samples, or of one sample.
+            TypeError, ValueError: no tensors, or tensors of several numbers of samples, or none of more than one.
         """
         with_paths, _ = pytree.tree_flatten_with_path(value)
         paths = tuple("example" + pytree.keystr(path) for path, _ in with_paths)
@@ -70,17 +72,22 @@ class Example:
                 raise TypeError(
                     f"{path} is a {type(leaf).__name__}; a model in stages takes tensors and plain constants: pass its tensors"
                 )
-        first_path, samples = next(iter(sizes.items()))
+        first_path, samples = max(sizes.items(), key=lambda each: each[1] > 1)
         for path, size in sizes.items():
-            if size != samples:
+            if size not in (1, samples):
                 raise ValueError(
-                    f"{first_path} has {samples} samples and {path} has {size}; along dimension 0 every tensor has as many"
+                    f"{first_path} has {samples} samples and {path} has {size}; along dimension 0 every tensor has as many, "
+                    "or one for all of them"
                 )
         if samples < 2:
             raise ValueError(
                 f"example has {samples} sample; torch.export takes a size of 0 or 1 for a constant: pass at least 2 samples"
             )
-        return cls(value, leaves, paths)
+        return cls(value, leaves, paths, samples)
+
+    def counts(self, leaf: Any) -> bool:
+        """Whether a leaf has as many samples as the mini-batch, and is not one for all of them."""
+        return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == self.samples
 
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments."""
@@ -115,7 +122,7 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
     shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     batch = torch.export.Dim("batch")
     for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.dim():
+        if example.counts(leaf):
             shapes[leaf] = {0: batch}
     try:
         with in_mode(model, training=training), _plainly():
@@ -134,7 +141,7 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
     assert out_spec is not None
     # The program may have put keyword arguments in another order.
     places = pytree.tree_unflatten(list(range(len(example.leaves))), example.spec)
-    numbered = Example(places, (), ()).call()
+    numbered = Example(places, (), (), 0).call()
     ordered_args, ordered_kwargs = pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
     order: dict[int, int] = {}
     for mine, its in zip(pytree.tree_leaves(numbered[0]), pytree.tree_leaves(ordered_args), strict=True):

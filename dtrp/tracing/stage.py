@@ -35,7 +35,7 @@ class TracedStage(nn.Module):
         self._weights: tuple[list[Owner | None], list[Owner | None]] = ([], [])  # of each argument, in either mode
         self._dtypes: list[tuple[nn.Module, str, torch.dtype]] = []
         self._example: Example | None = None  # of the first stage
-        self._shapes: list[tuple[torch.Size, torch.dtype] | None] = []
+        self._shapes: list[tuple[torch.Size, torch.dtype, int] | None] = []  # and the first dimension that is fixed
         self._device: torch.device | None = None
         self._origins: list[
             tuple[nn.Module, str, nn.Module]
@@ -94,7 +94,7 @@ class TracedStage(nn.Module):
                     f"{where} is {leaf.dtype}, and the model was traced with {wanted[1]}; convert it, or split with an example "
                     "of that dtype"
                 )
-            elif leaf.shape[1:] != wanted[0][1:] or leaf.dim() != len(wanted[0]):
+            elif leaf.shape[wanted[2] :] != wanted[0][wanted[2] :] or leaf.dim() != len(wanted[0]):
                 raise ValueError(
                     f"{where} has shape {tuple(leaf.shape)}, and the model was traced with {tuple(wanted[0])}; only the number "
                     "of samples may differ: pad it, or split with another example"
@@ -180,11 +180,14 @@ def trace_into_stages(
     _give_tensors(model, stages, [use for _, uses in divided for use in uses], graphs)
     first = stages[0]
     first._example = checked
-    first._shapes = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in checked.leaves]
+    first._shapes = [
+        (leaf.shape, leaf.dtype, int(checked.counts(leaf))) if isinstance(leaf, Tensor) else None
+        for leaf in checked.leaves
+    ]
     # Shapes are enough of its tensors.
     empty = [torch.empty(0, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in checked.leaves]
     value = pytree.tree_unflatten(empty, checked.spec)
-    first._example = Example(value, tuple(empty), checked.paths)
+    first._example = Example(value, tuple(empty), checked.paths, checked.samples)
     for stage in stages:
         stage.train(model.training)
     return stages, list(points)
