@@ -9,6 +9,7 @@ each process makes the same model and mini-batches by itself.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import unsplit
-from helpers import WIDTH, adamw, cut, minibatches, network, pipeline, scheduler, sgd
+from helpers import WIDTH, Prophet, adamw, cut, minibatches, network, pipeline, scheduler, sgd
 from split_models import MODELS as SPLIT_MODELS
 from test_models_in_stages import MODELS, Tokens
 from tied_models import TIED
@@ -134,7 +135,8 @@ CASES.update({matrix_case(*cell): Case(cell[1], _matrix(*cell)) for cell in MATR
 # -- models with forwards of their own --------------------------------------------------------------------------
 
 
-def _split(kind: str, method: str, num_stages: int) -> Result:
+def _model_of(kind: str) -> tuple[nn.Module, Any, list[tuple[Any, Tensor]]]:
+    """The model in train mode, what it is called with, and mini-batches."""
     if kind in SPLIT_MODELS:
         build, data, _ = SPLIT_MODELS[kind]
     else:  # only where they are asked for: transformers takes seconds to import
@@ -143,11 +145,46 @@ def _split(kind: str, method: str, num_stages: int) -> Result:
         build, data, _ = hugging_face_models.MODELS[kind]
     model, x = build(), data()
     batches = unsplit.minibatches(x, unsplit.logits(unsplit.call(model.eval(), x)).shape[1], 5)
-    stages = dtrp.split(model.train(), num_stages=num_stages, example=x)
-    with dtrp.Pipeline(stages, sgd, unsplit.loss_fn, method=method, num_microbatches=2, seed=7, timeout_s=20.0) as pipe:
-        losses = [pipe.step(x if rank() == 0 else None, y if rank() == world_size() - 1 else None) for x, y in batches]
+    return model.train(), x, batches
+
+
+def _split(kind: str, method: str, num_stages: int) -> Result:
+    model, x, batches = _model_of(kind)
+    return _trained(dtrp.split(model, num_stages=num_stages, example=x), batches, method)
+
+
+def _trained(
+    stages: Any, batches: list[tuple[Any, Tensor]], method: Any, after: Callable[[dtrp.Pipeline], None] | None = None
+) -> Result:
+    options: dict[str, Any] = {"num_microbatches": 2, "seed": 7, "timeout_s": 20.0}
+    with dtrp.Pipeline(stages, sgd, unsplit.loss_fn, method=method, **options) as pipe:
+        losses = []
+        for x, y in batches:
+            losses.append(pipe.step(x if rank() == 0 else None, y if rank() == world_size() - 1 else None))
+            if after is not None:
+                after(pipe)
         pipe.flush()
         return result(pipe, losses)
+
+
+def _oracle(kind: str, num_stages: int) -> Result:
+    """dtrp, with the weights of a run of bp for predictions, is that run, to the bit."""
+    torch.set_default_dtype(torch.float64)
+    model, x, batches = _model_of(kind)
+    splits = [dtrp.split(each, num_stages=num_stages, example=x) for each in (model, copy.deepcopy(model))]
+    history = [[[p.detach().clone() for p in stage.parameters() if p.requires_grad]] for stage in splits[0]]
+
+    def record(pipe: dtrp.Pipeline) -> None:
+        for stage in pipe._engine.stages:
+            history[stage.index].append([p.detach().clone() for p in stage.parameters])
+
+    want = _trained(splits[0], batches, "bp", record)
+    got = _trained(splits[1], batches, dtrp.get_method("dtrp", predict=Prophet(history)))
+    for a, b in zip(got["losses"], want["losses"], strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    for name in want["weights"]:
+        assert torch.equal(got["weights"][name], want["weights"][name]), name
+    return got
 
 
 SPLITS = [
@@ -164,6 +201,12 @@ HUGGING_FACE = ["split gpt2, mask, dtrp", "split t5, dtrp", "split gpt2, tied, b
 for _name in [*SPLITS, *HUGGING_FACE]:
     _kind_of, _, _method = _name.removeprefix("split ").rpartition(", ")
     CASES[_name] = Case(2, functools.partial(_split, _kind_of, _method, 2))
+
+TRANSFORMERS = ("gpt2", "gpt2, mask", "bert", "llama", "vit", "t5")
+ORACLES = [f"oracle {kind}, K={num_stages}" for kind in [*SPLIT_MODELS, *TRANSFORMERS] for num_stages in (2, 4)]
+for _name in ORACLES:
+    _kind_of, _, _number = _name.removeprefix("oracle ").rpartition(", K=")
+    CASES[_name] = Case(int(_number), functools.partial(_oracle, _kind_of, int(_number)))
 
 # -- kinds of models ------------------------------------------------------------------------------------------
 

@@ -31,10 +31,12 @@ from rank_programs import (
     HUGGING_FACE,
     KINDS,
     MATRIX,
+    ORACLES,
     REPLICAS,
     SPECIAL,
     SPLITS,
     SUBSETS,
+    TRANSFORMERS,
     matrix_case,
     run_case,
 )
@@ -182,6 +184,23 @@ def test_every_split_model_equals_the_local_engine(results_of: Callable[..., Res
 def test_transformers_equal_the_local_engine(results_of: Callable[..., Results], name: str) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed; pip install 'dtrp[transformers]'")
     check_equal(name, results_of("hugging face", HUGGING_FACE))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in ("oracle densenet, K=4", "oracle frozen first half, K=2") else pytest.param(n, marks=pytest.mark.full)
+        for n in ORACLES
+    ],
+)
+def test_with_perfect_prediction_split_models_are_backpropagation(
+    results_of: Callable[..., Results], name: str
+) -> None:
+    """The rest of the table of models, K and engines."""
+    kind, num_ranks = name.removeprefix("oracle ").rpartition(", K=")[0], CASES[name].num_ranks
+    if kind in TRANSFORMERS:
+        pytest.importorskip("transformers", reason="transformers is not installed; pip install 'dtrp[transformers]'")
+    check_equal(name, results_of(f"{kind}{num_ranks}", [name]))
 
 
 @pytest.mark.parametrize("name", SPECIAL)
