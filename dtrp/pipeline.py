@@ -27,7 +27,7 @@ from .local import LocalEngine
 from .methods import Keep, Method
 from .plan_file import Plan, as_plan
 from .ranks import Ranks, find_ranks
-from .splitting import into_stages, stage_device
+from .splitting import Stages, into_stages, stage_device
 from .stage import LossFn, Stage
 from .ties import check_ties, find_ties
 from .trace import Tracer
@@ -142,8 +142,11 @@ class Pipeline(Driver):
             plan = as_plan(plan)
             plan.check_model(model)
             _check_plan_alone(given, method, num_microbatches, plan)
-            model = model if isinstance(model, nn.Module) else nn.Sequential(*model)
             cuts, keep, method, num_microbatches = plan.cuts, plan.keep, plan.row, plan.num_microbatches
+            if isinstance(model, Stages):
+                model, cuts = model.cut(plan.cuts), None
+            elif not isinstance(model, nn.Module):
+                model = nn.Sequential(*model)
         self.method = as_method(method)
         num_microbatches = whole("num_microbatches", num_microbatches)
         check_seed(seed)

@@ -11,7 +11,7 @@ import inspect
 import itertools
 import operator
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,9 +28,33 @@ class Stages(list[nn.Module]):
         points: the submodules where stages 1..K-1 begin, by name.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], points: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        points: Iterable[str] = (),
+        trace: Callable[[list[str]], Stages] | None = None,
+    ) -> None:
         super().__init__(modules)
         self.points = tuple(points)
+        self._trace = trace  # the model again, with other points
+
+    def cut(self, cuts: Sequence[int]) -> Stages:
+        """The same model in fewer stages, each of one or more of these.
+
+        Args:
+            cuts: which of these stages are the first of stages 1..K-1 of the result.
+        """
+        cuts = _checked_cuts(cuts, len(self), None)
+        points = [self.points[cut - 1] for cut in cuts]
+        if len(cuts) == len(self) - 1:
+            return self
+        if self._trace is not None:
+            return self._trace(points)
+        layers = [[(name, layer) for name, layer in stage._modules.items() if layer is not None] for stage in self]
+        bounds = [0, *cuts, len(self)]
+        return Stages(
+            [stage_of(itertools.chain(*layers[start:end])) for start, end in itertools.pairwise(bounds)], points
+        )
 
     def __repr__(self) -> str:
         return f"Stages({len(self)} stages, points={list(self.points)})"
@@ -127,7 +151,7 @@ def split(
     from .tracing.stage import trace_into_stages  # torch.export is slow to import
 
     traced, points = trace_into_stages(model, example, num_stages=num_stages, points=points)
-    return Stages(traced, points)
+    return Stages(traced, points, lambda points: split(model, points=points, example=example))
 
 
 def _between_layers(model: nn.Module, points: Sequence[str] | None, example: Any) -> bool:
@@ -166,12 +190,22 @@ class Chain(nn.Sequential):
     def forward(self, value: Any) -> Any:
         for name, layer in self._modules.items():
             assert layer is not None
-            if len(_needed(layer)) < 2:
-                value = layer(value)
-                continue
-            _check_values(layer, value, f"layer {name}", "what comes before it")
-            value = layer(**value) if isinstance(value, dict) else layer(*value)
+            value = called(layer, value, name)
         return value
+
+
+def called(layer: nn.Module, value: Any, name: str) -> Any:
+    """What a layer of a list, or of an `nn.Sequential`, makes of a value; ``name`` is for errors."""
+    if len(_needed(layer)) < 2:
+        return layer(value)
+    _check_values(layer, value, f"layer {name}", "what comes before it")
+    return layer(**value) if isinstance(value, dict) else layer(*value)
+
+
+def stage_of(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
+    """Named layers as a stage."""
+    named = OrderedDict(layers)
+    return (Chain if any(len(_needed(layer)) > 1 for layer in named.values()) else nn.Sequential)(named)
 
 
 def _needed(layer: nn.Module) -> list[str]:
@@ -258,8 +292,7 @@ def into_stages(
             )
         cuts = range(1, len(layers))
     bounds = [0, *cuts, len(layers)]
-    made = [OrderedDict(layers[start:end]) for start, end in itertools.pairwise(bounds)]
-    return [(Chain if any(len(_needed(layer)) > 1 for layer in own.values()) else nn.Sequential)(own) for own in made]
+    return [stage_of(layers[start:end]) for start, end in itertools.pairwise(bounds)]
 
 
 def _sequential_of(modules: Sequence[nn.Module]) -> nn.Sequential:
@@ -274,6 +307,8 @@ def _sequential_of(modules: Sequence[nn.Module]) -> nn.Sequential:
 
 def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
     """The layers between which a model can be cut, with their names."""
+    if isinstance(model, Stages):
+        return list(zip(["the beginning", *model.points], model, strict=True))
     if not isinstance(model, nn.Module):
         model = _sequential_of(model)
     if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:

@@ -13,9 +13,10 @@ from helpers import assert_close, check_perfect_prediction, clone
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dtrp.cli import cli
+from dtrp.cli import cli, run
 from dtrp.data import batches, load_data
 from dtrp.models import get_model, gpt
+from dtrp.plan_file import Plan
 from dtrp.train import TrainConfig, Trainer, class_loss
 
 WORDS = "to be, or not to be: that is the question\n"
@@ -169,6 +170,17 @@ def test_the_loss_of_windows_is_the_mean_over_their_characters() -> None:
     torch.testing.assert_close(class_loss(out, y), torch.stack(each).mean())
     torch.testing.assert_close(class_loss(out, y, reduction="sum"), torch.stack(each).sum())
     assert torch.equal(class_loss(out[:, 0], y[:, 0]), cross_entropy(out[:, 0], y[:, 0]))
+
+
+def test_it_is_planned_from_the_command_line(text: Path, tmp_path: Path) -> None:
+    sizes = ["--layers", "2", "--width", "16", "--heads", "2", "--context", "8"]
+    data = ["--data", "text", "--data-dir", str(text), "--model", "gpt", *sizes, "--workers", "2"]
+    out = tmp_path / "plan.json"
+    options = ["--batch-size", "8", "--repeats", "1", "--latency", "0", "--keep-lead", "--out", str(out)]
+    assert run(["plan", *data, *options]) == 0
+    made = Plan.load(out)
+    assert made.model["layers"] == ["embedding", "block1", "block2", "head"]
+    assert run(["train", *data[:-2], "--limit-train", "40", "--epochs", "1", "--plan", str(out), "--quiet"]) == 0
 
 
 def test_it_learns_from_the_command_line(text: Path, tmp_path: Path) -> None:

@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import network, pipeline, sgd
+from helpers import clone, network, pipeline, sgd
+from split_models import Residual, rows
 from torch import Tensor, nn
+from tree_models import TREES
 
 import dtrp
 from dtrp.cli import run
 from dtrp.planning import Plan, PlanError, Profiler, balance, simulate
 from dtrp.planning.choose import plan
+from dtrp.stash import value_bytes
 from dtrp.train import TrainConfig, Trainer
 
 # -- cuts -----------------------------------------------------------------------------------------------------
@@ -299,6 +302,58 @@ def test_a_profile_is_what_the_engine_holds_and_leaves_the_model_alone() -> None
     assert whole.forward_s == pytest.approx(sum(profile.stage(k, k + 1).forward_s for k in range(8)))
     assert profiler.at(16) is profile
     assert profiler.at(40).samples == 40, "more samples than the example has"
+
+
+@pytest.mark.parametrize("kind", ["siamese", "masks", "float masks", "dead ends", "in place", "frozen half"])
+def test_layers_that_pass_on_trees_are_planned(kind: str) -> None:
+    make, data = TREES[kind]
+    layers, example = make(), (data(), torch.randint(3, (12,)))
+    profile = Profiler(layers, example, nn.functional.cross_entropy, optimizer=sgd, repeats=1).at(12)
+    value, sizes = example[0], []
+    with torch.no_grad():
+        for layer in layers:
+            sizes.append(value_bytes(value))
+            value = layer(clone(value))
+    assert [layer.input_bytes for layer in profile.layers] == sizes
+    assert [layer.output_bytes for layer in profile.layers[:-1]] == sizes[1:]
+    assert Profiler(layers, example, nn.functional.cross_entropy, repeats=1).at(30).samples == 30
+    made = plan(layers, example, nn.functional.cross_entropy, num_workers=2, optimizer=sgd, latency_s=0.0, neighbours=0,
+                repeats=1, alternatives=False)  # fmt: skip
+    pipe = pipeline(layers, plan=made)
+    for _ in range(4):
+        pipe.step(data(), torch.randint(3, (12,)))
+    pipe.flush()
+    assert [len(stage) for stage in pipe.stages] == [made.cuts[0], 4 - made.cuts[0]]
+
+
+def test_the_stages_of_a_split_model_are_put_together_by_the_plan(tmp_path: Path) -> None:
+    model, x, y = Residual(), rows(), torch.randint(3, (5,))
+    names = [name for name, _ in model.named_parameters()]
+    stages = dtrp.split(model, num_stages=5, example=x)
+    made = plan(stages, (x, y), nn.functional.cross_entropy, num_workers=2, optimizer=sgd, latency_s=0.0, neighbours=0,
+                repeats=1, alternatives=False)  # fmt: skip
+    assert [*made.stages[0].layers, *made.stages[1].layers] == ["the beginning", *stages.points]
+    made.save(tmp_path / "plan.json")
+    pipe = dtrp.Pipeline(stages, sgd, nn.functional.cross_entropy, plan=tmp_path / "plan.json")
+    assert pipe.num_stages == 2
+    assert stages.cut(made.cuts).points == (stages.points[made.cuts[0] - 1],)
+    for _ in range(4):
+        pipe.step(x, y)
+    pipe.flush()
+    assert [name for stage in pipe.stages for name, _ in stage.named_parameters()] == names
+    assert pipe.model_state_dict().keys() == model.state_dict().keys()
+    model.load_state_dict(pipe.model_state_dict())
+
+
+def test_stages_by_hand_are_put_together_too() -> None:
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))
+    stages = dtrp.split(model, num_stages=4)
+    assert stages.points == ("2", "3", "4")
+    assert [list(stage._modules) for stage in stages.cut([2])] == [["0", "1", "2"], ["3", "4"]]
+    assert stages.cut([1, 2, 3]) is stages
+    assert dtrp.split(list(model)).cut([4]).points == ("4",)
+    with pytest.raises(ValueError, match=r"cuts=\[4\]: 4 is out of range"):
+        stages.cut([4])
 
 
 def test_neighbours_that_cannot_be_sent_work_otherwise() -> None:

@@ -24,7 +24,7 @@ from random import Random
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ..footprint import footprint
@@ -32,9 +32,11 @@ from ..methods import Keep, Method, get_method
 from ..plan_file import Choice, Plan, PlanError, StagePlan, describe_model, method_options
 from ..schedule import lead, steady_delay
 from ..splitting import equal_cuts, layers_of
+from ..stage import LossFn
+from ..trees import num_samples
 from .balance import partition
 from .link import LinkSpeed, measure_link
-from .profile import Profiler, StageProfile, device_of
+from .profile import Profiler, StageProfile, checked_example, device_of
 from .simulate import Seconds, Simulation, simulate
 
 LR_SCALING: dict[str, Callable[[float], float]] = {
@@ -55,8 +57,8 @@ _WARMUP_MINIBATCHES = 20  # for each doubling of the learning rate and more
 
 def plan(
     model: nn.Sequential | Sequence[nn.Module],
-    example: tuple[Tensor, Tensor],
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    example: tuple[Any, Any],
+    loss_fn: LossFn,
     *,
     num_workers: int,
     method: str | Method = "dtrp",
@@ -81,7 +83,8 @@ def plan(
     """Profile a model and choose how to train it on ``num_workers`` workers.
 
     Args:
-        model: an `nn.Sequential`, or a list of modules, cut anywhere between its layers. It is left as it is.
+        model: an `nn.Sequential`, or a list of modules, cut anywhere between its layers; or what `dtrp.split` returns, better
+            in many stages, of which those of the plan are made. It is left as it is.
         example: a batch (x, y) as `Pipeline.step` takes it; its size is the base mini-batch.
         loss_fn: as `Pipeline`'s.
         num_workers: K.
@@ -127,9 +130,10 @@ def plan(
         least = 0 if name == "max_delay" else 1
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise PlanError(f"{name}={value!r}: pass a whole number of at least {least}")
-    if max_batch_size is not None and (not isinstance(max_batch_size, int) or max_batch_size < len(example[0])):
+    base = num_samples(checked_example(example)[0])
+    if max_batch_size is not None and (not isinstance(max_batch_size, int) or max_batch_size < base):
         raise PlanError(
-            f"max_batch_size={max_batch_size!r} with an example of {len(example[0])} samples, the base; pass at least that"
+            f"max_batch_size={max_batch_size!r} with an example of {base} samples, the base; pass at least that"
         )
     if num_microbatches is not None and max_delay is not None and isinstance(num_workers, int):
         delay = steady_delay(row, max(1, num_workers), 0, num_microbatches, 0)
@@ -157,7 +161,6 @@ def plan(
         repeats=repeats,
         autocast=autocast,
     )
-    base = len(profiler.example[0])
     if num_microbatches is not None and num_microbatches > base:
         raise PlanError(f"num_microbatches={num_microbatches} with an example of {base} samples; each needs one")
     link = LinkSpeed(0.0, math.inf)

@@ -13,13 +13,18 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..splitting import stage_of
+from ..trees import map_tensors
 
 
 @contextmanager
-def busy_neighbours(count: int, layers: Sequence[nn.Module], x: Tensor) -> Iterator[None]:
+def busy_neighbours(count: int, layers: Sequence[nn.Module], x: Any) -> Iterator[None]:
     """Within it ``count`` processes run the layers forward and backward, over and over, on the CPU.
 
     Where the layers cannot be sent to another process (a class of ``__main__``, a lambda), the neighbours run a
@@ -31,7 +36,7 @@ def busy_neighbours(count: int, layers: Sequence[nn.Module], x: Tensor) -> Itera
     with tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
         file = Path(folder) / "work.pt"
         try:
-            torch.save((nn.Sequential(*layers), x.cpu()), file)
+            torch.save((stage_of((str(i), layer) for i, layer in enumerate(layers)), map_tensors(Tensor.cpu, x)), file)
         except Exception:
             file.unlink(missing_ok=True)
         command = [sys.executable, "-c", f"from {__name__} import work; work({str(file)!r})"]
@@ -73,7 +78,7 @@ def work(file: str) -> None:
         _train(model, x)
 
 
-def _train(model: nn.Module, x: Tensor) -> None:
-    out = model(x)
-    out.float().sum().backward()
+def _train(model: nn.Module, x: Any) -> None:
+    made = [t for t in pytree.tree_leaves(model(x)) if isinstance(t, Tensor) and t.requires_grad]
+    torch.autograd.backward([t.float().sum() for t in made])
     model.zero_grad()

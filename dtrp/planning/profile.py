@@ -28,8 +28,10 @@ from ..footprint import StageSizes
 from ..methods import Keep, Method
 from ..plan_file import PlanError
 from ..predict import BuiltInPredictor, as_predictor
-from ..splitting import layers_of, stage_device
+from ..splitting import called, layers_of, stage_device
+from ..stage import LossFn
 from ..stash import states_bytes, tensor_bytes
+from ..trees import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
 from .neighbours import busy_neighbours
 from .trial import StageTrial, relative_spread, try_stages
 
@@ -160,8 +162,8 @@ class Profiler:
     def __init__(
         self,
         model: nn.Sequential | Sequence[nn.Module],
-        example: tuple[Tensor, Tensor],
-        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        example: tuple[Any, Any],
+        loss_fn: LossFn,
         *,
         optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
         predict: Any = None,
@@ -171,7 +173,7 @@ class Profiler:
         warmup: int = 2,
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
-        self.example = _checked_example(example)
+        self.example = checked_example(example)
         self._loss_fn, self._make_optimizer = loss_fn, optimizer
         named = layers_of(model)
         self.names = [name for name, _ in named]
@@ -210,7 +212,7 @@ class Profiler:
         neighbours = self._neighbours if neighbours is None else neighbours
         key = samples, neighbours
         if key not in self._known:
-            x, y = (_tiled(t, samples).to(self.device) for t in self.example)
+            x, y = (map_tensors(lambda t: t.to(self.device), _tiled(value, samples)) for value in self.example)
             with self._quietly(), busy_neighbours(neighbours, self._layers, x):
                 self._known[key] = self._measure(x, y)
         return self._known[key]
@@ -227,7 +229,7 @@ class Profiler:
         neighbours: int | None = None,
     ) -> list[StageTrial]:
         """Some steps of the stages that these cuts make, as `try_stages` does them."""
-        x, y = (_tiled(t, samples).to(self.device) for t in self.example)
+        x, y = (map_tensors(lambda t: t.to(self.device), _tiled(value, samples)) for value in self.example)
         named = list(zip(self.names, self._layers, strict=True))
         with self._quietly():
             return try_stages(
@@ -240,7 +242,7 @@ class Profiler:
         devices = [self.device] if self._module is not None else []
         return torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda")
 
-    def _measure(self, x: Tensor, y: Tensor) -> Profile:
+    def _measure(self, x: Any, y: Any) -> Profile:
         count = len(self._layers)
         forward: list[list[float]] = [[] for _ in range(count)]
         backward: list[list[float]] = [[] for _ in range(count)]
@@ -250,27 +252,31 @@ class Profiler:
         sizes: list[tuple[int, int, int, bool, bool]] = []
         spare = [torch.empty_like(p) for p in self._parameters] if self._predictor is not None else []
         for number in range(-2, self._warmup + self._repeats):  # -2: which layers write their input; -1: what they save
-            graphs: list[tuple[list[Tensor], Tensor]] = []
+            graphs: list[tuple[list[list[Tensor]], list[Tensor]]] = []
             h = x
             for place, layer in enumerate(self._layers):
                 saved = _Saved([*layer.parameters(), *layer.buffers()]) if number == -1 else None
                 start = self._now()
                 with saved or nullcontext():
-                    given, gradients, out, result = self._run_layer(place, h, y)
+                    given, gradients, out = self._run_layer(place, h, y)
                 forward[place].append(self._now() - start)
                 if saved is not None:
-                    sizes.append(saved.sizes(given, result))
-                graphs.append((gradients, result))
-                h = out.detach()
-            gradient: Tensor | None = None
+                    sizes.append(saved.sizes(given, tensors_of(out)))
+                graphs.append((gradients, tensors_of(out)))
+                h = map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), out)
+            incoming: list[Tensor | None] = []
             for place in reversed(range(count)):
-                gradients, result = graphs.pop()
+                gradients, made = graphs.pop()
                 start = self._now()
-                if result.requires_grad and (gradient is not None or result.dim() == 0):
-                    torch.autograd.backward(result, gradient)
+                roots = [t for t in made if t.requires_grad] if place == count - 1 else []
+                starts = [(t, g) for t, g in zip(made, incoming, strict=False) if t.requires_grad and g is not None]
+                if roots:
+                    torch.autograd.backward(roots)
+                elif starts:
+                    torch.autograd.backward([t for t, _ in starts], [g for _, g in starts])
                 backward[place].append(self._now() - start)
-                gradient = gradients[0] if gradients else None
-                del result
+                incoming = [own[0] if own else None for own in gradients]
+                del made, roots, starts
             if self._optimizer is not None:
                 start = self._now()
                 self._optimizer.step()
@@ -283,15 +289,15 @@ class Profiler:
                 p.grad = None
             h = x
             for place, layer in enumerate(self._layers):
-                given = aligned_clone(h) if self._changes[place] is not False else h
+                copied = map_tensors(aligned_clone, h) if self._changes[place] is not False else h
                 start = self._now()
                 with torch.no_grad(), self._autocast():
-                    h = layer(given)
+                    h = called(layer, copied, self.names[place])
                 nograd[place].append(self._now() - start)
         for times in (*forward, *backward, *nograd, update, predict):
             del times[: 2 + self._warmup]
         return Profile(
-            samples=len(x),
+            samples=num_samples(x),
             layers=tuple(
                 LayerProfile(
                     name=name,
@@ -316,24 +322,23 @@ class Profiler:
             predict_s=statistics.median(predict) if predict else 0.0,
         )
 
-    def _run_layer(self, place: int, h: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-        """A layer's forward as in a stage: (its input, where its gradient will be, output, output or loss).
+    def _run_layer(self, place: int, h: Any, y: Any) -> tuple[list[Tensor], list[list[Tensor]], Any]:
+        """A layer's forward as in a stage: (tensors of its input, where their gradients will be, output or loss).
 
         With a graph if it, or a layer before it, has something to train.
         """
-        layer = self._layers[place]
-        gradients: list[Tensor] = []
-        trains = self._trains[place]
-        with torch.set_grad_enabled(trains), self._autocast():
+        tensors, form = flatten(h)
+        gradients: list[list[Tensor]] = [[] for _ in tensors]
+        with torch.set_grad_enabled(self._trains[place]), self._autocast():
             copies = self._changes[place] is not False
-            if place and self._trains[place - 1] and h.is_floating_point():
-                given = enter(h.detach().requires_grad_(), gradients, copy=copies)
-            else:
-                given = aligned_clone(h) if copies else h
-            before = given._version
-            out = layer(given)
-            self._changes[place] = given._version != before
-            return given, gradients, out, self._loss_fn(out, y) if place == len(self._layers) - 1 else out
+            given = [
+                enter(t, own, copy=copies) if t.requires_grad else aligned_clone(t) if copies else t
+                for t, own in zip(tensors, gradients, strict=True)
+            ]
+            before = [t._version for t in given]
+            out = called(self._layers[place], unflatten(form, iter(given)), self.names[place])
+            self._changes[place] = [t._version for t in given] != before
+            return given, gradients, self._loss_fn(out, y) if place == len(self._layers) - 1 else out
 
     def _state_bytes(self, layer: nn.Module) -> int:
         if self._optimizer is None:
@@ -360,28 +365,46 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
             self._storages[storage.data_ptr()] = storage.nbytes()
         return t
 
-    def sizes(self, given: Tensor, made: Tensor) -> tuple[int, int, int, bool, bool]:
-        """(graph, input, output bytes; whether the graph saves the input, and the output)."""
-        places = [t.untyped_storage().data_ptr() for t in (given, made)]
-        saves = [place in self._storages for place in places]
-        rest = sum(size for place, size in self._storages.items() if place not in places)
-        return rest, given.nbytes, made.nbytes, saves[0], saves[1]
+    def sizes(self, given: Sequence[Tensor], made: Sequence[Tensor]) -> tuple[int, int, int, bool, bool]:
+        """(graph, input, output bytes; whether the graph saves a part of the input, and of the output)."""
+        places = [{t.untyped_storage().data_ptr() for t in tensors} for tensors in (given, made)]
+        saves = [not own.isdisjoint(self._storages) for own in places]
+        rest = sum(size for place, size in self._storages.items() if place not in places[0] | places[1])
+        return rest, sum(map(tensor_bytes, given)), sum(map(tensor_bytes, made)), saves[0], saves[1]
 
 
-def _checked_example(example: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(example, (tuple, list)) or len(example) != 2 or not all(isinstance(t, Tensor) for t in example):
-        raise TypeError("example: pass a batch, two tensors (x, y) with samples along dimension 0")
-    x, y = example
-    if not x.dim() or not y.dim() or len(x) != len(y) or not len(x):
+def checked_example(example: Any) -> tuple[Any, Any]:
+    """A batch (x, y), as `Pipeline.step` takes it.
+
+    Raises:
+        TypeError, PlanError: it is none.
+    """
+    if not isinstance(example, (tuple, list)) or len(example) != 2:
+        raise TypeError("example: pass a batch (x, y), tensors or trees of them, with samples along dimension 0")
+    try:
+        x, y = check_samples("x", example[0]), check_samples("y", example[1])
+    except TypeError as error:
+        raise TypeError(f"example: {error}") from error
+    except ValueError as error:
+        raise PlanError(f"example: {error}") from error
+    if num_samples(x) != num_samples(y):
         raise PlanError(
-            f"example: x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}; pass as many targets as inputs"
+            f"example: x has {num_samples(x)} samples and y has {num_samples(y)}; pass as many targets as inputs"
         )
     return x, y
 
 
-def _tiled(t: Tensor, samples: int) -> Tensor:
-    times = -(-samples // len(t))
-    return t[:samples] if times == 1 else torch.cat([t] * times)[:samples]
+def _tiled(value: Any, samples: int) -> Any:
+    """The samples over again, or fewer of them; what is one for all stays so."""
+    own = num_samples(value)
+    times = -(-samples // own)
+
+    def tiled(t: Tensor) -> Tensor:
+        if not t.dim() or len(t) != own:
+            return t
+        return t[:samples] if times == 1 else torch.cat([t] * times)[:samples]
+
+    return map_tensors(tiled, value)
 
 
 def device_of(layers: Iterable[nn.Module]) -> torch.device:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -21,8 +20,10 @@ from torch.optim import Optimizer
 from ..local import LocalEngine
 from ..methods import Keep, Method
 from ..schedule import lead
-from ..stage import Stage
+from ..splitting import stage_of
+from ..stage import LossFn, Stage
 from ..trace import Tracer
+from ..trees import tensors_of
 from .neighbours import busy_neighbours
 
 
@@ -35,8 +36,8 @@ class StageTrial(NamedTuple):
 
 def try_stages(
     layers: Sequence[tuple[str, nn.Module]],
-    batch: tuple[Tensor, Tensor],
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    batch: tuple[Any, Any],
+    loss_fn: LossFn,
     optimizer: Callable[[list[nn.Parameter]], Optimizer] | None,
     method: Method,
     cuts: Sequence[int],
@@ -77,13 +78,13 @@ def try_stages(
         Stage(
             k,
             num_stages,
-            nn.Sequential(OrderedDict((str(i), copies[i]) for i in range(bounds[k], bounds[k + 1]))),
+            stage_of((str(i), copies[i]) for i in range(bounds[k], bounds[k + 1])),
             method.keeping(keep[k]),
             still,
             None,
             loss_fn=loss_fn if k == num_stages - 1 else None,
             needs_input_grad=any(p.requires_grad for layer in copies[: bounds[k]] for p in layer.parameters()),
-            device=batch[0].device,
+            device=tensors_of(batch[0])[0].device,
             seed=0,
         )
         for k in range(num_stages)
