@@ -14,6 +14,7 @@ from unsplit import (
     check_pipeline,
     logits,
     minibatches,
+    sgd,
     train_chain,
     train_plain,
 )
@@ -78,6 +79,20 @@ def test_masks_that_follow_from_sizes_do_not_travel(kind: str, num: int) -> None
         passed = x if isinstance(x, tuple) else (x,)
         assert len(passed) == num
         assert all(isinstance(value, torch.Tensor) for value in passed)
+
+
+def test_labels_travel_to_where_the_model_reads_them() -> None:
+    """Keyword arguments are those of the example; the model computes its loss itself, in the last stage."""
+    model, ids = gpt2(), tokens()
+    x = {"input_ids": ids, "labels": ids}
+    stages = dtrp.split(model, num_stages=2, example=x)
+    pipe = dtrp.Pipeline(stages, sgd, lambda out, y: out["loss"], method="dtrp")
+    with torch.no_grad():
+        want = copy.deepcopy(model).eval()(**x).loss
+    torch.testing.assert_close(pipe.infer(x)["loss"], want)
+    for _ in range(3):
+        pipe.step(x, ids)
+    pipe.flush()
 
 
 @pytest.mark.usefixtures("float64")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -118,6 +120,38 @@ def test_no_gradient_goes_back_for_what_has_none(method: str) -> None:
     assert all([g is not None for g in gradients] == [False, True, False] for gradients in returned)
 
 
+class Pair(NamedTuple):
+    a: Tensor
+    b: Tensor
+
+
+@dataclass
+class Record:
+    h: Tensor
+
+
+def test_a_mapping_arrives_as_a_dict() -> None:
+    class Output(OrderedDict[str, Any]):
+        """As transformers' ModelOutput: a mapping with attributes."""
+
+        def __getattr__(self, name: str) -> Any:
+            return self[name]
+
+    class First(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return Output(hidden=super().forward(x), mask=x > 0)
+
+    class Last(nn.Linear):
+        def forward(self, value: Any) -> Tensor:
+            assert type(value) is dict
+            return super().forward(value["hidden"] * value["mask"])
+
+    pipe = pipeline([First(6, 6), Last(6, 3)])
+    for x, y in batches_of(lambda: torch.randn(12, 6)):
+        pipe.step(x, y)
+    pipe.flush()
+
+
 def test_an_output_that_has_a_gradient_now_and_then_is_refused() -> None:
     class Fickle(nn.Linear):
         calls = 0
@@ -146,6 +180,8 @@ def test_an_output_that_has_a_gradient_now_and_then_is_refused() -> None:
         (lambda h: (h, {1, 2}), r"its output\[1\] is a set"),
         (lambda h: torch.max(h, 1), r"its output is a max; pass a plain tuple"),
         (lambda h: {(1, 2): h}, "its output is a dict whose keys"),
+        (lambda h: {"pair": Pair(h, h)}, r"its output\['pair'\] is a Pair; pass a plain tuple, tuple\(value\), or a dict"),
+        (lambda h: Record(h), "its output is a Record; between stages go tensors"),
     ],
 )  # fmt: skip
 def test_what_no_boundary_carries(gives: Any, rule: str) -> None:
