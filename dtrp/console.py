@@ -249,6 +249,11 @@ def show_side_by_side(results: Sequence[TrainResult]) -> None:
     for k in range(len(results[0].stages)):
         table.add_row(f"stage {k}: delay (updates)", *(summarize_delays(r.stages[k].delays) for r in results))
     console.print(table)
+    console.print(
+        "In one process the stages take turns: nobody waits, and a method that repeats forwards takes longer. With a process for\n"
+        f"each stage (dtrp train --workers {len(results[0].stages)}) backpropagation waits and dtrp does not: dtrp simulate shows it.",
+        highlight=False,
+    )
 
 
 def show_plan(plan: Plan) -> None:
