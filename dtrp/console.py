@@ -250,8 +250,8 @@ def show_side_by_side(results: Sequence[TrainResult]) -> None:
         table.add_row(f"stage {k}: delay (updates)", *(summarize_delays(r.stages[k].delays) for r in results))
     console.print(table)
     console.print(
-        "In one process the stages take turns: nobody waits, and a method that repeats forwards takes longer. With a process for\n"
-        f"each stage (dtrp train --workers {len(results[0].stages)}) backpropagation waits and dtrp does not: dtrp simulate shows it.",
+        "In one process the stages take turns: nobody waits, and who repeats forwards takes longer. With a process for each stage "
+        f"(dtrp train --workers {len(results[0].stages)}) backpropagation waits and dtrp does not.",
         highlight=False,
     )
 
