@@ -233,6 +233,12 @@ def peak_bytes(summary: dict[str, Any]) -> list[int]:
     return [held_at_most(stage["memory"], stage["activations_peak"]) for stage in summary["stages"]]
 
 
+def megabytes_by_stage(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """The most that each stage held in any of these runs."""
+    most = [max(sizes) / 1e6 for sizes in zip(*map(peak_bytes, summaries), strict=True)]
+    return [f"{size:.1f}" if size < 100 else f"{size:.0f}" for size in most]
+
+
 def largest_delay(summary: dict[str, Any]) -> int:
     """Of any micro-batch at any stage, in updates."""
     return max(int(delay) for stage in summary["stages"] for delay in stage["delays"])

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .compare import Group as Cells
-from .compare import largest_delay, peak_bytes, prediction_error
+from .compare import largest_delay, megabytes_by_stage, prediction_error
 from .planning import Choice, Plan, Simulation
 from .train import EpochMetrics, Reporter, Trainer, TrainResult, describe_layers, summarize_delays
 
@@ -325,8 +325,10 @@ def _wide_console() -> Console:
     return Console() if Console().is_terminal else Console(width=140)
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+def _seconds(seconds: float, spread: float = math.nan) -> str:
+    unit, factor = ("s", 1.0) if seconds >= 1 else ("ms", 1e3)
+    about = "" if math.isnan(spread) else f" ± {factor * spread:.2g}"
+    return f"{factor * seconds:.3g}{about} {unit}"
 
 
 def _shares(shares: Sequence[float]) -> str:
@@ -342,13 +344,13 @@ def show_comparison(groups: Sequence[Cells]) -> None:
     table = Table(title="side by side (mean ± standard deviation over seeds)", title_justify="left")
     table.add_column("method")
     for heading in (
-        "K", "A", "seeds", "accuracy", "test loss", "time a mini-batch", "memory, largest stage", "delay", "prediction error",
+        "K", "A", "seeds", "accuracy", "test loss", "time a mini-batch", "memory by stage, MB", "delay", "prediction error",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     for group in groups:
         cell = group.cell
-        seconds, _ = group.mean(lambda summary: float(summary["minibatch_s"]))
-        error, _ = group.mean(prediction_error)
+        seconds, spread = group.mean(lambda summary: float(summary["minibatch_s"]))
+        error = group.mean(prediction_error)
         table.add_row(
             cell.title,
             str(cell.stages),
@@ -356,10 +358,10 @@ def show_comparison(groups: Sequence[Cells]) -> None:
             str(len(group.seeds)),
             _mean(group.mean(lambda summary: 100 * float(summary["test_accuracy"])), 2, " %"),
             _mean(group.mean(lambda summary: float(summary["test_loss"])), 3),
-            _seconds(seconds),
-            decimal(round(max(group.values(lambda summary: float(max(peak_bytes(summary))))))),
+            _seconds(seconds, spread),
+            _few(megabytes_by_stage(group.summaries)),
             str(max(map(largest_delay, group.summaries))),
-            "-" if math.isnan(error) else f"{error:.2f}",
+            "-" if math.isnan(error[0]) else _mean(error, 2),
         )
     _wide_console().print(table)
     if any(not math.isnan(group.mean(prediction_error)[0]) for group in groups):

@@ -63,26 +63,51 @@ class Tracer:
 def write_chrome_trace(path: str | os.PathLike[str], processes: Sequence[tuple[str, Sequence[Span]]]) -> None:
     """Write the spans of some processes, each with its name, whole or not at all.
 
-    A process becomes a ``pid``, each of its lanes a ``tid``; times are microseconds since the first span.
+    A process becomes a ``pid``, each of its lanes a ``tid``, or several: viewers show spans of one ``tid`` right only where they
+    are nested or apart. Times are microseconds since the first span.
     """
     begin = min((span.begin_ns for _, spans in processes for span in spans), default=0)
     events: list[dict[str, Any]] = []
     for pid, (name, spans) in enumerate(processes):
         events.append({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}})
-        lanes = list(dict.fromkeys(span.lane for span in spans))
-        for tid, lane in enumerate(lanes):
+        for tid, (lane, own) in enumerate(_rows(spans)):
             events.append({"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": lane}})
-        for span in sorted(spans, key=lambda span: span.begin_ns):
-            events.append(
+            events += [
                 {
                     "name": span.name,
                     "cat": span.kind,
                     "ph": "X",
                     "pid": pid,
-                    "tid": lanes.index(span.lane),
+                    "tid": tid,
                     "ts": (span.begin_ns - begin) / 1000,
                     "dur": (span.end_ns - span.begin_ns) / 1000,
                 }
-            )
+                for span in own
+            ]
     with whole_file(path) as file:
         file.write(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
+
+
+def _rows(spans: Sequence[Span]) -> list[tuple[str, list[Span]]]:
+    """The spans of each lane, in as many rows as it takes that those of a row are nested or apart."""
+    rows: dict[str, list[_Row]] = {span.lane: [] for span in spans}
+    for span in sorted(spans, key=lambda span: (span.begin_ns, -span.end_ns)):
+        row = next((row for row in rows[span.lane] if row.has_place(span)), None)
+        if row is None:
+            row = _Row([], [])
+            rows[span.lane].append(row)
+        row.spans.append(span)
+        row.ends.append(span.end_ns)
+    return [(lane, row.spans) for lane, own in rows.items() for row in own]
+
+
+class _Row(NamedTuple):
+    """Spans in the order of their begin, and the ends of those that are open, the innermost last."""
+
+    spans: list[Span]
+    ends: list[int]
+
+    def has_place(self, span: Span) -> bool:
+        while self.ends and self.ends[-1] <= span.begin_ns:
+            self.ends.pop()
+        return not self.ends or span.end_ns <= self.ends[-1]

@@ -62,7 +62,7 @@ def test_the_command_runs_the_grid_and_repeats_nothing(tmp_path: Path, capsys: p
     assert run(command(out, "--prediction-error-every", "1")) == 0
     shown = capsys.readouterr().out
     assert "cell 4 of 4: dtrp-K2-A1-seed1" in shown
-    for word in ("accuracy", "±", "memory, largest stage", "prediction error"):
+    for word in ("accuracy", "±", "memory by stage, MB", "prediction error"):
         assert word in shown
     folders = sorted(path.name for path in out.iterdir())
     assert folders == ["bp-K2-A1-seed0", "bp-K2-A1-seed1", "compare.yaml", "dtrp-K2-A1-seed0", "dtrp-K2-A1-seed1"]

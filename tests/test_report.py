@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import html.parser
+import itertools
 import json
 import math
 import re
+import shlex
 import statistics
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import yaml
-from browser import needs_chromium, open_page
+from browser import CHROMIUM, needs_chromium, open_page
 
 from dtrp import list_methods
 from dtrp.cli import run
@@ -22,7 +26,7 @@ pytest.importorskip("matplotlib")
 
 from dtrp.report import collect, write_report
 from dtrp.report.figures import Plot, draw, png, svg
-from dtrp.report.page import make_plots
+from dtrp.report.plots import SECTIONS, make_plots
 
 
 def stage(k: int, delays: dict[str, int], errors: list[list[float]]) -> dict[str, Any]:
@@ -31,6 +35,7 @@ def stage(k: int, delays: dict[str, int], errors: list[list[float]]) -> dict[str
         "predicted": 0,
         "optimizer": 2000,
         "gradients": 0,
+        "gradients_peak": 700,
         "stash": 0,
         "stash_peak": 10,
     }
@@ -60,10 +65,11 @@ def write_run(folder: Path, method: str = "dtrp", seed: int = 0, *, accuracy: fl
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
         errors = [[4.0, 1, 0.5, 1.0], [8.0, 1, 0.3, 1.0]] if method.startswith("dtrp") else []
+        stages = int(settings["stages"])
         summary = {
             "config": settings, "epochs": 3, "updates": 12, "test_accuracy": lines[-1]["test_accuracy"], "test_loss": 0.7,
             "minibatch_s": 0.02 + 0.01 * seed, "environment": {"torch": "x"},
-            "stages": [stage(0, {"0": 1, "1": 9}, errors), stage(1, {"0": 10}, [])],
+            "stages": [stage(0, {"0": 1, "1": 9}, errors), *(stage(k, {"0": 10}, []) for k in range(1, stages))],
         }  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -129,8 +135,9 @@ def test_the_page_holds_what_the_files_hold(tmp_path: Path, made: Callable[[list
     assert line["x"] == [1, 2, 3]
     assert line["y"][-1] == pytest.approx(statistics.fmean(accuracies))
     assert line["high"][-1] - line["y"][-1] == pytest.approx(statistics.stdev(accuracies))
-    assert plots["memory"]["dtrp"]["y"] == [pytest.approx(0.0035), pytest.approx(0.0045)]
-    assert plots["time"]["median over epochs"] == {"x": ["bp", "dtrp"], "y": [pytest.approx(30.0)] * 2}
+    assert plots["memory"]["dtrp"]["y"] == [pytest.approx(0.0042), pytest.approx(0.0052)]
+    times = plots["time"]["median over epochs"]
+    assert (times["x"], times["y"]) == (["bp", "dtrp"], [pytest.approx(30.0)] * 2)
     assert plots["utilization"]["bp"]["y"] == [pytest.approx(40.0), pytest.approx(50.0)]
     assert plots["delay"]["dtrp"] == {"x": [0, 1], "y": [10.0, 90.0]}
     assert plots["prediction-error"] == {"dtrp": {"x": [4, 8], "y": [0.5, pytest.approx(0.3)]}}
@@ -166,6 +173,162 @@ def test_one_method_or_all(tmp_path: Path, made: Callable[[list[Path]], Page], c
     page = made([tmp_path / "grid"])
     assert len(page.rows) == count + 1
     assert len(page.data["plots"][0]["series"]) == count
+
+
+def raw(grid: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Summaries by method and K, each with its metrics, as they lie on the disk."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for folder in sorted(grid.iterdir()):
+        config = yaml.safe_load((folder / "config").read_text())
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        own = {**json.loads((folder / "summary.json").read_text()), "metrics": lines}
+        found.setdefault((config["method"], config["stages"]), []).append(own)
+    return found
+
+
+def peak(stage: dict[str, Any]) -> float:
+    memory = stage["memory"]
+    held = memory["weights"] + memory["optimizer"] + memory["gradients_peak"] + memory["predicted"]
+    return float(held + stage["activations_peak"]) / 1e6
+
+
+def test_every_figure_shows_what_the_files_hold(tmp_path: Path, made: Callable[[list[Path]], Page]) -> None:
+    """All of them, from the page, against the files read anew; what is drawn is what the page holds."""
+    grid, methods = tmp_path / "grid", ("bp", "fdg", "dtrp", "dtrp-1f1b")
+    for stages, method, seed in itertools.product((2, 3), methods, range(2)):
+        write_run(
+            grid / f"{method}-{stages}-{seed}", method, seed, accuracy=0.3 + 0.1 * seed + 0.01 * stages, stages=stages
+        )
+    trace = {"traceEvents": [
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": 4, "args": {"name": "stage 1"}},
+        *({"name": f"{kind}0", "cat": kind, "ph": "X", "pid": 0, "tid": 4, "ts": ts, "dur": 500.0 + ts}
+          for kind, ts in (("F", 0.0), ("B", 1e3), ("F", 2e3), ("U", 3e3), ("wait", 4e3))),
+    ]}  # fmt: skip
+    (grid / "dtrp-2-0" / "trace.json").write_text(json.dumps(trace))
+    page, files = made([grid]), raw(grid)
+    plots = {plot["name"]: plot["series"] for plot in page.data["plots"]}
+    checked = {"time", "memory-by-stages", "timeline-dtrp-K-2"}
+    for stages in (2, 3):
+        runs = {method: files[method, stages] for method in methods}
+        for name, factor, key in (
+            ("accuracy", 100, "test_accuracy"), ("test-loss", 1, "test_loss"), ("train-loss", 1, "train_loss"),
+        ):  # fmt: skip
+            series = plots[f"{name}-K{stages}-A1"]
+            assert series.keys() == runs.keys()
+            for method, own in runs.items():
+                each = [[factor * line[key] for line in run["metrics"]] for run in own]
+                assert series[method]["x"] == [1, 2, 3]
+                assert series[method]["y"] == pytest.approx(
+                    [statistics.fmean(values) for values in zip(*each, strict=True)]
+                )
+                spread = [statistics.stdev(values) for values in zip(*each, strict=True)]
+                for side, sign in (("low", -1), ("high", 1)):
+                    bound = [y + sign * s for y, s in zip(series[method]["y"], spread, strict=True)]
+                    assert series[method][side] == pytest.approx(bound)
+            checked.add(f"{name}-K{stages}-A1")
+        for method, own in runs.items():
+            assert plots[f"memory-K{stages}-A1"][method]["y"] == pytest.approx([peak(s) for s in own[0]["stages"]])
+            busy = [100 * s["busy"]["busy"] / s["busy"]["elapsed"] for s in own[0]["stages"]]
+            assert plots[f"utilization-K{stages}-A1"][method]["y"] == pytest.approx(busy)
+            counts = {int(d): n for d, n in own[0]["stages"][0]["delays"].items()}
+            shares = {d: 100 * n / sum(counts.values()) for d, n in counts.items()}
+            delay = plots[f"delay-K{stages}-A1"][method]
+            assert dict(zip(delay["x"], delay["y"], strict=True)) == pytest.approx(shares)
+            errors = own[0]["stages"][0]["prediction_errors"]
+            for name, values in (
+                ("delay-over-time", [delay for _, delay, _, _ in errors]),
+                ("prediction-error", [read / stale for _, _, read, stale in errors]),
+            ):
+                series = plots[f"{name}-K{stages}-A1"]
+                assert (method in series) == bool(errors)
+                if errors:
+                    assert series[method]["x"] == [minibatch for minibatch, *_ in errors]
+                    assert series[method]["y"] == pytest.approx(values)
+        checked |= {f"{name}-K{stages}-A1"
+                    for name in ("memory", "utilization", "delay", "delay-over-time", "prediction-error")}  # fmt: skip
+    times = plots["time"]["median over epochs"]
+    shown = {label: (times["y"][i], times["high"][i]) for i, label in enumerate(times["x"])}
+    for (method, stages), own in files.items():
+        values = [1e3 * run["minibatch_s"] for run in own]
+        mean = statistics.fmean(values)
+        assert shown[f"{method} K={stages}"] == pytest.approx((mean, mean + statistics.stdev(values)))
+    for method in methods:
+        line = plots["memory-by-stages"][method]
+        largest = [max(peak(s) for s in files[method, stages][0]["stages"]) for stages in (2, 3)]
+        assert (line["x"], line["y"]) == ([2, 3], pytest.approx(largest))
+    # From the span in the middle on, in milliseconds from it.
+    assert plots["timeline-dtrp-K-2"] == {
+        "forward": {"x": [0.0], "y": [1], "width": [2.5]},
+        "update": {"x": [1.0], "y": [1], "width": [3.5]},
+        "waits for a message": {"x": [2.0], "y": [1], "width": [4.5]},
+    }
+    assert checked == set(plots) == set(page.figures), "a figure that nothing here looks at"
+    for plot in make_plots(collect([str(grid)])):
+        assert plots[plot.name] == plot.series
+        check_drawn(plot)
+
+
+def check_drawn(plot: Plot) -> None:
+    axes = draw(plot).axes[0]
+    if plot.kind == "lines":
+        for line, own in zip(axes.lines, plot.series.values(), strict=True):
+            assert (list(line.get_xdata()), list(line.get_ydata())) == (own["x"], own["y"])
+        return
+    bars = [patch for container in axes.containers for patch in getattr(container, "patches", [])]
+    if plot.kind == "bars":
+        assert [bar.get_height() for bar in bars] == [y for own in plot.series.values() for y in own["y"]]
+    elif plot.kind == "rows":
+        assert [bar.get_width() for bar in bars] == [y for own in plot.series.values() for y in own["y"]]
+        assert [text.get_text() for text in axes.get_yticklabels()] == plot.series["median over epochs"]["x"]
+    else:
+        drawn = [(bar.get_x(), bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in bars]
+        expected = [one for own in plot.series.values() for one in zip(own["x"], own["y"], own["width"], strict=True)]
+        assert drawn == [pytest.approx(one) for one in expected]
+
+
+def test_many_groups_have_figures_by_stages_and_microbatches_on_one_scale(tmp_path: Path) -> None:
+    methods = list_methods()
+    for method, stages in itertools.product(methods, (2, 4)):
+        if (method, stages) != ("bp", 4) and (method, stages) != ("gpipe", 4):
+            write_run(tmp_path / "grid" / f"{method}-{stages}", method, accuracy=0.1 * stages, stages=stages)
+    plots = {plot.name: plot for plot in make_plots(collect([str(tmp_path / "grid")]))}
+    two, four = plots["accuracy-K2-A1"], plots["accuracy-K4-A1"]
+    assert list(two.series) == methods
+    assert list(four.series) == ["bp K=2", *(method for method in methods if method not in ("bp", "gpipe"))]
+    assert two.limits == four.limits
+    assert all(two.look(method) == four.look(method) for method in four.series if method in two.series)
+    assert len({two.look(method) for method in methods}) == len(methods)
+    assert {plot.section for plot in plots.values()} < set(SECTIONS)
+
+
+def test_runs_of_other_settings_are_other_groups(tmp_path: Path, made: Callable[[list[Path]], Page]) -> None:
+    write_run(tmp_path / "a", seed=0, lr=0.1, trace=True)
+    write_run(tmp_path / "b", seed=1, lr=0.1)
+    write_run(tmp_path / "c", seed=0, lr=0.2)
+    write_run(tmp_path / "d", seed=0, workers=2)
+    page = made([tmp_path / name for name in "abcd"])
+    seeds = {row[0]: row[-1] for row in page.rows[1:]}
+    assert seeds == {"dtrp lr=0.1 workers=default": "0, 1", "dtrp lr=0.2 workers=default": "0",
+                     "dtrp lr=default workers=yes": "0"}  # fmt: skip
+
+
+def test_the_command_on_the_page_repeats_the_run(
+    tmp_path: Path, made: Callable[[list[Path]], Page], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = ["train", "--model", "mlp", "--limit-train", "100", "--limit-test", "50", "--epochs", "2", "--threads", "1",
+             "--cuts", "1,3", "--no-augment", "--nesterov", "--lr", "0.05", "--prediction", "linear", "--seed", "3"]  # fmt: skip
+    assert run([*train, "--out", str(tmp_path / "run")]) == 0
+    page = made([tmp_path / "run"])
+    found = re.search(r'<pre class="lines" id="commands">(.*?)\n</pre>', page.text, re.S)
+    assert found is not None
+    monkeypatch.chdir(tmp_path)
+    assert run(shlex.split(found[1])[1:]) == 0
+
+    def metrics(folder: Path) -> list[tuple[float, ...]]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["train_loss"], line["test_loss"], line["test_accuracy"]) for line in lines]
+
+    assert metrics(tmp_path / "again" / "run") == metrics(tmp_path / "run")
 
 
 def test_failed_and_unfinished_cells_and_numbers_that_are_none(
@@ -244,16 +407,75 @@ def test_a_run_that_was_trained(tmp_path: Path, made: Callable[[list[Path]], Pag
     durations = {round(e["dur"] / 1e3, 9) for e in events if e.get("cat") == "F"}
     assert {round(width, 9) for width in timeline["forward"]["width"]} <= durations
     assert set(timeline["forward"]["y"]) == {0, 1, 2}
-    again = re.search(r"dtrp train --config (\S+) --out", page.text)
-    assert again is not None
-    assert (tmp_path / again[1]).is_file()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of all methods at two numbers of stages, with a cell that failed."""
+    folder = tmp_path_factory.mktemp("large")
+    for stages, method in itertools.product((2, 4), list_methods()):
+        write_run(folder / "grid" / f"{method}-{stages}", method, stages=stages)
+    (folder / "grid" / "fdg-K8-A1-seed0.failed").write_text("no luck\n")
+    write_report([str(folder / "grid")], str(folder / "report.html"))
+    return folder / "report.html"
 
 
 @needs_chromium
-@pytest.mark.parametrize("width", [390, 1400])
-def test_it_opens_in_a_browser(tmp_path: Path, width: int) -> None:
-    for method in ("bp", "dtrp"):
-        write_run(tmp_path / "grid" / method, method)
-    out = tmp_path / "report.html"
-    write_report([str(tmp_path / "grid")], str(out))
-    assert 'id="results"' in open_page(out, width, tmp_path)
+@pytest.mark.parametrize("width", [390, 1280])
+def test_it_opens_in_a_browser(large: Path, tmp_path: Path, width: int) -> None:
+    assert 'id="results"' in open_page(large, width, tmp_path)
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_is_dark_where_the_screen_is(large: Path, tmp_path: Path, dark: bool) -> None:
+    shot = tmp_path / "shot.png"
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+               f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--screenshot={shot}", large.as_uri()]  # fmt: skip
+    subprocess.run(command, capture_output=True, timeout=240, check=True)
+    grey = PIL.Image.open(shot).convert("L")
+    corner = grey.getpixel((2, 2))
+    assert isinstance(corner, int)
+    assert (corner < 60) == dark
+    darkest, lightest = grey.getextrema()
+    assert darkest < 60
+    assert lightest > 200, "the ink is the other way round"
+
+
+@pytest.mark.parametrize("workers", [False, True])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's launcher leaves logs open
+def test_traces_are_what_perfetto_reads(tmp_path: Path, workers: bool) -> None:
+    """The Chrome trace format: complete events (X) in named processes and threads, nested or apart within a thread."""
+    train = ["train", "--model", "mlp", "--limit-train", "200", "--limit-test", "50", "--epochs", "1", "--threads", "1",
+             "--num-microbatches", "2", "--workers" if workers else "--stages", "3", "--trace"]  # fmt: skip
+    assert run([*train, "--out", str(tmp_path / "run")]) == 0
+    trace = json.loads((tmp_path / "run" / "trace.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert trace["displayTimeUnit"] in ("ms", "ns")
+    names: dict[str, set[tuple[int, ...]]] = {"process_name": set(), "thread_name": set()}
+    lanes: dict[tuple[int, int], list[tuple[float, float, str]]] = {}
+    for event in trace["traceEvents"]:
+        assert event["ph"] in ("M", "X")
+        assert isinstance(event["pid"], int)
+        if event["ph"] == "M":
+            place = (event["pid"],) if event["name"] == "process_name" else (event["pid"], event["tid"])
+            assert place not in names[event["name"]], "named once"
+            assert event["args"]["name"]
+            names[event["name"]].add(place)
+        else:
+            assert event["name"]
+            assert event["cat"]
+            assert event["ts"] >= 0
+            assert event["dur"] >= 0
+            lanes.setdefault((event["pid"], event["tid"]), []).append(
+                (event["ts"], event["ts"] + event["dur"], event["name"])
+            )
+    assert names["thread_name"] == set(lanes)
+    assert names["process_name"] == {(pid,) for pid, _ in lanes}
+    assert len(names["process_name"]) == (3 if workers else 1)
+    for spans in lanes.values():
+        open_until: list[float] = []
+        for begin, end, name in sorted(spans, key=lambda span: (span[0], -span[1])):
+            while open_until and open_until[-1] <= begin:
+                open_until.pop()
+            assert not open_until or end <= open_until[-1], f"{name} ends after the one that it began in"
+            open_until.append(end)

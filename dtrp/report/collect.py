@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..compare import Cell, mean_and_deviation, read_summary
+from ..methods import list_methods
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,22 @@ class Run:
     trace: tuple[dict[str, Any], ...] = ()
 
 
+Groups = dict[str, list[Run]]  # runs that differ in their seed alone, by a name for them
+
+# Settings that a cell has, and those that change nothing of what a run comes to.
+_OF_A_CELL = ("method", "prediction", "stages", "num-microbatches", "seed")
+_OF_NO_MATTER = (
+    "data-dir",
+    "trace",
+    "tensorboard",
+    "save-every",
+    "keep-last",
+    "prediction-error-every",
+    "plan",
+    "max-restarts",
+)
+
+
 @dataclass(frozen=True)
 class Collection:
     """Runs, and the cells that failed with why."""
@@ -42,21 +59,28 @@ class Collection:
     runs: tuple[Run, ...]
     failed: tuple[tuple[str, str], ...]
 
-    def groups(self) -> dict[str, list[Run]]:
-        """Runs that differ in their seed alone, by a name for them."""
-        groups: dict[str, list[Run]] = {}
+    def groups(self) -> Groups:
+        """The runs, by what tells them apart but for their seed."""
+        groups: Groups = {}
         for run in self.runs:
-            groups.setdefault(self.label(run.cell), []).append(run)
+            groups.setdefault(self.label(run), []).append(run)
         return groups
 
-    def label(self, cell: Cell) -> str:
-        """A cell's name as far as it tells groups apart."""
-        name = cell.title
-        if len({run.cell.stages for run in self.runs}) > 1:
+    def label(self, run: Run, *, short: bool = False) -> str:
+        """A run's name as far as it tells groups apart; ``short``: but for K and A."""
+        name, cell = run.cell.title, run.cell
+        if not short and len({run.cell.stages for run in self.runs}) > 1:
             name += f" K={cell.stages}"
-        if len({run.cell.num_microbatches for run in self.runs}) > 1:
+        if not short and len({run.cell.num_microbatches for run in self.runs}) > 1:
             name += f" A={cell.num_microbatches}"
-        return name
+        return name + "".join(f" {key}={value}" for key, value in self.differing(run).items())
+
+    def differing(self, run: Run) -> dict[str, Any]:
+        """Settings that are not the same in all runs, beside those of a cell; workers are as many as stages, or none."""
+        own = _comparable(run)
+        others = [_comparable(other) for other in self.runs]
+        keys = dict.fromkeys(key for other in others for key in other)
+        return {key: own.get(key, "default") for key in keys if any(other.get(key) != own.get(key) for other in others)}
 
     def shared(self) -> dict[str, Any]:
         """The settings that all runs have in common."""
@@ -87,8 +111,14 @@ def collect(folders: Sequence[str]) -> Collection:
         failed += [(note.stem, note.read_text().splitlines()[0]) for note in notes]
     if not runs:
         raise ValueError(f"no run has been finished; the first failure: {failed[0][0]}: {failed[0][1]}")
-    runs.sort(key=lambda run: (run.cell.stages, run.cell.num_microbatches))
+    place = {name: number for number, name in enumerate(list_methods())}
+    runs.sort(key=lambda run: (run.cell.stages, run.cell.num_microbatches, place.get(run.cell.method, len(place))))
     return Collection(tuple(runs), tuple(failed))
+
+
+def _comparable(run: Run) -> dict[str, Any]:
+    config = {key: value for key, value in run.config.items() if key not in (*_OF_A_CELL, *_OF_NO_MATTER)}
+    return {**config, "workers": "yes"} if config.get("workers") else config
 
 
 def _read_run(folder: Path) -> Run:

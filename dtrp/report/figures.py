@@ -31,9 +31,13 @@ class Plot:
         name: of the file, and of the figure's place in the page.
         title, x_label, y_label: what stands at it.
         series: ``{label: {"x": [...], "y": [...], "low": [...], "high": [...]}}``.
-        kind: ``"lines"``; ``"bars"``: groups of bars, x the names of the groups; ``"timeline"``: bars that lie, from x on, of a
-            ``width``, in the row y.
+        kind: ``"lines"``; ``"bars"``: groups of bars, x the names of the groups; ``"rows"``: bars that lie, one for each name in x;
+            ``"timeline"``: bars that lie, from x on, of a ``width``, in the row y.
         note: a sentence below it.
+        section: of the page.
+        limits: of y; None: as the numbers are.
+        looks: labels, whose place here says how they look, so that they look alike in all figures; one that is not among
+            them goes by its place in ``series``.
     """
 
     name: str
@@ -43,36 +47,48 @@ class Plot:
     series: dict[str, dict[str, list[Any]]]
     kind: str = "lines"
     note: str = ""
+    section: str = ""
+    limits: tuple[float, float] | None = None
+    looks: tuple[str, ...] = ()
+
+    def look(self, label: str) -> int:
+        """The number of a label's colour, dash, marker and hatch."""
+        return list(self.looks if label in self.looks else self.series).index(label)
 
 
 def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
-    """The figure, its text in the colour ``ink``."""
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained", facecolor=background)
+    """The figure, its text in the colour ``ink``; as wide as a phone, and as high as its legend and rows ask."""
+    widest = max((len(label) for label in plot.series), default=0)
+    columns = max(1, min(3, 54 // (widest + 6)))
+    legend_rows = math.ceil(len(plot.series) / columns) if len(plot.series) > 1 else 0
+    height = 3.1 + 0.17 * legend_rows
+    if plot.kind == "rows":
+        height = 0.9 + 0.26 * max(len(line["x"]) for line in plot.series.values())
+    figure = Figure(figsize=(5.2, height), layout="constrained", facecolor=background)
     axes = figure.add_subplot(facecolor=background)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for spine in axes.spines.values():
         spine.set_color(ink)
-    axes.tick_params(colors=ink)
-    axes.set_title(plot.title, color=ink, loc="left", fontsize=11)
-    axes.set_xlabel(plot.x_label, color=ink)
-    axes.set_ylabel(plot.y_label, color=ink)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    if plot.kind == "bars":
-        _bars(axes, plot)
-    elif plot.kind == "timeline":
-        _timeline(axes, plot)
-    else:
-        _lines(axes, plot)
+    axes.tick_params(colors=ink, labelsize=10)
+    axes.set_title(plot.title, color=ink, loc="left", fontsize=12)
+    axes.set_xlabel(plot.x_label, color=ink, fontsize=10)
+    axes.set_ylabel(plot.y_label, color=ink, fontsize=10)
+    axes.grid(alpha=0.25, linewidth=0.6, axis="x" if plot.kind in ("rows", "timeline") else "both")
+    axes.set_axisbelow(True)
+    {"bars": _bars, "rows": _rows, "timeline": _timeline}.get(plot.kind, _lines)(axes, plot, ink)
+    if plot.limits is not None:
+        axes.set_ylim(*plot.limits)
     if len(plot.series) > 1:
-        legend = figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        legend = figure.legend(loc="outside lower center", ncols=columns, fontsize=9, frameon=False, handlelength=3)
         for text in legend.get_texts():
             text.set_color(ink)
     return figure
 
 
-def _lines(axes: Any, plot: Plot) -> None:
-    for number, (label, line) in enumerate(plot.series.items()):
+def _lines(axes: Any, plot: Plot, ink: str) -> None:
+    for label, line in plot.series.items():
+        number = plot.look(label)
         colour = COLOURS[number % len(COLOURS)]
         every = max(1, len(line["x"]) // 12)
         axes.plot(
@@ -86,20 +102,33 @@ def _lines(axes: Any, plot: Plot) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _bars(axes: Any, plot: Plot) -> None:
+def _bars(axes: Any, plot: Plot, ink: str) -> None:
     names = list(dict.fromkeys(x for line in plot.series.values() for x in line["x"]))
+    if all(isinstance(name, int) for name in names):
+        names.sort()
     width, hatches = 0.8 / len(plot.series), ("", "//", "..", "xx", "\\\\", "++", "oo")
-    for number, (label, line) in enumerate(plot.series.items()):
-        places = [names.index(x) + (number - (len(plot.series) - 1) / 2) * width for x in line["x"]]
+    for place, (label, line) in enumerate(plot.series.items()):
+        number = plot.look(label)
+        places = [names.index(x) + (place - (len(plot.series) - 1) / 2) * width for x in line["x"]]
         axes.bar(
             places, [_number(y) for y in line["y"]], width=0.9 * width, color=COLOURS[number % len(COLOURS)],
             hatch=hatches[(number + number // 7) % 7], edgecolor="white", linewidth=0.5, label=label,
         )  # fmt: skip
-    tilted = {"rotation": 60, "ha": "right", "fontsize": 8} if sum(len(str(name)) for name in names) > 60 else {}
-    axes.set_xticks(range(len(names)), [str(name) for name in names], **tilted)
+    axes.set_xticks(range(len(names)), [str(name) for name in names])
+    axes.grid(visible=False, axis="x")
 
 
-def _timeline(axes: Any, plot: Plot) -> None:
+def _rows(axes: Any, plot: Plot, ink: str) -> None:
+    (line,) = plot.series.values()
+    values = [_number(y) for y in line["y"]]
+    axes.barh(range(len(values)), values, height=0.7, color=COLOURS[0])
+    spreads = [_number(high) - value for high, value in zip(line["high"], values, strict=True)]
+    axes.errorbar(values, range(len(values)), xerr=spreads, fmt="none", ecolor=ink, elinewidth=1, capsize=2)
+    axes.set_yticks(range(len(values)), line["x"], fontsize=9)
+    axes.set_ylim(len(values) - 0.5, -0.5)
+
+
+def _timeline(axes: Any, plot: Plot, ink: str) -> None:
     heights = (0.7, 0.7, 0.7, 0.15)
     for number, (label, line) in enumerate(plot.series.items()):
         axes.barh(
@@ -123,6 +152,9 @@ def svg(plot: Plot) -> str:
         canvas.print_svg(out, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = re.sub(
+        r"<metadata>.*?</metadata>|(?<=<g) id=\"[^\"]*\"", "", text, flags=re.S
+    )  # ids that other figures have too
     return re.sub(r'(<svg[^>]*?) width="[^"]*"|(<svg[^>]*?) height="[^"]*"', lambda m: m[1] or m[2], text, count=2)
 
 

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable
+import shlex
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
 from markupsafe import Markup
-from rich.filesize import decimal
 
 from .. import __version__
-from ..compare import largest_delay, peak_bytes, prediction_error
+from ..compare import largest_delay, megabytes_by_stage, prediction_error
 from ..files import whole_file
+from ..methods import get_method
 from ..schedule import Schedule
+from ..train import TrainConfig, config_text
 from .collect import Collection, Run, collect, mean_and_spread
 from .figures import Plot, png, svg
+from .plots import MINIBATCHES_SHOWN, SECTIONS, make_plots
 
-_MINIBATCHES_SHOWN = 6  # of a schedule
 _SCHEDULES_SHOWN = 8
 
 
@@ -50,144 +50,6 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-# -- plots ----------------------------------------------------------------------------------------------------
-
-
-def make_plots(collection: Collection) -> list[Plot]:
-    """Every figure that the runs have numbers for."""
-    groups = collection.groups()
-    plots = [
-        _curve(groups, "accuracy", "Test accuracy", "accuracy (%)", lambda line: 100 * line["test_accuracy"]),
-        _curve(groups, "test-loss", "Test loss", "loss", lambda line: line["test_loss"]),
-        _curve(groups, "train-loss", "Training loss", "loss", lambda line: line["train_loss"]),
-    ]
-    finished = {label: [run for run in runs if run.summary] for label, runs in groups.items()}
-    finished = {label: runs for label, runs in finished.items() if runs}
-    if finished:
-        plots += [
-            _by_stage(
-                finished, "memory", "Memory of each stage, at most", "MB", lambda run: [b / 1e6 for b in peak_bytes(_of(run))],
-                "Weights, optimizer state, the predicted copy, and the most activations at once.",
-            ),
-            Plot(
-                "time", "Time of a mini-batch", "", "ms",
-                {"median over epochs": {
-                    "x": list(finished),
-                    "y": [_mean([1e3 * _of(run)["minibatch_s"] for run in runs]) for runs in finished.values()],
-                }},
-                "bars",
-                "In one process for all stages, unless the settings below say workers.",
-            ),
-            _by_stage(
-                finished, "utilization", "Share of the time at work", "%",
-                lambda run: [100 * s["busy"]["busy"] / max(1e-9, s["busy"]["elapsed"]) for s in _of(run)["stages"]],
-                "In one process the stages take turns; with a process for each, the rest is waiting.",
-            ),
-            _delays(finished),
-        ]  # fmt: skip
-        plots += [_timeline(label, run) for label, runs in finished.items() for run in runs[:1] if run.trace]
-        errors = _errors(finished)
-        if errors.series:
-            plots.append(errors)
-    return plots
-
-
-def _of(run: Run) -> dict[str, Any]:
-    assert run.summary is not None
-    return run.summary
-
-
-def _curve(
-    groups: dict[str, list[Run]], name: str, title: str, y_label: str, value: Callable[[dict[str, Any]], float]
-) -> Plot:
-    series: dict[str, dict[str, list[Any]]] = {}
-    for label, runs in groups.items():
-        epochs = min(len(run.metrics) for run in runs)
-        points = [mean_and_spread([value(run.metrics[i]) for run in runs]) for i in range(epochs)]
-        series[label] = {
-            "x": [int(runs[0].metrics[i]["epoch"]) for i in range(epochs)],
-            "y": [_finite(mean) for mean, _ in points],
-            "low": [_finite(mean - spread) for mean, spread in points],
-            "high": [_finite(mean + spread) for mean, spread in points],
-        }
-    several = any(len(runs) > 1 for runs in groups.values())
-    return Plot(
-        name, title, "epoch", y_label, series, note="Bands: one standard deviation over seeds." if several else ""
-    )
-
-
-def _by_stage(
-    groups: dict[str, list[Run]], name: str, title: str, y_label: str, values: Callable[[Run], list[float]], note: str
-) -> Plot:
-    series: dict[str, dict[str, list[Any]]] = {}
-    for label, runs in groups.items():
-        each = [values(run) for run in runs]
-        means = [mean_and_spread(list(column))[0] for column in zip(*each, strict=True)]
-        series[label] = {"x": [f"stage {k}" for k in range(len(means))], "y": [_finite(mean) for mean in means]}
-    return Plot(name, title, "", y_label, series, "bars", note)
-
-
-def _delays(groups: dict[str, list[Run]]) -> Plot:
-    series: dict[str, dict[str, list[Any]]] = {}
-    for label, runs in groups.items():
-        counts = {int(d): n for d, n in _of(runs[0])["stages"][0]["delays"].items()}
-        total = max(1, sum(counts.values()))
-        series[label] = {"x": sorted(counts), "y": [100 * counts[d] / total for d in sorted(counts)]}
-    note = "Counted from the run, start-up and flush included."
-    return Plot("delay", "Delay at stage 0", "updates", "% of micro-batches", series, "bars", note)
-
-
-def _errors(groups: dict[str, list[Run]]) -> Plot:
-    series: dict[str, dict[str, list[Any]]] = {}
-    for label, runs in groups.items():
-        at: dict[int, list[float]] = {}
-        for run in runs:
-            for stage in _of(run)["stages"]:
-                for minibatch, _, read, stale in stage["prediction_errors"]:
-                    if stale > 0 and math.isfinite(read / stale):
-                        at.setdefault(int(minibatch), []).append(read / stale)
-        if at:
-            series[label] = {"x": sorted(at), "y": [_finite(math.fsum(at[b]) / len(at[b])) for b in sorted(at)]}
-    return Plot(
-        "prediction-error", "How well weights are predicted", "mini-batch", "error, relative", series,
-        note="Distance of the weights a forward read from those of its backward, over that of the weights as they were: below 1 "
-             "the prediction helps, 1 is none.",
-    )  # fmt: skip
-
-
-def _mean(values: list[float]) -> float | None:
-    return _finite(mean_and_spread(values)[0])
-
-
-def _timeline(label: str, run: Run) -> Plot:
-    """What ran when, for some mini-batches from the middle of the run; milliseconds."""
-    lanes = {(e["pid"], e["tid"]): e["args"]["name"] for e in run.trace if e.get("name") == "thread_name"}
-    spans = [e for e in run.trace if e.get("ph") == "X" and lanes.get((e["pid"], e["tid"]), "").startswith("stage ")]
-    spans.sort(key=lambda e: float(e["ts"]))
-    length = 1e3 * _MINIBATCHES_SHOWN * 1e3 * float(_of(run)["minibatch_s"])
-    begin = float(spans[len(spans) // 2]["ts"]) if spans else 0.0
-    series: dict[str, dict[str, list[Any]]] = {}
-    for kind, words in (("F", "forward"), ("B", "backward"), ("U", "update"), ("wait", "waits for a message")):
-        own = [e for e in spans if e["cat"] == kind and begin <= float(e["ts"]) < begin + length]
-        if own:
-            series[words] = {
-                "x": [(float(e["ts"]) - begin) / 1e3 for e in own],
-                "y": [int(lanes[e["pid"], e["tid"]].split()[1]) for e in own],
-                "width": [float(e["dur"]) / 1e3 for e in own],
-            }
-    name = "timeline-" + re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-")
-    return Plot(
-        name, f"What ran when: {label}", "ms", "stage", series, "timeline", "Measured, from the middle of the run."
-    )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-# -- the page -------------------------------------------------------------------------------------------------
-
-
 def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
     """The HTML."""
     environment = jinja2.Environment(
@@ -205,7 +67,13 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
     shared = collection.shared()
     return environment.get_template("page.html").render(
         title=" and ".join(str(shared[key]) for key in ("model", "data") if key in shared) or "runs",
-        plots=[(plot, Markup(picture)) for plot, picture in drawn],
+        sections=[
+            (section, own)
+            for section in SECTIONS
+            if (own := [(plot, Markup(picture)) for plot, picture in drawn if plot.section == section])
+        ],
+        watched=any(plot.name.startswith("prediction-error") for plot, _ in drawn),
+        traced=any(plot.name.startswith("timeline") for plot, _ in drawn),
         headings=HEADINGS,
         table=_table(collection),
         failed=collection.failed,
@@ -230,7 +98,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-HEADINGS = ("", "accuracy, %", "test loss", "ms a mini-batch", "memory, largest stage", "delay, at most", "prediction error",
+HEADINGS = ("", "accuracy, %", "test loss", "ms a mini-batch", "memory by stage, MB", "delay, at most", "prediction error",
             "epochs", "seeds")  # fmt: skip
 
 
@@ -246,7 +114,7 @@ def _table(collection: Collection) -> list[list[str]]:
                 _shown([100 * line["test_accuracy"] for line in last], 2),
                 _shown([line["test_loss"] for line in last], 3),
                 _shown([1e3 * s["minibatch_s"] for s in finished], 1) if finished else "-",
-                decimal(max(max(peak_bytes(s)) for s in finished)) if finished else "-",
+                " ".join(megabytes_by_stage(finished)) if finished else "-",
                 str(max(map(largest_delay, finished))) if finished else "-",
                 _shown(error, 2) if error else "-",
                 str(max(int(line["epoch"]) for line in last)),
@@ -268,11 +136,22 @@ def _schedules(collection: Collection) -> list[str]:
     grids = []
     for method, stages, parts in list(cells)[:_SCHEDULES_SHOWN]:
         try:
-            grids.append(str(Schedule.build(method, stages, _MINIBATCHES_SHOWN if parts == 1 else 2, parts)))
+            short = parts > 1 or get_method(method).flush
+            grids.append(str(Schedule.build(method, stages, 2 if short else MINIBATCHES_SHOWN, parts)))
         except ValueError:  # a method that this version does not know
             continue
     return grids
 
 
 def _command(run: Run) -> str:
-    return f"dtrp train --config {run.folder.name}/config --out again"
+    """What trains it again, from nothing but this line."""
+    defaults = yaml.safe_load(config_text(TrainConfig()))
+    words = ["dtrp", "train"]
+    for key, value in run.config.items():
+        if value == defaults.get(key):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{key}" if value else f"--no-{key}")
+        else:
+            words += [f"--{key}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return shlex.join([*words, "--out", f"again/{run.folder.name}"])

@@ -1,0 +1,56 @@
+"""What the documents say of results/local.jsonl and results/ranks.jsonl."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shown import rows, table
+
+LOCAL = rows("memory/results/local.jsonl")
+STAGES = (2, 4, 8)
+
+
+def _table(model: str, cut: bool) -> str:
+    """All stages, and the largest, in MB; ``cut``: as many micro-batches as stages, else one."""
+    own = {(row["method"], row["stages"], row["num_microbatches"]): row for row in LOCAL if row["model"] == model}
+    alone = f"{sum(own['bp', 1, 1]['peak_bytes']) / 1e6:.1f}"
+    lines = []
+    for method in dict.fromkeys(method for method, _, _ in own):
+        cells = [own.get((method, stages, stages if cut else 1)) for stages in STAGES]
+        if any(cells):
+            lines.append([f"`{method}`", *(_cell(row) for row in cells)])
+    return table([f"one worker: {alone}", *(f"K={stages}" for stages in STAGES)], lines)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{sum(row['peak_bytes']) / 1e6:.1f} ({max(row['peak_bytes']) / 1e6:.1f})"
+
+
+def resnet56() -> str:
+    return _table("resnet56", cut=False)
+
+
+def resnet56_cut() -> str:
+    return _table("resnet56", cut=True)
+
+
+def resnet110() -> str:
+    return _table("resnet110", cut=False)
+
+
+def resnet1202() -> str:
+    return _table("resnet1202", cut=False)
+
+
+def ranks() -> str:
+    """What the system says that each process took, beyond what it had before the first step, and what its tensors say."""
+    lines = []
+    for row in rows("memory/results/ranks.jsonl"):
+        grown = [(each["rss_peak"] - each["rss_before"]) / 1e6 for each in row["processes"]]
+        told = [size / 1e6 for size in row["peak_bytes"]]
+        lines.append([f"`{row['method']}`", str(row["stages"]), _each(grown), _each(told)])
+    return table(["", "K", "grown, each process", "from the tensors, each stage"], lines)
+
+
+def _each(values: list[float]) -> str:
+    return ", ".join(f"{value:.0f}" for value in values)
