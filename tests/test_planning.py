@@ -414,7 +414,7 @@ def test_cuts_follow_the_methods_true_costs() -> None:
     )  # fmt: skip
     assert recomputing.cuts == (2,)
     assert keeping.cuts in ((2,), (3,))
-    assert keeping.minibatch_s == pytest.approx(0.024, rel=0.5)
+    assert keeping.minibatch_s >= 0.9 * 0.024  # a busy machine sleeps longer
     assert keeping.speedup == pytest.approx(5 / 3, rel=0.4)
 
 
