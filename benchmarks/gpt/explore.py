@@ -37,6 +37,7 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     *((method, {**NARROW, "lr": 6e-3, "draw": (0.088, 1.0)}) for method in ("bp", "dtrp")),
     *((method, {**HALF, "cuts": EQUAL, "draw": (0.07, 0.5)}) for method in ("bp", "dtrp", "dtrp, linear")),
     ("bp", {**HALF, "cuts": EQUAL, "draw": (0.05, 0.05)}),
+    ("bp", {**HALF, "cuts": EQUAL, "lr": 8e-3}),
     *(("dtrp, informed", {**HALF, "stop": 150, "draw": draw}) for draw in ((0.05, 0.05), (0.07, 0.5))),
 ]
 

@@ -42,7 +42,7 @@ def full() -> str:
     for draw in ([0.05, 0.05], [0.07, 0.5]):
         bp = _found("bp", batch=16, draw=draw)["curve"]["150"]
         for method in ("bp", "dtrp", "dtrp, linear", "dtrp, informed"):
-            found = [row for row in EXPLORED if row["method"] == method and row["other"]["draw"] == draw]
+            found = [row for row in EXPLORED if row["method"] == method and row["other"].get("draw") == draw]
             found = [row for row in found if row["other"]["batch"] == 16]
             for row in found:
                 loss, cuts = row["curve"]["150"], row["other"].get("cuts", [2, 3, 5])
@@ -58,3 +58,15 @@ def wide() -> str:
         losses = [_found("bp", batch=32, lr=lr, draw=draw, updates=250)["curve"]["250"] for lr in (1e-3, 3e-3)]
         lines.append([str(draw[0]), *(f"{loss:.3f}" for loss in losses)])
     return table(["deviation", "`bp`, learning rate 0.001", "0.003"], lines)
+
+
+def rate() -> str:
+    """Backpropagation at full width, 16 windows, 250 updates."""
+    tried = [_found("bp", batch=16, lr=4e-3, draw=draw) for draw in ([0.05, 0.05], [0.07, 0.5])]
+    lines = []
+    for row in [*tried, _found("bp", batch=16, lr=8e-3)]:
+        draw = row["other"].get("draw")
+        lines.append(
+            [f"{draw[0]}, {draw[1]}" if draw else "`gpt`'s own", str(row["other"]["lr"]), f"{row['curve']['250']:.3f}"]
+        )
+    return table(["linear layers, embeddings", "learning rate", "`bp`"], lines)
