@@ -42,12 +42,12 @@ myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
 
-smartquotes = False  # --option is no dash
+smartquotes_action = "D"  # dashes; quotes stay as they are typed
 default_role = "py:obj"  # `Pipeline` in a docstring links to it, and is code where there is nothing to link to
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures say them
-autodoc_default_options = {"members": True}
+autodoc_default_options = {"members": True, "inherited-members": True}
 autodoc_preserve_defaults = True
 napoleon_use_rtype = False
 

@@ -125,7 +125,7 @@ def commands() -> str:
         command = cli.get_command(top, name)
         assert command is not None
         context = click.Context(command, info_name=name, parent=top)
-        parts += [f"## dtrp {name}", inspect.cleandoc(command.help or "")]
+        parts += [f"## dtrp {name}", _coded(inspect.cleandoc(command.help or ""))]
         parts += [f"```text\ndtrp {name} {' '.join(command.collect_usage_pieces(context))}\n```"]
         records = [record for option in command.get_params(context) if (record := option.get_help_record(context))]
         parts += [_option(*record) for record in records]
@@ -140,7 +140,15 @@ def _option(name: str, text: str) -> str:
         text += " One of " + ", ".join(f"`{choice}`" for choice in choices[1].split("|")) + "."
     text = re.sub(r" *\[default: (.*?)\]", r" Default: `\1`.", text)
     text = re.sub(r" *\[required\]", " Required.", text)
-    return f"`{name}`\n: " + re.sub(r"(?<![\w`-])(--[a-z][a-z-]*)", r"`\1`", text)
+    return f"`{name}`\n: " + _coded(text)
+
+
+def _coded(text: str) -> str:
+    """Commands and options in a help text as code."""
+    parts = re.sub(r"'(dtrp [^']*)'", r"`\1`", text).split("`")  # every other one is code already
+    return "`".join(
+        re.sub(r"(?<![\w-])--[a-z][a-z-]*", r"`\g<0>`", s) if i % 2 == 0 else s for i, s in enumerate(parts)
+    )
 
 
 def write(app: Sphinx) -> None:
@@ -157,6 +165,12 @@ def write(app: Sphinx) -> None:
             path.write_text(text)
 
 
+def is_builtin(app: Sphinx, what: str, name: str, member: Any, skip: bool, options: Any) -> bool | None:
+    """Whether a member comes from a class of Python's own, such as an exception's ``add_note``, and is left out."""
+    return True if hasattr(member, "__objclass__") else None
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("builder-inited", write)
+    app.connect("autodoc-skip-member", is_builtin)
     return {"parallel_read_safe": True}
