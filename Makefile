@@ -14,6 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/dtrp demo
 
 docs: $(VENV)/.installed
+	rm -rf build/docs  # pictures and pages follow the code, of which a kept build knows nothing
 	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
 	$(BIN)/python docs/check.py build/docs
 
