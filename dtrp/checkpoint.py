@@ -104,16 +104,15 @@ def check_state(
         raise ValueError(
             "the state dict and this pipeline differ in having a learning-rate scheduler; make both with one"
         )
-    options: dict[str, dict[str, Any]] = {}
-    for group in state["optimizer"]["param_groups"]:
-        for name in group["params"]:
-            options[name] = _options(group)
     plans = []
     for stage in stages:
         if stage.optimizer is None:
             continue
         names = _names(stage)
         index = _numbers(stage)
+        given = [(name, _options(group)) for group in state["optimizer"]["param_groups"] for name in group["params"]]
+        options: dict[str, dict[str, Any]] = _by_own_name(stage, given)
+        states = _by_own_name(stage, list(state["optimizer"]["state"].items()))
         groups = []
         for group in stage.optimizer.param_groups:
             members = [names[id(p)] for p in group["params"]]
@@ -133,11 +132,7 @@ def check_state(
                     f"{', '.join(sorted(group.keys() - {'params'}))}; it was saved with another optimizer"
                 )
             groups.append({**options[members[0]], "params": [index[name] for name in members]})
-        entries = {
-            index[name]: copy.deepcopy(state["optimizer"]["state"][name])
-            for name in index
-            if name in state["optimizer"]["state"]
-        }
+        entries = {index[name]: copy.deepcopy(states[name]) for name in index if name in states}
         plans.append((stage.optimizer, {"state": entries, "param_groups": groups}))
 
     def load() -> None:
@@ -164,6 +159,20 @@ def _reseat(scheduler: Any, groups: list[dict[str, Any]]) -> None:
         scheduler._last_lr = [group["lr"] for group in groups]
     for inner in getattr(scheduler, "_schedulers", ()):
         _reseat(inner, groups)
+
+
+def _by_own_name(stage: Stage, entries: Sequence[tuple[str, T]]) -> dict[str, T]:
+    """What a state dict says of parameters, of which the stage may know some by another of their names."""
+    known: dict[str, str] = {}
+    result = {}
+    for name, entry in entries:
+        own = stage.called.get(name, name)
+        if known.setdefault(own, name) != name:
+            raise ValueError(
+                f"{known[own]} and {name} are one parameter of this model, and the state dict trained two; untie them in the model"
+            )
+        result[own] = entry
+    return result
 
 
 def _names(stage: Stage) -> dict[int, str]:

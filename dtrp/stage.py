@@ -167,6 +167,13 @@ class Stage:
             p.grad = None
         self.ties = [tie for tie in ties if index in tie.names]
         others = {tie.names[index][0] for tie in self.ties if tie.owner != index}
+        # By every name of its trained parameters, in whichever stage, the one it goes by here.
+        firsts = {id(p): name for name, p in named}
+        everywhere = module.named_parameters(remove_duplicate=False)
+        self.called = {name: firsts[id(p)] for name, p in everywhere if id(p) in firsts}
+        for tie in self.ties:
+            if tie.trained:
+                self.called |= {name: tie.names[index][0] for names in tie.names.values() for name in names}
         own = [p for name, p in named if name not in others]
         self.optimizer = optimizer(own) if own else None
         self.lr_scheduler = lr_scheduler(self.optimizer) if lr_scheduler and self.optimizer else None

@@ -144,6 +144,54 @@ def test_a_state_dict_in_which_they_are_two_is_refused() -> None:
     assert_same(pipe.model_state_dict(), before)
 
 
+class HeadFirst(nn.Module):
+    """Its shared parameter goes by the name of the head, which is read last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 9)
+        self.embedding, self.f, self.g = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.embedding.weight = self.head.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.g(torch.tanh(self.f(self.embedding(x))))).mean(1))
+        return out
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("way", ["state_dict", "portable"])
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])
+def test_by_whichever_name_a_state_knows_it(before: int, after: int, way: str, tmp_path: Path) -> None:
+    batches = batches_of(lambda: torch.randint(9, (12, 5)))
+
+    def new(num_stages: int) -> tuple[dtrp.Pipeline, nn.Module]:
+        model = HeadFirst()
+        stages = dtrp.split(model, points=["f", "head"] if num_stages == 3 else [], example=batches[0][0])
+        return pipeline(stages, adamw, method="bp"), model
+
+    (first, model), (second, other) = new(before), new(after)
+    assert next(name for name, _ in model.named_parameters()) == "head.weight"
+    for x, y in batches[:4]:
+        first.step(x, y)
+    if way == "state_dict":
+        second.load_state_dict(first.state_dict())
+    else:
+        first.save(tmp_path / "saved", portable=True)
+        second.load(tmp_path / "saved")
+    for pipe in (first, second):
+        for x, y in batches[4:]:
+            pipe.step(x, y)
+    assert_close(other.state_dict(), model.state_dict(), 1e-11)
+    names = [name for pipe in (first, second) for name in pipe.state_dict()["optimizer"]["state"] if "bias" not in name]
+    one = {"f.weight", "g.weight"}
+    assert set(names) == {*one, "head.weight", "embedding.weight"}, "one stage knows it as the plain model does"
+    state = copy.deepcopy(first.state_dict())
+    for group in state["optimizer"]["param_groups"]:
+        group["params"] = [*group["params"], *({"head.weight", "embedding.weight"} - set(names[: len(one) + 1]))]
+    with pytest.raises(ValueError, match="are one parameter of this model, and the state dict trained two; untie them"):
+        second.load_state_dict(state)
+
+
 @pytest.mark.parametrize("method", OTHERS)
 def test_a_method_that_does_not_flush_refuses_them(method: str) -> None:
     make, _ = TIED["embedding and head"]

@@ -190,7 +190,7 @@ def load(
 
 
 def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], scheduler: bool) -> Callable[[], None]:
-    names = {name for stage in engine.stages for name in [*stage.module.state_dict(), *stage.names]}
+    names = {name for stage in engine.stages for name in [*stage.module.state_dict(), *stage.called]}
     names |= {tie.name for stage in engine.stages for tie in stage.ties}
     state = portable.decode(found, names)
     for stage in engine.stages:
@@ -198,11 +198,8 @@ def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], schedul
             checks.alike(stage.lr_scheduler.state_dict(), state["scheduler"], "the scheduler")
         for group in stage.optimizer.param_groups if stage.optimizer is not None else ():
             own = {name: value for name, value in group.items() if name != "params"}
-            members = {
-                name
-                for name, p in zip(stage.names, stage.parameters, strict=True)
-                if any(p is q for q in group["params"])
-            }
+            parameters = dict(zip(stage.names, stage.parameters, strict=True))
+            members = {name for name, own in stage.called.items() if any(parameters[own] is q for q in group["params"])}
             for saved in state["optimizer"]["param_groups"]:
                 if members & set(saved["params"]):
                     for option in own.keys() & saved.keys():

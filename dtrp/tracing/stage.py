@@ -236,6 +236,8 @@ def _give_tensors(
     for stage, name, tensor in constants:
         if name not in stages[stage]._buffers:
             stages[stage].register_buffer(name, tensor.detach(), persistent=False)
+    for owner in stages:
+        _put_in_order(owner, model)
     for index, owner in enumerate(stages):
         for mode, part in enumerate(owner._parts):
             owner._weights[mode].extend(
@@ -249,6 +251,23 @@ def _give_tensors(
                 owner._device = owner._device or held.device
                 if held.is_floating_point() or held.is_complex():
                     owner._dtypes.append((member, name, held.dtype))
+
+
+def _put_in_order(own: nn.Module, like: nn.Module) -> None:
+    """Members in the order of the model's, by which the first of several names of a tensor is the one it goes by."""
+    pairs: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+        (own._modules, like._modules),
+        (own._parameters, like._parameters),
+        (own._buffers, like._buffers),
+    )
+    for members, order in pairs:
+        for name in order:
+            if name in members:
+                members[name] = members.pop(name)
+    for name, member in own._modules.items():
+        original = like._modules.get(name)
+        if member is not None and original is not None:
+            _put_in_order(member, original)
 
 
 def _owner(stage: TracedStage, name: str, own: dict[str, Tensor], here: dict[int, str]) -> Owner:
