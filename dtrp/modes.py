@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
+
+
+@contextmanager
+def in_modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
+    """Within it each of ``module.modules()`` is in the mode given for it; after it in its own again."""
+    modes = {member: member.training for member in module.modules()}
+    try:
+        for member, mode in zip(modes, training, strict=True):
+            member.training = mode
+        yield
+    finally:
+        for member, mode in modes.items():
+            member.training = mode
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.optim import Optimizer
 
 from .aligned import aligned_clone, enter
+from .buffers import Met, marks
 from .exchange import Places
 from .footprint import StageSizes, footprint, optimizer_bytes
 from .gauge import Gauge
@@ -153,6 +154,7 @@ class Stage:
         self.memory_limit_bytes = memory_limit_bytes
         self.module = module
         # Compiled code reads the parameters that are in their places when it runs, as the module itself does.
+        self.compiles = compile is not None
         self._call: Callable[[Any], Any] = module if compile is None else _compiled(module, compile)
         self.method = method
         self.device = device
@@ -211,6 +213,7 @@ class Stage:
         self._changes_input: bool | None = None  # does the module write its input? None: not seen yet
         self._graph_bytes: dict[Any, int] = {}
         self._wanting: dict[Any, list[bool]] = {}  # which tensors of an output have a gradient, by its form
+        self._moving: set[str] = set()  # buffers that the module has been seen to move
 
     # -- F ------------------------------------------------------------------------------------------
 
@@ -460,7 +463,8 @@ class Stage:
     def _graph(self, held: Held, buffers: Buffers = "own") -> tuple[Any, int]:
         """Run with a graph and remember where its differentiation starts; (output, bytes of the graph)."""
         inputs = tensors_of(held.leaf)
-        key = (*((t.shape, t.dtype) for t in inputs), held.autocast, self.module.training)
+        held.modes = tuple(module.training for module in self.module.modules())
+        key = (*((t.shape, t.dtype) for t in inputs), held.autocast, held.modes)
         nbytes = self._graph_bytes.get(key)
         with torch.enable_grad():
             if nbytes is not None:
@@ -479,11 +483,13 @@ class Stage:
                     return t
 
                 with torch.autograd.graph.saved_tensors_hooks(weigh, lambda t: t):
-                    out = self._run(held, held.weights, buffers=buffers)
+                    out = self._run(held, held.weights, buffers=buffers, looks=True)
                 nbytes = sum(sizes.values())
                 if nbytes and not first:  # hooks of the caller's inside the module hide the graph from these
                     self._graph_bytes[key] = nbytes
         held.has_graph = True
+        if held.met is not None:
+            nbytes += sum(map(tensor_bytes, held.met.moved.values()))
         if self.loss_fn is None:
             # Not the output itself: the next stage has it, and this one need not hold it for its backward.
             held.roots = [get_gradient_edge(t) if t.requires_grad else None for t in tensors_of(out)]
@@ -500,15 +506,19 @@ class Stage:
 
     # -- the module -----------------------------------------------------------------------------------
 
-    def _run(self, held: Held, weights: WeightVersion | None, *, buffers: Buffers = "own") -> Any:
+    def _run(self, held: Held, weights: WeightVersion | None, *, buffers: Buffers = "own", looks: bool = False) -> Any:
         """The module's forward (and at the last stage the loss), as micro-batch m must see it every time.
 
         What it does to buffers happens to the module's ``own``; or to copies that are ``discarded``, or that are
-        ``returned`` to the module afterwards, so that nobody writes what a graph that is kept has saved.
+        ``returned`` to the module afterwards, so that nobody writes what a graph that is kept has saved. ``looks``: compare
+        those with what they were, to learn which ones the module moves.
         """
         tensors = self._tensors(weights)
         own = dict(self.module.named_buffers()) if buffers != "own" else {}
-        tensors.update((name, buffer.clone()) for name, buffer in own.items())
+        copies = {name: buffer.clone() for name, buffer in own.items()}
+        if held.met is not None and own:  # the second time
+            copies.update((name, met.clone()) for name, met in held.met.moved.items())
+        tensors.update(copies)
         # A module that writes its input (an in-place ReLU at its front) would write the stash, or what the stage
         # before has saved. The first run, on a copy, shows whether it does; one that does gets a copy every time.
         inputs, form = flatten(held.leaf)
@@ -523,9 +533,7 @@ class Stage:
             elif not isinstance(out, Tensor):
                 flatten(out)  # refuses what cannot be passed on
         if buffers == "returned":
-            with torch.no_grad():
-                for name, buffer in own.items():
-                    buffer.copy_(tensors[name])
+            self._return(held, own, copies, tensors, looks=looks)
         if [t._version for t in entered] == before:
             self._changes_input = bool(self._changes_input)
         elif self._changes_input is False:
@@ -536,6 +544,27 @@ class Stage:
         else:
             self._changes_input = True
         return out
+
+    @torch.no_grad()
+    def _return(
+        self,
+        held: Held,
+        own: dict[str, Tensor],
+        copies: dict[str, Tensor],
+        after: dict[str, Tensor],
+        *,
+        looks: bool,
+    ) -> None:
+        """Give the module its buffers as a forward on ``copies`` has left them, and keep what it has met."""
+        if looks:  # some operations, batch norm among them, write without counting
+            self._moving |= {name for name, buffer in own.items() if not torch.equal(buffer, after[name])}
+        met = Met(before=marks(own))
+        for name, buffer in own.items():
+            if after[name] is not copies[name] or after[name]._version or name in self._moving:
+                met.moved[name] = buffer.clone()
+            buffer.copy_(after[name])
+        met.after = marks(own)
+        held.met = met if own else None
 
     def _entered(self, held: Held, inputs: list[Tensor], *, copy: bool) -> list[Tensor]:
         """The tensors of the input, as the module is given them."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .buffers import Met
 from .trees import tensors_of
 
 
@@ -75,6 +76,8 @@ class Held:
     target: Any = None  # what the loss compares with, at the last stage
     weights: WeightVersion | None = None  # the copy that F read, where B needs it
     has_graph: bool = False
+    modes: tuple[bool, ...] = ()  # of the module and those in it, train or eval, when the graph was made
+    met: Met | None = None  # the buffers that F read, where its graph is kept
     # Where differentiation starts, for each tensor of the output; None where it has nothing to do. Of the last stage: the loss.
     roots: list[Tensor | GradientEdge | None] = field(default_factory=list)
     # Which tensors of the output went on as ones that want a gradient; empty where all have a root that do.

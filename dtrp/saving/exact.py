@@ -1,7 +1,8 @@
 """One stage as it is between two steps, with what is in flight; and the same stage again.
 
 A graph cannot be written down. It is made again from what it was made of: the input, the version of the weights, and the
-random draws, which depend on the micro-batch alone. What that forward does to buffers is discarded: they have moved.
+random draws, which depend on the micro-batch alone, and the buffers that it met (`dtrp.buffers`). What that forward does to
+buffers is discarded: they have moved.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..buffers import Met, Overwritten, marks, values_met
 from ..engine import Progress
 from ..messages import Note
+from ..modes import in_modes
 from ..predict import BuiltInPredictor
 from ..schedule import Position
 from ..stage import Stage
@@ -30,6 +33,9 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
     """The stage as JSON, its tensors in the encoder.
 
     Replicas have the same weights and optimizers, so the first alone writes them; the rest is each one's own.
+
+    Raises:
+        CheckpointError: it holds what no checkpoint can.
     """
     key = f"stage{stage.index}.replica{stage.replica}"
 
@@ -39,7 +45,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
     versions = {id(held.weights): held.weights for held in stage._stash if held.weights is not None}
     numbers = {number: i for i, number in enumerate(versions)}
     shared = {id(version): k for k, version in stage._versions.items()}
-    parameters = dict(stage.module.named_parameters())
+    parameters, buffers = dict(stage.module.named_parameters()), dict(stage.module.named_buffers())
     part: dict[str, Any] = {
         "version": stage.version,
         "keep": stage.method.keep if stage.has_decided else None,
@@ -47,14 +53,17 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
         "skipped": list(stage.skipped),
         "delays": encode(stage.delays, "delays"),
         "peaks": [stage.stash_peak, stage.activations_peak],
-        "buffers": encode(dict(stage.module.named_buffers()), "buffer"),
+        "buffers": encode(buffers, "buffer"),
         "extra_state": encode(_extra_state(stage.module), "extra_state"),
         "gradients": encode(list(stage.gradients), "gradient"),
         "versions": [
             {"key": list(shared[id(v)]) if id(v) in shared else None, "tensors": encode(v.tensors, f"version.{i}")}
             for i, v in enumerate(versions.values())
         ],
-        "stash": [_encode_held(held, numbers, encode) for held in stage._stash],
+        "stash": [
+            _encode_held(held, met, numbers, encode)
+            for held, met in zip(stage._stash, _met(stage, buffers), strict=True)
+        ],
         "predictor": encode(_predictor_state(stage), "predictor"),
         "num_updates": progress.num_updates,
         "next_microbatch": progress.next_microbatch,
@@ -71,7 +80,29 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
     return part
 
 
-def _encode_held(held: Held, numbers: dict[int, int], encode: Callable[[Any, str], Any]) -> dict[str, Any]:
+def _met(stage: Stage, buffers: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """What each entry of the stash must meet when its graph is made again, and is not there now."""
+    entries = [held.met or Met() for held in stage._stash]
+    if not any(held.has_graph and stage.trains for held in stage._stash):
+        return [{} for _ in entries]
+    cure = "call pipe.flush() before pipe.save(), or save with portable=True"
+    if _extra_state(stage.module):
+        raise CheckpointError(
+            f"stage {stage.index} has graphs in flight and a module with get_extra_state(), which they may have read and a "
+            f"checkpoint has only as it is now; {cure}"
+        )
+    try:
+        return values_met(entries, buffers)
+    except Overwritten as error:
+        raise CheckpointError(
+            f"the buffer {error} of stage {stage.index} has been written between steps, and graphs in flight have met it as it "
+            f"was; {cure}"
+        ) from None
+
+
+def _encode_held(
+    held: Held, met: dict[str, Tensor], numbers: dict[int, int], encode: Callable[[Any, str], Any]
+) -> dict[str, Any]:
     m = held.micro.index
     return {
         "micro": [m, held.micro.minibatch, held.micro.share],
@@ -82,6 +113,8 @@ def _encode_held(held: Held, numbers: dict[int, int], encode: Callable[[Any, str
         "target": encode(held.target, f"target.{m}"),
         "weights": None if held.weights is None else numbers[id(held.weights)],
         "has_graph": held.has_graph,
+        "met": encode(met, f"met.{m}"),
+        "modes": "".join("ET"[mode] for mode in held.modes),
     }
 
 
@@ -143,7 +176,6 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
         )
     if stage.lr_scheduler is not None:
         checks.alike(stage.lr_scheduler.state_dict(), scheduler, f"the scheduler of {where}")
-    _check_form(where, part)
     gradients = decode(part["gradients"])
     checks.expect(isinstance(gradients, list), f"{where} has no gradients")
     if len(gradients) != len(stage.parameters):
@@ -177,7 +209,16 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
             entry["nbytes"],
             target,
             None if entry["weights"] is None else versions[entry["weights"]][1],
+            met=Met(decode(entry["met"])) if entry["has_graph"] else None,
         )
+        checks.expect(
+            not entry["has_graph"] or not stage.trains or len(entry["modes"]) == len(list(stage.module.modules())),
+            f"what {where} keeps is not of its modules",
+        )
+        held.modes = tuple(letter == "T" for letter in entry["modes"])
+        for name, value in held.met.moved.items() if held.met is not None else ():
+            fits = isinstance(value, Tensor) and name in buffers and value.shape == buffers[name].shape
+            checks.expect(fits and value.dtype == buffers[name].dtype, f"a buffer that {where} has met is none")
         stash.append((held, bool(entry["has_graph"])))
     forward, backward, update, left = part["position"]
     progress = Progress(
@@ -188,17 +229,10 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
         list(part["samples"]),
         decode(part["arrived"]),
     )
-    waiting = [note.microbatch for note in progress.notes]
-    if waiting != list(range(backward, forward)) or sum(left) != len(waiting):
-        raise CheckpointError(f"what is in flight in {where} is not between its forwards and its backwards")
-    kept = [held.micro.index for held, _ in stash]
-    if not set(kept) <= set(waiting) or kept != sorted(set(kept)):
-        raise CheckpointError(f"what {where} keeps is not what is in flight")
     arrived, delays, extra_state = progress.gradients, decode(part["delays"]), decode(part["extra_state"])
     checks.expect(
         isinstance(arrived, list) and all(map(_is_gradient, arrived)), f"what has arrived at {where} are no gradients"
     )
-    checks.expect(len(arrived) <= len(waiting), f"what has arrived at {where} are no gradients")
     checks.expect(isinstance(delays, Counter), f"{where} has no delays")
     checks.counts([*delays, *delays.values()], f"the delays of {where}")
     checks.expect(
@@ -216,7 +250,7 @@ def _is_gradient(value: Any) -> bool:
     return all(g is None or isinstance(g, torch.Tensor) for g in each)
 
 
-def _check_form(where: str, part: dict[str, Any]) -> None:
+def check_form(where: str, part: dict[str, Any]) -> None:
     """The numbers of a stage's part, each of its type."""
     counts = [part["version"], part["num_updates"], part["next_microbatch"], *part["position"][:3]]
     checks.counts(counts, f"the counters of {where}", 6)
@@ -235,6 +269,8 @@ def _check_form(where: str, part: dict[str, Any]) -> None:
         m, minibatch, share = entry["micro"]
         checks.counts([m, minibatch, entry["version"], entry["nbytes"]], f"what {where} keeps", 4)
         checks.expect(type(share) in (int, float) and 0 < share <= 1, f"a share of {where} is none")
+        modes = entry["modes"]
+        checks.expect(isinstance(modes, str) and set(modes) <= set("ET"), f"what {where} keeps is in no mode")
         checks.expect(type(entry["has_graph"]) is bool and type(entry["autocast"][1]) is bool, f"what {where} keeps")
         if entry["weights"] is not None:
             checks.counts([entry["weights"]], f"a version of {where}", 1)
@@ -301,9 +337,14 @@ class StageParts:
                 stage._versions[key] = version
         for held, had_graph in self.stash:
             if had_graph and stage.trains:
-                stage._graph(held, "discarded")
+                with in_modes(stage.module, held.modes):
+                    stage._graph(held, "discarded")
             held.has_graph = had_graph
             stage._stash.append(held)
+        now = marks(dict(stage.module.named_buffers()))
+        for held, _ in self.stash:
+            if held.met is not None:
+                held.met.before = held.met.after = now
 
 
 def _check_same(what: str, own: dict[str, Any], saved: dict[str, Tensor]) -> None:
