@@ -151,6 +151,26 @@ def check_state(
     return load
 
 
+def options_of(stage: Stage) -> list[dict[str, Any]]:
+    """The options of a stage's optimizer, group by group; a learning rate as it was before any scheduler."""
+    groups = stage.optimizer.param_groups if stage.optimizer is not None else []
+    return [{**_options(group), "lr": group.get("initial_lr", group["lr"])} for group in groups]
+
+
+def set_options(stage: Stage, options: list[dict[str, Any]]) -> None:
+    """Give a stage's optimizer these options, which `options_of` has returned; where its schedule is, it stays."""
+    if stage.optimizer is None:
+        return
+    for group, own in zip(stage.optimizer.param_groups, options, strict=True):
+        lr, before = own["lr"], group.get("initial_lr", group["lr"])
+        group.update({name: value for name, value in own.items() if name not in ("lr", "initial_lr")})
+        if lr != before:
+            group["lr"] = group["lr"] * (lr / before) if before else lr
+            group["initial_lr"] = lr
+    if stage.lr_scheduler is not None:
+        _reseat(stage.lr_scheduler, stage.optimizer.param_groups)
+
+
 def _reseat(scheduler: Any, groups: list[dict[str, Any]]) -> None:
     """A scheduler's lists by parameter group are those of its own stage; only the time it tells is common."""
     if hasattr(scheduler, "base_lrs"):

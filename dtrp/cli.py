@@ -29,6 +29,7 @@ from .planning import simulate as run_simulation
 from .planning.choose import LR_SCALING
 from .ranks import under_launcher
 from .runs import RunFolder
+from .saving import CheckpointError
 from .schedule import Schedule, ScheduleError
 from .stage import StageError
 from .train import (
@@ -546,7 +547,7 @@ def _trained(trainer: Trainer, reporter: Any) -> Any:
     except StageError as error:
         cause = error.__cause__ if isinstance(error.__cause__, FloatingPointError) else error
         raise click.ClickException(str(cause)) from error
-    except WorkerError as error:
+    except (WorkerError, CheckpointError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"cannot write the run: {error}") from error

@@ -241,13 +241,14 @@ class Driver:
         model's names, and loads at any number of stages, cuts, method, engine and number of replicas.
 
         Args:
-            folder: of the checkpoint: new, empty, or an earlier checkpoint, which is replaced.
+            folder: of the checkpoint: new, empty, or an earlier checkpoint, which is replaced; no other run saves to it.
             portable: flush, and save what does not depend on the stages.
             extra: what the caller wants back from `load`, as JSON has it: the sampler's state, the epoch, settings. The
                 first rank's is kept.
 
         Raises:
-            CheckpointError: it could not be written, on every rank; what was there is as it was, and training can go on.
+            CheckpointError: it could not be written, on every rank; what was there is as it was, and training can go on. Or
+                nothing can hold what is in flight: a graph has met a buffer that the caller has written since; flush first.
             TypeError: ``extra`` is no JSON.
         """
         self._check_usable(trains=True)
@@ -276,6 +277,10 @@ class Driver:
         Raises:
             CheckpointError: no checkpoint, a damaged one (with the name of the file), one of another model, or an exact one
                 of a pipeline made otherwise; on every rank.
+
+        Warns:
+            UserWarning: what may change the last bits is otherwise than when it was saved (threads, version of torch, devices,
+                ``compile``), or ``on_nonfinite`` is, or an option of the optimizer, of which the checkpoint's goes on.
         """
         self._check_usable(trains=True)
         with self._shared():
@@ -299,7 +304,10 @@ class Driver:
     def _settings(self, method: str) -> dict[str, Any]:
         stages = self._engine.gather(method, [session.describe_stage(stage) for stage in self._engine.stages])
         flat = [own for process in stages for own in process]
-        return session.settings_of(method_values(self.method), flat, self.num_microbatches, self.seed, self._keep)
+        own = self._engine.stages[0]
+        return session.settings_of(
+            method_values(self.method), flat, self.num_microbatches, self.seed, self._keep, own.rule, own.compiles
+        )
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Write what ran when, on all ranks, as one Chrome trace (for chrome://tracing or ui.perfetto.dev); rank 0 writes.

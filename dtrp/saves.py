@@ -9,13 +9,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import checkpoint
 from .pipeline import Pipeline
-from .saving import Checkpoint, CheckpointError, inspect
+from .saving import Checkpoint, CheckpointError
+from .saving.checks import OtherOptions
+from .saving.folder import is_ours
+from .saving.manifest import glance
 
 
 @dataclass
@@ -40,6 +46,26 @@ class Position:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     best: tuple[int, float] | None = None
 
+    @classmethod
+    def read(cls, text: Any) -> Position:
+        """What `Saves.write` has written.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            said = json.loads(text)
+            at = cls(**{**said, "best": tuple(said["best"]) if said["best"] else None})
+            right = all(type(n) is int and n >= 0 for n in (at.epoch, at.samples))
+            right &= all(type(n) in (int, float) for n in (at.loss_sum, at.learned, at.trained_s, at.elapsed_s))
+            right &= isinstance(at.metrics, list) and len(at.metrics) == at.epoch
+            right &= at.best is None or list(map(type, at.best)) == [int, float]
+        except (TypeError, ValueError, KeyError, RecursionError):
+            right = False
+        if not right:
+            raise ValueError("it does not say where the run was")
+        return at
+
 
 class Saves:
     """Those of one run.
@@ -61,22 +87,35 @@ class Saves:
             self._folder.mkdir(exist_ok=True)
         # As text, since a loss may be nan, which JSON has not.
         extra = {"position": json.dumps(dataclasses.asdict(position))}
-        pipe.save(self._path(pipe.num_updates), portable=portable, extra=extra)
+        path = self._path(pipe.num_updates)
+        if self._tidies and (path.is_symlink() or (path.exists() and not is_ours(path))):
+            path.rename(path.with_name(f"aside-{path.name}-{time.time_ns()}"))  # it was left aside when the run went on
+        pipe.save(path, portable=portable, extra=extra)
         if self._tidies:
             best = self._path(position.best[0]) if position.best else None
             for path in self._all()[self._keep_last :]:
                 if path != best:
                     shutil.rmtree(path, ignore_errors=True)
 
-    def resume(self, pipe: Pipeline, *, num_replicas: int) -> tuple[Position, list[str]]:
+    def resume(
+        self, pipe: Pipeline, *, num_replicas: int, check: Callable[[Position], None] = lambda position: None
+    ) -> tuple[Position, list[str]]:
         """Load the newest save that is whole and fits; where the run was, and what there is to say about it.
+
+        The options of the optimizers, learning rates too, stay those that ``pipe`` was made with.
+
+        Args:
+            pipe: to load it into.
+            num_replicas: of the run.
+            check: raises ValueError where the run cannot go on from a position.
 
         Raises:
             CheckpointError: there is none.
         """
         notes: list[str] = []
         own = (pipe.method.name, pipe.num_stages, pipe.num_microbatches, num_replicas)
-        for path, found in self._usable(notes):
+        options = [checkpoint.options_of(stage) for stage in pipe._engine.stages]
+        for path, found, position in self._readable(notes, check):
             theirs = (found.method, found.num_stages, found.num_microbatches, found.num_replicas)
             if found.kind == "exact" and theirs != own:
                 notes.append(
@@ -84,12 +123,17 @@ class Saves:
                 )
                 continue
             try:
-                extra = pipe.load(path)
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    pipe.load(path)
             except CheckpointError as error:
+                if pipe._broken is not None:
+                    raise
                 notes.append(f"{path.name} is left aside: {error}")
                 continue
-            said = json.loads(extra["position"])
-            position = Position(**{**said, "best": tuple(said["best"]) if said["best"] else None})
+            notes += [str(each.message) for each in caught if not isinstance(each.message, OtherOptions)]
+            for stage, own_options in zip(pipe._engine.stages, options, strict=True):
+                checkpoint.set_options(stage, own_options)
             how = "what was in flight included" if found.kind == "exact" else "from a portable save"
             notes.append(f"going on after update {pipe.num_updates}, {how}")
             return position, notes
@@ -97,15 +141,19 @@ class Saves:
             f"{self._folder.parent} has no save to go on from" + "".join(f"; {note}" for note in notes)
         )
 
-    def _usable(self, notes: list[str]) -> Iterator[tuple[Path, Checkpoint]]:
+    def _readable(
+        self, notes: list[str], check: Callable[[Position], None]
+    ) -> Iterator[tuple[Path, Checkpoint, Position]]:
+        """Those whose manifests are whole; the other files are checked by `Pipeline.load`."""
         for path in self._all():
             try:
-                found = inspect(path)
-                json.loads(found.extra["position"])
-            except (CheckpointError, TypeError, KeyError, ValueError) as error:
+                found = glance(path)
+                position = Position.read(found.extra.get("position") if isinstance(found.extra, dict) else None)
+                check(position)
+            except ValueError as error:
                 notes.append(f"{path.name} is left aside: {error}")
             else:
-                yield path, found
+                yield path, found, position
 
     def _all(self) -> list[Path]:
         """Newest first."""

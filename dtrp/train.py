@@ -257,11 +257,29 @@ class Trainer:
             saves = Saves(run, config.keep_last, tidies=self.run_folder is not None)
             self._saves = saves if config.keep_last else None
             if config.resume:
-                self.position, self.notes = saves.resume(self.pipe, num_replicas=config.replicas)
+                self.position, self.notes = saves.resume(
+                    self.pipe, num_replicas=config.replicas, check=self._check_position
+                )
                 if self.run_folder is not None:
                     self.run_folder.go_on(config_text(config), self.position.metrics)
         self._asked_to_stop: int | None = None
         self._events: Events | None = None
+
+    def _check_position(self, at: Position) -> None:
+        """Refuse a place that is none of this run's."""
+        names = {each.name for each in dataclasses.fields(EpochMetrics)}
+        for line in at.metrics:
+            if (
+                not isinstance(line, dict)
+                or line.keys() != names
+                or not all(type(v) in (int, float) for v in line.values())
+            ):
+                raise ValueError("its metrics are none")
+        if at.samples % self.config.batch_size or at.samples > len(self.dataset.train_y):
+            raise ValueError(
+                f"it is {at.samples} samples into an epoch of {len(self.dataset.train_y)}, no whole number of mini-batches of "
+                f"{self.config.batch_size}"
+            )
 
     def run(self, reporter: Reporter | None = None) -> TrainResult:
         """Train, test after each epoch, and keep the run folder whole all the while."""

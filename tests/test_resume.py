@@ -17,6 +17,7 @@ import torch
 
 from dtrp.cli import run
 from dtrp.saves import Saves
+from dtrp.saving import manifest, read_state
 
 SMALL = ["train", "--model", "resnet14-8", "--batch-size", "64", "--limit-train", "500", "--limit-test", "100", "--augment",
          "--num-microbatches", "2", "--threads", "1", "--quiet", "--stages", "3", "--epochs", "3", "--save-every", "3"]  # fmt: skip
@@ -145,6 +146,62 @@ def test_a_damaged_save_is_left_aside(whole: Path, tmp_path: Path, capsys: pytes
     assert "update-00000024 is left aside" in out
     assert damaged.name in out.replace("\n", "")
     check_same(folder, whole)
+
+
+def broken_off(whole: Path, folder: Path, *lost: int) -> Path:
+    """The whole run as it was before these saves."""
+    shutil.copytree(whole, folder)
+    (folder / "summary.json").unlink()
+    for update in lost:
+        shutil.rmtree(folder / "saves" / f"update-{update:08d}")
+    return folder
+
+
+def test_options_beside_it_win(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A learning rate and a weight decay given again are those that are trained with from there on, and no others."""
+    folder = broken_off(whole, tmp_path / "run", 24)
+    assert run(["train", "--resume", str(folder), "--quiet", "--lr", "0", "--weight-decay", "0"]) == 0
+    assert "going on after update 21" in capsys.readouterr().out
+    found = read_state(folder / "saves" / "update-00000024")
+    (group,) = found["optimizer"]["param_groups"]
+    assert (group["initial_lr"], group["lr"], group["weight_decay"]) == (0, 0, 0)
+    assert group["momentum"] == 0.9
+    again = broken_off(whole, tmp_path / "again", 24)
+    assert run(["train", "--resume", str(again), "--quiet", "--lr", "0.02"]) == 0
+    (group,) = read_state(again / "saves" / "update-00000024")["optimizer"]["param_groups"]
+    assert group["initial_lr"] == 0.02
+    a, b, c = (torch.load(each / "model.pt") for each in (folder, again, whole))
+    name = next(name for name in a if name.endswith("weight"))
+    assert not torch.equal(a[name], b[name])
+    assert not torch.equal(b[name], c[name])
+
+
+def test_what_was_in_flight_is_passed_over_where_the_run_is_another(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*SMALL, "--out", str(tmp_path / "run"), "--keep-last", "9", "--epochs", "2"]) == 0
+    for i, (options, reason) in enumerate(
+        [
+            (["--max-grad-norm", "1"], "saved with max_grad_norm=None, and this pipeline has max_grad_norm=1.0"),
+            (["--batch-size", "50"], "64 samples into an epoch of 500, no whole number of mini-batches of 50"),
+        ]
+    ):
+        folder = broken_off(tmp_path / "run", tmp_path / str(i), 12, 15, 16)
+        capsys.readouterr()
+        assert run(["train", "--resume", str(folder), "--quiet", *options]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "going on after update 8, from a portable save" in out
+        assert reason in out
+
+
+def test_a_save_is_read_once(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    describe = manifest.describe
+    monkeypatch.setattr(manifest, "describe", lambda path: read.append(path) or describe(path))
+    folder = broken_off(whole, tmp_path / "run")
+    newest = sorted((folder / "saves" / "update-00000024").iterdir())
+    assert run(["train", "--resume", str(folder), "--epochs", "3", "--quiet"]) == 0
+    assert sorted(read) == [path for path in newest if path.name != "manifest.json"]
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import pickle
 import random
+import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,7 +261,9 @@ def test_any_value_of_the_manifest_of_another_type(folder: Path) -> None:
         pipe = make()
         before = pipe.model_state_dict()
         try:
-            pipe.load(folder)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pipe.load(folder)
         except dtrp.CheckpointError as error:
             messages.append(str(error))
             if "cannot be put in place" in str(error):
@@ -269,6 +274,107 @@ def test_any_value_of_the_manifest_of_another_type(folder: Path) -> None:
     assert len(messages) > 75
     assert sum("cannot be put in place" in message for message in messages) < 5
     assert not any("\n" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("NaN", "manifest.json is damaged: it is not JSON"),
+        ("-Infinity", "manifest.json is damaged: it is not JSON"),
+        ("1e999", "manifest.json is damaged: its checksum"),
+        ("1" * 5000, "manifest.json is damaged: it is not JSON"),
+        ("[" * 100_000 + "]" * 100_000, "manifest.json is damaged: it is nested too deeply"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "manifest.json is damaged: it is nested too deeply"),
+        ('{"a":1,"a":2}', "manifest.json is damaged: its checksum"),
+    ],
+    ids=["nan", "infinity", "too large", "many digits", "lists", "dicts", "twice"],
+)
+def test_what_is_hardly_json(folder: Path, extra: str, message: str) -> None:
+    """With the checksum of a forger who spells as `json` would, were it let."""
+    said = (folder / manifest.NAME).read_text().replace('"extra":{"epoch":1}', f'"extra":{extra}')
+    whole = re.sub(r'"checksum":"[0-9a-f]*",', "", said)
+    assert f'"extra":{extra}' in whole
+    checksum = hashlib.sha256(whole.encode()).hexdigest()
+    (folder / manifest.NAME).write_text(whole.replace("{", f'{{"checksum":"{checksum}",', 1))
+    check_refused(folder, message)
+
+
+def test_names_that_a_terminal_would_obey(folder: Path) -> None:
+    """Quoted so that they are one line, and short."""
+    for name in ("a\nb", "\x1b[2J", "\ud800", "\u202e", "x" * 10_000):
+        forge(folder, lambda said, name=name: said["files"].update({name: {"bytes": 1, "sha256": "0"}}))  # type: ignore[misc]
+        check_refused(folder, "is missing; use another|x{500}")
+    with pytest.raises(dtrp.CheckpointError) as caught:
+        inspect(folder)
+    assert len(str(caught.value)) < 3000
+
+
+def test_a_manifest_that_is_too_large(folder: Path) -> None:
+    """No more is read of it than its size."""
+    with (folder / manifest.NAME).open("r+b") as file:
+        file.truncate(2**40)
+    check_refused(folder, "manifest.json has 1,099,511,627,776 bytes; a manifest has at most")
+
+
+def test_an_extra_that_is_too_large_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_MOST_BYTES", 30_000)
+    with pytest.raises(
+        dtrp.CheckpointError, match=r"the manifest would have [\d,]+ bytes; at most 30,000: pass a smaller extra"
+    ):
+        make().save(tmp_path / "saved", extra="x" * 30_000)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda part: part["position"].__setitem__(0, 2**62), "is more than its lead"),
+        (lambda part: part["position"].__setitem__(1, part["position"][1] - 1), "of its form"),
+        (lambda part: part["position"].__setitem__(3, [2**62]), "is not what is left"),
+        (lambda part: part["position"].__setitem__(3, [0, *part["position"][3]]), "is not what is left"),
+        (lambda part: part["notes"].reverse(), "is out of order"),
+        (lambda part: part["notes"].pop(), "is not what is left"),
+        (lambda part: part["stash"].pop(), "is not what is kept"),
+        (lambda part: part["stash"][0].update(version=2**62), None),
+        (lambda part: part["arrived"].append(None), "lacks its gradients"),
+        (lambda part: part.update(version=part["version"] + 1), "is of another run"),
+        (lambda part: part.update(num_updates=2**62), "is of another run"),
+        (lambda part: part["samples"].append(1), "is not what is left"),
+    ],
+)
+def test_places_that_no_run_is_in(saved: Path, tmp_path: Path, change: Any, message: str | None) -> None:
+    """They would stop the engine in the middle, or take all memory."""
+    shutil.copytree(saved / "exact", tmp_path / "c")
+    forge(tmp_path / "c", lambda said: change(said["state"]["0.0"]))
+    if message is not None:
+        check_refused(tmp_path / "c", message)
+    else:
+        pipe = make()
+        pipe.load(tmp_path / "c")
+        pipe.flush()
+
+
+def test_what_is_no_file(folder: Path) -> None:
+    """A pipe that nobody writes to is not waited for."""
+    for name in ("__0_0.distcp", "manifest.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        check_refused(folder, f"{name} is (no ordinary file|missing)")
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        check_refused(folder, f"{name} is (no ordinary file|missing)")
+
+
+def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Path.open
+
+    def failing(self: Path, *args: Any, **options: Any) -> Any:
+        if self.name == "__0_0.distcp":
+            raise OSError(5, "Input/output error", str(self))
+        return own(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    check_refused(folder, "cannot be read: .*Input/output error: '.*__0_0.distcp'")
 
 
 def test_plain_pytorch_reads_what_is_written_here(folder: Path, recwarn: pytest.WarningsRecorder) -> None:

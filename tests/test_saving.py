@@ -134,7 +134,7 @@ def test_it_is_loaded_in_a_new_process(tmp_path: Path, cell: tuple[str, int, int
     pipe.flush()
     child = multiprocessing.get_context("spawn").Process(target=_child, args=(str(tmp_path), cell))
     child.start()
-    child.join(60)
+    child.join(240)
     assert child.exitcode == 0
     assert len(losses) == 5
     check_equal(torch.load(tmp_path / "done.pt", weights_only=False), (rest, pipe.state_dict(), pipe.delays()))
@@ -280,7 +280,7 @@ def test_another_thread_count_is_a_warning(tmp_path: Path) -> None:
     pipe.save(tmp_path / "saved")
     torch.set_num_threads(2)
     try:
-        with pytest.warns(UserWarning, match=r"saved with 1 torch threads and there are 2 now.*set_num_threads\(1\)"):
+        with pytest.warns(UserWarning, match=r"saved with threads=1, and it is 2 now.*set_num_threads"):
             pipe.load(tmp_path / "saved")
     finally:
         torch.set_num_threads(1)
@@ -301,10 +301,14 @@ def test_another_thread_count_is_a_warning(tmp_path: Path) -> None:
             "cut elsewhere: stage 0 has the layers block0, block1 there and block0 here",
         ),
         ({"keep": "graph"}, "keep=None, and this pipeline has keep=graph"),
+        (
+            {"max_grad_norm": 0.5},
+            "saved with max_grad_norm=None, and this pipeline has max_grad_norm=0.5.*portable=True",
+        ),
         ({"optimizer": adamw}, "trained by SGD and this pipeline has AdamW"),
         ({"model": nn.Sequential(*[nn.Linear(5, 5) for _ in range(8)])}, "another model's"),
     ],
-    ids=["stages", "parts", "method", "row", "cuts", "keep", "optimizer", "model"],
+    ids=["stages", "parts", "method", "row", "cuts", "keep", "clipping", "optimizer", "model"],
 )
 def test_an_exact_checkpoint_of_another_pipeline_is_refused(
     tmp_path: Path, change: dict[str, Any], message: str
@@ -322,6 +326,60 @@ def test_an_exact_checkpoint_of_another_pipeline_is_refused(
         other.load(tmp_path / "saved")
     check_states({"": before["model"]}, {"": other.model_state_dict()})
     other.step(*data()[0])
+
+
+def test_whose_norm_is_clipped_is_compared(tmp_path: Path) -> None:
+    options = {"num_stages": 2, "method": "bp", "max_grad_norm": 0.1}
+    pipeline(network(), clip="global", **options).save(tmp_path / "saved")
+    with pytest.raises(dtrp.CheckpointError, match="saved with clip=global, and this pipeline has clip=stage"):
+        pipeline(network(), **options).load(tmp_path / "saved")
+
+
+def other_sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.05, momentum=0.8, weight_decay=0.01)
+
+
+def test_what_may_be_otherwise_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the checkpoint's options are those that go on."""
+    pipe = pipeline(network(), num_stages=2)
+    for x, y in data()[:3]:
+        pipe.step(x, y)
+    pipe.save(tmp_path / "exact")
+    pipe.save(tmp_path / "portable", portable=True)
+    with pytest.warns(UserWarning, match="saved with on_nonfinite='stop', and this pipeline has 'skip'"):
+        pipeline(network(), num_stages=2, on_nonfinite="skip").load(tmp_path / "exact")
+    for kind in ("exact", "portable"):
+        for make, message in (
+            (other_sgd, "stage [01] was made with momentum=0.8, and the checkpoint has 0.9, which goes on"),
+            (
+                lambda params: torch.optim.SGD(params, lr=0.06, momentum=0.9, weight_decay=0.01),
+                "made with initial_lr=0.06, and the checkpoint has 0.05",
+            ),
+        ):
+            other = pipeline(network(), make, num_stages=2)
+            with pytest.warns(UserWarning, match=message):
+                other.load(tmp_path / kind)
+            groups = [optimizer.param_groups[0] for optimizer in other.optimizers if optimizer is not None]
+            assert [(group["momentum"], group["initial_lr"]) for group in groups] == [(0.9, 0.05)] * 2
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    with pytest.warns(UserWarning, match=r"saved with torch=2.*, and it is 99\.0 now.*last bits"):
+        pipeline(network(), num_stages=2).load(tmp_path / "exact")
+
+
+def test_a_cycled_momentum_is_no_other_option(tmp_path: Path) -> None:
+    def make() -> dtrp.Pipeline:
+        return dtrp.Pipeline(
+            network(), sgd, nn.functional.cross_entropy, num_stages=2, seed=7,
+            lr_scheduler=lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
+        )  # fmt: skip
+
+    pipe = make()
+    for x, y in data()[:3]:
+        pipe.step(x, y)
+    pipe.save(tmp_path / "saved")
+    other = make()
+    other.load(tmp_path / "saved")
+    assert all(torch.equal(pipe.step(x, y), other.step(x, y)) for x, y in data()[3:])
 
 
 # -- on ranks -------------------------------------------------------------------------------------------------
@@ -490,7 +548,7 @@ def test_a_save_that_dies_leaves_the_one_before(tmp_path: Path, monkeypatch: pyt
 
     other = pipeline(network(), num_stages=2)
     monkeypatch.setattr(Path, "rename", dying)
-    monkeypatch.setattr("dtrp.saving.folder._back", lambda old, folder: None)
+    monkeypatch.setattr("dtrp.saving.folder.Replacement._back", lambda self: None)
     with pytest.raises(SystemExit, match="killed between two renames"):
         other.save(tmp_path / "saved", extra=2)
     monkeypatch.undo()

@@ -4,67 +4,112 @@
 
     write into .NAME.new  ->  NAME becomes .NAME.old  ->  .NAME.new becomes NAME  ->  .NAME.old goes
 
-A process that dies before the second rename leaves the old one, which `inspect` finds under either name.
+A process that dies before the second rename leaves the old one, which `inspect` finds under either name. While it is
+written, ``.NAME.new`` is locked, so that two runs that save to the same place do not mix their files.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
-from .manifest import NAME, CheckpointError, previous
+from .manifest import METADATA, NAME, CheckpointError, is_manifest, previous
+
+# What a save writes, and what it leaves if it dies.
+_OURS = re.compile(rf"{re.escape(NAME)}|{re.escape(METADATA)}(\.tmp)?|__\d+_\d+\.distcp|\.{re.escape(NAME)}\..+")
 
 
-def begin(folder: Path) -> Path:
-    """A new, empty folder beside ``folder``, to be written.
+class Replacement:
+    """A folder ``new`` beside ``folder``, to be written and then to take its place.
 
-    Raises:
-        CheckpointError: ``folder`` is something else than a checkpoint.
+    Args:
+        folder: new, empty, or an earlier checkpoint.
     """
-    if previous(folder).exists():
-        if folder.exists():  # the last save died when all was done but this
-            shutil.rmtree(previous(folder))
-        else:
-            previous(folder).rename(folder)
-    if folder.is_symlink() or (folder.exists() and not _may_go(folder)):
-        raise CheckpointError(f"{folder} exists and is no checkpoint; choose another name, nothing is overwritten")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    discard(folder)
-    new = beside(folder)
-    new.mkdir()
-    return new
 
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.new, self._old = folder, folder.with_name(f".{folder.name}.new"), previous(folder)
+        self._begun = False
+        self._lock: int | None = None
 
-def beside(folder: Path) -> Path:
-    """Where a new one is written."""
-    return folder.with_name(f".{folder.name}.new")
+    def begin(self) -> None:
+        """Make the new one, empty.
 
-
-def discard(folder: Path) -> None:
-    """Remove a new one that is not to be."""
-    shutil.rmtree(beside(folder), ignore_errors=True)
-
-
-def replace(folder: Path) -> None:
-    """The new one, which is whole, takes the place of ``folder``."""
-    new, old = beside(folder), previous(folder)
-    sync(new)
-    if folder.exists():
-        folder.rename(old)
+        Raises:
+            CheckpointError: ``folder`` is something else than a checkpoint, or another process is saving to it.
+        """
+        folder = self.folder
+        for path in (folder, self.new, self._old):
+            if path.is_symlink() or (path.exists() and not is_ours(path)):
+                raise CheckpointError(
+                    f"{path} exists and is no checkpoint; choose another name, nothing is overwritten"
+                )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.new.exists():  # of a save that died, or of one that goes on
+            self._take()
+            shutil.rmtree(self.new)
+            self.close()
+        if self._old.exists():
+            if folder.exists():  # the last save died when all was done but this
+                shutil.rmtree(self._old)
+            else:
+                self._old.rename(folder)
         try:
-            new.rename(folder)
+            self.new.mkdir()
+        except FileExistsError:
+            raise self._taken() from None
+        self._take()
+        self._begun = True
+
+    def replace(self) -> None:
+        """The new one, which is whole, takes the place of ``folder``."""
+        sync(self.new)
+        if self.folder.exists():
+            self.folder.rename(self._old)
+        try:
+            self.new.rename(self.folder)
+            sync(self.folder.parent)
         except BaseException:
-            _back(old, folder)
+            self._back()
             raise
-    else:
-        new.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self._old, ignore_errors=True)
 
+    def _back(self) -> None:
+        if self.folder.exists():
+            self.folder.rename(self.new)
+        if self._old.exists():
+            self._old.rename(self.folder)
 
-def _back(old: Path, folder: Path) -> None:
-    old.rename(folder)
+    def discard(self) -> None:
+        """The new one is not to be."""
+        if self._begun:
+            shutil.rmtree(self.new, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let others save to it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take(self) -> None:
+        """Lock the new one against other processes; a process that dies lets go."""
+        import fcntl  # of POSIX
+
+        try:
+            self._lock = os.open(self.new, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            theirs = os.stat(self.new).st_ino != os.fstat(self._lock).st_ino
+        except OSError as error:
+            # A file system without such locks: saves to it as if alone.
+            theirs = error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT)
+        if theirs:
+            self.close()
+            raise self._taken()
+
+    def _taken(self) -> CheckpointError:
+        return CheckpointError(f"another process is saving to {self.folder}; give each run a folder of its own")
 
 
 def sync(folder: Path) -> None:
@@ -76,6 +121,12 @@ def sync(folder: Path) -> None:
         os.close(number)
 
 
-def _may_go(folder: Path) -> bool:
-    """Whether it is an empty folder, or one that a save has made."""
-    return folder.is_dir() and (not any(folder.iterdir()) or (folder / NAME).is_file())
+def is_ours(path: Path) -> bool:
+    """Whether it is an empty folder, or holds what a save has written, whole or not, and nothing else."""
+    if not path.is_dir():
+        return False
+    names = {entry.name for entry in path.iterdir()}
+    if not all(_OURS.fullmatch(name) for name in names):
+        return False
+    # A file of this name alone may be anybody's.
+    return names != {NAME} or is_manifest(path / NAME)

@@ -13,12 +13,24 @@ from typing import Any, Literal
 NAME = "manifest.json"
 METADATA = ".metadata"  # of torch.distributed.checkpoint
 _FORMAT, _VERSION = "dtrp checkpoint", 1
-_MOST_BYTES = 2**30  # of a manifest
+_MOST_BYTES = 2**28  # of a manifest: read as JSON it takes many times as much
+_MOST_CHARACTERS = 2000  # of a message
 _BLOCK_BYTES = 2**20
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or is damaged, or does not fit; the message says which file or what to change."""
+    """A checkpoint that cannot be written, or is damaged, or does not fit; the message says which file or what to change.
+
+    It is one line that can be shown, whatever names a checkpoint holds.
+    """
+
+    def __init__(self, message: str) -> None:
+        shown = message if message.isprintable() else "".join(map(_printable, message))
+        super().__init__(shown if len(shown) <= _MOST_CHARACTERS else f"{shown[:_MOST_CHARACTERS]}...")
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 @dataclass(frozen=True)
@@ -80,17 +92,39 @@ def inspect(folder: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         CheckpointError: no checkpoint, or a damaged one, with the name of the file.
     """
-    path = Path(folder).expanduser()
-    if not path.exists() and previous(path).exists():
-        path = previous(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; pass one that pipe.save() has written")
+    found = glance(folder)
     try:
-        manifest = _read(path)
+        _check_files(found.folder, found.manifest["files"])
+    except OSError as error:
+        raise CheckpointError(f"{found.folder} cannot be read: {error}") from error
+    return found
+
+
+def glance(folder: str | os.PathLike[str]) -> Checkpoint:
+    """As `inspect`, but the other files, which may be large, have not been looked at.
+
+    Raises:
+        CheckpointError: no checkpoint, or its manifest is damaged.
+    """
+    path = Path(folder).expanduser()
+    try:
+        if not path.exists() and previous(path).exists():
+            path = previous(path)
+        if not path.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; pass one that pipe.save() has written")
+        return Checkpoint(path, _read(path))
     except RecursionError:
         raise CheckpointError(f"{path / NAME} is damaged: it is nested too deeply; use another checkpoint") from None
-    _check_files(path, manifest["files"])
-    return Checkpoint(path, manifest)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file is a manifest, if not a whole one."""
+    with path.open("rb") as file:
+        start = file.read(_BLOCK_BYTES)
+        file.seek(-min(path.stat().st_size, _BLOCK_BYTES), os.SEEK_END)
+        return any(json.dumps(_FORMAT).encode() in part for part in (start, file.read()))
 
 
 def previous(folder: Path) -> Path:
@@ -99,9 +133,18 @@ def previous(folder: Path) -> Path:
 
 
 def written(manifest: dict[str, Any]) -> bytes:
-    """A manifest as the bytes of its file: one spelling, so that a changed byte shows."""
+    """A manifest as the bytes of its file: one spelling, so that a changed byte shows.
+
+    Raises:
+        CheckpointError: it is larger than any that is read.
+    """
     checksum = hashlib.sha256(_spelled(manifest)).hexdigest()
-    return _spelled({**manifest, "checksum": checksum})
+    raw = _spelled({**manifest, "checksum": checksum})
+    if len(raw) > _MOST_BYTES:
+        raise CheckpointError(
+            f"the manifest would have {len(raw):,} bytes; at most {_MOST_BYTES:,}: pass a smaller extra"
+        )
+    return raw
 
 
 def header(kind: Literal["exact", "portable"], extra: Any) -> dict[str, Any]:
@@ -148,7 +191,7 @@ def _read(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; a manifest has at most {_MOST_BYTES:,}")
     raw = path.read_bytes()
     try:
-        manifest = json.loads(raw)
+        manifest = json.loads(raw, parse_constant=_no_number)
     except ValueError:
         raise CheckpointError(f"{path} is damaged: it is not JSON; use another checkpoint") from None
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
@@ -157,7 +200,11 @@ def _read(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is of version {manifest.get('version')!r} and this dtrp reads version {_VERSION}; use the dtrp that wrote it"
         )
-    if written({name: value for name, value in manifest.items() if name != "checksum"}) != raw:
+    try:
+        whole = written({name: value for name, value in manifest.items() if name != "checksum"}) == raw
+    except ValueError:  # 1e999 is infinite
+        whole = False
+    if not whole:
         raise CheckpointError(f"{path} is damaged: its checksum is another; use another checkpoint")
     wrong = [name for name, least in _COUNTS.items() if not is_count(manifest.get(name), least)]
     wrong += [name for name in ("method", "files", "tensors", "state") if not isinstance(manifest.get(name), dict)]
@@ -166,6 +213,10 @@ def _read(folder: Path) -> dict[str, Any]:
     if wrong:
         raise CheckpointError(f"{path}: {wrong[0]!r} is missing or not of its type; use another checkpoint")
     return manifest
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
 
 
 def is_count(value: Any, least: int = 0) -> bool:

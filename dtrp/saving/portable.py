@@ -128,8 +128,10 @@ def guarded(found: Checkpoint, job: Callable[[], T]) -> T:
     """Do what reads a manifest's values; what is not of its type there is refused in one line."""
     try:
         return job()
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        if str(found.folder) in str(error):
+            raise
+        raise CheckpointError(f"{found.folder}: {error}") from error
     except (
         KeyError,
         IndexError,

@@ -23,6 +23,8 @@ import torch
 from .. import checkpoint
 from ..engine import Engine, Progress
 from ..files import whole_file
+from ..gradients import GradientRule
+from ..schedule import lead
 from ..stage import Stage, StageError
 from . import checks, exact, folder, manifest, portable
 from .coding import Decoder, Encoder, Spec, tensor_keys
@@ -50,9 +52,26 @@ def save(
     Raises:
         CheckpointError: on every rank, with what went wrong on one; what was there before is as it was.
     """
+    replacement = folder.Replacement(Path(os.path.abspath(os.path.expanduser(path))))
+    try:
+        _save(engine, replacement, kind, settings, extra)
+    except BaseException:
+        replacement.discard()
+        raise
+    finally:
+        replacement.close()
+
+
+def _save(
+    engine: Engine,
+    replacement: folder.Replacement,
+    kind: Literal["exact", "portable"],
+    settings: dict[str, Any],
+    extra: Any,
+) -> None:
     from .tensors import Saving  # torch may have been built without torch.distributed
 
-    target = Path(os.path.abspath(os.path.expanduser(path)))
+    target, new = replacement.folder, replacement.new
     progress = engine.progress("save")
     encoder = Encoder()
 
@@ -63,7 +82,7 @@ def save(
         else:  # replicas agree, so the first speaks for all
             parts = [portable.encode_part(encoder, stage) for stage in engine.stages if stage.replica == 0]
         if engine.is_first:
-            folder.begin(target)
+            replacement.begin()
         stages = [(stage.index, stage.replica) for stage in engine.stages]
         return {"head": head, "parts": parts, "stages": stages, "tensors": encoder.specs}
 
@@ -72,14 +91,13 @@ def save(
     place = next(i for i, other in enumerate(everything) if other["stages"] == here)
     # A tensor without elements is all in its description.
     tensors = {key: tensor for key, tensor in encoder.tensors.items() if tensor.numel()}
-    saving = Saving(folder.beside(target), tensors if kind == "exact" else portable.nested(tensors), place)
+    saving = Saving(new, tensors if kind == "exact" else portable.nested(tensors), place)
     plans = _together(engine, target, saving.prepare)
     results = _together(engine, target, lambda: saving.write(plans))
 
     def finish() -> None:
         if not engine.is_first:
             return
-        new = folder.beside(target)
         saving.finish(results)
         files = {path.name: manifest.describe(path) for path in sorted(new.iterdir())}
         state: dict[str, Any]
@@ -99,22 +117,21 @@ def save(
             **settings,
             "num_updates": progress[0].num_updates,
             "next_microbatch": progress[0].next_microbatch,
-            "threads": torch.get_num_threads(),
+            **_surroundings(),
             "engine": "local" if engine.alone else "distributed",
-            "torch": torch.__version__,
             "files": files,
             "tensors": specs,
             "state": state,
         }
         with whole_file(new / manifest.NAME) as file:
             file.write(manifest.written(whole))
-        folder.replace(target)
+        replacement.replace()
 
     _together(engine, target, finish)
 
 
 def _together(engine: Engine, target: Path, job: Callable[[], T]) -> list[T]:
-    """Every rank's result; where one fails, all raise, and what has been written goes."""
+    """Every rank's result; where one fails, all raise."""
     error: Exception | None = None
     result: Any = None
     try:
@@ -125,8 +142,6 @@ def _together(engine: Engine, target: Path, job: Callable[[], T]) -> list[T]:
     reasons = [(rank, reason) for rank, (_, reason) in enumerate(everything) if reason is not None]
     if not reasons:
         return [value for value, _ in everything]
-    if engine.is_first:
-        folder.discard(target)
     if isinstance(error, (CheckpointError, TypeError)):
         raise error
     rank, reason = reasons[0]
@@ -136,9 +151,15 @@ def _together(engine: Engine, target: Path, job: Callable[[], T]) -> list[T]:
     ) from error
 
 
-def _reason(error: Exception | None) -> str | None:
+def _reason(error: BaseException | None) -> str | None:
     if error is None:
         return None
+    if not isinstance(error, (CheckpointError, TypeError)):
+        # A full disk shows as an error of the writer of archives, which is left with half of one.
+        inner: BaseException | None = error
+        while inner is not None and not isinstance(inner, OSError):
+            inner = inner.__cause__ or inner.__context__
+        error = error if inner is None else inner
     first = str(error).splitlines()[0] if str(error) else ""
     return first if isinstance(error, (CheckpointError, TypeError)) else f"{type(error).__name__}: {first}"
 
@@ -207,6 +228,7 @@ def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], schedul
                         checks.expect(
                             own[option] is None or saved[option] is not None, f"the option {option!r} is None"
                         )
+                    checks.warn_of_options(f"stage {stage.index}", own, saved)
     checks.entries("the model", state["optimizer"]["state"], names)
     for name, value in state["model"].items():
         fits = not isinstance(shapes.get(name), torch.Size) or isinstance(value, torch.Tensor)
@@ -224,7 +246,14 @@ def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], schedul
     return put
 
 
-_NAMED = {"num_stages": "stages", "num_replicas": "replicas", "num_microbatches": "micro-batches"}
+_COUNTED = {"num_stages": "stages", "num_replicas": "replicas", "num_microbatches": "micro-batches"}
+_CHANGES_RESULTS = ("keep", "max_grad_norm", "clip")
+_CHANGES_BITS = {
+    "threads": "torch.set_num_threads() sets it",
+    "torch": "install that one",
+    "devices": "pass devices=",
+    "compiled": "pass compile=",
+}
 
 
 def _exact(engine: Engine, found: Checkpoint, settings: dict[str, Any]) -> Callable[[], None]:
@@ -232,7 +261,7 @@ def _exact(engine: Engine, found: Checkpoint, settings: dict[str, Any]) -> Calla
 
     said = found.manifest
     advice = "make the pipeline with the same arguments, or save with portable=True to change them"
-    for name, word in _NAMED.items():
+    for name, word in _COUNTED.items():
         if said[name] != settings[name]:
             raise CheckpointError(
                 f"{found.folder} was saved with {said[name]} {word}, and this pipeline has {settings[name]}; {advice}"
@@ -249,17 +278,17 @@ def _exact(engine: Engine, found: Checkpoint, settings: dict[str, Any]) -> Calla
                 f"{found.folder} is another model's, or cut elsewhere: stage {k} has the layers {', '.join(theirs)} there and "
                 f"{', '.join(ours)} here; {advice}"
             )
-    if said["keep"] != settings["keep"]:
-        raise CheckpointError(
-            f"{found.folder} was saved with keep={said['keep']}, and this pipeline has keep={settings['keep']}; {advice}"
-        )
-    if said["threads"] != torch.get_num_threads():
-        warnings.warn(
-            f"the checkpoint was saved with {said['threads']} torch threads and there are {torch.get_num_threads()} now, which can "
-            f"change the last bits of what follows; torch.set_num_threads({said['threads']}) makes them the same",
-            stacklevel=2,
-        )
+    for name in _CHANGES_RESULTS:
+        if said[name] != settings[name]:
+            raise CheckpointError(
+                f"{found.folder} was saved with {name}={said[name]}, and this pipeline has {name}={settings[name]}; {advice}"
+            )
+    _warn_of_settings(said, settings)
     here = "local" if engine.alone else "distributed"
+    for name, part in sorted(said["state"].items()):
+        exact.check_form(f"stage {name}", part)
+    own = engine.stages[0].method
+    checks.in_flight(said, [lead(own, said["num_stages"], k) for k in range(said["num_stages"])])
     parts = []
     for stage in engine.stages:
         part, common = said["state"][f"{stage.index}.{stage.replica}"], said["state"][f"{stage.index}.0"]
@@ -282,13 +311,45 @@ def _exact(engine: Engine, found: Checkpoint, settings: dict[str, Any]) -> Calla
     return put
 
 
+def _warn_of_settings(said: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Of what may be otherwise, if not for the bits."""
+    now = {**settings, **_surroundings()}
+    checks.expect(type(said["torch"]) is str and type(said["compiled"]) is bool, "its surroundings")
+    checks.expect(isinstance(said["devices"], list) and {*map(type, said["devices"])} == {str}, "its devices")
+    checks.expect(isinstance(said["on_nonfinite"], str), "its on_nonfinite")
+    for name, cure in _CHANGES_BITS.items():
+        if said[name] != now[name]:
+            warnings.warn(
+                f"the checkpoint was saved with {name}={said[name]}, and it is {now[name]} now, which can change the last "
+                f"bits of what follows; {cure}",
+                stacklevel=2,
+            )
+    if said["on_nonfinite"] != settings["on_nonfinite"]:
+        warnings.warn(
+            f"the checkpoint was saved with on_nonfinite={said['on_nonfinite']!r}, and this pipeline has "
+            f"{settings['on_nonfinite']!r}: from here on a gradient that is not finite is treated otherwise",
+            stacklevel=2,
+        )
+
+
+def _surroundings() -> dict[str, Any]:
+    """What is not the pipeline's, and decides last bits all the same."""
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
 def _common(part: dict[str, Any]) -> list[Any]:
     """What the first replica writes for all."""
     return [part["parameters"], part["optimizer"], part["scheduler"]]
 
 
 def settings_of(
-    method: dict[str, Any], stages: list[tuple[Any, ...]], num_microbatches: int, seed: int, keep: Any
+    method: dict[str, Any],
+    stages: list[tuple[Any, ...]],
+    num_microbatches: int,
+    seed: int,
+    keep: Any,
+    rule: GradientRule,
+    compiled: bool,
 ) -> dict[str, Any]:
     """What must be the same to load an exact checkpoint, and how the pipeline was made.
 
@@ -298,9 +359,11 @@ def settings_of(
         num_microbatches: of the pipeline.
         seed: of the pipeline.
         keep: of the pipeline.
+        rule: of the pipeline, for gradients.
+        compiled: whether the stages are.
     """
-    replicas = max(replica for replica, _ in stages) + 1
-    layers = [list(names) for replica, names in stages if replica == 0]
+    replicas = max(replica for replica, _, _ in stages) + 1
+    layers = [list(names) for replica, names, _ in stages if replica == 0]
     return {
         "method": method,
         "num_stages": len(layers),
@@ -309,9 +372,14 @@ def settings_of(
         "layers": layers,
         "seed": seed,
         "keep": keep,
+        "max_grad_norm": rule.max_norm,
+        "clip": rule.clip,
+        "on_nonfinite": rule.on_nonfinite,
+        "compiled": compiled,
+        "devices": [device for replica, _, device in stages if replica == 0],
     }
 
 
-def describe_stage(stage: Stage) -> tuple[int, list[str]]:
-    """Its replica, and the names of its layers."""
-    return stage.replica, [name for name, _ in stage.module.named_children()]
+def describe_stage(stage: Stage) -> tuple[int, list[str], str]:
+    """Its replica, the names of its layers, and the type of its device."""
+    return stage.replica, [name for name, _ in stage.module.named_children()], stage.device.type
