@@ -108,9 +108,9 @@ def assert_same_values(a: Any, b: Any, where: str) -> None:
 
 def train_from_a_loader(folder: str, stop: int, resumes: bool) -> None:
     """Two epochs from a loader with workers; save after ``stop`` steps, or go on from there."""
-    data = [(torch.full((WIDTH,), float(i)), i % 3) for i in range(37)]
+    data = [(torch.full((WIDTH,), float(i)), i % 3) for i in range(46)]
     sampler = dtrp.ResumableSampler(data, seed=4)
-    loader = torch.utils.data.DataLoader(data, batch_size=5, sampler=sampler, num_workers=2)
+    loader = torch.utils.data.DataLoader(data, batch_size=6, sampler=sampler, num_workers=2)
     with pipeline(network(), num_stages=3, method="dtrp", num_microbatches=2) as pipe:
         seen: list[list[float]] = []
         losses = []

@@ -24,12 +24,12 @@ from dtrp.saving import inspect, read_state
 
 pytestmark = pytest.mark.timeout(600)
 MATRIX: list[Cell] = list(itertools.product(dtrp.list_methods(), (1, 2, 4), (1, 4), OPTIMIZERS))
-# Every method at every K once, and with every A and optimizer at some.
-SOME = [
-    cell
-    for cell in MATRIX
-    if (sum(map(ord, cell[0])) + (1, 2, 4).index(cell[1])) % 4 == 2 * (cell[2] > 1) + (cell[3] == "sgd")
+# Every method once, and one stage; the whole of it is `test_the_whole_matrix`.
+SOME: list[Cell] = [
+    (method, (2, 4)[i % 2], (1, 4, 4)[i % 3], ("sgd", "adamw")[i // 2 % 2])
+    for i, method in enumerate(dtrp.list_methods())
 ]
+SOME += [("dtrp", 1, 4, "adamw"), ("dtrp", 4, 4, "adamw"), ("fdg", 4, 1, "sgd")]
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +72,14 @@ def test_one_process_after_another(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_after_ranks(server: Server, tmp_path: Path, ranks: int) -> None:
-    cells = [cell for cell in SOME if cell[1] == ranks][:: 1 if ranks == 2 else 3]
+    cells = [cell for cell in SOME if cell[1] == ranks and cell[0] in ("dtrp", "fdg", "adl", "gpipe", "spectrain")]
+    assert cells
     check_cells(server, tmp_path, ranks, cells)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("method", "engine", "num_stages"), itertools.product(dtrp.list_methods(), ("local", "ranks"), (1, 2, 4))
+    ("method", "engine", "num_stages"), list(itertools.product(dtrp.list_methods(), ("local", "ranks"), (1, 2, 4)))
 )
 def test_the_whole_matrix(server: Server, tmp_path: Path, method: str, engine: str, num_stages: int) -> None:
     if engine == "ranks" and num_stages == 1:
