@@ -27,8 +27,9 @@ class LocalEngine:
     """All stages in one process: each slot runs as soon as its inputs are there.
 
     The result does not depend on how the stages' slots interleave, since a stage shares nothing with
-    another but messages. The order chosen, a slot of each stage in turn, keeps at most one message
-    waiting, and on several devices launches the work of all before it waits for any.
+    another but messages, and parameters that change only when all are through with a mini-batch. The
+    order chosen, a slot of each stage in turn, keeps at most one message waiting, and on several
+    devices launches the work of all before it waits for any.
     """
 
     alone = is_first = takes_x = takes_y = True
@@ -168,15 +169,20 @@ class LocalEngine:
             return action.index in self._inputs[stage]
         if action.kind == "B" and stage < len(self.stages) - 1:
             return action.index in self._gradients[stage]
-        if action.kind == "U" and (self._together or self._ties) and len(self._at_update) < len(self.stages):
-            self._at_update.add(stage)
-            if len(self._at_update) < len(self.stages):
-                return False
-            for tie in self._ties:
-                with naming(tie.owner, action, self.stages[tie.owner].version):
-                    parts = [hand_over(self.stages[k], tie) for k in tie.names if k != tie.owner]
-                    add_up(self.stages[tie.owner], tie, parts)
-            self._norms = [each.gradient_norm() for each in self.stages] if self._together else None
+        return action.kind != "U" or self._may_update(stage, action)
+
+    def _may_update(self, stage: int, action: Action) -> bool:
+        """Where gradients of several stages count for one, an update waits until all are through with the mini-batch."""
+        if not (self._together or self._ties) or len(self._at_update) == len(self.stages):
+            return True
+        self._at_update.add(stage)
+        if len(self._at_update) < len(self.stages):
+            return False
+        for tie in self._ties:
+            owner = self.stages[tie.owner]
+            with naming(tie.owner, action, owner.version):
+                add_up(owner, tie, [hand_over(self.stages[k], tie) for k in tie.partners(tie.owner)])
+        self._norms = [each.gradient_norm() for each in self.stages] if self._together else None
         return True
 
     def _do(self, index: int, action: Action) -> None:
