@@ -97,8 +97,8 @@ class Driver:
     def memory(self) -> dict[int, dict[str, int]]:
         """Bytes that each stage holds now, measured from its tensors.
 
-        ``weights`` (parameters and buffers), ``predicted`` (the predicted copy that a forward reads),
-        ``optimizer`` (its state), ``gradients`` (those of the last update until the stage's next work) and
+        ``weights`` (parameters and buffers, a shared one at each of its stages), ``predicted`` (the predicted copy that a
+        forward reads), ``optimizer`` (its state), ``gradients`` (those of the last update until the stage's next work) and
         ``gradients_peak``, their maximum so far, ``stash`` (what waits between F and B: inputs, graphs and the
         copies of weights they need) and ``stash_peak``. A graph is weighed by the storages it saves, once for each
         shape of input; one whose saved tensors go through hooks of the caller's weighs nothing.
