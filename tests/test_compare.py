@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import minibatches, network, pipeline, sgd
 
 import dtrp
@@ -166,6 +167,23 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: 
     assert run(command(tmp_path / "grid", *options)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "grid").exists()
+
+
+def test_settings_that_an_older_version_did_not_have(tmp_path: Path) -> None:
+    cells = grid(["bp"], [2], ["1"], [0])
+    known = tmp_path / "grid" / "compare.yaml"
+    Comparison(BASE, cells, str(known.parent)).run(lambda config: None, lambda line: None)
+    settings = yaml.safe_load(known.read_text())
+    assert settings.pop("tensorboard") is False
+    known.write_text(yaml.safe_dump(settings))
+    Comparison(BASE, cells, str(known.parent))
+    for other in (yaml.safe_dump({**settings, "momentum": 0.5}), "[", "dtrp"):
+        known.write_text(other)
+        with pytest.raises(ValueError, match="holds runs of other settings"):
+            Comparison(BASE, cells, str(known.parent))
+    with pytest.raises(ValueError, match="holds runs of other settings"):
+        known.write_text(yaml.safe_dump(settings))
+        Comparison(dataclasses.replace(BASE, momentum=0.5), cells, str(known.parent))
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
