@@ -201,6 +201,8 @@ def test_every_figure_shows_what_the_files_hold(tmp_path: Path, made: Callable[[
         )
     trace = {"traceEvents": [
         {"name": "thread_name", "ph": "M", "pid": 0, "tid": 4, "args": {"name": "stage 1"}},
+        {"name": "thread_name", "ph": "M", "pid": 7, "tid": 4, "args": {"name": "stage 1"}},
+        {"name": "F0", "cat": "F", "ph": "X", "pid": 7, "tid": 4, "ts": 2e3, "dur": 1e3},  # of another replica
         *({"name": f"{kind}0", "cat": kind, "ph": "X", "pid": 0, "tid": 4, "ts": ts, "dur": 500.0 + ts}
           for kind, ts in (("F", 0.0), ("B", 1e3), ("F", 2e3), ("U", 3e3), ("wait", 4e3))),
     ]}  # fmt: skip

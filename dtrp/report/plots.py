@@ -214,9 +214,14 @@ def _over_time(
 
 
 def _timeline(label: str, run: Run) -> Plot:
-    """What ran when, for some mini-batches from the middle of the run; milliseconds."""
-    lanes = {(e["pid"], e["tid"]): e["args"]["name"] for e in run.trace if e.get("name") == "thread_name"}
-    spans = [e for e in run.trace if e.get("ph") == "X" and lanes.get((e["pid"], e["tid"]), "").startswith("stage ")]
+    """What ran when, for some mini-batches from the middle of the run; milliseconds. Of replicas the first."""
+    lanes: dict[tuple[int, int], str] = {}
+    for e in run.trace:
+        if e.get("name") == "thread_name" and e["args"]["name"].startswith("stage "):
+            first = next((pid for (pid, _), lane in lanes.items() if lane == e["args"]["name"]), e["pid"])
+            if first == e["pid"]:
+                lanes[e["pid"], e["tid"]] = e["args"]["name"]
+    spans = [e for e in run.trace if e.get("ph") == "X" and (e["pid"], e["tid"]) in lanes]
     spans.sort(key=lambda e: float(e["ts"]))
     length = 1e3 * MINIBATCHES_SHOWN * 1e3 * float(of(run)["minibatch_s"])
     begin = float(spans[len(spans) // 2]["ts"]) if spans else 0.0
