@@ -214,6 +214,7 @@ class Stage:
         self._graph_bytes: dict[Any, int] = {}
         self._wanting: dict[Any, list[bool]] = {}  # which tensors of an output have a gradient, by its form
         self._moving: set[str] = set()  # buffers that the module has been seen to move
+        self._looked: set[tuple[bool, ...]] = set()  # for them, in these modes
 
     # -- F ------------------------------------------------------------------------------------------
 
@@ -483,7 +484,7 @@ class Stage:
                     return t
 
                 with torch.autograd.graph.saved_tensors_hooks(weigh, lambda t: t):
-                    out = self._run(held, held.weights, buffers=buffers, looks=True)
+                    out = self._run(held, held.weights, buffers=buffers)
                 nbytes = sum(sizes.values())
                 if nbytes and not first:  # hooks of the caller's inside the module hide the graph from these
                     self._graph_bytes[key] = nbytes
@@ -506,12 +507,11 @@ class Stage:
 
     # -- the module -----------------------------------------------------------------------------------
 
-    def _run(self, held: Held, weights: WeightVersion | None, *, buffers: Buffers = "own", looks: bool = False) -> Any:
+    def _run(self, held: Held, weights: WeightVersion | None, *, buffers: Buffers = "own") -> Any:
         """The module's forward (and at the last stage the loss), as micro-batch m must see it every time.
 
         What it does to buffers happens to the module's ``own``; or to copies that are ``discarded``, or that are
-        ``returned`` to the module afterwards, so that nobody writes what a graph that is kept has saved. ``looks``: compare
-        those with what they were, to learn which ones the module moves.
+        ``returned`` to the module afterwards, so that nobody writes what a graph that is kept has saved.
         """
         tensors = self._tensors(weights)
         own = dict(self.module.named_buffers()) if buffers != "own" else {}
@@ -533,7 +533,7 @@ class Stage:
             elif not isinstance(out, Tensor):
                 flatten(out)  # refuses what cannot be passed on
         if buffers == "returned":
-            self._return(held, own, copies, tensors, looks=looks)
+            self._return(held, own, copies, tensors)
         if [t._version for t in entered] == before:
             self._changes_input = bool(self._changes_input)
         elif self._changes_input is False:
@@ -546,18 +546,11 @@ class Stage:
         return out
 
     @torch.no_grad()
-    def _return(
-        self,
-        held: Held,
-        own: dict[str, Tensor],
-        copies: dict[str, Tensor],
-        after: dict[str, Tensor],
-        *,
-        looks: bool,
-    ) -> None:
+    def _return(self, held: Held, own: dict[str, Tensor], copies: dict[str, Tensor], after: dict[str, Tensor]) -> None:
         """Give the module its buffers as a forward on ``copies`` has left them, and keep what it has met."""
-        if looks:  # some operations, batch norm among them, write without counting
+        if held.modes not in self._looked:  # some operations, batch norm among them, write without counting
             self._moving |= {name for name, buffer in own.items() if not torch.equal(buffer, after[name])}
+            self._looked.add(held.modes)
         met = Met(before=marks(own))
         for name, buffer in own.items():
             if after[name] is not copies[name] or after[name]._version or name in self._moving:

@@ -169,6 +169,15 @@ def test_what_a_graph_keeps_is_counted() -> None:
     assert all(size >= 8 + 5 * 4 for size in graphs)
 
 
+@pytest.mark.parametrize("options", [{}, {"keep": "auto", "memory_limit_bytes": 10**9}], ids=str)
+def test_what_batch_norm_moves_is_seen(options: dict[str, Any]) -> None:
+    """Though it does not count as written, and though trial forwards came first."""
+    pipe = pipeline(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), num_stages=2, method="fdg", **options)
+    pipe.step(*data()[0])
+    (held,) = pipe._engine.stages[0]._stash
+    assert sorted(held.met.moved) == ["0.num_batches_tracked", "0.running_mean", "0.running_var"]
+
+
 def test_a_plain_network_keeps_no_buffer() -> None:
     pipe = pipeline(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3)), adamw, num_stages=2, method="fdg")
     pipe.step(*data()[0])
