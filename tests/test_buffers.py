@@ -79,7 +79,7 @@ def test_batch_norm_that_is_frozen_and_freed(tmp_path: Path) -> None:
         return losses, pipe.state_dict(), pipe.delays()
 
     want = go(())
-    for stop in (1, 5, 9):
+    for stop in (1, 2, 6):
         check_equal(go((stop,)), want)
 
 
