@@ -27,10 +27,10 @@ Two are built in. With p a weight, v its momentum buffer, mu the momentum and h 
     their share of its samples, a their gradient so far, and g the mean gradient that a momentum stands
     for, the next gradient is taken to be ``a + (1 - s) g``. Ours. An object, not a name:
     ``method=get_method("dtrp", predict=dtrp.informed)``. It is another prediction for each micro-batch,
-    so it costs a pass each, with scratch of two weights. ::
+    so it costs a pass each, with scratch of up to five weights. ::
 
         SGD     v becomes  mu v + (1 - dampening) (a + (1 - s) g),     g = v (1 - mu) / (1 - dampening)
-        Adam    m becomes  beta1 m + (1 - beta1) (a + (1 - s) g),      g = m_hat
+        Adam    m becomes  beta1 m + (1 - beta1) (a + (1 - s) g),      g = m_hat; v likewise, with its square
 
 All leave a weight as it is while its optimizer holds no state for it: before its first update, and
 for SGD without momentum.
@@ -135,7 +135,10 @@ class BuiltInPredictor:
 def _informed(
     p: Tensor, state: dict[str, Any], group: dict[str, Any], gradient: Tensor, share: float, *, decoupled: bool
 ) -> dict[str, Any]:
-    """The state, its momentum that of the next update, as the rules read it: they correct Adam's for the steps so far."""
+    """The state after the next update, as the rules read it: they correct Adam's moments for the steps so far.
+
+    The second moment moves too: a weight that never had a gradient (a token's, not seen before) has none to be divided by.
+    """
     known = -gradient if group["maximize"] else gradient
     if group["weight_decay"] and not decoupled:
         known = known.add(p, alpha=share * group["weight_decay"])
@@ -143,11 +146,15 @@ def _informed(
         mu = group["momentum"]
         v = torch.mul(state["momentum_buffer"], 1 - share * (1 - mu))
         return {**state, "momentum_buffer": v.add_(known, alpha=1 - group["dampening"])}
-    beta1, t = float(group["betas"][0]), float(state["step"])
-    now, then = 1 - beta1**t, 1 - beta1 ** (t + 1)
-    c = (1 - beta1) / then
-    m = torch.mul(state["exp_avg"], 1 - share * c)
-    return {**state, "exp_avg": m.add_(known, alpha=now * c)}
+    (beta1, beta2), t = map(float, group["betas"]), float(state["step"])
+    now, then = (1 - beta1**t, 1 - beta2**t), (1 - beta1 ** (t + 1), 1 - beta2 ** (t + 1))
+    whole = torch.add(known, state["exp_avg"], alpha=(1 - share) / now[0])
+    m = torch.lerp(state["exp_avg"], whole, 1 - beta1)
+    v = torch.mul(state["exp_avg_sq"], beta2).addcmul_(whole, whole, value=1 - beta2)
+    moved = {**state, "exp_avg": m.mul_(now[0] / then[0])}
+    if "max_exp_avg_sq" in state:  # never corrected
+        moved["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v)
+    return {**moved, "exp_avg_sq": v.mul_(now[1] / then[1])}
 
 
 # -- SGD ------------------------------------------------------------------------------------------------

@@ -174,6 +174,9 @@ def test_informed_is_linear_after_the_gradient_that_is_known(cls: Any, options: 
         else:
             t = moved.state[p]["step"].item()
             moved.state[p]["exp_avg"] = shadow.state[c]["exp_avg"] / (1 - 0.8 ** (t + 1)) * (1 - 0.8**t)
+            moved.state[p]["exp_avg_sq"] = shadow.state[c]["exp_avg_sq"] / (1 - 0.98 ** (t + 1)) * (1 - 0.98**t)
+            if options.get("amsgrad"):
+                moved.state[p]["max_exp_avg_sq"] = shadow.state[c]["max_exp_avg_sq"]
     want = [torch.empty_like(p) for p in parameters]
     linear(moved.param_groups[0]["params"], moved, 3, want)
     close(out, want)
@@ -181,6 +184,22 @@ def test_informed_is_linear_after_the_gradient_that_is_known(cls: Any, options: 
     informed(parameters, optimizer, 3, nothing, gradients=[None] * len(parameters), share=0.0, **where)
     linear(parameters, optimizer, 3, want)
     assert all(torch.equal(a, b) for a, b in zip(nothing, want, strict=True))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam])
+def test_informed_moves_a_weight_that_had_no_gradient_before_by_one_step(cls: Any) -> None:
+    """The embedding of a token that is seen for the first time: its second moment is 0, and so would be the denominator."""
+    weight = torch.randn(4).requires_grad_()
+    optimizer = cls([weight], lr=0.01)
+    for _ in range(5):
+        weight.grad = torch.tensor([1.0, -1.0, 1.0, 0.0])
+        optimizer.step()
+    out = [torch.empty(4)]
+    gradient = torch.tensor([0.5, -0.5, 0.5, 0.5])
+    where = {"stage": 0, "microbatch": 5, "version": 5}
+    informed([weight], optimizer, 1, out, gradients=[gradient], share=0.5, **where)
+    assert 0 < weight[3] - out[0][3] < 0.02
 
 
 @pytest.mark.usefixtures("float64")
