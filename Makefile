@@ -19,7 +19,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/check.py build/docs
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15 --durations-min 5
 
 # The numbers as the issues word them: hours. CIFAR is the folder that holds cifar-10-batches-py.
 test-full: lint
