@@ -167,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "figures", "cell"])
     parser.add_argument("--models", nargs="+", choices=list(SIZES), help="some of them")
+    parser.add_argument("--stages", nargs="+", type=int, default=[1, *STAGES], help="some of them")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
@@ -180,7 +181,8 @@ def main() -> None:
     done = [{key: row[key] for key in ("model", "method", "stages", "num_microbatches", "batch_size", "device")}
             for row in read(options.part)]  # fmt: skip
     models = options.models or list(SIZES if options.part == "local" else RANKS)
-    left = [cell for cell in cells(options.part, models) if {**cell, "device": options.device} not in done]
+    wanted = [cell for cell in cells(options.part, models) if cell["stages"] in options.stages]
+    left = [cell for cell in wanted if {**cell, "device": options.device} not in done]
     results(options.part).parent.mkdir(exist_ok=True)
     for cell in left:
         row = run_cell(options.part, cell, options.device)

@@ -69,7 +69,8 @@ def make_plots(collection: Collection) -> list[Plot]:
          "prediction helps, 1 is none."),
     ):  # fmt: skip
         plots += _one_scale(
-            _over_time(own, name + suffix, title + where, y_label, value_of, note) for suffix, where, own in facets
+            (_over_time(own, name + suffix, title + where, y_label, value_of, note) for suffix, where, own in facets),
+            from_zero=True,
         )
     traced = [(label, run) for label, runs in finished.items() for run in runs[:1] if run.trace]
     plots += [_timeline(label, run) for label, run in traced[:_TIMELINES]]
@@ -109,14 +110,15 @@ def _facets(collection: Collection, groups: Groups, *, backprop: bool = False) -
     return facets
 
 
-def _one_scale(plots: Iterable[Plot]) -> list[Plot]:
-    """Figures of the same kind, on one scale, so that they can be compared by eye."""
+def _one_scale(plots: Iterable[Plot], *, from_zero: bool = False) -> list[Plot]:
+    """Figures of the same kind, on one scale, so that they can be compared by eye; bars stand on zero anyway."""
     plots = list(plots)
     highs = [y for plot in plots for line in plot.series.values() for y in line.get("high", line["y"]) if y is not None]
     lows = [y for plot in plots for line in plot.series.values() for y in line.get("low", line["y"]) if y is not None]
-    if len(plots) < 2 or not highs:
+    if not highs or (len(plots) < 2 and not from_zero):
         return plots
-    low = 0.0 if plots[0].kind == "bars" else min(lows) - 0.03 * (max(highs) - min(lows))
+    zero = from_zero or plots[0].kind == "bars"
+    low = 0.0 if zero else min(lows) - 0.03 * (max(highs) - min(lows))
     high = max(highs) + 0.03 * (max(highs) - low)
     return [dataclasses.replace(plot, limits=(low, high if high > low else low + 1)) for plot in plots]
 
