@@ -1,13 +1,13 @@
 """Checkpoints: exact ones go on to the bit, portable ones at any number of stages, in both engines and in plain PyTorch.
 
-The ranks' own runs of saving and loading are cases in `rank_programs`, compared in `test_distributed`.
+The ranks' own runs of saving and loading are cases in `rank_programs`, compared in `test_distributed`; those that other
+processes take up are in `test_going_on`.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator
@@ -109,35 +109,6 @@ def test_an_exact_checkpoint_at_every_step(tmp_path: Path, cell: tuple[str, int,
     want = run(*cell, tmp_path)
     for stop in range(10):
         check_equal(run(*cell, tmp_path / "saved", (stop,)), want)
-
-
-def _child(folder: str, cell: tuple[str, int, int, str]) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    method, num_stages, parts, optimizer = cell
-    pipe = pipeline(
-        network(), OPTIMIZERS[optimizer], num_stages=num_stages, method=method, num_microbatches=parts, devices="cpu"
-    )
-    begin = pipe.load(Path(folder, "saved"))["next"]
-    losses = [pipe.step(x, y) for x, y in data()[begin:]]
-    pipe.flush()
-    torch.save((losses, pipe.state_dict(), pipe.delays()), Path(folder, "done.pt"))
-
-
-@pytest.mark.parametrize("cell", [("dtrp", 4, 4, "adamw"), ("fdg", 4, 1, "sgd"), ("spectrain", 2, 4, "sgd")], ids=str)
-def test_it_is_loaded_in_a_new_process(tmp_path: Path, cell: tuple[str, int, int, str]) -> None:
-    method, num_stages, parts, optimizer = cell
-    pipe = pipeline(network(), OPTIMIZERS[optimizer], num_stages=num_stages, method=method, num_microbatches=parts)
-    losses = [pipe.step(x, y) for x, y in data()[:5]]
-    pipe.save(tmp_path / "saved", extra={"next": 5})
-    rest = [pipe.step(x, y) for x, y in data()[5:]]
-    pipe.flush()
-    child = multiprocessing.get_context("spawn").Process(target=_child, args=(str(tmp_path), cell))
-    child.start()
-    child.join(240)
-    assert child.exitcode == 0
-    assert len(losses) == 5
-    check_equal(torch.load(tmp_path / "done.pt", weights_only=False), (rest, pipe.state_dict(), pipe.delays()))
 
 
 class InPlace(nn.Module):
