@@ -196,8 +196,9 @@ def _by_own_name(stage: Stage, entries: Sequence[tuple[str, T]]) -> dict[str, T]
 
 
 def _names(stage: Stage) -> dict[int, str]:
-    """The names of a stage's trainable parameters, by the parameter's id."""
-    return {id(p): name for name, p in zip(stage.names, stage.parameters, strict=True)}
+    """The names of a stage's parameters, by the parameter's id; an optimizer may hold frozen ones too."""
+    names = {id(p): name for name, p in stage.module.named_parameters()}
+    return names | {id(p): name for name, p in zip(stage.names, stage.parameters, strict=True)}
 
 
 def _numbers(stage: Stage) -> dict[str, int]:

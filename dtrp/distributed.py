@@ -111,9 +111,7 @@ class DistributedEngine:
             self._do(action)
         note = self._first_note(x, y) if self.takes_x else self._received_note()
         if self.takes_y:
-            if not self.takes_x:
-                _check_targets(note, y)
-            self._targets.extend(split(y, note.parts))
+            self._targets.extend(self._cut_targets(note, y))
         self._given = note
         self.proposals.agreed = note.word
         self._samples.append(note.total)
@@ -140,6 +138,15 @@ class DistributedEngine:
         else:
             word, self._due = self._due, 0
         return Note(-1, self.num_updates, parts, 0, samples, checksum, word)
+
+    def _cut_targets(self, note: Note, y: Any) -> Sequence[Any]:
+        if not self.takes_x:
+            _check_targets(note, y)
+        return split(y, note.parts)
+
+    def _samples_in(self, part: Any) -> int:
+        """What a micro-batch weighs in its mini-batch."""
+        return num_samples(part)
 
     def _received_note(self) -> Note:
         with self.working_times[0].working:
@@ -285,7 +292,7 @@ class DistributedEngine:
         x: Any
         if self.takes_x:
             x = self._inputs.popleft()
-            note = self._given._replace(microbatch=m, samples=num_samples(x))
+            note = self._given._replace(microbatch=m, samples=self._samples_in(x))
         else:
             if self._message is None:
                 self._stage.prepare(m, self.num_updates)
@@ -424,7 +431,7 @@ def agree(
     ranks = transport.ranks
     settings = {**settings, "method": method_values(settings["method"]), "tied parameters": [str(tie) for tie in ties]}
     own = {"settings": settings, "stages": [_fingerprint(module) for module in modules]}
-    facts = transport.exchange("Pipeline", (own, _place(device)))
+    facts = transport.exchange("Pipeline", (own, place_of(device)))
     for rank, (theirs, _) in zip(ranks.all, facts, strict=True):
         _check_alike(rank, theirs, facts[0][0])
     values = [_tensors(module) for module in modules] * ranks.num_replicas
@@ -433,14 +440,18 @@ def agree(
         for name, tensor in _tensors(modules[ranks.stage]).items():
             tensor.copy_(given[name])
     seed = transport.spread("Pipeline", seed)
-    places = [place for _, place in facts]
-    apart = len(set(places)) == len(places) and all(place.startswith("cuda") for place in places)
-    backend = "nccl" if apart and os.environ.get(NCCL_VARIABLE) == "1" else "gloo"
+    backend = backend_for([place for _, place in facts])
     transport.connect(device, backend, [tie for tie in ties if tie.trained])
     return int(seed)
 
 
-def _place(device: torch.device) -> str:
+def backend_for(places: Sequence[str]) -> str:
+    """What carries tensors between the ranks' devices; NCCL where each has a GPU to itself, and it is asked for."""
+    apart = len(set(places)) == len(places) and all(place.startswith("cuda") for place in places)
+    return "nccl" if apart and os.environ.get(NCCL_VARIABLE) == "1" else "gloo"
+
+
+def place_of(device: torch.device) -> str:
     """One device of one machine, whatever number it goes by in this process."""
     if device.type == "cuda":
         device_id = getattr(torch.cuda.get_device_properties(device), "uuid", device)
@@ -469,11 +480,16 @@ def method_values(method: Method) -> dict[str, Any]:
     return values
 
 
+def check_settings(rank: int, theirs: dict[str, Any], first: dict[str, Any], same: str) -> None:
+    """Refuse a rank whose settings differ from the first's; ``same`` says what to make the same."""
+    for name, value in first.items():
+        if theirs[name] != value:
+            raise ValueError(f"rank {rank} has {name}={theirs[name]}, rank 0 has {value}; {same}")
+
+
 def _check_alike(rank: int, theirs: dict[str, Any], first: dict[str, Any]) -> None:
     same = "make the same Pipeline on every rank"
-    for name, value in first["settings"].items():
-        if theirs["settings"][name] != value:
-            raise ValueError(f"rank {rank} has {name}={theirs['settings'][name]}, rank 0 has {value}; {same}")
+    check_settings(rank, theirs["settings"], first["settings"], same)
     for stage, (a, b) in enumerate(zip(theirs["stages"], first["stages"], strict=True)):
         for name in dict.fromkeys([*b, *a]):
             if a.get(name) != b.get(name):

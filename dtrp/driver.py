@@ -178,6 +178,7 @@ class Driver:
 
         On every rank; where there are several, its tensors are on the CPU.
         """
+        self._check_names("model_state_dict")
         with self._shared():
             return checkpoint.merge_model(self._engine.of_stages("model_state_dict", checkpoint.model_part))
 
@@ -186,6 +187,7 @@ class Driver:
         return self._model_on_first("model_state_dict_on_first")
 
     def _model_on_first(self, method: str) -> dict[str, Tensor] | None:
+        self._check_names(method)
         with self._shared():
             parts = self._engine.of_stages_to_first(method, checkpoint.model_part)
         return None if parts is None else checkpoint.merge_model(parts)
@@ -196,6 +198,7 @@ class Driver:
         ``optimizer`` is ``{"state": {name: ...}, "param_groups": [...]}`` by parameter name. Batches in flight
         are not part of it: flush first to have every stage at the same update.
         """
+        self._check_names("state_dict")
         with self._shared():
             parts = self._engine.of_stages("state_dict", checkpoint.state_part)
             return {**checkpoint.merge_state(parts), "num_updates": self.num_updates}
@@ -207,6 +210,7 @@ class Driver:
             ValueError: it is another model's; nothing has been written then.
             RuntimeError: batches are in flight.
         """
+        self._check_names("load_state_dict")
         self._check_usable(trains=True)
 
         with self._shared():
@@ -253,6 +257,7 @@ class Driver:
         """
         self._check_usable(trains=True)
         if portable:
+            self._check_names("save")
             self.flush()
         with self._shared():
             settings = self._settings("save")
@@ -354,6 +359,9 @@ class Driver:
                 self.flush()
         finally:
             self.close()
+
+    def _check_names(self, method: str) -> None:
+        """Refuse what needs the unsplit model's names where the stages do not have them."""
 
     def _check_usable(self, *, trains: bool = False) -> None:
         if self._broken is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -32,6 +32,7 @@ class Progress:
         samples: in each mini-batch that has not had its U here.
         gradients: of the outputs of the oldest of ``notes``, from the next stage, which has had their B; None for one that
             has no gradient.
+        keywords: of each of ``notes``, what the caller has given this stage for it; empty where stages are given nothing.
     """
 
     num_updates: int
@@ -40,6 +41,7 @@ class Progress:
     notes: list[Note]
     samples: list[int]
     gradients: list[Any]
+    keywords: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def at_rest(cls, num_updates: int, next_microbatch: int) -> Progress:

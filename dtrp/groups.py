@@ -9,6 +9,7 @@ ranks came before.
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
@@ -36,10 +37,21 @@ class Meeting:
         self._store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
         self._store.set(f"here/{rank}", "")
         self._gloo: Any = None
+        self.missing = list(ranks)  # the ranks that are not known to have come
+        self.over = False  # whether nobody waits any more
 
-    def missing(self) -> list[int]:
-        """The ranks that have not come."""
-        return [rank for rank in self.ranks if not self._store.check([f"here/{rank}"])]
+    def gather(self) -> None:
+        """Wait until all have come, or it is ``over``.
+
+        By asking again and again: a wait inside the store, or inside a group that is being made, would keep everybody else from
+        asking who is missing.
+        """
+        while not self.over:
+            self.missing = [rank for rank in self.missing if not self._store.check([f"here/{rank}"])]
+            if not self.missing:
+                return
+            time.sleep(0.01)
+        raise RuntimeError(f"rank {self.rank} waits no longer for the others")
 
     def group(self, purpose: str, ranks: Sequence[int], backend: str) -> Any:
         """A new group of some of the ranks, this one among them; waits for the others."""

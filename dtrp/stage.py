@@ -124,6 +124,7 @@ class Stage:
         rule: what is done with gradients that are too long or not finite.
         compile: arguments of `torch.compile` for the module; None: it runs as it is.
         ties: parameters that other stages hold too; those that an earlier one owns have no part in this one's optimizer.
+        call: runs the module on a stage's input; None: the module is called with it.
         at_once: whether to wait for the answer to "is the gradient finite?" before the update; else, since an accelerator
             would stand still meanwhile, it is heard at the next.
     """
@@ -148,6 +149,7 @@ class Stage:
         at_once: bool = True,
         compile: Mapping[str, Any] | None = None,
         ties: Sequence[Tie] = (),
+        call: Callable[[Any], Any] | None = None,
     ) -> None:
         self.index = index
         self.num_stages, self.num_microbatches = num_stages, num_microbatches
@@ -155,7 +157,7 @@ class Stage:
         self.module = module
         # Compiled code reads the parameters that are in their places when it runs, as the module itself does.
         self.compiles = compile is not None
-        self._call: Callable[[Any], Any] = module if compile is None else _compiled(module, compile)
+        self._call: Callable[[Any], Any] = call or (module if compile is None else _compiled(module, compile))
         self.method = method
         self.device = device
         self.loss_fn = loss_fn

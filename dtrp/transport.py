@@ -63,6 +63,7 @@ class Transport:
         num_updates: mini-batches stepped, for the last word.
     """
 
+    handing = "infer"  # the method that hands tensors from stage to stage, for messages
     forward_in: Receiver | None
     forward_out: Sender | None
     backward_in: Receiver | None
@@ -89,6 +90,7 @@ class Transport:
         try:
             control, watch = self._make_groups(("control", ranks.all, "gloo"), ("watch", ranks.all, "gloo"))
         except BaseException as error:
+            self._meeting.over = True
             self.fail(error)
             self.close()
             raise
@@ -136,13 +138,15 @@ class Transport:
             self._tied[stage] = sender, receiver
 
     def _make_groups(self, *wanted: tuple[str, list[int], str]) -> list[Any]:
-        groups: list[Any] = self._helper.run(
-            lambda: [self._meeting.group(*each) for each in wanted], self._describe_missing
-        )
+        def make() -> list[Any]:
+            self._meeting.gather()
+            return [self._meeting.group(*each) for each in wanted]
+
+        groups: list[Any] = self._helper.run(make, self._describe_missing)
         return groups
 
     def _describe_missing(self) -> str:
-        missing = ", ".join(map(str, self._meeting.missing()))
+        missing = ", ".join(map(str, self._meeting.missing))
         who = f"rank {missing}, which has not come" if missing else "the other ranks, which came and are not heard of"
         return (
             f"rank {self.ranks.rank} has waited {{}} for {who}, to make a Pipeline together; start all "
@@ -328,8 +332,8 @@ class Transport:
 
     def _next_control(self, link: Receiver, method: str) -> Message:
         message = self.receive(link, lambda: f"its part in {method}()")
-        if (message.kind is not Kind.OBJECT) != (method == "infer"):
-            other = "infer" if message.kind is not Kind.OBJECT else message.object()[0]
+        if (message.kind is not Kind.OBJECT) != (method == self.handing):
+            other = self.handing if message.kind is not Kind.OBJECT else message.object()[0]
             raise self._out_of_step(link.peer, other, method)
         return message
 
@@ -345,7 +349,7 @@ class Transport:
             message = control.peek() if control is not None else None
             if message is not None:
                 assert control is not None
-                name = "infer" if message.kind is Kind.TENSOR else message.object()[0]
+                name = message.object()[0] if message.kind is Kind.OBJECT else self.handing
                 text += f"; rank {control.peer} is in {name}() meanwhile"
         return text + ". Every rank must call step() the same number of times, and all else in the same order"
 

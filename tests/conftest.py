@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from launching import Server
 
 torch.set_num_threads(1)
 
@@ -13,6 +14,14 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Forks ranks; see `launching`."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture

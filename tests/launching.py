@@ -10,6 +10,7 @@ session of its own, its output in files, and an ordinary end. `start_torchrun` s
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -20,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,55 @@ def run_ranks(
         return ranks.wait(timeout_s)
 
 
+def shared_folder(folder: Path) -> Path:
+    """The folder that all workers of pytest-xdist have in common, from one worker's own."""
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+def results_of_cases(
+    server: Server, folder: Path, num_ranks: int, program: str, names: Sequence[str]
+) -> dict[str, list[Any]]:
+    """What ``program`` came to for each of ``names`` on each rank, launched by whoever asks first for this ``folder``."""
+    import torch
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f"{folder.name}.pt")
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            torch.save(_launch_cases(server, folder, num_ranks, program, names), path)
+    results: dict[str, list[Any]] = torch.load(path, weights_only=False)
+    return results
+
+
+def _launch_cases(
+    server: Server, folder: Path, num_ranks: int, program: str, names: Sequence[str]
+) -> dict[str, list[Any]]:
+    """The results of cases by rank, a text in place of what failed; what came after that has a launch of its own."""
+    import torch
+
+    done: dict[str, list[Any]] = {}
+    while rest := [name for name in names if name not in done]:
+        where = folder / str(len(done))
+        with start_ranks(server, where, num_ranks, program, *rest) as ranks:
+            try:
+                outcomes = ranks.wait(240)
+            except AssertionError as error:
+                done[rest[0]] = [str(error)]
+                return done | {name: ["an earlier case did not end"] for name in rest[1:]}
+        written = [torch.load(path, weights_only=False) for path in sorted(where.glob("results*.pt"))]
+        for name in rest:
+            found = [results[name] for results in written if name in results]
+            if len(found) < num_ranks or any(isinstance(result, str) for result in found):
+                done[name] = [result for result in found if isinstance(result, str)] or [ranks.logs()]
+                break
+            done[name] = found
+        else:
+            assert all(outcome.returncode == 0 for outcome in outcomes), ranks.logs()
+            assert all(outcome.err == "" for outcome in outcomes), ranks.logs()
+    return done
+
+
 class Torchrun:
     """torchrun and its workers, whose logs it redirects into ``folder``."""
 
@@ -295,7 +345,7 @@ def _become(request: dict[str, Any]) -> None:
 
 def _main() -> None:
     # What every rank would import, some of it when its first optimizer steps.
-    for name in ("torch._dynamo", "torch.distributed.device_mesh", "torch.profiler"):
+    for name in ("torch._dynamo", "torch.distributed.device_mesh", "torch.distributed.pipelining", "torch.profiler"):
         importlib.import_module(name)
     programs = importlib.import_module("rank_programs")
     importlib.import_module("saving_programs")  # adds its own

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import unsplit
+from drop_in_programs import PROGRAMS as DROP_IN_PROGRAMS
 from helpers import WIDTH, Prophet, adamw, cut, minibatches, network, pipeline, scheduler, sgd
 from split_models import MODELS as SPLIT_MODELS
 from test_models_in_stages import MODELS, Tokens
@@ -1093,7 +1094,7 @@ PROGRAMS: dict[str, Callable[..., None]] = {
         sleeping_stages,
         agree,
     )
-}
+} | DROP_IN_PROGRAMS
 
 
 def main(program: str, arguments: list[Any]) -> None:

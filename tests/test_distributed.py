@@ -6,7 +6,7 @@ of pytest-xdist. Tests of failure have a launch each.
 
 from __future__ import annotations
 
-import fcntl
+import functools
 import json
 import os
 import random
@@ -17,14 +17,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_close, assert_same
-from launching import Outcome, Server, run_ranks, runs, start_ranks, start_torchrun
+from launching import Outcome, Server, results_of_cases, run_ranks, runs, shared_folder, start_ranks, start_torchrun
 from rank_programs import (
     CASES,
     HALF_OF_THE_MATRIX,
@@ -49,56 +49,16 @@ Results = dict[str, list[Any]]
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
 def results_of(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Results]:
     """What the ranks came to in a group of cases; run once, whoever of pytest-xdist's workers asks first."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    known: dict[str, Results] = {}
+    shared = shared_folder(tmp_path_factory.getbasetemp())
 
-    def results_of(group: str, names: list[str]) -> Results:
-        if group not in known:
-            path = shared / f"{group}.pt"
-            with (shared / f"{group}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not path.exists():
-                    torch.save(launch_cases(server, shared / group, names), path)
-            known[group] = torch.load(path, weights_only=False)
-        return known[group]
+    @functools.cache
+    def results_of(group: str, names: tuple[str, ...]) -> Results:
+        (num_ranks,) = {CASES[name].num_ranks for name in names}
+        return results_of_cases(server, shared / group, num_ranks, "cases", names)
 
-    return results_of
-
-
-def launch_cases(server: Server, folder: Path, names: list[str]) -> Results:
-    """The results of cases by rank, a text in place of what failed; what came after that has a launch of its own."""
-    (num_ranks,) = {CASES[name].num_ranks for name in names}
-    done: Results = {}
-    while rest := [name for name in names if name not in done]:
-        where = folder / str(len(done))
-        with start_ranks(server, where, num_ranks, "cases", *rest) as ranks:
-            try:
-                outcomes = ranks.wait(240)
-            except AssertionError as error:
-                done[rest[0]] = [str(error)]
-                return done | {name: ["an earlier case did not end"] for name in rest[1:]}
-        written = [torch.load(path, weights_only=False) for path in sorted(where.glob("results*.pt"))]
-        for name in rest:
-            found = [results[name] for results in written if name in results]
-            if len(found) < num_ranks or any(isinstance(result, str) for result in found):
-                done[name] = [result for result in found if isinstance(result, str)] or [ranks.logs()]
-                break
-            done[name] = found
-        else:
-            assert all(outcome.returncode == 0 for outcome in outcomes), ranks.logs()
-            assert all(outcome.err == "" for outcome in outcomes), ranks.logs()
-    return done
+    return lambda group, names: results_of(group, tuple(names))
 
 
 def ranks_and_reference(name: str, results: Results) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -24,6 +24,18 @@ def run(name: str) -> None:
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
+def torchrun(num_ranks: int, name: str, folder: Path) -> str:
+    """What all ranks print."""
+    path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), str(EXAMPLES / name)],
+        cwd=folder, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def numbers(pattern: str, text: str) -> list[float]:
     return [float(number) for number in re.findall(pattern, text)]
 
@@ -49,18 +61,19 @@ def test_ranks_print_what_one_process_prints(tmp_path: Path, capsys: pytest.Capt
     run("ranks.py")
     alone, weights = capsys.readouterr().out, torch.load("ranks.pt")
     Path("ranks.pt").unlink()
-    path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(EXAMPLES / "ranks.py")],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == alone
+    assert torchrun(4, "ranks.py", tmp_path) == alone
     assert alone.count("loss") == 5
     spread = torch.load("ranks.pt")
     assert spread.keys() == weights.keys()
     assert all(torch.equal(spread[name], weights[name]) for name in weights)
+
+
+def test_drop_in(tmp_path: Path) -> None:
+    shown = torchrun(2, "drop_in.py", tmp_path)
+    losses = numbers(r"loss ([\d.]+)", shown)
+    assert len(losses) == 5
+    assert losses[-1] < 0.5 * losses[0]
+    assert numbers(r"accuracy ([\d.]+)%", shown)[0] > 80
 
 
 def test_fine_tuning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
         "notes": [list(note) for note in progress.notes],
         "samples": progress.samples,
         "arrived": encode(progress.gradients, "arrived"),
+        "keywords": encode(progress.keywords, "keywords"),
     }
     if stage.replica == 0:
         part["parameters"] = encode({name: p.detach() for name, p in parameters.items()}, "parameter")
@@ -228,11 +229,15 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
         [Note(*note) for note in part["notes"]],
         list(part["samples"]),
         decode(part["arrived"]),
+        decode(part["keywords"]),
     )
     arrived, delays, extra_state = progress.gradients, decode(part["delays"]), decode(part["extra_state"])
     checks.expect(
         isinstance(arrived, list) and all(map(_is_gradient, arrived)), f"what has arrived at {where} are no gradients"
     )
+    keywords = progress.keywords
+    fits = isinstance(keywords, list) and len(keywords) in (0, len(progress.notes))
+    checks.expect(fits and all(type(k) is dict for k in keywords), f"the keyword arguments of {where} are none")
     checks.expect(isinstance(delays, Counter), f"{where} has no delays")
     checks.counts([*delays, *delays.values()], f"the delays of {where}")
     checks.expect(
