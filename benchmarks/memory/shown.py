@@ -54,3 +54,12 @@ def ranks() -> str:
 
 def _each(values: list[float]) -> str:
     return ", ".join(f"{value:.0f}" for value in values)
+
+
+def said() -> list[str]:
+    """ResNet-56, one micro-batch: fdg and dtrp at K=8 beside one worker."""
+    own = {(row["method"], row["stages"], row["num_microbatches"]): row["peak_bytes"] for row in LOCAL
+           if row["model"] == "resnet56"}  # fmt: skip
+    alone, fdg, dtrp = (own[key] for key in (("bp", 1, 1), ("fdg", 8, 1), ("dtrp", 8, 1)))
+    return [*(f"{sum(each) / 1e6:.1f}" for each in (alone, fdg, dtrp)), f"{sum(fdg) / sum(alone):.1f}",
+            f"{sum(dtrp) / sum(alone):.1f}", *(f"{max(each) / 1e6:.1f}" for each in (fdg, dtrp))]  # fmt: skip
