@@ -41,7 +41,7 @@ def numbers(pattern: str, text: str) -> list[float]:
 
 
 def test_every_example_is_listed_and_run() -> None:
-    listed = re.findall(r"^\| `(\w+\.py)`", (EXAMPLES / "README.md").read_text(), re.M)
+    listed = re.findall(r"^\| \[(\w+\.py)\]", (EXAMPLES / "README.md").read_text(), re.M)
     assert sorted(listed) == sorted(path.name for path in EXAMPLES.glob("*.py"))
     here = Path(__file__).read_text()
     assert all(f'"{name}"' in here for name in listed)
