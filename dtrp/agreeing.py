@@ -11,7 +11,8 @@ mini-batch. So proposals go to it, and it decides:
                      v    | word     v                   on every rank ``agreed`` says so after step 9
     last stage     step 6           step 7: proposes
 
-Backward messages carry the proposals, each once, and forward messages the word. First stages of several replicas agree
+Backward messages carry the proposals, each once, and forward messages the word. Where no gradients travel a proposal is a
+message by itself. First stages of several replicas agree
 at U, with the gradients that they average there, and all decide in the step after it.
 """
 

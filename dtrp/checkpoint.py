@@ -3,12 +3,16 @@
 Names are the unsplit model's. The optimizer's part has the form that
 `torch.distributed.checkpoint.state_dict` uses: ``{"state": {name: {...}}, "param_groups": [{"params":
 [names], ...options}]}``, groups with equal options merged over the stages.
+
+Auxiliary networks are no part of the model: what is theirs, weights and optimizer state, is in a section of its own, ``aux``, under
+``aux.<layer>.``, the layer that one follows. So it is found again wherever a stage ends at that layer, whatever K is.
 """
 
 from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -34,21 +38,37 @@ def merge_model(parts: Sequence[dict[str, T]]) -> dict[str, T]:
 
 def state_part(stage: Stage) -> dict[str, Any]:
     """A snapshot of what one stage adds to `Pipeline.state_dict`."""
-    part: dict[str, Any] = {"model": model_part(stage), "state": {}, "param_groups": [], "scheduler": None}
+    aux = {name: _snapshot(value) for name, value in _aux_tensors(stage).items()}
+    own, others = ({"model": tensors, "state": {}, "param_groups": []} for tensors in (model_part(stage), aux))  # type: tuple[dict[str, Any], dict[str, Any]]
     if stage.optimizer is not None:
         names = _names(stage)
         for p, entry in stage.optimizer.state.items():
-            part["state"][names[id(p)]] = {key: _snapshot(value) for key, value in entry.items()}
+            section = others if _is_aux(stage, names[id(p)]) else own
+            section["state"][names[id(p)]] = {key: _snapshot(value) for key, value in entry.items()}
         for group in stage.optimizer.param_groups:
             options = {key: _snapshot(value) for key, value in group.items() if key != "params"}
-            part["param_groups"].append({"params": [names[id(p)] for p in group["params"]], **options})
+            members = [names[id(p)] for p in group["params"]]
+            for section in (own, others):
+                of_it = [name for name in members if _is_aux(stage, name) == (section is others)]
+                if of_it:
+                    section["param_groups"].append({"params": of_it, **options})
+    part = {**own, "scheduler": None, "aux": others if aux else None}
     if stage.lr_scheduler is not None:
         part["scheduler"] = copy.deepcopy(stage.lr_scheduler.state_dict())
     return part
 
 
 def merge_state(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """``{"model", "optimizer", "scheduler"}`` from all stages' parts, in which their number does not show."""
+    """``{"model", "optimizer", "scheduler"}``, and ``aux`` if any has it, from all stages' parts; their number does not show."""
+    aux = [part["aux"] for part in parts if part["aux"] is not None]
+    return {
+        **_merge_section(parts),
+        "scheduler": next((part["scheduler"] for part in parts if part["scheduler"] is not None), None),
+        **({"aux": _merge_section(aux)} if aux else {}),
+    }
+
+
+def _merge_section(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     state: dict[str, Any] = {}
     groups: list[dict[str, Any]] = []
     for part in parts:
@@ -62,8 +82,23 @@ def merge_state(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "model": merge_model([part["model"] for part in parts]),
         "optimizer": {"state": state, "param_groups": groups},
-        "scheduler": next((part["scheduler"] for part in parts if part["scheduler"] is not None), None),
     }
+
+
+def sections(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a state that `merge_state` has made: the model's, and the auxiliary networks' if there are any."""
+    return [state, state["aux"]] if state.get("aux") is not None else [state]
+
+
+def _is_aux(stage: Stage, name: str) -> bool:
+    return stage.aux is not None and name.startswith("aux.")
+
+
+def _aux_tensors(stage: Stage) -> dict[str, Any]:
+    """What belongs to the stage's auxiliary network, as its own state dict has it."""
+    if stage.aux is None:
+        return {}
+    return {name: value for name, value in stage.whole.state_dict().items() if _is_aux(stage, name)}
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +114,8 @@ def check_state(
     stages: Sequence[Stage], state: dict[str, Any], shapes: dict[str, torch.Size | None], *, scheduler: bool
 ) -> Callable[[], None]:
     """Check what `Pipeline.state_dict` returned, at this or another number of stages.
+
+    An auxiliary network that is not in it, since another method wrote it or no stage ended there, is to stay as it is.
 
     Args:
         stages: those to load it into.
@@ -104,18 +141,26 @@ def check_state(
         raise ValueError(
             "the state dict and this pipeline differ in having a learning-rate scheduler; make both with one"
         )
+    known = {stage.index: _known_aux(stage, state) for stage in stages}
+    parts = [section["optimizer"] for section in sections(state)]
+    saved_groups = [group for part in parts for group in part["param_groups"]]
+    saved_states = [entry for part in parts for entry in part["state"].items()]
     plans = []
     for stage in stages:
         if stage.optimizer is None:
             continue
         names = _names(stage)
         index = _numbers(stage)
-        given = [(name, _options(group)) for group in state["optimizer"]["param_groups"] for name in group["params"]]
+        given = [(name, _options(group)) for group in saved_groups for name in group["params"]]
         options: dict[str, dict[str, Any]] = _by_own_name(stage, given)
-        states = _by_own_name(stage, list(state["optimizer"]["state"].items()))
+        states = _by_own_name(stage, saved_states)
         groups = []
         for group in stage.optimizer.param_groups:
-            members = [names[id(p)] for p in group["params"]]
+            every = [names[id(p)] for p in group["params"]]
+            members = [name for name in every if name in options or not _is_aux(stage, name)]
+            if not members:
+                groups.append({**_options(group), "params": [index[name] for name in every]})
+                continue
             unknown = [name for name in members if name not in options]
             if unknown:
                 raise ValueError(
@@ -131,13 +176,26 @@ def check_state(
                     f"the state dict's optimizer has the options {', '.join(sorted(options[members[0]]))}, this one "
                     f"{', '.join(sorted(group.keys() - {'params'}))}; it was saved with another optimizer"
                 )
-            groups.append({**options[members[0]], "params": [index[name] for name in members]})
-        entries = {index[name]: copy.deepcopy(states[name]) for name in index if name in states}
+            groups.append({**options[members[0]], "params": [index[name] for name in every]})
+        here = {names[id(p)]: entry for p, entry in stage.optimizer.state.items()}
+        entries = {}
+        for name in index:
+            source = here if _is_aux(stage, name) and known[stage.index] is None else states
+            if name in source:
+                entries[index[name]] = copy.deepcopy(source[name])
         plans.append((stage.optimizer, {"state": entries, "param_groups": groups}))
 
     def load() -> None:
         for stage in stages:
             stage.module.load_state_dict({name: state["model"][name] for name in stage.module.state_dict()})
+            aux = known[stage.index]
+            if aux is not None and stage.aux is not None:
+                stage.aux.load_state_dict(aux)
+            elif stage.aux is not None:
+                warnings.warn(
+                    f"the state has no auxiliary network like that of stage {stage.index}, which stays as it is",
+                    stacklevel=3,
+                )
         for optimizer, plan in plans:
             optimizer.load_state_dict(plan)
         for stage in stages:
@@ -169,6 +227,18 @@ def set_options(stage: Stage, options: list[dict[str, Any]]) -> None:
             group["initial_lr"] = lr
     if stage.lr_scheduler is not None:
         _reseat(stage.lr_scheduler, stage.optimizer.param_groups)
+
+
+def _known_aux(stage: Stage, state: dict[str, Any]) -> dict[str, Any] | None:
+    """What the state has for the stage's auxiliary network, under the network's own names; None where it has not all of it."""
+    own = _aux_tensors(stage)
+    given = state["aux"]["model"] if state.get("aux") is not None else {}
+    shapes = {name: value.shape for name, value in own.items() if isinstance(value, Tensor)}
+    if not own.keys() <= given.keys() or any(
+        shape != getattr(given[name], "shape", None) for name, shape in shapes.items()
+    ):
+        return None
+    return {name.split(".", 2)[2]: given[name] for name in own}
 
 
 def _reseat(scheduler: Any, groups: list[dict[str, Any]]) -> None:

@@ -9,6 +9,9 @@ a rank does in slot m of a method that recomputes, backward first::
       4. predict the weights that the forward of m will read
       5. wait for the input of m              sent by the stage before, in its last slot
       6. forward; send the output
+
+Where every stage has a loss of its own there is no 2, and in 6 the micro-batch's targets go along with the output. No gradient
+then holds up a stage that is faster than the next, so it waits before it sends until there is room.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from .stash import MicroBatch
 from .ties import Tie, add_up, hand_over
 from .trace import Span, Tracer
 from .transport import Transport
-from .trees import flatten, num_samples, split
+from .trees import flatten, map_tensors, num_samples, split
 
 T = TypeVar("T")
 NCCL_VARIABLE = "DTRP_NCCL"
@@ -78,6 +81,11 @@ class DistributedEngine:
         self.name = f"rank {ranks.rank}: stage {ranks.stage}{replica}"
         self._stage, self._transport, self._tracer, self._loss_on = stage, transport, tracer, loss_on
         self._num_microbatches = num_microbatches
+        self._local = method.local
+        # Which of the caller's values are read here: where each stage has a loss, the first hands the targets on.
+        self._reads_y = self.takes_x if self._local else self.takes_y
+        if self._local and transport.forward_out is not None:
+            transport.forward_out.bounded = True
         self._order = StageOrder(method, ranks.num_stages, ranks.stage)
         self._losses = Losses(
             ranks.num_stages - 1, at_once=stage.device.type == "cpu", stops=stage.rule.on_nonfinite == "stop"
@@ -107,11 +115,14 @@ class DistributedEngine:
         self._begin(f"in step() of mini-batch {self.num_updates}")
         self._losses.check()
         self.working_times[0].begin()
+        self._hear()
         for action in self._order.begin():
             self._do(action)
         note = self._first_note(x, y) if self.takes_x else self._received_note()
-        if self.takes_y:
+        if self._reads_y:
             self._targets.extend(self._cut_targets(note, y))
+        elif self.takes_y and y is not None:
+            _check_targets(note, y)
         self._given = note
         self.proposals.agreed = note.word
         self._samples.append(note.total)
@@ -298,14 +309,16 @@ class DistributedEngine:
                 self._stage.prepare(m, self.num_updates)
             message = self._message or self._receive(self._transport.forward_in, "forward", m)
             self._message, note, x = None, message.note, message.tensor
-        target = self._targets.popleft() if self.takes_y else None
+        target = self._targets.popleft() if self._reads_y else None
+        if self._local and not self.takes_x and note.samples:
+            x, target = x
         micro = MicroBatch(m, self.num_updates, note.samples / note.total)
         self._notes.append(note._replace(minibatch=self.num_updates, word=0))
         self._next_microbatch = m + 1
         with naming(self._stage.index, action, micro.minibatch):
             out = self._stage.forward(micro, x, target) if note.samples else None
             if not self.takes_y:
-                self._send(self._transport.forward_out, note, out)
+                self._pass_on(note, out, target)
             elif out is not None:
                 self._losses.add(micro, out)
 
@@ -315,7 +328,7 @@ class DistributedEngine:
         if note.samples:
             with naming(self._stage.index, action, note.minibatch):
                 self._stage.recompute()
-        if not self.takes_y:
+        if not (self.takes_y or self._local):
             gradient = (
                 self._arrived.popleft()
                 if self._arrived
@@ -324,8 +337,9 @@ class DistributedEngine:
         with naming(self._stage.index, action, note.minibatch):
             if note.samples:
                 gradient = self._stage.backward(gradient)
-            if not self.takes_x:
-                self._send(self._transport.backward_out, note._replace(word=self.proposals.take()), gradient)
+            word = self.proposals.take() if not self.takes_x else 0
+            if not self.takes_x and (word or not self._local):
+                self._send(self._transport.backward_out, note._replace(word=word), gradient)
 
     def _update(self, action: Action) -> None:
         samples = self._samples.popleft()
@@ -388,6 +402,22 @@ class DistributedEngine:
                 assert new is not None
                 stage.parameters[tie.place_in(stage)].copy_(new)
 
+    def _pass_on(self, note: Note, out: Any, target: Any) -> None:
+        link = self._transport.forward_out
+        if self._local:
+            assert link is not None
+            with self.working_times[0].waiting("send"):
+                self._transport.wait_for_room(link)
+            if out is not None:
+                out = out, map_tensors(lambda t: t.to(self._stage.device), target)
+        self._send(link, note, out)
+
+    def _hear(self) -> None:
+        """Of proposals that came with no gradient."""
+        link = self._transport.backward_in
+        while self._local and link is not None and (message := link.take()) is not None:
+            self.proposals.add(message.note.word)
+
     def _send(self, link: Sender | None, note: Note, value: Any) -> None:
         assert link is not None
         with self.working_times[0].waiting("send"):
@@ -416,7 +446,7 @@ def agree(
 
     Args:
         transport: the connections made so far.
-        modules: of all stages.
+        modules: of all stages, with their auxiliary networks.
         device: of this rank's stage.
         settings: what else must be the same on every rank, by the name of its argument.
         seed: the first rank's is everyone's.

@@ -97,7 +97,8 @@ class Driver:
     def memory(self) -> dict[int, dict[str, int]]:
         """Bytes that each stage holds now, measured from its tensors.
 
-        ``weights`` (parameters and buffers, a shared one at each of its stages), ``predicted`` (the predicted copy that a
+        ``weights`` (parameters and buffers, a shared one at each of its stages, an auxiliary
+        network's too), ``predicted`` (the predicted copy that a
         forward reads), ``optimizer`` (its state), ``gradients`` (those of the last update until the stage's next work) and
         ``gradients_peak``, their maximum so far, ``stash`` (what waits between F and B: inputs, graphs and the
         copies of weights they need) and ``stash_peak``. A graph is weighed by the storages it saves, once for each
@@ -134,7 +135,8 @@ class Driver:
     def keeps(self) -> dict[int, Keep | None]:
         """``{stage: what it keeps}`` between F and B; with ``keep="auto"`` None before its first micro-batch.
 
-        The last stage, whose B follows its F at once, has its graph at hand whatever the method says.
+        The last stage, whose B follows its F at once, has its graph at hand whatever the method says, and so has every stage
+        with a loss of its own.
         """
         return {
             stage.index: ("input" if stage.recomputes else "graph") if stage.has_decided else None
@@ -147,13 +149,18 @@ class Driver:
         return tuple(stage.module for stage in self._engine.stages)
 
     @property
+    def aux(self) -> tuple[nn.Module | None, ...]:
+        """Each stage's auxiliary network; None where it has none."""
+        return tuple(stage.aux for stage in self._engine.stages)
+
+    @property
     def is_first(self) -> bool:
-        """Whether this process hosts the first stage, and so reads ``x``."""
+        """Whether this process hosts the first stage, and so reads ``x``, and ``y`` where each stage has a loss of its own."""
         return self._engine.takes_x
 
     @property
     def is_last(self) -> bool:
-        """Whether this process hosts the last stage, and so reads ``y`` and returns the loss."""
+        """Whether this process hosts the last stage, and so returns the loss, and reads ``y`` where no other stage has one."""
         return self._engine.takes_y
 
     @property
@@ -196,7 +203,8 @@ class Driver:
         """A snapshot: ``{"model", "optimizer", "scheduler", "num_updates"}``, of no particular K.
 
         ``optimizer`` is ``{"state": {name: ...}, "param_groups": [...]}`` by parameter name. Batches in flight
-        are not part of it: flush first to have every stage at the same update.
+        are not part of it: flush first to have every stage at the same update. Where there are auxiliary networks, ``aux`` is
+        ``{"model", "optimizer"}`` of theirs, under ``aux.`` and the name of the layer that each follows.
         """
         self._check_names("state_dict")
         with self._shared():
@@ -205,6 +213,8 @@ class Driver:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned, here or at another K, method or engine.
+
+        An auxiliary network that it has not, since no stage ended at that layer, stays as it is, with a warning.
 
         Raises:
             ValueError: it is another model's; nothing has been written then.

@@ -26,7 +26,7 @@ from .stash import states_bytes, tensor_bytes
 
 @dataclass(frozen=True)
 class StageSizes:
-    """What a stage is made of, in bytes; activations of one micro-batch.
+    """What a stage is made of, in bytes, its auxiliary network included; activations of one micro-batch.
 
     Attributes:
         weights: parameters and buffers.
@@ -56,7 +56,7 @@ class Footprint:
         predicted: the predicted copy that a forward reads.
         stash: inputs, kept graphs, and the copies of weights that these stand on.
         graph: the one that a backward recomputes.
-        messages: an input and a gradient received ahead, and what is being sent.
+        messages: an input and a gradient received ahead, and what is being sent; no gradients where stages have their own loss.
     """
 
     weights: float
@@ -90,7 +90,7 @@ def footprint(method: Method, num_stages: int, stage: int, num_microbatches: int
     graph = sizes.graph if recomputes else 0.0
     predicts = method.predict is not None and not last
     copies = not recomputes or method.backward_at == "stashed"
-    order = (method.ahead, method.backward_first, method.flush, method.forward_all)
+    order = (method.ahead, method.backward_first, method.flush, method.forward_all, method.local)
     # What dtrp predicts is the same for micro-batches of one version and horizon; another predictor may differ.
     shared = not predicts or isinstance(method.predict, str)
     moments, delayed = _moments(order, num_stages, stage, num_microbatches, predicts, shared)
@@ -108,7 +108,7 @@ def footprint(method: Method, num_stages: int, stage: int, num_microbatches: int
         predicted=sizes.trained if predicts and delayed and not copies else 0.0,
         stash=stash,
         graph=added,
-        messages=2 * ((sizes.input if stage else 0.0) + (0.0 if last else sizes.output)),
+        messages=(1 if method.local else 2) * ((sizes.input if stage else 0.0) + (0.0 if last else sizes.output)),
     )
 
 
@@ -119,12 +119,13 @@ class _Order(NamedTuple):
     backward_first: bool
     flush: bool
     forward_all: bool
+    local: bool
     name: str = "any"
 
 
 @functools.lru_cache(maxsize=1024)
 def _moments(
-    order: tuple[float, bool, bool, bool],
+    order: tuple[float, bool, bool, bool, bool],
     num_stages: int,
     stage: int,
     num_microbatches: int,

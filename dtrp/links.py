@@ -151,6 +151,7 @@ class Sender(Link):
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._packer = Packer(keeps=self.name != "control")
         self.begun = self.finished = 0  # messages
+        self.bounded = False  # whether the main thread waits before it sends, when the link is crowded
         self._kept: list[_Job] = []  # under way, and not handed to the thread yet
         self._capacity = HEADER_BYTES
         self._unsent = 0  # jobs that the thread has yet to hand to the backend
@@ -177,7 +178,7 @@ class Sender(Link):
         self.begun += 1
         with self._counting:
             self._kept.append(job)
-        if not at_once or len(self._kept) >= _MOST_KEPT or self._tracer.on:
+        if not at_once or len(self._kept) >= _MOST_KEPT or self.bounded or self._tracer.on:
             self._hand_over()
         _give_way()
 
@@ -221,7 +222,8 @@ class Sender(Link):
             job.packed.give_back()
             self._tracer.add(f"send {self.name} {job.note.microbatch}", "send", self.name, began)
             self.finished += 1
-            if self.name == "control" or self._tracer.on:  # where the main thread waits for room, or for the span
+            if self.name == "control" or self.bounded or self._tracer.on:
+                # The main thread waits for room, or for the span.
                 self._board.notify()
 
     def _issue(self, job: _Job) -> list[dist.Work]:

@@ -44,6 +44,7 @@ class LocalEngine:
         self._next_microbatch = 0
         self._tracer = tracer
         self.working_times = [WorkingTime() for _ in stages]
+        self._local = method.local
         self._orders = [StageOrder(method, num, stage) for stage in range(num)]
         self._queues: list[deque[deque[Action]]] = [deque() for _ in stages]
         self._inputs: list[dict[int, Any]] = [{} for _ in stages]
@@ -167,7 +168,7 @@ class LocalEngine:
     def _ready(self, stage: int, action: Action) -> bool:
         if action.kind == "F":
             return action.index in self._inputs[stage]
-        if action.kind == "B" and stage < len(self.stages) - 1:
+        if action.kind == "B" and stage < len(self.stages) - 1 and not self._local:
             return action.index in self._gradients[stage]
         return action.kind != "U" or self._may_update(stage, action)
 
@@ -195,17 +196,19 @@ class LocalEngine:
         ):
             if action.kind == "F":
                 micro = self._micros[action.index]
-                target = self._targets.pop(action.index) if index == last else None
+                target = self._targets[action.index] if index == last or self._local else None
                 out = stage.forward(micro, self._inputs[index].pop(action.index), target)
                 if index < last:
                     self._inputs[index + 1][action.index] = out
                 else:
+                    del self._targets[action.index]
                     self._losses.add(micro, out)
             elif action.kind == "B":
-                gradient = stage.backward(self._gradients[index].pop(action.index) if index < last else None)
-                if index:
+                comes, goes = (index < last, index > 0) if not self._local else (False, False)
+                gradient = stage.backward(self._gradients[index].pop(action.index) if comes else None)
+                if goes:
                     self._gradients[index - 1][action.index] = gradient
-                else:
+                if index == (last if self._local else 0):  # the last to be through with it
                     del self._micros[action.index]
             else:
                 stage.update(self._norms)

@@ -1,10 +1,11 @@
 """The family of methods: each is a row of ten values over one engine.
 
 A `Method` says in which order a stage works (``ahead``, ``backward_first``, ``flush``,
-``forward_all``), what it keeps between the two passes of a micro-batch (``keep``), at which weights
-those passes run (``backward_at``, ``predict``), and how updates are shrunk with the distance
-``d = K-1-k`` to the last stage (``grad_shrink``, ``lr_shrink``). `get_method` gives the row of a
-name with any of the values changed; a combination that means nothing is refused.
+``forward_all``), whether all stages learn from one loss or each from its own (``local``), what a stage
+keeps between the two passes of a micro-batch (``keep``), at which weights those passes run
+(``backward_at``, ``predict``), and how updates are shrunk with the distance ``d = K-1-k`` to the last
+stage (``grad_shrink``, ``lr_shrink``). `get_method` gives the row of a name with any of the values
+changed; a combination that means nothing is refused.
 
 Letters in the docstrings: stage k of K counts from 0; w_k(n) the weights of stage k after n updates;
 b a mini-batch, with one micro-batch unless said otherwise; h the stage's input; g the gradient of its
@@ -43,6 +44,8 @@ class Method:
         lr_shrink: stage k trains with ``lr * lr_shrink**d``.
         flush: run every backward of a mini-batch before the next mini-batch (a synchronous method).
         forward_all: run all forwards of a mini-batch before its backwards (GPipe).
+        local: every stage learns from a loss of its own, of an auxiliary network on its output; no gradient is passed between
+            stages, so B follows F at once at each.
 
     Raises:
         ValueError: a value out of range, or a combination that means nothing, with the reason.
@@ -58,6 +61,7 @@ class Method:
     lr_shrink: float = 1.0
     flush: bool = False
     forward_all: bool = False
+    local: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.predict, str) and self.predict == "none":
@@ -67,7 +71,7 @@ class Method:
         for field, choices in (("keep", ("graph", "input")), ("backward_at", ("stashed", "current"))):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(map(repr, choices))}")
-        for field in ("backward_first", "flush", "forward_all"):
+        for field in ("backward_first", "flush", "forward_all", "local"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}={getattr(self, field)!r}: pass True or False")
         if not (_is_number(self.ahead) and self.ahead >= 1):
@@ -89,6 +93,13 @@ class Method:
                 f"predict={self.predict!r} cannot be called; a predictor is called as predictor(parameters, "
                 "optimizer, horizon, out, *, stage, microbatch, version)"
             )
+        if self.local:
+            for field, (idle, why) in _IDLE_IF_LOCAL.items():
+                if (value := getattr(self, field)) != idle:
+                    raise ValueError(
+                        f"{field}={value!r} with local=True: every stage has a loss of its own, and its B right after its F, so "
+                        f"{why}; leave it at {idle!r}"
+                    )
         if self.keep == "graph" and self.backward_at == "current" and not self.flush:
             raise ValueError(
                 "keep='graph' with backward_at='current': a kept graph holds the activations of its forward's weights, "
@@ -129,6 +140,16 @@ class Method:
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
+
+# What has no meaning where every stage has a loss of its own: the value that says nothing, and why.
+_IDLE_IF_LOCAL: dict[str, tuple[Any, str]] = {
+    "ahead": (1, "no forward runs ahead"),
+    "backward_first": (False, "there is no earlier backward to come first"),
+    "predict": (None, "there is no delay to predict over"),
+    "grad_shrink": (1.0, "no gradient is received to be shrunk"),
+    "flush": (False, "nothing is ever left to flush"),
+    "forward_all": (False, "forwards do not wait for others"),
+}
 
 # -- the rows: a function each, whose docstring is the method's documentation ---------------------------
 
@@ -274,8 +295,27 @@ def spectrain() -> Method:
     return Method("spectrain", 1, False, "graph", "stashed", "linear")
 
 
+def dgl() -> Method:
+    """Decoupled greedy learning: every stage learns from a loss of its own, of an auxiliary network on its output.
+
+    Update: ``w_k(b+1) = w_k(b) - eta * grad_{w_k} l(aux_k(out_k), y)``, ``out_k = out(h; w_k(b))`` passed on without a
+    gradient; the auxiliary network's own weights likewise, by the same optimizer. The last stage has the network's own loss.
+    Delay: 0, at every stage. It is another objective than backpropagation's, whose loss no stage but the last sees.
+    Memory: one graph, the auxiliary network's in it, and that network with its optimizer state. No gradient travels back;
+    the targets travel with the activations.
+    ``Pipeline(aux=...)`` gives the networks; `dtrp.models.auxiliary` makes the paper's: features averaged to a quarter of
+    their height and width, three 1x1 convolutions, averaged to 2x2, and an MLP of three hidden layers (MLP-SR).
+    Source: Belilovsky et al., Decoupled greedy learning of CNNs, ICML 2020; arXiv:1901.08164.
+    Differences: this is the paper's synchronous algorithm, in which every stage sees every mini-batch once, in order. Its
+    asynchronous one has a replay buffer between stages, from which a stage draws what an earlier one made, old or several
+    times over; here a stage waits for its input, and one that is faster than the next waits for room. The model is judged by
+    its own last layer (their code also averages it with auxiliary networks).
+    """
+    return Method("dgl", 1, False, "graph", "stashed", local=True)
+
+
 _ROWS: dict[str, Callable[[], Method]] = {
-    row().name: row for row in (bp, gpipe, ddg, fr, fdg, adl, dtr, dtrp, dtrp_1f1b, pipedream, spectrain)
+    row().name: row for row in (bp, gpipe, ddg, fr, fdg, adl, dtr, dtrp, dtrp_1f1b, pipedream, spectrain, dgl)
 }
 
 

@@ -20,6 +20,7 @@ from .arguments import (
     keeping,
     whole,
 )
+from .auxiliary import Auxiliary, WithAux, aux_of_stages
 from .distributed import DistributedEngine, agree
 from .driver import Driver
 from .gradients import Clip, GradientRule, OnNonfinite
@@ -69,6 +70,10 @@ class Pipeline(Driver):
             weighted by samples. The loss is then that of the whole mini-batch. BatchNorm sees its own shard (the running
             statistics saved are the first replica's), unless it is a `torch.nn.SyncBatchNorm` made with the process
             group ``mesh.get_group("replica")``.
+        aux: for a method in which each stage has a loss of its own (dgl), the auxiliary networks that make of a stage's output
+            what ``loss_fn`` takes: a module for each stage but the last (None for one with nothing to train), or a function
+            from the stages to such a list, as `dtrp.models.auxiliary` makes. The optimizer of the stage trains them too; they
+            are no part of the model, and saved beside it. On several ranks ``y`` matters on the first one then.
         loss_on: ``"last"``: `step` returns the loss on the last rank; ``"all"``: on every rank, which then waits for
             the last one in every step, so that the stages take turns instead of overlapping.
         timeout_s: the longest that a rank waits for another before an error says who waits for whom.
@@ -122,6 +127,7 @@ class Pipeline(Driver):
         method: str | Method = "dtrp",
         num_microbatches: int = 1,
         lr_scheduler: Callable[[Optimizer], Any] | None = None,
+        aux: Auxiliary | None = None,
         seed: int | None = None,
         devices: Device | Sequence[Device] | None = None,
         group: Any = None,
@@ -163,6 +169,7 @@ class Pipeline(Driver):
             raise ValueError("the model has no parameter that requires a gradient; there is nothing to train")
         ties = find_ties(modules)
         check_ties(ties, self.method)
+        aux_networks = aux_of_stages(aux, modules, self.method)
         self.num_stages = len(modules)
         self.num_microbatches = num_microbatches
         self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else int(seed)
@@ -173,6 +180,7 @@ class Pipeline(Driver):
         self._tracer = Tracer(bool(trace))
 
         def make_stage(index: int, place: torch.device, replica: int = 0, *, at_once: bool) -> Stage:
+            own = aux_networks[index]
             return Stage(
                 index,
                 len(modules),
@@ -180,8 +188,10 @@ class Pipeline(Driver):
                 methods[index],
                 checked_optimizer(optimizer),
                 checked_scheduler(lr_scheduler),
-                loss_fn=loss_fn if index == len(modules) - 1 else None,
-                needs_input_grad=any(p.requires_grad for module in modules[:index] for p in module.parameters()),
+                loss_fn=loss_fn if index == len(modules) - 1 or own is not None else None,
+                aux=own,
+                needs_input_grad=not self.method.local
+                and any(p.requires_grad for module in modules[:index] for p in module.parameters()),
                 seed=self.seed,
                 device=place,
                 replica=replica,
@@ -201,11 +211,13 @@ class Pipeline(Driver):
                     f"{ties[0]} are one tensor, which cannot be on {' and '.join(map(str, dict.fromkeys(places)))}; pass one "
                     "device, give each stage its own, or start a rank for each stage, where each has a copy"
                 )
+            _move(aux_networks, places)
             stages = [make_stage(index, place, at_once=one_device) for index, place in enumerate(places)]
             self._engine = LocalEngine(stages, self.method, num_microbatches, self._tracer)
         else:
             _check_world(len(modules), ranks)
             place = _places(modules, devices, only=ranks.stage)[ranks.stage]
+            _move(aux_networks[ranks.stage : ranks.stage + 1], [place])
             transport = Transport(ranks, timeout_s, self._tracer)
             try:
                 settings = {
@@ -219,7 +231,11 @@ class Pipeline(Driver):
                     "clip": clip,
                     "on_nonfinite": on_nonfinite,
                 }
-                self.seed = agree(transport, modules, place, settings, self.seed, ties)
+                wholes = [
+                    module if own is None else WithAux(module, *own)
+                    for module, own in zip(modules, aux_networks, strict=True)
+                ]
+                self.seed = agree(transport, wholes, place, settings, self.seed, ties)
                 stage = make_stage(ranks.stage, place, ranks.replica, at_once=place.type == "cpu")
                 self._engine = DistributedEngine(stage, self.method, num_microbatches, transport, self._tracer, loss_on)
             except BaseException as error:
@@ -254,8 +270,15 @@ class Pipeline(Driver):
         engine = self._engine
         with self._shared():
             x = check_samples("x", x) if engine.takes_x else None
-            # The first rank may be given y too, and then both are checked against each other.
-            y = check_samples("y", y) if engine.takes_y or (engine.takes_x and y is not None) else None
+            # Of the first and the last rank one needs y. The other may be given it too, and then both are checked against
+            # each other.
+            needs_y = engine.takes_x if self.method.local else engine.takes_y
+            if needs_y and y is None and self.method.local:
+                raise TypeError(
+                    f"y is None; by method {self.method.name!r} each stage has a loss of its own, and the first hands the "
+                    "targets on: pass y where you pass x"
+                )
+            y = check_samples("y", y) if needs_y or ((engine.takes_x or engine.takes_y) and y is not None) else None
             for stage in engine.stages:
                 stage.check_trainable()
             if x is not None and y is not None and num_samples(x) != num_samples(y):
@@ -348,6 +371,13 @@ def _places(
         current = own or current
         result.append(current)
     return result
+
+
+def _move(aux: Sequence[tuple[str, nn.Module] | None], places: Sequence[torch.device]) -> None:
+    """Auxiliary networks to where their stages work."""
+    for own, place in zip(aux, places, strict=True):
+        if own is not None:
+            own[1].to(place)
 
 
 def _check_plan_alone(given: dict[str, Any], method: str | Method, num_microbatches: Any, plan: Plan) -> None:

@@ -12,6 +12,8 @@ micro-batch by micro-batch, one slot each::
     U                    right after the last backward of a mini-batch
     flush                the backwards that are left, in order
 
+A method whose stages each have a loss of their own (``local``) has lead 0 at every stage, and no gradient travels.
+
 That is everything: ``StageOrder`` below says it in code, one stage at a time, and the engines, the
 simulator and the report only ever ask it (or a `Schedule`, which writes down a whole run) what comes
 next. None of them knows a method by name.
@@ -50,6 +52,8 @@ class Order(Protocol):
     def flush(self) -> bool: ...
     @property
     def forward_all(self) -> bool: ...
+    @property
+    def local(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,9 @@ class ScheduleError(ValueError):
 
 
 def lead(order: Order, num_stages: int, stage: int) -> int:
-    """How many forwards ``stage`` runs ahead of its first backward: ``ceil(ahead * d)``, d stages after it."""
+    """How many forwards ``stage`` runs ahead of its first backward: ``ceil(ahead * d)``, d stages after it; 0 by local losses."""
+    if order.local:
+        return 0
     # The small number keeps 1.1 * 10 = 11.000000000000002 at 11.
     return math.ceil(order.ahead * (num_stages - 1 - stage) - 1e-9)
 
@@ -193,6 +199,8 @@ class StageOrder:
         return (backward, _UPDATES[self.next_update - 1])
 
 
+_LOCAL = ", local losses"  # what the first line of a grid says of them
+
 # How a method's name becomes its order. `dtrp.methods` sets it, so that this file imports nothing.
 named_order: Callable[[str], Order] | None = None
 
@@ -218,6 +226,7 @@ class Schedule:
     minibatches: tuple[int, ...]  # micro-batches in each mini-batch
     stages: tuple[tuple[Action, ...], ...]
     declared: tuple[tuple[int, ...], ...] = field(default=())  # the delays it claims, by stage and micro-batch
+    local: bool = False  # whether each stage has a loss of its own, so that its B waits for no other
 
     @classmethod
     def build(
@@ -257,7 +266,7 @@ class Schedule:
             slots = [slot for size in sizes for slot in order.minibatch(size)] + order.flush()
             stages.append(tuple(action for slot in slots for action in slot))
             declared.append(_closed_form_delays(method, num_stages, stage, sizes))
-        return cls(method.name, sizes, tuple(stages), tuple(declared))
+        return cls(method.name, sizes, tuple(stages), tuple(declared), method.local)
 
     @property
     def num_stages(self) -> int:
@@ -296,7 +305,7 @@ class Schedule:
         for stage in range(self.num_stages):
             self._check_stage(stage)
         # Lock step: whatever can run runs; a column in which nothing does is a deadlock.
-        done = _Progress(self.stages)
+        done = _Progress(self.stages, self.local)
         while not done.finished:
             if not done.column(hop=1):
                 stage = next(k for k in range(self.num_stages) if done.next[k] < len(self.stages[k]))
@@ -369,7 +378,7 @@ class Schedule:
 
     def _columns(self, hop: Literal[0, 1]) -> list[list[Slot]]:
         """cells[stage][column]: what the stage does in that column when everyone starts as early as possible."""
-        done = _Progress(self.stages)
+        done = _Progress(self.stages, self.local)
         while not done.finished:
             if not done.column(hop):
                 return [_pack(actions) for actions in self.stages]  # a deadlock: show the bare order
@@ -392,7 +401,7 @@ class Schedule:
         sizes = self.minibatches[:1] if len(set(self.minibatches)) == 1 else self.minibatches
         lines = [
             f"{self.name}: stages {self.num_stages}, mini-batches {len(self.minibatches)}, "
-            f"micro-batches in each {' '.join(map(str, sizes))}"
+            f"micro-batches in each {' '.join(map(str, sizes))}{_LOCAL if self.local else ''}"
         ]
         for stage, line in enumerate(texts):
             padded = [text.ljust(width) for text, width in zip(line, widths, strict=False)]
@@ -415,7 +424,9 @@ class Schedule:
         """
         lines = [line for line in text.strip().splitlines() if line.strip()]
         first = lines[0].strip() if lines else ""
-        header = re.fullmatch(r"(\S+): stages (\d+), mini-batches (\d+), micro-batches in each ([\d ]+)", first)
+        header = re.fullmatch(
+            r"(\S+): stages (\d+), mini-batches (\d+), micro-batches in each ([\d ]+)(" + _LOCAL + ")?", first
+        )
         if not header:
             raise ScheduleError(
                 "a grid begins with a line like 'dtrp: stages 2, mini-batches 8, micro-batches in each 1'; "
@@ -448,14 +459,14 @@ class Schedule:
                 f"the first line says {header[2]} stages; the grid has {len(stages)} stage lines "
                 f"and {len(declared)} delay lines"
             )
-        return cls(header[1], sizes, tuple(stages), tuple(declared))
+        return cls(header[1], sizes, tuple(stages), tuple(declared), header[5] is not None)
 
 
 class _Progress:
     """A run in lock step: in each column a stage runs at most one F and one B, as soon as their inputs are there."""
 
-    def __init__(self, stages: Sequence[Sequence[Action]]) -> None:
-        self.stages = stages
+    def __init__(self, stages: Sequence[Sequence[Action]], local: bool) -> None:
+        self.stages, self.local = stages, local
         self.next = [0] * len(stages)  # place of each stage's next action
         self.cells: list[list[Slot]] = [[] for _ in stages]
         self._when: dict[tuple[int, Action], int] = {}  # (stage, action) -> its column
@@ -489,7 +500,7 @@ class _Progress:
         """Whether what the action needs from a neighbour was sent in column ``latest`` or before."""
         if action.kind == "F" and stage > 0:
             source = stage - 1
-        elif action.kind == "B" and stage < len(self.stages) - 1:
+        elif action.kind == "B" and stage < len(self.stages) - 1 and not self.local:
             source = stage + 1
         else:
             return True

@@ -15,7 +15,8 @@ For micro-batch m of mini-batch b, at a stage whose weights have had v updates (
     U        6. is the gradient finite? clip it
              7. gradients into p.grad, optimizer.step(), lr_scheduler.step()
 
-The last stage, whose B follows its F at once, always keeps its graph (unless all forwards come first).
+The last stage, whose B follows its F at once, always keeps its graph (unless all forwards come first). So does every stage
+with a loss of its own, which is that of its auxiliary network on its output.
 A kept graph never stands on the parameters themselves when an update comes before its backward: the
 update would change tensors that the graph has saved. It stands on leaves of its own, which are in the
 parameters' places while the module runs.
@@ -40,6 +41,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.optim import Optimizer
 
 from .aligned import aligned_clone, enter
+from .auxiliary import WithAux
 from .buffers import Met, marks
 from .exchange import Places
 from .footprint import StageSizes, footprint, optimizer_bytes
@@ -114,7 +116,8 @@ class Stage:
         method: the row to work by.
         optimizer: list of parameters -> optimizer; called when there are trainable parameters.
         lr_scheduler: optimizer -> scheduler, or None.
-        loss_fn: the loss, at the last stage.
+        loss_fn: the loss, at a stage that has one: the last, or each.
+        aux: what comes between the output and a loss of the stage's own, as a submodule of the whole; None at the last.
         needs_input_grad: whether any stage before has something to train.
         device: where the stage works.
         seed, replica: see `dtrp.rng`.
@@ -139,6 +142,7 @@ class Stage:
         lr_scheduler: Callable[[Optimizer], Any] | None,
         *,
         loss_fn: LossFn | None,
+        aux: tuple[str, nn.Module] | None = None,
         needs_input_grad: bool,
         device: torch.device,
         seed: int,
@@ -155,16 +159,19 @@ class Stage:
         self.num_stages, self.num_microbatches = num_stages, num_microbatches
         self.memory_limit_bytes = memory_limit_bytes
         self.module = module
+        self.aux = None if aux is None else aux[1]
+        self.whole: nn.Module = module if aux is None else WithAux(module, *aux)  # what is trained here
         # Compiled code reads the parameters that are in their places when it runs, as the module itself does.
         self.compiles = compile is not None
         self._call: Callable[[Any], Any] = call or (module if compile is None else _compiled(module, compile))
+        self._call_aux = self.aux if compile is None or self.aux is None else _compiled(self.aux, compile)
         self.method = method
         self.device = device
         self.loss_fn = loss_fn
         self.seed, self.replica = seed, replica
         self.distance = num_stages - 1 - index
         self.needs_input_grad = needs_input_grad
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        named = [(name, p) for name, p in self.whole.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
         for p in self.parameters:
@@ -173,7 +180,7 @@ class Stage:
         others = {tie.names[index][0] for tie in self.ties if tie.owner != index}
         # By every name of its trained parameters, in whichever stage, the one it goes by here.
         firsts = {id(p): name for name, p in named}
-        everywhere = module.named_parameters(remove_duplicate=False)
+        everywhere = self.whole.named_parameters(remove_duplicate=False)
         self.called = {name: firsts[id(p)] for name, p in everywhere if id(p) in firsts}
         for tie in self.ties:
             if tie.trained:
@@ -184,6 +191,7 @@ class Stage:
         self.lr_factor = method.lr_shrink**self.distance
         # A frozen front part has nothing to differentiate, so nothing to keep and nothing to repeat.
         self.trains = bool(self.parameters) or needs_input_grad
+        assert not (method.local and self.trains and loss_fn is None), "it has a loss of its own"
         self.recomputes = self.trains and method.recomputes(num_stages, index)
         self.has_decided = memory_limit_bytes is None or not self.trains
         # Whether another F may come before a graph's B.
@@ -211,7 +219,7 @@ class Stage:
         self._predicted: WeightVersion | None = None
         self._prepared: WeightVersion | None = None  # made ahead of its F, which finds it among _versions
         self._predicted_for: tuple[int, int] | None = None  # (version, horizon) of what _predicted holds
-        self._places = Places(module)
+        self._places = Places(self.whole)
         self._changes_input: bool | None = None  # does the module write its input? None: not seen yet
         self._graph_bytes: dict[Any, int] = {}
         self._wanting: dict[Any, list[bool]] = {}  # which tensors of an output have a gradient, by its form
@@ -231,7 +239,7 @@ class Stage:
         Args:
             micro: m.
             x: the stage's input, a tensor or a tree of them.
-            target: what the loss compares with, at the last stage.
+            target: what the loss compares with, at a stage that has one.
 
         Returns:
             The output for the next stage, a tensor or a tree of them, each requiring a gradient if it wants one back; or
@@ -248,12 +256,12 @@ class Stage:
         held = Held(micro, self.version, self._autocast_now(), leaf, value_bytes(leaf), target)
         if not self.trains:
             with torch.no_grad():
-                out = self._run(held, None)
+                out, _ = self._run(held, None)
             held.leaf, held.nbytes, held.has_graph = None, 0, True
         elif self.recomputes:
             held.weights = weights if self.method.backward_at == "stashed" else None
             with torch.no_grad():
-                out = self._run(held, weights, buffers="discarded")
+                out, _ = self._run(held, weights, buffers="discarded")
         else:
             held.weights = weights
             out, graph_bytes = self._graph(held, "returned" if self.holds_graphs else "own")
@@ -261,7 +269,7 @@ class Stage:
         self._prepared = None
         self._stash.append(held)
         self._note_peak(0)
-        if self.loss_fn is not None:
+        if self.distance == 0:
             return out.detach()
         tensors, form = flatten(out)
         wanting = self._wants(held, tensors)
@@ -270,6 +278,8 @@ class Stage:
 
     def _wants(self, held: Held, tensors: list[Tensor]) -> list[bool]:
         """Which tensors of an output have a gradient: where it was made without a graph, by a trial with one."""
+        if self.method.local:
+            return [False] * len(tensors)
         if not self.trains or not self.recomputes:
             return [t.requires_grad for t in tensors]
         able = [t.is_floating_point() or t.is_complex() for t in tensors]
@@ -471,9 +481,9 @@ class Stage:
         nbytes = self._graph_bytes.get(key)
         with torch.enable_grad():
             if nbytes is not None:
-                out = self._run(held, held.weights, buffers=buffers)
+                out, loss = self._run(held, held.weights, buffers=buffers)
             else:  # weigh the graph, once for each kind of input
-                known = [*self.module.parameters(), *self.module.buffers(), *inputs]
+                known = [*self.whole.parameters(), *self.whole.buffers(), *inputs]
                 known += held.weights.leaves if held.weights else []
                 first = self._changes_input is None
                 seen = {t.untyped_storage().data_ptr() for t in known}
@@ -486,14 +496,14 @@ class Stage:
                     return t
 
                 with torch.autograd.graph.saved_tensors_hooks(weigh, lambda t: t):
-                    out = self._run(held, held.weights, buffers=buffers)
+                    out, loss = self._run(held, held.weights, buffers=buffers)
                 nbytes = sum(sizes.values())
                 if nbytes and not first:  # hooks of the caller's inside the module hide the graph from these
                     self._graph_bytes[key] = nbytes
         held.has_graph = True
         if held.met is not None:
             nbytes += sum(map(tensor_bytes, held.met.moved.values()))
-        if self.loss_fn is None:
+        if loss is None:
             # Not the output itself: the next stage has it, and this one need not hold it for its backward.
             held.roots = [get_gradient_edge(t) if t.requires_grad else None for t in tensors_of(out)]
             if any(root is not None and not each for root, each in zip(held.roots, held.wanting, strict=False)):
@@ -501,22 +511,24 @@ class Stage:
                     "an output of the stage has a gradient now and had none when it was first tried; let it always have one, or "
                     "never (return it detached)"
                 )
-        elif out.requires_grad:
-            held.roots = [out]
+        elif loss.requires_grad:
+            held.roots = [loss]
         else:
             raise ValueError("the loss has no gradient; loss_fn must not detach it or compute it under no_grad")
         return out, nbytes
 
     # -- the module -----------------------------------------------------------------------------------
 
-    def _run(self, held: Held, weights: WeightVersion | None, *, buffers: Buffers = "own") -> Any:
-        """The module's forward (and at the last stage the loss), as micro-batch m must see it every time.
+    def _run(self, held: Held, weights: WeightVersion | None, *, buffers: Buffers = "own") -> tuple[Any, Tensor | None]:
+        """The module's forward and the loss, where there is one, as micro-batch m must see them every time.
+
+        At the last stage the loss is the output too.
 
         What it does to buffers happens to the module's ``own``; or to copies that are ``discarded``, or that are
         ``returned`` to the module afterwards, so that nobody writes what a graph that is kept has saved.
         """
         tensors = self._tensors(weights)
-        own = dict(self.module.named_buffers()) if buffers != "own" else {}
+        own = dict(self.whole.named_buffers()) if buffers != "own" else {}
         copies = {name: buffer.clone() for name, buffer in own.items()}
         if held.met is not None and own:  # the second time
             copies.update((name, met.clone()) for name, met in held.met.moved.items())
@@ -530,8 +542,10 @@ class Stage:
         with self.rng(held.micro.index), held.autocast.region():
             with self._places.hold(tensors):
                 out = self._call(x)
-            if self.loss_fn is not None:
-                out = self._loss(out, held)
+                judged = out if self._call_aux is None else self._judged(out)
+            loss = None if self.loss_fn is None else self._loss(judged, held)
+            if self.distance == 0:
+                out = loss
             elif not isinstance(out, Tensor):
                 flatten(out)  # refuses what cannot be passed on
         if buffers == "returned":
@@ -545,7 +559,19 @@ class Stage:
             )
         else:
             self._changes_input = True
-        return out
+        return out, loss
+
+    def _judged(self, out: Any) -> Any:
+        """What the auxiliary network makes of the output."""
+        assert self._call_aux is not None
+        before = [t._version for t in tensors_of(out)]
+        judged = self._call_aux(out)
+        if [t._version for t in tensors_of(out)] != before:
+            raise RuntimeError(
+                "the auxiliary network changed its input in place, which is the next stage's too; make its first operation "
+                "out of place (inplace=False)"
+            )
+        return judged
 
     @torch.no_grad()
     def _return(self, held: Held, own: dict[str, Tensor], copies: dict[str, Tensor], after: dict[str, Tensor]) -> None:
@@ -703,7 +729,7 @@ class Stage:
 
     def check_trainable(self) -> None:
         """Refuse parameters that were frozen or freed since the stage was made: its optimizer would not know."""
-        now = [name for name, p in self.module.named_parameters() if p.requires_grad]
+        now = [name for name, p in self.whole.named_parameters() if p.requires_grad]
         if now != self.names:
             changed = sorted(set(now) ^ set(self.names))[0]
             raise RuntimeError(
@@ -739,7 +765,7 @@ class Stage:
         return sum(tensor_bytes(g) for g in [*self.gradients, *self._spent] if g is not None)
 
     def _weights_bytes(self) -> int:
-        return sum(map(tensor_bytes, itertools.chain(self.module.parameters(), self.module.buffers())))
+        return sum(map(tensor_bytes, itertools.chain(self.whole.parameters(), self.whole.buffers())))
 
     def memory(self) -> dict[str, int]:
         """Bytes held, as in `Pipeline.memory`."""

@@ -73,12 +73,12 @@ class Held:
     autocast: AutocastState
     leaf: Any  # the input, a tensor or a tree of them
     nbytes: int  # of the input, and of the graph where it is kept
-    target: Any = None  # what the loss compares with, at the last stage
+    target: Any = None  # what the loss compares with, at a stage that has one
     weights: WeightVersion | None = None  # the copy that F read, where B needs it
     has_graph: bool = False
     modes: tuple[bool, ...] = ()  # of the module and those in it, train or eval, when the graph was made
     met: Met | None = None  # the buffers that F read, where its graph is kept
-    # Where differentiation starts, for each tensor of the output; None where it has nothing to do. Of the last stage: the loss.
+    # Where differentiation starts, for each tensor of the output; None where it has nothing to do. Where there is a loss: it.
     roots: list[Tensor | GradientEdge | None] = field(default_factory=list)
     # Which tensors of the output went on as ones that want a gradient; empty where all have a root that do.
     wanting: list[bool] = field(default_factory=list)

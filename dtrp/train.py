@@ -32,7 +32,7 @@ from .data import Dataset, TextDataset, batches, load_data
 from .events import Events, StageScalars, check_tensorboard
 from .gauge import PredictionError
 from .methods import Method, get_method
-from .models import get_model, takes_text
+from .models import auxiliary, get_model, takes_text
 from .names import unknown
 from .pipeline import Pipeline
 from .planning import Plan, plan
@@ -214,6 +214,7 @@ class Trainer:
         model = make_model(config, dataset).to(self.dtype)
         if agreed is not None:
             agreed.check_model(model)
+        aux = auxiliary(_example(config, dataset, 2)[0], dataset.num_classes) if method.local else None
         self.dataset = dataset.to(here)
         self.updates_per_epoch = math.ceil(len(dataset.train_y) / config.batch_size)
         self.total_updates = config.epochs * self.updates_per_epoch
@@ -223,6 +224,8 @@ class Trainer:
         num_stages = config.stages if num_workers is None else num_workers
         if num_stages is None and config.cuts is None:
             num_stages = min(4, len(model))
+        if method.local and num_stages != 1:
+            _check_parts(len(dataset.train_y), config)
         mesh = None
         if num_workers is not None and config.replicas > 1:
             join(_TIMEOUT_S)
@@ -238,6 +241,7 @@ class Trainer:
             keep=config.keep.split(",") if config.keep and "," in config.keep else config.keep,  # type: ignore[arg-type]
             memory_limit_bytes=config.memory_limit,
             lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+            aux=aux,
             seed=config.seed,
             devices=devices if len(devices) > 1 else devices[0],
             mesh=mesh,
@@ -620,21 +624,8 @@ def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any
     dataset = load_dataset(config)
     torch.manual_seed(config.seed)
     model = make_model(config, dataset)
-    dataset = dataset.limit(max(1, min(config.batch_size, len(dataset.train_y))), None)
-    x, y = next(
-        iter(
-            batches(
-                dataset.train_x, dataset.train_y, config.batch_size, dataset=dataset, seed=0, epoch=0, augment=False
-            )
-        )
-    )
-    assert x is not None
-    if len(x) < config.batch_size:
-        times = -(-config.batch_size // len(x))
-        x, y = torch.cat([x] * times)[: config.batch_size], torch.cat([y] * times)[: config.batch_size]
+    x, y = _example(config, dataset, config.batch_size)
     model = model.to(_DTYPES[config.dtype])
-    if x.is_floating_point():
-        x = x.to(_DTYPES[config.dtype])
     autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16) if config.dtype == "bfloat16" else None
     return plan(
         model,
@@ -647,6 +638,19 @@ def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any
         progress=say,
         **choices,
     )
+
+
+def _example(config: TrainConfig, dataset: Dataset | TextDataset, samples: int) -> tuple[Tensor, Tensor]:
+    """A mini-batch of training data as the model takes it; of few samples some come again."""
+    few = dataset.limit(max(1, min(samples, len(dataset.train_y))), None)
+    x, y = next(
+        batches(
+            few.train_x, few.train_y, samples, dataset=few, seed=0, epoch=0, augment=False, dtype=_DTYPES[config.dtype]
+        )
+    )
+    assert x is not None
+    times = -(-samples // len(x))
+    return torch.cat([x] * times)[:samples], torch.cat([y] * times)[:samples]
 
 
 def load_dataset(config: TrainConfig) -> Dataset | TextDataset:
@@ -770,6 +774,17 @@ def _check_shards(num_samples: int, config: TrainConfig) -> None:
         raise ValueError(
             f"an epoch's last mini-batch has {smallest} of the {num_samples} samples, and each of the {config.replicas} "
             "replicas needs at least one; choose another --batch-size or --limit-train"
+        )
+
+
+def _check_parts(num_samples: int, config: TrainConfig) -> None:
+    """Auxiliary networks of images have a BatchNorm, which cannot train on one sample."""
+    last = min(num_samples, num_samples % config.batch_size or config.batch_size)
+    smallest = max(1, last // config.replicas // config.num_microbatches)
+    if smallest < 2 and not takes_text(config.model):
+        raise ValueError(
+            f"an epoch's last mini-batch has {last} samples, and its micro-batches one; the auxiliary networks of {config.method} "
+            "train on at least two: choose another --batch-size, --num-microbatches or --limit-train"
         )
 
 

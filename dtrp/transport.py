@@ -307,16 +307,19 @@ class Transport:
             return out
         link = self._to_right
         assert link is not None
-        # A stage that is faster than the next one would pile up a whole data set here.
+        self.wait_for_room(link)  # a stage that is faster than the next one would pile up a whole data set here
+        out = map_tensors(Tensor.cpu, out)
+        link.send(Kind.of(out), Note(), out)
+        return None
+
+    def wait_for_room(self, link: Sender) -> None:
+        """Wait while messages pile up before the other end."""
         self.board.wait(
             lambda: None if link.crowded else True,
             lambda: (
                 f"rank {self.ranks.rank}, {self.board.doing}, has waited {{}} for rank {link.peer} to take its input"
             ),
         )
-        out = map_tensors(Tensor.cpu, out)
-        link.send(Kind.of(out), Note(), out)
-        return None
 
     def _pass_on(self, into: Receiver | None, out: Sender | None, method: str, work: Callable[[Any], Any]) -> Any:
         """Take the neighbour's value (None at the chain's end), and send on what ``work`` makes of it."""

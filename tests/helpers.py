@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import dtrp
 from dtrp.splitting import equal_cuts, into_stages
+from dtrp.trees import tensors_of
 
 WIDTH = 5
 
@@ -125,7 +127,41 @@ def cut(x: Any, parts: int) -> list[Any]:
     return [x] * parts
 
 
+def classifiers(stages: Any) -> list[nn.Module]:
+    """Auxiliary networks of `network`'s stages, with BatchNorm and dropout."""
+    return [nn.Sequential(block(WIDTH, WIDTH), nn.Linear(WIDTH, 3)) for _ in stages[:-1]]
+
+
+class Mean(nn.Module):
+    """An auxiliary network for outputs of any shape, trees too: each class has its share of a sample's mean."""
+
+    def __init__(self, num_classes: int = 5) -> None:
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.linspace(-1, 1, num_classes)),
+            nn.Parameter(torch.zeros(num_classes)),
+        )
+
+    def forward(self, out: Any) -> Tensor:
+        first = next(t for t in tensors_of(out) if t.is_floating_point())
+        return first.flatten(1).mean(1, keepdim=True) * self.weight + self.bias
+
+
+def means(stages: Any, num_classes: int = 5) -> list[nn.Module | None]:
+    """A `Mean` for each stage but the last that has something to train."""
+    trains = [any(p.requires_grad for p in stage.parameters()) for stage in stages]
+    return [Mean(num_classes) if each else None for each in trains[:-1]]
+
+
+def with_aux(method: Any, num_classes: int = 5) -> dict[str, Any]:
+    """The ``aux`` option of a pipeline, if its method needs one."""
+    row = dtrp.get_method(method) if isinstance(method, str) else method
+    return {"aux": functools.partial(means, num_classes=num_classes)} if row.local else {}
+
+
 def pipeline(model: Any, make_optimizer: Any = sgd, **options: Any) -> dtrp.Pipeline:
+    if "aux" not in options:
+        options.update(with_aux(options.get("method", "dtrp")))
     return dtrp.Pipeline(model, make_optimizer, nn.functional.cross_entropy, lr_scheduler=scheduler, seed=7, **options)
 
 

@@ -8,6 +8,12 @@ n the updates that a stage has made when the forward of micro-batch m runs, and 
     forward weights             =  W_k[n], or predicted from it and its optimizer's state, b - n ahead
     backward weights            =  W_k[b] ("current"), or the forward's ("stashed")
     W_k[b+1]                    =  one optimizer step from W_k[b] with the sample-weighted mean gradient
+
+Where each stage has a loss of its own (``local``), with C_k the auxiliary network of stage k < K-1 (DGL, arXiv:1901.08164):
+
+    h_0 = x,  h_k+1 = W_k[b](h_k), of which no gradient is taken at stage k+1
+    loss_k                      =  l(C_k[b](h_k+1), y), and l(h_K, y) at the last stage
+    (W_k, C_k)[b+1]             =  one optimizer step from (W_k, C_k)[b] with the sample-weighted mean gradient of loss_k
 """
 
 from __future__ import annotations
@@ -40,6 +46,7 @@ class Row:
     lr_shrink: float = 1.0
     flush: bool = False
     forward_all: bool = False
+    local: bool = False
 
 
 ROWS = {
@@ -54,6 +61,7 @@ ROWS = {
     "dtrp-1f1b": Row(1, False, "input", "current", "rollout"),
     "pipedream": Row(1, False, "graph", "stashed"),
     "spectrain": Row(1, False, "graph", "stashed", "linear"),
+    "dgl": Row(1, False, "graph", "stashed", local=True),
 }
 
 
@@ -134,12 +142,16 @@ def train(
     num_microbatches: int = 1,
     keep: Sequence[str] | None = None,
     clip: Callable[[Weights], Weights] = lambda gradients: gradients,
+    networks: Sequence[nn.Module] = (),
 ) -> Run:
     """Replay a run. ``segments`` are lists of mini-batches with a flush after each; ``rng(stage, m)`` draws.
 
     ``keep``: of each stage, instead of the row's; one that keeps its graph differentiates at its forward's weights.
-    ``clip``: what a stage's gradient is made into before its update.
+    ``clip``: what a stage's gradient is made into before its update. ``networks``: where each stage has a loss of its own.
     """
+    if row.local:  # there is nothing to flush
+        batches = [batch for segment in segments for batch in segment]
+        return train_local(stages, networks, batches, loss_fn, optimizer, lr, rng, num_microbatches, clip)
     stages = [copy.deepcopy(stage) for stage in stages]
     num = len(stages)
     stashed = [row.backward_at == "stashed" or (one == "graph" and not row.flush) for one in keep or [""] * num]
@@ -217,4 +229,62 @@ def train(
             b += 1
     result.weights = [versions[-1] for versions in history]
     result.history = history
+    return result
+
+
+def train_local(
+    stages: Sequence[nn.Module],
+    networks: Sequence[nn.Module],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    optimizer: Any,
+    lr: Callable[[int], float],
+    rng: Callable[[int, int], AbstractContextManager[None]],
+    num_microbatches: int = 1,
+    clip: Callable[[Weights], Weights] = lambda gradients: gradients,
+) -> Run:
+    """Replay a run in which each stage has a loss of its own; ``networks`` are those of all stages but the last.
+
+    A stage's weights and buffers in the result are its own and, after ``aux.``, those of its network.
+    """
+    pairs = [
+        nn.ModuleDict({"own": own, "aux": nn.Identity() if aux is None else aux})
+        for own, aux in zip(copy.deepcopy(list(stages)), [*copy.deepcopy(list(networks)), None], strict=True)
+    ]
+    num = len(pairs)
+    weights = [{n: p.detach().clone() for n, p in pair.named_parameters()} for pair in pairs]
+    buffers = [{n: b.clone() for n, b in pair.named_buffers()} for pair in pairs]
+    states: list[State] = [{n: {} for n in own} for own in weights]
+    result = Run([], [], [], [[] for _ in pairs])
+
+    def of(tensors: Weights, part: str) -> Weights:
+        return {n.removeprefix(part + "."): t for n, t in tensors.items() if n.startswith(part + ".")}
+
+    m = 0
+    for b, (x, y) in enumerate(batches):
+        parts = min(num_microbatches, len(x))
+        gradients: list[Weights] = [{} for _ in pairs]
+        loss_sum = torch.zeros(())
+        for part, target in zip(torch.tensor_split(x, parts), torch.tensor_split(y, parts), strict=True):
+            h = part
+            for k, pair in enumerate(pairs):
+                leaves = {n: w.detach().clone().requires_grad_() for n, w in weights[k].items()}
+                moved = {**leaves, **buffers[k]}
+                with rng(k, m):
+                    out = functional_call(pair["own"], of(moved, "own"), (h,))
+                    judged = functional_call(pair["aux"], of(moved, "aux"), (out,))
+                loss = loss_fn(judged, target) * (len(part) / len(x))
+                if k == num - 1:
+                    loss_sum = loss_sum + loss.detach()
+                for name, g in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+                    gradients[k][name] = gradients[k][name] + g if name in gradients[k] else g
+                result.delays[k].append(0)
+                h = out.detach()
+            m += 1
+        result.losses.append(loss_sum)
+        for k, own in enumerate(weights):
+            gradients[k] = clip(gradients[k])
+            weights[k] = {n: optimizer.step(w, gradients[k][n], states[k][n], lr(b)) for n, w in own.items()}
+    result.weights = [{n.removeprefix("own."): w for n, w in own.items()} for own in weights]
+    result.buffers = [{n.removeprefix("own."): t for n, t in own.items()} for own in buffers]
     return result

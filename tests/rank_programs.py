@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import unsplit
 from drop_in_programs import PROGRAMS as DROP_IN_PROGRAMS
-from helpers import WIDTH, Prophet, adamw, cut, minibatches, network, pipeline, scheduler, sgd
+from helpers import WIDTH, Prophet, adamw, cut, minibatches, network, pipeline, scheduler, sgd, with_aux
 from split_models import MODELS as SPLIT_MODELS
 from test_models_in_stages import MODELS, Tokens
 from tied_models import TIED
@@ -81,7 +81,7 @@ def train(
     around: Callable[[], Any] = contextlib.nullcontext,
     **options: Any,
 ) -> Result:
-    """Train with a flush after each segment; only the first rank is given x, and only the last one y.
+    """Train with a flush after each segment; only the first rank is given x, and only the last one y (the first, by dgl).
 
     ``ends`` are the ranks that host the first and the last stage, if not the first and the last of all; every step runs
     within ``around``.
@@ -93,15 +93,17 @@ def train(
         for segment in segments:
             for x, y in segment:
                 with around():
-                    losses.append(pipe.step(x if rank() == first else None, y if rank() == last else None))
+                    own = first if pipe.method.local else last
+                    losses.append(pipe.step(x if rank() == first else None, y if rank() == own else None))
             pipe.flush()
         return result(pipe, losses)
 
 
 def result(pipe: dtrp.Pipeline, losses: list[Tensor | None], **more: Any) -> Result:
+    aux = pipe.state_dict()["aux"]["model"] if pipe.method.local and pipe.num_stages > 1 else {}
     return {
         "losses": losses,
-        "weights": pipe.model_state_dict(),
+        "weights": {**pipe.model_state_dict(), **aux},
         "delays": pipe.delays(),
         "gradients": [p for stage in pipe.stages for p in stage.parameters() if p.grad is not None],
         **more,
@@ -327,6 +329,26 @@ def _busy_and_waiting_time_adds_up(method: str) -> Result:
         return result(pipe, losses)
 
 
+class Slow(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.01)
+        return super().forward(x)
+
+
+@special(2)
+def _no_stage_piles_up_messages_before_a_slower_one() -> Result:
+    with pipeline([nn.Linear(2000, 2000), Slow(2000, 3)], num_stages=2, method="dgl", timeout_s=20.0) as pipe:
+        losses = []
+        for _ in range(20):
+            x, y = torch.randn(32, 2000), torch.randint(3, (32,))
+            losses.append(pipe.step(x if rank() == 0 else None, y))  # the last one may have it too: they are compared
+            if world_size() > 1 and rank() == 0:
+                link: Any = pipe._engine._transport.forward_out  # type: ignore[attr-defined]
+                assert link.begun - link.finished <= 6
+        pipe.flush()
+        return result(pipe, losses)
+
+
 class Column(nn.Module):
     """Its output is a column of a wider tensor: mostly holes."""
 
@@ -361,7 +383,7 @@ def _infer_in_inference_mode_and_out_of_it(method: str) -> Result:
     return result(pipe, losses, outputs=[out.clone() for out in outputs if out is not None])
 
 
-@special(3, "dtrp", "fdg", "bp", "spectrain")
+@special(3, "dtrp", "fdg", "bp", "spectrain", "dgl")
 def _frozen_front_stage(method: str) -> Result:
     model = network()
     for p in model[:3].parameters():
@@ -377,7 +399,7 @@ def _frozen_stages_in_front_and_in_the_middle(method: str) -> Result:
     return train(model, [minibatches(7)], adamw, cuts=[2, 4, 5], method=method)
 
 
-@special(3, "dtrp", "fdg", "bp")
+@special(3, "dtrp", "fdg", "bp", "dgl")
 def _a_stage_without_parameters(method: str) -> Result:
     stages = [nn.Linear(WIDTH, WIDTH), nn.Sequential(nn.Tanh(), nn.Dropout(0.2)), nn.Linear(WIDTH, 3)]
     return train(stages, [minibatches(7)], method=method, num_microbatches=2)
@@ -574,12 +596,20 @@ def _saved(
             torch.manual_seed(5)  # other initial weights, and another seed
             options["seed"] = 100 + i
             model = network()
-            pipe = dtrp.Pipeline(model, make_optimizer, nn.functional.cross_entropy, lr_scheduler=scheduler, **options)
+            pipe = dtrp.Pipeline(
+                model,
+                make_optimizer,
+                nn.functional.cross_entropy,
+                lr_scheduler=scheduler,
+                **options,
+                **with_aux(method),
+            )
             assert pipe.load(folder) == {"next": i}
             assert pipe.seed == 7
         if i == 6:
             pipe.flush()
-        losses.append(pipe.step(x if pipe.is_first else None, y if pipe.is_last else None))
+        reads_y = pipe.is_first if pipe.method.local else pipe.is_last
+        losses.append(pipe.step(x if pipe.is_first else None, y if reads_y else None))
     pipe.flush()
     done = result(pipe, losses, state=pipe.state_dict()["optimizer"]["state"])
     pipe.close()
@@ -676,6 +706,7 @@ CLIPPING: dict[str, dict[str, Any]] = {
     "each stage, skip, fdg": {"method": "fdg", "max_grad_norm": 0.3, "on_nonfinite": "skip"},
     "all, bp": {"method": "bp", "max_grad_norm": 0.3, "clip": "global"},
     "all, skip, gpipe": {"method": "gpipe", "max_grad_norm": 0.3, "clip": "global", "on_nonfinite": "skip"},
+    "each stage, skip, dgl": {"method": "dgl", "max_grad_norm": 0.3, "on_nonfinite": "skip"},
     "skip, bp": {"method": "bp", "on_nonfinite": "skip"},
     "skip, dtrp": {"method": "dtrp", "on_nonfinite": "skip"},
 }
@@ -702,7 +733,7 @@ REPLICAS: dict[str, tuple[Any, ...]] = {
     for method, a, shards, optimizer in [
         *itertools.product(("bp", "dtrp"), (1, 2), ("equal", "unequal"), ("sgd",)),
         *itertools.product(("fdg", "dtrp"), (2,), ("unequal",), ("adamw",)),
-        *itertools.product(("bp", "dtrp", "fdg"), (2,), ("fewer than A",), ("sgd",)),
+        *itertools.product(("bp", "dtrp", "fdg", "dgl"), (2,), ("fewer than A",), ("sgd",)),
     ]
 }
 REPLICAS |= {
@@ -1045,7 +1076,7 @@ def save_to_a_full_disk(folder: str, disk: str) -> None:
         assert dtrp.saving.inspect(Path(disk, "saved")).extra == 6
 
 
-def agree(folder: str, num_replicas: int, proposals: list[list[int]]) -> None:
+def agree(folder: str, num_replicas: int, proposals: list[list[int]], method: str = "dtrp") -> None:
     """Print what `agreed` says after each of 20 steps; ``proposals`` are (rank, before which step, word).
 
     At the first word all save together, which they can after the same step alone, and go on after a flush.
@@ -1056,7 +1087,7 @@ def agree(folder: str, num_replicas: int, proposals: list[list[int]]) -> None:
     mesh = init_device_mesh("cpu", (num_replicas, num_stages), mesh_dim_names=("replica", "stage"))
     options: dict[str, Any] = {"mesh": mesh} if num_replicas > 1 else {}
     with pipeline(
-        network(), sgd, num_stages=num_stages, method="dtrp", num_microbatches=2, timeout_s=10.0, **options
+        network(), sgd, num_stages=num_stages, method=method, num_microbatches=2, timeout_s=10.0, **options
     ) as pipe:
         said = []
         for step, (x, y) in enumerate(minibatches(20)):
@@ -1065,7 +1096,8 @@ def agree(folder: str, num_replicas: int, proposals: list[list[int]]) -> None:
                 if (who, when) == (rank(), step):
                     pipe.propose(word)
             x, y = (torch.tensor_split(each, num_replicas)[replica] for each in (x, y))
-            pipe.step(x if stage == 0 else None, y if stage == num_stages - 1 else None)
+            reads_y = stage == (0 if method == "dgl" else num_stages - 1)
+            pipe.step(x if stage == 0 else None, y if reads_y else None)
             said.append(pipe.agreed)
             if pipe.agreed and sum(map(bool, said)) == 1:
                 pipe.save(Path(folder, "saved"))

@@ -34,7 +34,7 @@ def check(method: Any, compile: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["bp", "dtrp", "spectrain", "fdg"])
+@pytest.mark.parametrize("method", ["bp", "dtrp", "spectrain", "fdg", "dgl"])
 def test_compiled_stages_train_as_others_do(method: str) -> None:
     check(method, {"backend": "aot_eager"})
 

@@ -143,6 +143,10 @@ def test_sparse_gradients_are_clipped_too() -> None:
         ({"clip": "all"}, r"clip='all': choose 'stage' or 'global'"),
         ({"clip": "global", "method": "bp"}, r"clip='global' without max_grad_norm"),
         ({"clip": "global", "max_grad_norm": 1.0}, r"clip='global' with method='dtrp'.*pass clip='stage', or a method"),
+        (
+            {"clip": "global", "max_grad_norm": 1.0, "method": "dgl"},
+            r"clip='global' with method='dgl': its stages update",
+        ),
         ({"on_nonfinite": "ignore"}, r"on_nonfinite='ignore': choose 'stop' or 'skip'"),
     ],
 )

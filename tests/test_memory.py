@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, minibatches, network, pipeline, sgd
+from helpers import assert_same, minibatches, network, pipeline, sgd, with_aux
 from torch import Tensor, nn
 
 import dtrp
@@ -105,7 +105,7 @@ def test_declared_stash_is_measured_stash(name: str, num_microbatches: int) -> N
     num_stages, count = 4, 12
     model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(num_stages)))
     pipe = dtrp.Pipeline(model, sgd, nn.functional.mse_loss, num_stages=num_stages, method=name,
-                         num_microbatches=num_microbatches)  # fmt: skip
+                         num_microbatches=num_microbatches, **with_aux(name))  # fmt: skip
     meters = [GraphMeter(stage) for stage in pipe.stages]
     x = torch.randn(6, 5)
     held = [0] * num_stages

@@ -59,6 +59,14 @@ def test_any_field_can_be_changed() -> None:
         ("dtrp", {"forward_all": True}, "forward_all=True with flush=False"),
         ("gpipe", {"ahead": 2}, "neither ahead nor backward_first"),
         ("gpipe", {"backward_first": True}, "neither ahead nor backward_first"),
+        ("dgl", {"local": 1}, "local=1: pass True or False"),
+        ("dgl", {"ahead": 2}, "ahead=2 with local=True: .* no forward runs ahead; leave it at 1"),
+        ("dgl", {"backward_first": True}, "no earlier backward to come first; leave it at False"),
+        ("dgl", {"predict": "linear"}, "no delay to predict over; leave it at None"),
+        ("dgl", {"grad_shrink": 0.5}, "no gradient is received to be shrunk"),
+        ("dgl", {"flush": True}, "nothing is ever left to flush"),
+        ("dgl", {"forward_all": True}, "forwards do not wait for others"),
+        ("fdg", {"local": True}, "ahead=2 with local=True"),
     ],
 )
 def test_what_means_nothing_is_refused_with_the_reason(name: str, options: dict[str, object], rule: str) -> None:

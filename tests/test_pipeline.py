@@ -16,6 +16,7 @@ from helpers import (
     assert_close,
     assert_same,
     check_perfect_prediction,
+    classifiers,
     clone,
     minibatches,
     network,
@@ -23,6 +24,7 @@ from helpers import (
     plain_loop,
     rate,
     sgd,
+    with_aux,
 )
 from torch import Tensor, nn
 
@@ -52,18 +54,29 @@ def check_against_oracle(
     make, equations = OPTIMIZERS[optimizer]
     model = network()
     untouched = [copy.deepcopy(stage) for stage in into_stages(clone(model), num_stages)]
+    networks = classifiers(untouched) if row.local else []
+    keeps_own = not options
+    if row.local:
+        options["aux"] = clone(networks)
     pipe = pipeline(model, make, num_stages=num_stages, method=method, num_microbatches=num_microbatches, **options)
     losses = []
     for segment in segments:
         losses += [pipe.step(x, y) for x, y in segment]
         pipe.flush()
-    keeps = [str(keep) for keep in pipe.keeps().values()] if options else None
+    keeps = None if keeps_own else [str(keep) for keep in pipe.keeps().values()]
     want = oracles.train(
-        untouched, segments, nn.functional.cross_entropy, row, equations, rate, pipe.rng, num_microbatches, keeps
-    )
+        untouched, segments, nn.functional.cross_entropy, row, equations, rate, pipe.rng, num_microbatches, keeps,
+        networks=networks,
+    )  # fmt: skip
     assert_close(dict(enumerate(losses)), dict(enumerate(want.losses)))
     state = pipe.model_state_dict()
-    expected = {name: t for part in [*want.weights, *want.buffers] for name, t in part.items()}
+    expected = {}
+    for stage, parts in zip(pipe.stages, zip(want.weights, want.buffers, strict=True), strict=True):
+        layer = list(dict(stage.named_children()))[-1]
+        for name, t in [item for part in parts for item in part.items()]:
+            expected[name if not name.startswith("aux.") else f"aux.{layer}.{name[4:]}"] = t
+    if row.local and num_stages > 1:
+        state |= pipe.state_dict()["aux"]["model"]
     counters = {name for name in state if name.endswith("num_batches_tracked")}
     assert_close(
         {n: t for n, t in state.items() if n not in counters}, {n: expected[n] for n in expected if n not in counters}
@@ -210,12 +223,13 @@ def test_no_sample_is_lost_and_the_last_partial_minibatch_counts(name: str) -> N
         num_stages=3,
         method=name,
         num_microbatches=4,
+        **with_aux(name, 1),
     )
     y = torch.arange(11.0)
     for part in (y[:5], y[5:8], y[8:10], y[10:]):
         pipe.step(part[:, None], part)
     pipe.flush()
-    assert sorted(seen) == y.tolist()
+    assert sorted(seen) == sorted(y.tolist() * (3 if pipe.method.local else 1)), "once for each loss"
     assert [stage.version for stage in pipe._engine.stages] == [4, 4, 4]
     assert sum(pipe.delays()[0].values()) == 4 + 3 + 2 + 1
 

@@ -79,9 +79,11 @@ def run(
 def check_equal(a: tuple[list[Tensor], dict[str, Any], Any], b: tuple[list[Tensor], dict[str, Any], Any]) -> None:
     for n, (x, y) in enumerate(zip(a[0], b[0], strict=True)):
         assert torch.equal(x, y), f"loss {n}: {x} and {y}"
-    assert_same(a[1]["model"], b[1]["model"])
-    check_states(a[1]["optimizer"]["state"], b[1]["optimizer"]["state"])
-    assert a[1]["optimizer"]["param_groups"] == b[1]["optimizer"]["param_groups"]
+    assert a[1].keys() == b[1].keys()
+    for x, y in [(a[1], b[1]), *([(a[1]["aux"], b[1]["aux"])] if "aux" in a[1] else [])]:
+        assert_same(x["model"], y["model"])
+        check_states(x["optimizer"]["state"], y["optimizer"]["state"])
+        assert x["optimizer"]["param_groups"] == y["optimizer"]["param_groups"]
     assert a[1]["scheduler"] == b[1]["scheduler"]
     assert a[2] == b[2]
 

@@ -95,6 +95,20 @@ def test_stash_and_delay_are_those_of_the_lead(name: str, num_stages: int, num_m
         assert schedule.delays()[stage][-num_microbatches:] == steady
 
 
+def test_stages_with_losses_of_their_own_wait_for_no_gradient() -> None:
+    grid = (
+        "dgl: stages 3, mini-batches 3, micro-batches in each 1, local losses\n"
+        "stage 0 | F0 B0 U | F1 B1 U | F2 B2 U |         |\n"
+        "stage 1 |         | F0 B0 U | F1 B1 U | F2 B2 U |\n"
+        "stage 2 |         |         | F0 B0 U | F1 B1 U | F2 B2 U\n"
+        "delay 0 | 0 0 0\ndelay 1 | 0 0 0\ndelay 2 | 0 0 0"
+    )
+    assert str(Schedule.build("dgl", 3, 3)) == grid
+    Schedule.parse(grid).validate()
+    waiting = str(Schedule.parse(grid.replace(", local losses", "")))  # the same order, where gradients come back
+    assert waiting.splitlines()[1].count("|") > grid.splitlines()[1].count("|")
+
+
 def test_delays_by_hand() -> None:
     """DTRP 2d-1, FDG 2d, DDG and FR d (the level of staleness of the ADL paper)."""
     for name, at_distance in [

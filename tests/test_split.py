@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same
+from helpers import assert_same, with_aux
 from split_models import MODELS, Residual, Siamese, UNet, images, rows
 from torch import Tensor, nn
 from unsplit import (
@@ -81,7 +81,7 @@ def test_every_method_reaches_the_weights_inside(method: str) -> None:
             from dtrp.tracing.stage import trace_into_stages
 
             parts = dtrp.Stages(*trace_into_stages(model, rows(), points=["1", "2", "3"]))
-        pipe = dtrp.Pipeline(parts, sgd, loss_fn, method=method, num_microbatches=2, seed=SEED)
+        pipe = dtrp.Pipeline(parts, sgd, loss_fn, method=method, num_microbatches=2, seed=SEED, **with_aux(method))
         torch.manual_seed(4)
         losses = [pipe.step(rows(), torch.randint(3, (5,))) for _ in range(8)]
         pipe.flush()

@@ -203,7 +203,8 @@ def test_a_method_that_does_not_flush_refuses_them(method: str) -> None:
         pipeline(make(), method=method)
     with pytest.raises(ValueError, match=r"are one tensor \(and 1 more\), and stages"):
         pipeline(TIED["three holders and two ties"][0](), method=method)
-    pipeline(make(), method=dtrp.get_method(method, flush=True, predict=None))
+    if not dtrp.get_method(method).local:
+        pipeline(make(), method=dtrp.get_method(method, flush=True, predict=None))
 
 
 @pytest.mark.parametrize("method", ["dtrp", "fdg", "bp"])

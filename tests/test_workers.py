@@ -36,10 +36,11 @@ def left_over(mark: str) -> list[str]:
     return subprocess.run(["pgrep", "-af", mark], capture_output=True, text=True, check=False).stdout.splitlines()
 
 
-def test_workers_print_the_losses_of_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["dtrp", "dgl"])
+def test_workers_print_the_losses_of_one_process(tmp_path: Path, method: str) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run([*SMALL, "--stages", "2", "--threads", "1", "--out", str(one)]) == 0
-    done = dtrp(*SMALL, "--workers", "2", "--out", str(two))
+    assert run([*SMALL, "--method", method, "--stages", "2", "--threads", "1", "--out", str(one)]) == 0
+    done = dtrp(*SMALL, "--method", method, "--workers", "2", "--out", str(two))
     assert done.returncode == 0, done.stderr
     assert "2 stages in a process each" in done.stdout
     assert done.stdout.count("train loss") == 2, "progress on one rank"

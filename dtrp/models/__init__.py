@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..names import unknown
+from .auxiliary import auxiliary
 from .gpt import gpt
 from .layers import check_positive
 from .mlp import mlp
@@ -21,7 +22,7 @@ from .resnet import STEMS, cifar_resnet, resnet
 from .vgg import vgg
 from .wide_resnet import wide_resnet
 
-__all__ = ["cifar_resnet", "get_model", "gpt", "list_models", "takes_text"]
+__all__ = ["auxiliary", "cifar_resnet", "get_model", "gpt", "list_models", "takes_text"]
 
 _WITH_STEM: dict[str, Callable[..., nn.Sequential]] = {
     f"resnet{depth}": partial(resnet, depth) for depth in (18, 34, 50)

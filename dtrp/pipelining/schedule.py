@@ -107,6 +107,11 @@ class ScheduleDTRP(Driver):
         trace: bool = False,
     ) -> None:
         self.method = as_method(method)
+        if self.method.local:
+            raise ValueError(
+                f"method={self.method.name!r} needs auxiliary networks, and targets on the first rank, which a schedule of "
+                "torch's is not given; use dtrp.Pipeline(aux=...), or another method"
+            )
         self.num_microbatches = whole("n_microbatches", n_microbatches)
         check_seed(seed)
         check_timeout(timeout_s)

@@ -109,6 +109,11 @@ def plan(
     row = get_method(method) if isinstance(method, str) else method
     if not isinstance(row, Method):
         raise TypeError(f"method is a {type(method).__name__}; pass a name or what get_method returns")
+    if row.local:
+        raise PlanError(
+            f"method={row.name!r}: a plan is made of the layers' costs, and the auxiliary networks, which depend on the cuts, are "
+            "none of them; plan with method='bp' and use its cuts, or simulate with times that you know"
+        )
     if lr_scaling not in LR_SCALING:
         raise PlanError(f"lr_scaling={lr_scaling!r}: choose one of {', '.join(map(repr, LR_SCALING))}")
     if keep not in (None, "auto", "graph", "input"):

@@ -120,7 +120,8 @@ def simulate(
         num_stages: K.
         num_minibatches: the length of the run. The steady state needs a few times K.
         num_microbatches: A, or one number for each mini-batch.
-        forward_s: of F(m), the forward of **one micro-batch**, with a graph; also what a recompute takes.
+        forward_s: of F(m), the forward of **one micro-batch**, with a graph; also what a recompute takes. An auxiliary
+            network's is part of it, here and below.
         backward_s: of B(m), without its recompute.
         nograd_forward_s: of F(m) where no graph is made; None: as ``forward_s``.
         update_s: of U.
@@ -193,7 +194,8 @@ def simulate(
                 _scaled(predict[k], speeds[k]) if predicts else None,
             )
             random = Random(f"{seed} stage {k}")
-            workers.append(_worker(times, down[k], down[k + 1], up[k + 1], up[k], trace, random))
+            gradients = (None, None) if method.local else (up[k + 1], up[k])
+            workers.append(_worker(times, down[k], down[k + 1], *gradients, trace, random))
         while not all(trace.finished for trace in traces):
             for worker in itertools.chain(workers, reversed(workers)):
                 next(worker, None)  # as far as it can go

@@ -45,7 +45,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
     versions = {id(held.weights): held.weights for held in stage._stash if held.weights is not None}
     numbers = {number: i for i, number in enumerate(versions)}
     shared = {id(version): k for k, version in stage._versions.items()}
-    parameters, buffers = dict(stage.module.named_parameters()), dict(stage.module.named_buffers())
+    parameters, buffers = dict(stage.whole.named_parameters()), dict(stage.whole.named_buffers())
     part: dict[str, Any] = {
         "version": stage.version,
         "keep": stage.method.keep if stage.has_decided else None,
@@ -54,7 +54,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
         "delays": encode(stage.delays, "delays"),
         "peaks": [stage.stash_peak, stage.activations_peak],
         "buffers": encode(buffers, "buffer"),
-        "extra_state": encode(_extra_state(stage.module), "extra_state"),
+        "extra_state": encode(_extra_state(stage.whole), "extra_state"),
         "gradients": encode(list(stage.gradients), "gradient"),
         "versions": [
             {"key": list(shared[id(v)]) if id(v) in shared else None, "tensors": encode(v.tensors, f"version.{i}")}
@@ -87,7 +87,7 @@ def _met(stage: Stage, buffers: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     if not any(held.has_graph and stage.trains for held in stage._stash):
         return [{} for _ in entries]
     cure = "call pipe.flush() before pipe.save(), or save with portable=True"
-    if _extra_state(stage.module):
+    if _extra_state(stage.whole):
         raise CheckpointError(
             f"stage {stage.index} has graphs in flight and a module with get_extra_state(), which they may have read and a "
             f"checkpoint has only as it is now; {cure}"
@@ -150,8 +150,8 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
         return decoder.decode(coded, device)
 
     parameters, buffers = decode(common["parameters"]), decode(part["buffers"])
-    _check_same(f"the parameters of {where}", dict(stage.module.named_parameters()), parameters)
-    own_buffers = dict(stage.module.named_buffers())
+    _check_same(f"the parameters of {where}", dict(stage.whole.named_parameters()), parameters)
+    own_buffers = dict(stage.whole.named_buffers())
     if own_buffers.keys() != buffers.keys():
         name = sorted(own_buffers.keys() ^ buffers.keys())[0]
         raise CheckpointError(f"another model's checkpoint: {where} has the buffer {name} only here or only there")
@@ -241,7 +241,7 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
     checks.expect(isinstance(delays, Counter), f"{where} has no delays")
     checks.counts([*delays, *delays.values()], f"the delays of {where}")
     checks.expect(
-        isinstance(extra_state, dict) and extra_state.keys() == _extra_state(stage.module).keys(), "extra_state"
+        isinstance(extra_state, dict) and extra_state.keys() == _extra_state(stage.whole).keys(), "extra_state"
     )
     return StageParts(
         stage, part, parameters, buffers, extra_state, optimizer, scheduler, gradients, versions, stash,
@@ -305,17 +305,17 @@ class StageParts:
         stage = self.stage
         stage.drop()
         stage.seed = seed
-        for name, p in stage.module.named_parameters():
+        for name, p in stage.whole.named_parameters():
             p.copy_(self.parameters[name])
-        for name, buffer in dict(stage.module.named_buffers()).items():
+        for name, buffer in dict(stage.whole.named_buffers()).items():
             saved = self.buffers[name]
             if buffer.shape == saved.shape and buffer.dtype == saved.dtype:
                 buffer.copy_(saved)
             else:
                 owner, _, attribute = name.rpartition(".")
-                stage.module.get_submodule(owner)._buffers[attribute] = saved
+                stage.whole.get_submodule(owner)._buffers[attribute] = saved
         if self.extra_state:
-            stage.module.load_state_dict(self.extra_state, strict=False)
+            stage.whole.load_state_dict(self.extra_state, strict=False)
         if stage.optimizer is not None:
             stage.optimizer.load_state_dict(self.optimizer)
             # As they were: loading casts to the dtype of the parameters.
@@ -346,7 +346,7 @@ class StageParts:
                     stage._graph(held, "discarded")
             held.has_graph = had_graph
             stage._stash.append(held)
-        now = marks(dict(stage.module.named_buffers()))
+        now = marks(dict(stage.whole.named_buffers()))
         for held, _ in self.stash:
             if held.met is not None:
                 held.met.before = held.met.after = now

@@ -27,16 +27,23 @@ T = TypeVar("T")
 def encode_part(encoder: Encoder, stage: Stage) -> dict[str, Any]:
     """What a stage adds to `Pipeline.state_dict`, as JSON, its tensors in the encoder."""
     part = checkpoint.state_part(stage)
-    groups = []
-    for i, group in enumerate(part["param_groups"]):
-        options = {name: value for name, value in group.items() if name != "params"}
-        key = f"optimizer.param_groups.stage{stage.index}.{i}"
-        groups.append({"params": group["params"], "options": encoder.encode(options, key)})
+
+    def section(of: dict[str, Any], prefix: str) -> dict[str, Any]:
+        groups = []
+        for i, group in enumerate(of["param_groups"]):
+            options = {name: value for name, value in group.items() if name != "params"}
+            key = f"optimizer.param_groups.{prefix or 'aux.'}stage{stage.index}.{i}"
+            groups.append({"params": group["params"], "options": encoder.encode(options, key)})
+        return {
+            "model": {name: encoder.encode(value, f"{prefix}{name}") for name, value in of["model"].items()},
+            "state": {name: encoder.encode(value, f"optimizer.state.{name}") for name, value in of["state"].items()},
+            "param_groups": groups,
+        }
+
     return {
-        "model": {name: encoder.encode(value, f"model.{name}") for name, value in part["model"].items()},
-        "state": {name: encoder.encode(value, f"optimizer.state.{name}") for name, value in part["state"].items()},
-        "param_groups": groups,
+        **section(part, "model."),
         "scheduler": encoder.encode(part["scheduler"], f"scheduler.stage{stage.index}"),
+        "aux": None if part["aux"] is None else section(part["aux"], ""),
     }
 
 
@@ -69,12 +76,14 @@ def decode(found: Checkpoint, names: set[str] | None = None, device: torch.devic
     from .tensors import read_tensors  # torch may have been built without torch.distributed
 
     state, device = found.manifest["state"], device or torch.device("cpu")
-    wanted: list[str] = []
-    for section in ("model", "state"):
-        for name, coded in state[section].items():
-            if names is None or name in names:
-                wanted += tensor_keys(coded)
-    wanted += tensor_keys(state["param_groups"]) + tensor_keys(state["scheduler"])
+    wanted: list[str] = tensor_keys(state["scheduler"])
+    parts = [state, state["aux"]] if "aux" in state else [state]
+    for part in parts:
+        for kind in ("model", "state"):
+            for name, coded in part[kind].items():
+                if names is None or name in names:
+                    wanted += tensor_keys(coded)
+        wanted += tensor_keys(part["param_groups"])
     said = found.manifest["tensors"]
     specs = {key: Spec(key, said[key]) for key in wanted}
     decoder = Decoder(read_tensors(found.folder, found.manifest["files"], specs), specs)
@@ -85,19 +94,25 @@ def decode(found: Checkpoint, names: set[str] | None = None, device: torch.devic
         spec = Spec(coded["tensor"], said[coded["tensor"]]) if "tensor" in coded else None
         return torch.empty(spec.layout.shape, dtype=spec.dtype, device="meta") if spec is not None else None
 
-    return {
-        "model": {name: entry(name, coded) for name, coded in state["model"].items()},
-        "optimizer": {
-            "state": {
-                name: decoder.decode(coded, device)
-                for name, coded in state["state"].items()
-                if names is None or name in names
+    def section(of: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "model": {name: entry(name, coded) for name, coded in of["model"].items()},
+            "optimizer": {
+                "state": {
+                    name: decoder.decode(coded, device)
+                    for name, coded in of["state"].items()
+                    if names is None or name in names
+                },
+                "param_groups": [
+                    {"params": list(group["params"]), **decoder.decode(group["options"], device)}
+                    for group in of["param_groups"]
+                ],
             },
-            "param_groups": [
-                {"params": list(group["params"]), **decoder.decode(group["options"], device)}
-                for group in state["param_groups"]
-            ],
-        },
+        }
+
+    return {
+        **section(state),
+        **({"aux": section(state["aux"])} if "aux" in state else {}),
         "scheduler": decoder.decode(state["scheduler"], device),
         "num_updates": found.num_updates,
     }
@@ -113,7 +128,8 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
         torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
     Returns:
-        What `Pipeline.state_dict` returns: ``{"model", "optimizer", "scheduler", "num_updates"}``.
+        What `Pipeline.state_dict` returns: ``{"model", "optimizer", "scheduler", "num_updates"}``, and ``"aux"`` where there
+        are auxiliary networks.
 
     Raises:
         CheckpointError: no checkpoint, a damaged one, or an exact one.

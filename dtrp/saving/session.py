@@ -109,8 +109,8 @@ def _save(
             }
         else:
             merged = checkpoint.merge_state([part for other in everything for part in other["parts"]])
-            optimizer = merged["optimizer"]
-            state = {"model": merged["model"], "scheduler": merged["scheduler"], **optimizer}
+            flat = [{"model": section["model"], **section["optimizer"]} for section in checkpoint.sections(merged)]
+            state = {**flat[0], "scheduler": merged["scheduler"], **({"aux": flat[1]} if len(flat) > 1 else {})}
         specs = {key: spec for other in everything for key, spec in other["tensors"].items()}
         whole = {
             **everything[0]["head"],
@@ -211,7 +211,7 @@ def load(
 
 
 def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], scheduler: bool) -> Callable[[], None]:
-    names = {name for stage in engine.stages for name in [*stage.module.state_dict(), *stage.called]}
+    names = {name for stage in engine.stages for name in [*stage.whole.state_dict(), *stage.called]}
     names |= {tie.name for stage in engine.stages for tie in stage.ties}
     state = portable.decode(found, names)
     for stage in engine.stages:
@@ -221,7 +221,8 @@ def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], schedul
             own = {name: value for name, value in group.items() if name != "params"}
             parameters = dict(zip(stage.names, stage.parameters, strict=True))
             members = {name for name, own in stage.called.items() if any(parameters[own] is q for q in group["params"])}
-            for saved in state["optimizer"]["param_groups"]:
+            every = [saved for section in checkpoint.sections(state) for saved in section["optimizer"]["param_groups"]]
+            for saved in every:
                 if members & set(saved["params"]):
                     for option in own.keys() & saved.keys():
                         checks.alike(own[option], saved[option], f"the option {option!r}")
@@ -229,7 +230,8 @@ def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], schedul
                             own[option] is None or saved[option] is not None, f"the option {option!r} is None"
                         )
                     checks.warn_of_options(f"stage {stage.index}", own, saved)
-    checks.entries("the model", state["optimizer"]["state"], names)
+    for section in checkpoint.sections(state):
+        checks.entries("the model", section["optimizer"]["state"], names)
     for name, value in state["model"].items():
         fits = not isinstance(shapes.get(name), torch.Size) or isinstance(value, torch.Tensor)
         checks.expect(fits, f"{name} is no tensor")
