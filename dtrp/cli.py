@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import sys
 import tempfile
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import click
 import yaml
@@ -25,12 +24,14 @@ from .failure import WorkerError
 from .methods import get_method, list_methods
 from .models import list_models
 from .names import unknown
+from .option_types import Bytes, Count, Name, Names, Numbers, Sizes, Times
 from .planning import simulate as run_simulation
 from .planning.choose import LR_SCALING
-from .ranks import under_launcher
-from .runs import RunFolder
+from .ranks import launched
+from .runs import RunFolder, left_by
 from .saving import CheckpointError
 from .schedule import Schedule, ScheduleError
+from .staff import worker_range, workers_per_replica
 from .stage import StageError
 from .train import (
     CHOICES,
@@ -42,7 +43,6 @@ from .train import (
     config_text,
     make_plan,
     resolved,
-    workers_per_replica,
 )
 
 
@@ -75,52 +75,6 @@ def run(arguments: list[str] | None = None) -> int:
 def _complain(text: str, code: int = 2) -> int:
     print(f"dtrp: {' '.join(text.split())}", file=sys.stderr)
     return code
-
-
-class Name(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """One of some names; a wrong one is answered with the nearest right one."""
-
-    def __init__(self, label: str, names: tuple[str, ...]) -> None:
-        self.name = label
-        self.names = names
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return f"[{'|'.join(self.names)}]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value in self.names:
-            return str(value)
-        self.fail(unknown(self.name, value, self.names), param, ctx)
-
-
-class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Whole numbers: ``1,2,4``, or a list in a file."""
-
-    def __init__(self, what: str, example: str) -> None:
-        self.what, self.name = what, example
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        parts = value.split(",") if isinstance(value, str) else value
-        try:
-            return tuple(int(part) for part in parts)
-        except (TypeError, ValueError):
-            self.fail(f"{value!r} is no list of {self.what} like {self.name}", param, ctx)
-
-
-class Bytes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """A number of bytes: ``800MB``, ``2GiB``, ``1000000``."""
-
-    name = "size"
-    _UNITS: ClassVar[dict[str, int]] = {
-        "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-        "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-    }  # fmt: skip
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", str(value))
-        if not match or match[2].lower() not in self._UNITS:
-            self.fail(f"{value!r} is no size like 800MB or 2GiB", param, ctx)
-        return int(float(match[1]) * self._UNITS[match[2].lower()])
 
 
 def _load_run(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -203,8 +157,21 @@ _TRAIN_OPTIONS = [
     click.option("--heads", type=int, help="Heads of each attention in gpt (4)."),
     click.option("--context", type=int, help="Characters that gpt reads at once (64)."),
     click.option("--method", type=_METHODS, default=_DEFAULTS.method, help="Training method; see 'dtrp methods'."),
-    click.option("--stages", type=int, help="K: the parts the network is cut into, of equal numbers of layers (4)."),
-    click.option("--workers", type=int, help="Train in as many processes, a stage each, instead of in one."),
+    click.option(
+        "--stages",
+        type=Count("auto"),
+        help="K: the parts the network is cut into, of equal numbers of layers (4); auto: as many as there are workers.",
+    ),
+    click.option(
+        "--workers",
+        type=Count("2:4"),
+        help="Train in as many processes, a stage each, instead of in one; 2:4: go on with as many as there are.",
+    ),
+    click.option(
+        "--max-restarts",
+        type=int,
+        help="Failures of a worker after which all start again from the last save (0; of 2:4, 10).",
+    ),
     click.option(
         "--replicas",
         type=int,
@@ -309,7 +276,11 @@ _TRAIN_OPTIONS = [
         "--out", type=click.Path(), help="Folder for config, metrics.jsonl, model.pt and, at the end, summary.json."
     ),
     click.option("--overwrite", is_flag=True, help="Replace the run in --out."),
-    click.option("--save-every", type=int, help="Save within an epoch too, every so many updates."),
+    click.option(
+        "--save-every",
+        metavar="UPDATES|TIME",
+        help="Save within an epoch too: every 500 updates, or every 90s, 5m or 1h.",
+    ),
     click.option(
         "--keep-last",
         type=int,
@@ -348,7 +319,8 @@ def train(*, quiet: bool, resume: str | None, **options: Any) -> None:
     """Train a network and test it after each epoch.
 
     Settings are checked before anything is written. The folder of --out appears when the first epoch is
-    through, and then always holds the last finished one.
+    through, or with the first save, and then always holds the last finished one. Where it holds an unfinished run of
+    these very settings, that run goes on.
     """
     # --stages and --cuts say the same thing: one that is typed replaces the other where a file brought it.
     source = click.get_current_context().get_parameter_source
@@ -360,16 +332,18 @@ def train(*, quiet: bool, resume: str | None, **options: Any) -> None:
             raise click.UsageError("--resume goes on in the run's own folder; leave --out and --overwrite out")
         options = {**options, "out": resume, "overwrite": False}
         finished = read_summary(Path(resume))
-        if finished is not None and not under_launcher() and options["epochs"] <= finished["epochs"]:
+        if finished is not None and not launched() and options["epochs"] <= finished["epochs"]:
             click.echo(
                 f"{resume} is finished: {finished['epochs']} epochs, {finished['updates']} updates; to train longer, "
                 "pass --epochs"
             )
             return
     config = TrainConfig(**options, resume=resume is not None)
-    if (config.workers is not None or config.replicas > 1) and not under_launcher():
+    if (config.workers is not None or config.replicas > 1) and not launched():
         _train_in_workers(config, quiet=quiet)
         return
+    if config.out and launched() and left_by(config.out, "", overwrite=False) == "finished":
+        return  # a worker has failed after the end
     trainer = _checked(config)
     reporter = make_reporter(quiet=quiet) if trainer.reports else Reporter()
     with reporter:
@@ -378,18 +352,23 @@ def train(*, quiet: bool, resume: str | None, **options: Any) -> None:
 
 def _train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
     """The same command in as many processes as it asks for."""
-    from .workers import WorkersError, run_workers  # torchrun's interface takes a while to import
+    from .elastic import run_elastic  # torchrun's interface takes a while to import
+    from .workers import WorkersError, WorkersStopped, run_workers
 
     try:
         settings, _ = resolved(config)
         check_settings(settings)
-        num_workers = workers_per_replica(settings)
+        if not isinstance(config.workers, str):
+            config = dataclasses.replace(config, workers=workers_per_replica(settings))
+        text = config_text(config)
         if config.out:
-            RunFolder(config.out, overwrite=config.overwrite, resume=config.resume)
+            left = left_by(config.out, text, overwrite=config.overwrite)
+            resume = config.resume or left == "unfinished"
+            RunFolder(config.out, overwrite=config.overwrite or left == "begun", resume=resume)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     with tempfile.NamedTemporaryFile("w", prefix="dtrp-", suffix=".yaml") as file:
-        file.write(config_text(dataclasses.replace(config, workers=num_workers)))
+        file.write(text)
         file.flush()
         arguments = ["-m", "dtrp", "train", "--config", file.name]
         if quiet:
@@ -399,8 +378,27 @@ def _train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
         elif config.out:
             arguments += ["--out", config.out, *(["--overwrite"] if config.overwrite else [])]
         try:
-            # The last stage of the first replica knows the loss.
-            run_workers(arguments, num_workers * config.replicas, shown=num_workers - 1)
+            if isinstance(config.workers, str):
+                least, most = worker_range(config.workers)
+                restarts = 10 if config.max_restarts is None else config.max_restarts
+                out = Path(str(config.out)).expanduser()
+                before = read_summary(out)  # of a run that is trained longer
+                run_elastic(
+                    arguments,
+                    least,
+                    most,
+                    max_restarts=restarts,
+                    is_finished=lambda: read_summary(out) not in (None, before),
+                    say=lambda line: None if quiet else click.echo(line),
+                )
+            else:
+                assert config.workers is not None
+                num_processes = config.workers * config.replicas
+                # The last stage of the first replica knows the loss.
+                run_workers(arguments, num_processes, shown=config.workers - 1, max_restarts=config.max_restarts or 0)
+        except WorkersStopped as error:
+            said = error.log.strip().rpartition("\n")[2].removeprefix("dtrp: ")
+            raise Stopped(said if said.startswith("stopped after") else "interrupted", 128 + error.signal) from None
         except WorkersError as error:
             message = str(error)
             if not message.startswith("dtrp: "):
@@ -409,23 +407,9 @@ def _train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
             raise click.ClickException(message.removeprefix("dtrp: ")) from None
 
 
-class Names(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Some of the names: ``bp,dtrp``."""
-
-    def __init__(self, label: str, names: tuple[str, ...]) -> None:
-        self.name = label
-        self.names = names
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        words = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
-        for word in words:
-            if word not in self.names:
-                self.fail(unknown(self.name, word, self.names), param, ctx)
-        return words
-
-
 _OF_A_CELL = (
     "method", "prediction", "stages", "cuts", "num_microbatches", "seed", "out", "overwrite", "plan", "workers", "replicas",
+    "max_restarts",
     "memory_limit", "keep",
 )  # fmt: skip
 
@@ -543,6 +527,8 @@ def _trained(trainer: Trainer, reporter: Any) -> Any:
     try:
         return trainer.run(reporter)
     except Interrupted as error:
+        if not trainer.reports:
+            raise SystemExit(128 + error.signal) from error
         raise Stopped(str(error), 128 + error.signal) from error
     except StageError as error:
         cause = error.__cause__ if isinstance(error.__cause__, FloatingPointError) else error
@@ -682,31 +668,6 @@ def plan(**options: Any) -> None:
         filter(None, [f"dtrp train --data {config.data} --model {config.model}", *told, f"--plan {out}"])
     )
     click.echo(f"written to {out}; train by it:\n  {command}")
-
-
-class Sizes(Bytes):
-    """Bytes: one number, or one for each hop: ``1MB,4MB``."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, int):
-            return value
-        sizes = [super(Sizes, self).convert(part, param, ctx) for part in str(value).split(",")]
-        return sizes[0] if len(sizes) == 1 else sizes
-
-
-class Times(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Seconds: one number, or one for each stage or hop: ``0.1,0.2,0.1``."""
-
-    name = "seconds"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | list[float]:
-        if isinstance(value, float):
-            return value
-        try:
-            numbers = [float(part) for part in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is no number of seconds, nor a list like 0.1,0.2,0.1", param, ctx)
-        return numbers[0] if len(numbers) == 1 else numbers
 
 
 @cli.command()

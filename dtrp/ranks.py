@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .starting import meet
+
+LAUNCHER_VARIABLE = "DTRP_LAUNCHER"  # the process that has started the launcher, or is it
 _MOST_WAIT_S = 5.0  # for a process whose launcher is gone to end by itself
 
 
@@ -65,6 +68,17 @@ class Ranks:
 def under_launcher() -> bool:
     """Whether torchrun, or another launcher, has started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def launched() -> bool:
+    """Whether torchrun, or another launcher, has started this process, be it the only one."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or under_launcher()
+
+
+def launch_name() -> str | None:
+    """What the first ranks of all starts of one launch have in common, restarts included, and no other; None: no torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{name} {os.getppid()}" if name == "none" else name  # "none": torchrun was not told, and is alone
 
 
 def find_ranks(group: Any, mesh: Any, timeout_s: float) -> Ranks | None:
@@ -124,17 +138,12 @@ def _of_mesh(mesh: Any) -> Ranks:
 
 
 def _join(timeout_s: float) -> None:
-    """`init_process_group` under a prefix of this start's own.
-
-    What a killed start left in the store would be read by the next one under the same keys.
-    """
+    """`init_process_group` under keys of this start's own: see `dtrp.starting`."""
     from torch.distributed.rendezvous import rendezvous  # torch may have been built without
 
     timeout = timedelta(seconds=timeout_s)
     store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
-    start = "/".join(
-        os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
-    )
+    start = meet(store, rank, world_size, timeout_s)
     nccl = dist.is_nccl_available() and torch.cuda.is_available()
     own_device = nccl and int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) <= torch.cuda.device_count()
     prefixed = dist.PrefixStore(f"dtrp/{start}", store)  # type: ignore[attr-defined]
@@ -165,9 +174,11 @@ def _interruptibly(job: Callable[[], None], timeout_s: float) -> None:
 
     thread = threading.Thread(target=run, name="dtrp join", daemon=True)
     thread.start()
-    deadline = time.monotonic() + timeout_s + 5
+    deadline, launcher = time.monotonic() + timeout_s + 5, _launcher()
     while thread.is_alive() and time.monotonic() < deadline:
         thread.join(0.1)
+        if os.getppid() != launcher and "TORCHELASTIC_RUN_ID" in os.environ:
+            raise ConnectionError("the launcher of this process is gone, before all ranks had come")
     if errors and not isinstance(errors[0], (TimeoutError, RuntimeError)):
         raise errors[0]
     if errors or thread.is_alive():
@@ -179,6 +190,12 @@ def _interruptibly(job: Callable[[], None], timeout_s: float) -> None:
         ) from (errors[0] if errors else None)
 
 
+def _launcher() -> int:
+    """The parent of this process, which must stay it; one that died while torch was imported has left it to process 1."""
+    parent = os.getppid()
+    return int(os.environ.get(LAUNCHER_VARIABLE, parent)) if parent == 1 else parent
+
+
 def watch_launcher(on_gone: Callable[[], None], is_over: Callable[[], bool]) -> None:
     """Call ``on_gone`` when the torchrun agent that started this process is gone, and end the process soon after.
 
@@ -188,7 +205,7 @@ def watch_launcher(on_gone: Callable[[], None], is_over: Callable[[], bool]) -> 
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    launcher = os.getppid()
+    launcher = _launcher()
 
     def watch() -> None:
         while os.getppid() == launcher:

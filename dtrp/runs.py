@@ -15,12 +15,57 @@ from torch import Tensor
 
 from . import checkpoint
 from .files import whole_file
+from .ranks import launch_name
+
+_ABOUT_SAVES = ("save-every", "keep-last")  # settings that do not change what is trained
+
+
+def left_by(path: str, config: str, *, overwrite: bool) -> str | None:
+    """Whose work the folder of ``--out`` holds, where a command is given again, by a user or by torchrun after a failure.
+
+    Args:
+        path: of the folder.
+        config: the command's settings.
+        overwrite: whether it may replace a run.
+
+    Returns:
+        ``"unfinished"``: of a run with these settings, which is gone on with (with ``overwrite``, only if this launch has
+        begun it); ``"begun"``: the same, but there is nothing yet to go on from, nor to lose; ``"finished"``: this launch's
+        own; None: none of these.
+    """
+    folder = Path(path).expanduser()
+    own = (name := launch_name()) is not None and _text(folder / "launch") == name
+    if (folder / "summary.json").exists():
+        return "finished" if own else None
+    if (overwrite and not own) or _settings(_text(folder / "config")) != _settings(config):
+        return None
+    if any(folder.glob("saves/update-*")):
+        return "unfinished"
+    return None if _text(folder / "metrics.jsonl") else "begun"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _settings(config: str) -> Any:
+    import yaml
+
+    try:
+        values = yaml.safe_load(config)
+    except yaml.YAMLError:
+        return None
+    return {k: v for k, v in values.items() if k not in _ABOUT_SAVES} if isinstance(values, dict) else None
 
 
 class RunFolder:
     """``--out``: ``config``, ``metrics.jsonl`` and ``model.pt``, all three as of the last finished epoch.
 
-    At the end of the run ``summary.json`` comes beside them; ``saves`` holds checkpoints (`dtrp.saves`).
+    At the end of the run ``summary.json`` comes beside them; ``saves`` holds checkpoints (`dtrp.saves`); ``launch`` says
+    which torchrun has started the ranks, if one has.
 
     The folder appears, whole, when the first epoch is through, or with the first save; what it replaces goes then.
     ``resume`` takes up the run that is in it.
@@ -65,6 +110,7 @@ class RunFolder:
         try:
             (folder / "config").write_text(config)
             (folder / "metrics.jsonl").touch()
+            _sign(folder)
             yield folder
             folder.chmod(0o755)
             if self.path.exists():
@@ -86,6 +132,7 @@ class RunFolder:
         with whole_file(self.path / "metrics.jsonl") as file:
             file.write("".join(json.dumps(line) + "\n" for line in metrics).encode())
         (self.path / "summary.json").unlink(missing_ok=True)
+        _sign(self.path)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """The run is through; ``summary.json`` says so, whole or not at all."""
@@ -96,6 +143,16 @@ class RunFolder:
     def _append(folder: Path, metrics: dict[str, Any]) -> None:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
+
+
+def _sign(folder: Path) -> None:
+    """Say which launch works in the folder, if one does."""
+    name = launch_name()
+    if name is None:
+        (folder / "launch").unlink(missing_ok=True)
+        return
+    with whole_file(folder / "launch") as file:
+        file.write(name.encode())
 
 
 def _is_run(path: Path) -> bool:

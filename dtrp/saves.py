@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import time
 import warnings
@@ -67,6 +68,33 @@ class Position:
         return at
 
 
+_UNITS_S = {"s": 1, "m": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class SaveEvery:
+    """When a save within an epoch is due: every so many updates, or seconds."""
+
+    updates: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def of(cls, text: str | int | None) -> SaveEvery:
+        """``500``: updates; ``90s``, ``5m``, ``1.5h``: time; None: never.
+
+        Raises:
+            ValueError: anything else.
+        """
+        if text is None:
+            return cls()
+        match = re.fullmatch(r"([0-9]+)|([0-9]+(?:\.[0-9]*)?)([smh])", str(text).strip())
+        if match and match[1] and int(match[1]):
+            return cls(updates=int(match[1]))
+        if match and match[2] and float(match[2]):
+            return cls(seconds=float(match[2]) * _UNITS_S[match[3]])
+        raise ValueError(f"--save-every {text}: a number of updates, like 500, or a time, like 90s, 5m or 1h")
+
+
 class Saves:
     """Those of one run.
 
@@ -74,12 +102,24 @@ class Saves:
         run: its folder.
         keep_last: how many of the last ones are kept; the best one is kept beside them.
         tidies: whether this process, of those that train together, makes the folder and lets go of old ones.
+        every: when one is due within an epoch.
     """
 
-    def __init__(self, run: Path, keep_last: int, *, tidies: bool = True) -> None:
+    def __init__(self, run: Path, keep_last: int, *, tidies: bool = True, every: SaveEvery | None = None) -> None:
         self._tidies = tidies
+        self._every = every or SaveEvery()
+        self._since = time.monotonic()  # of the last save
         self._folder = run / "saves"
         self._keep_last = keep_last
+
+    @property
+    def late(self) -> bool:
+        """Whether the time for a save has come, by the clock of this process."""
+        return self._every.seconds is not None and time.monotonic() - self._since >= self._every.seconds
+
+    def due(self, update: int) -> bool:
+        """Whether a save is due after an update, on every rank."""
+        return self._every.updates is not None and update % self._every.updates == 0
 
     def write(self, pipe: Pipeline, position: Position, *, portable: bool) -> None:
         """Save, on all ranks, and let go of what need not be kept."""
@@ -91,7 +131,10 @@ class Saves:
         if self._tidies and (path.is_symlink() or (path.exists() and not is_ours(path))):
             path.rename(path.with_name(f"aside-{path.name}-{time.time_ns()}"))  # it was left aside when the run went on
         pipe.save(path, portable=portable, extra=extra)
+        self._since = time.monotonic()
         if self._tidies:
+            for path in self._folder.glob(".update-*"):  # of a process that died while it saved
+                shutil.rmtree(path, ignore_errors=True)
             best = self._path(position.best[0]) if position.best else None
             for path in self._all()[self._keep_last :]:
                 if path != best:

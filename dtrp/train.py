@@ -12,15 +12,14 @@ import math
 import os
 import platform
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +35,16 @@ from .models import auxiliary, get_model, takes_text
 from .names import unknown
 from .pipeline import Pipeline
 from .planning import Plan, plan
-from .ranks import join
-from .runs import RunFolder
-from .saves import Position, Saves
+from .ranks import join, launched, watch_launcher
+from .runs import RunFolder, left_by
+from .saves import Position, SaveEvery, Saves
+from .staff import check_workers, fixed_stages, workers_per_replica
+from .stopping import StopSignals
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 _TEST_BATCH = 500
 _TIMEOUT_S = 300.0
+_SAVE, _STOP = 1, 2  # what is proposed to all ranks: to save, and to save and stop
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class TrainConfig:
     heads: int | None = None
     context: int | None = None
     method: str = "dtrp"
-    stages: int | None = None
-    workers: int | None = None
+    stages: int | str | None = None
+    workers: int | str | None = None
+    max_restarts: int | None = None
     replicas: int = 1
     cuts: tuple[int, ...] | None = None
     num_microbatches: int = 1
@@ -94,11 +97,16 @@ class TrainConfig:
     prediction_error_every: int = 0
     trace: bool = False
     tensorboard: bool = False
-    save_every: int | None = None
+    save_every: int | str | None = None
     keep_last: int = 2
     out: str | None = None
     overwrite: bool = False
     resume: bool = False
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of stages is that of the workers there are, and may be another one after a restart."""
+        return self.stages == "auto" or isinstance(self.workers, str)
 
 
 @dataclass(frozen=True)
@@ -193,10 +201,14 @@ class Trainer:
             int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
         )
         check_settings(config)
-        num_workers = workers_per_replica(config, world_size) if world_size > 1 else None
+        ranks = world_size > 1 or (launched() and (config.elastic or config.workers is not None))
+        num_workers = workers_per_replica(config, world_size) if ranks else None
         self.run_folder = None
+        resume = config.resume
         if config.out and rank == 0:
-            self.run_folder = RunFolder(config.out, overwrite=config.overwrite, resume=config.resume)
+            left = left_by(config.out, config_text(config), overwrite=config.overwrite)
+            resume = resume or left == "unfinished"
+            self.run_folder = RunFolder(config.out, overwrite=config.overwrite or left == "begun", resume=resume)
         method = make_method(config)
         devices = _devices(config.device)
         stage = rank % (num_workers or 1)
@@ -221,7 +233,7 @@ class Trainer:
         if config.max_updates is not None:
             self.total_updates = min(self.total_updates, config.max_updates)
         factor = lr_factor(config.lr_schedule, config.warmup_updates, self.total_updates)
-        num_stages = config.stages if num_workers is None else num_workers
+        num_stages = num_workers if num_workers is not None else fixed_stages(config.stages)
         if num_stages is None and config.cuts is None:
             num_stages = min(4, len(model))
         if method.local and num_stages != 1:
@@ -253,20 +265,23 @@ class Trainer:
         )
         if config.prediction_error_every:
             self.pipe.watch_prediction(config.prediction_error_every)
+        if launched() and world_size == 1:
+            watch_launcher(lambda: None, lambda: False)  # on ranks, the engine does
         self.reports = self.pipe.is_last and self.replica == 0
         self.position, self.notes = Position(), list[str]()
         self._saves: Saves | None = None
         if config.out:
             run = Path(config.out).expanduser().absolute()
-            saves = Saves(run, config.keep_last, tidies=self.run_folder is not None)
+            every = SaveEvery.of(config.save_every)
+            saves = Saves(run, config.keep_last, tidies=self.run_folder is not None, every=every)
             self._saves = saves if config.keep_last else None
-            if config.resume:
+            if self.pipe.gather(resume)[0]:
                 self.position, self.notes = saves.resume(
                     self.pipe, num_replicas=config.replicas, check=self._check_position
                 )
                 if self.run_folder is not None:
                     self.run_folder.go_on(config_text(config), self.position.metrics)
-        self._asked_to_stop: int | None = None
+        self._stop_signals = StopSignals(lambda: self.pipe.propose(_STOP))
         self._events: Events | None = None
 
     def _check_position(self, at: Position) -> None:
@@ -289,7 +304,8 @@ class Trainer:
         """Train, test after each epoch, and keep the run folder whole all the while."""
         reporter = reporter or Reporter()
         config, pipe = self.config, self.pipe
-        with ExitStack() as failing, ExitStack() as ending, self._stopping():
+        listening = self._stop_signals if self._saves is not None else nullcontext()
+        with ExitStack() as failing, ExitStack() as ending, listening:
             failing.push(pipe)  # an error here is told to the other ranks at once
             reporter.start(self)
             for note in self.notes:
@@ -321,7 +337,8 @@ class Trainer:
                     samples_per_s=samples / trained,
                     elapsed_s=time.perf_counter() - start,
                 )
-                metrics = next(m for m in pipe.gather(own if self.reports else None) if m is not None)
+                told = pipe.gather((own if self.reports else None, self._stop_signals.asked is not None))
+                metrics = next(m for m, _ in told if m is not None)
                 epochs.append(metrics)
                 if config.tensorboard:
                     scalars = pipe.gather(stage_scalars.since(pipe) if self.replica == 0 else {})
@@ -339,7 +356,8 @@ class Trainer:
                 if self._saves is not None:
                     self._saves.write(pipe, at, portable=True)
                 reporter.epoch(metrics)
-                self._check_asked()
+                if any(asked for _, asked in told) and pipe.num_updates < self.total_updates:
+                    self._stop()
             result = TrainResult(config, tuple(epochs), self._stage_summaries())
             if config.trace:
                 pipe.save_trace(os.path.join(os.path.expanduser(str(config.out)), "trace.json"))
@@ -355,6 +373,7 @@ class Trainer:
         loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64)
         learned = torch.tensor(at.learned, dtype=torch.float64)
         samples = at.samples
+        proposed = False
         for x, y in batches(
             data.train_x,
             data.train_y,
@@ -367,6 +386,9 @@ class Trainer:
             images=pipe.is_first,
             start=at.samples,
         ):
+            if self.run_folder is not None and self._saves is not None and self._saves.late and not proposed:
+                pipe.propose(_SAVE)
+                proposed = True
             lr = next((o.param_groups[0]["lr"] for o in reversed(pipe.optimizers) if o is not None), None)
             with self._autocast():
                 loss = pipe.step(self._shard(x), self._shard(y))
@@ -380,18 +402,17 @@ class Trainer:
                     self._events.update(pipe.num_updates, loss, lr, len(y))
             if pipe.num_updates == self.total_updates or samples == len(data.train_y):
                 break  # the epoch's end saves
-            asked = self._asked_to_stop is not None
-            if asked or (config.save_every is not None and pipe.num_updates % config.save_every == 0):
-                self._save_within(at, samples, loss_sum, learned, start, began)
-                self._check_asked()
+            if self._saves is not None and (pipe.agreed or self._saves.due(pipe.num_updates)):
+                self._save_within(self._saves, at, samples, loss_sum, learned, start, began)
+                proposed = False
+                if pipe.agreed & _STOP:
+                    self._stop()
         return loss_sum, learned, samples
 
     def _save_within(
-        self, at: Position, samples: int, loss_sum: Tensor, learned: Tensor, start: float, began: float
+        self, saves: Saves, at: Position, samples: int, loss_sum: Tensor, learned: Tensor, start: float, began: float
     ) -> None:
-        """Save in the middle of an epoch."""
-        if self._saves is None:
-            return
+        """Save in the middle of an epoch; where the number of stages may change, so that it may."""
         if self.run_folder is not None:
             self.run_folder.begin(config_text(self.config))
         known = self.pipe.gather((float(loss_sum), float(learned)) if self.reports else None)
@@ -402,7 +423,7 @@ class Trainer:
         )
         if self._events is not None:
             self._events.flush()  # a run that goes on from the save lacks nothing
-        self._saves.write(self.pipe, here, portable=False)
+        saves.write(self.pipe, here, portable=self.config.elastic)
 
     def _begin_events(self) -> None:
         """Make the run's folder now, and the writer where the progress is known."""
@@ -418,38 +439,11 @@ class Trainer:
             self._events.close()
             self._events = None
 
-    @contextmanager
-    def _stopping(self) -> Iterator[None]:
-        """Within it Ctrl-C and SIGTERM ask for an end after the step under way, which saves; a second one ends at once.
-
-        Where several ranks train they end at once, since ranks that hear of it at different steps could not save together.
-        """
-        here = threading.current_thread() is threading.main_thread()
-        if (
-            self._saves is None
-            or not (self.pipe.is_first and self.pipe.is_last and self.config.replicas == 1)
-            or not here
-        ):
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def ask(number: int, frame: Any) -> None:
-            self._asked_to_stop = number
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-        for number in before:
-            signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _check_asked(self) -> None:
-        if self._asked_to_stop is not None and self.pipe.num_updates < self.total_updates:
-            raise Interrupted(self._asked_to_stop, self.pipe.num_updates, str(self.config.out))
+    def _stop(self) -> NoReturn:
+        """End the run here, as all ranks have agreed; it has been saved."""
+        update = self.pipe.num_updates
+        self.pipe.close()  # waits for the other ranks, so that none takes another's end for a failure
+        raise Interrupted(self._stop_signals.asked or signal.SIGTERM, update, str(self.config.out))
 
     def _shard(self, batch: Tensor | None) -> Tensor | None:
         """This replica's part of a mini-batch."""
@@ -688,7 +682,7 @@ def config_text(config: TrainConfig) -> str:
     values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value is not None and field.name not in ("out", "overwrite", "resume"):
+        if value is not None and field.name not in ("out", "overwrite", "resume", "max_restarts"):
             values[field.name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
     text: str = yaml.safe_dump(values, sort_keys=False)
     return text
@@ -738,36 +732,6 @@ CHOICES = {
 }
 
 
-def workers_per_replica(config: TrainConfig, num_processes: int | None = None) -> int:
-    """K, when each stage has a worker of its own.
-
-    Args:
-        config: what says ``workers`` and ``replicas``.
-        num_processes: how many torchrun has started, if it has.
-
-    Raises:
-        ValueError: they do not make up as many; or the stages are another number.
-    """
-    num_workers = config.workers
-    if num_workers is None:
-        num_workers = num_processes // config.replicas if num_processes is not None else config.stages
-    if num_workers is None and config.cuts is not None:
-        num_workers = len(config.cuts) + 1
-    if num_workers is None:
-        raise ValueError(f"--replicas {config.replicas} without --workers; say how many workers a replica has")
-    if num_processes is not None and num_workers * config.replicas != num_processes:
-        raise ValueError(
-            f"--workers {num_workers} and --replicas {config.replicas} make {num_workers * config.replicas} processes, and "
-            f"{num_processes} were started; start as many (torchrun --nproc-per-node {num_workers * config.replicas})"
-        )
-    stages = config.stages if config.cuts is None else len(config.cuts) + 1
-    if stages is not None and stages != num_workers:
-        raise ValueError(
-            f"{stages} stages and --workers {num_workers}: each worker has one stage; leave --stages out, or make them equal"
-        )
-    return num_workers
-
-
 def _check_shards(num_samples: int, config: TrainConfig) -> None:
     smallest = min(num_samples, num_samples % config.batch_size or config.batch_size)
     if smallest < config.replicas:
@@ -801,12 +765,14 @@ def check_settings(config: TrainConfig) -> None:
     for field, least in (
         ("epochs", 1), ("batch_size", 1), ("num_microbatches", 1), ("stages", 1), ("max_updates", 1),
         ("workers", 1), ("replicas", 1), ("limit_train", 1), ("limit_test", 1), ("threads", 1), ("warmup_updates", 0),
-        ("save_every", 1), ("keep_last", 0),
+        ("max_restarts", 0), ("keep_last", 0),
         ("image_size", 1), ("layers", 1), ("width", 1), ("heads", 1), ("context", 1), ("prediction_error_every", 0),
     ):  # fmt: skip
         value = getattr(config, field)
-        if value is not None and value < least:
+        if isinstance(value, int) and value < least:
             raise ValueError(f"{_option(field)} {value}: at least {least}")
+    SaveEvery.of(config.save_every)
+    check_workers(config)
     if takes_text(config.model) != (config.data == "text"):
         raise ValueError(
             f"--model {config.model} with --data {config.data}: "

@@ -18,10 +18,13 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from .ranks import LAUNCHER_VARIABLE
+
 _HANDLED = [
     number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 ]  # by the launcher
 _LINES = 30  # of a failed worker's log
+SAVING_S = 120  # that workers have to save and end when they are told to
 
 
 class WorkersError(RuntimeError):
@@ -42,17 +45,31 @@ class WorkersError(RuntimeError):
             super().__init__(f"dtrp: rank {rank} ended with exit code {exit_code}, and nothing in its log")
 
 
-def run_workers(arguments: Sequence[str], num_processes: int, *, shown: int) -> None:
+class WorkersStopped(Exception):
+    """All were told to end by a signal to this process, and have ended.
+
+    Attributes:
+        signal: the signal.
+        log: the end of what the one that is shown wrote to its standard error.
+    """
+
+    def __init__(self, signal: int, log: str) -> None:
+        super().__init__(f"stopped by signal {signal}")
+        self.signal, self.log = signal, log
+
+
+def run_workers(arguments: Sequence[str], num_processes: int, *, shown: int, max_restarts: int = 0) -> None:
     """Run ``python -m ...`` in several processes, as torchrun would, and wait for them.
 
     Args:
         arguments: what follows ``python``.
         num_processes: how many.
         shown: the local rank whose standard output is this process's; the others' goes to logs that are thrown away.
+        max_restarts: how often all are started again after one has failed.
 
     Raises:
         WorkersError: one failed; the others have been ended.
-        KeyboardInterrupt: Ctrl-C, or SIGTERM; all have been ended.
+        WorkersStopped: Ctrl-C, or SIGTERM; all were told, had the time to save, and have ended.
     """
     with _as_they_were(), tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
         redirects = {rank: Std.ERR if rank == shown else Std.ALL for rank in range(num_processes)}
@@ -63,7 +80,7 @@ def run_workers(arguments: Sequence[str], num_processes: int, *, shown: int) -> 
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
-            max_restarts=0,
+            max_restarts=max_restarts,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=redirects),
         )
@@ -74,17 +91,15 @@ def run_workers(arguments: Sequence[str], num_processes: int, *, shown: int) -> 
             ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
             rank = min(ended, key=lambda rank: (ended[rank] == -signal.SIGTERM, ended[rank] > 0, rank))
             raise WorkersError(rank, ended[rank], _log(Path(folder), rank)) from None
-        except SignalException:
-            raise KeyboardInterrupt from None
+        except SignalException as error:
+            raise WorkersStopped(error.sigval, _log(Path(folder), shown)) from None
 
 
 @contextmanager
 def _as_they_were() -> Iterator[None]:
     """What the launcher needs of this process while it runs: variables, quiet loggers, and its signal handlers."""
     variables = dict(os.environ)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all of them are on this machine
+    os.environ.update(variables_of_workers())
     names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
@@ -103,6 +118,21 @@ def _as_they_were() -> Iterator[None]:
         os.environ.update(variables)
 
 
+def variables_of_workers() -> dict[str, str]:
+    """What workers on this machine find in their environment, unless it is there already."""
+    variables = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_S)}
+    if sys.platform == "linux":
+        variables["GLOO_SOCKET_IFNAME"] = "lo"
+    return {LAUNCHER_VARIABLE: str(os.getpid())} | {
+        name: os.environ.get(name, value) for name, value in variables.items()
+    }
+
+
 def _log(folder: Path, rank: int) -> str:
-    files = sorted(folder.glob(f"*/attempt_*/{rank}/stderr.log"))
-    return "\n".join(files[-1].read_text(errors="replace").splitlines()[-_LINES:]) if files else ""
+    files = list(folder.glob(f"*/attempt_*/{rank}/stderr.log"))
+    return end_of(max(files, key=lambda path: path.stat().st_mtime)) if files else ""
+
+
+def end_of(log: Path) -> str:
+    """The last lines of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-_LINES:])

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from dtrp.cli import run
-from dtrp.train import TrainConfig, workers_per_replica
+from dtrp.staff import workers_per_replica
+from dtrp.train import TrainConfig
 
 SMALL = ["train", "--data", "digits", "--model", "mlp", "--limit-train", "100", "--limit-test", "50",
          "--batch-size", "32", "--epochs", "2", "--lr", "0.01", "--num-microbatches", "2"]  # fmt: skip

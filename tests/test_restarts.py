@@ -1,0 +1,362 @@
+"""Runs on workers that are told to stop, or killed, and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_full import CIFAR, benchmark
+
+from dtrp.cli import run
+from dtrp.runs import RunFolder, left_by
+from dtrp.saves import SaveEvery
+from dtrp.staff import worker_range
+from dtrp.starting import meet
+from dtrp.stopping import StopSignals
+from dtrp.train import TrainConfig, check_settings
+
+restarts = benchmark("restarts")
+pytestmark = pytest.mark.timeout(600)
+
+SMALL = ["train", "--model", "mlp", "--batch-size", "32", "--limit-train", "500", "--limit-test", "100", "--num-microbatches", "2",
+         "--workers", "2", "--epochs", "3", "--save-every", "3", "--quiet"]  # fmt: skip
+EQUAL = {"weights_equal": True, "metrics_equal": True, "finished": True}
+
+
+def dtrp(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dtrp", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed: 16 updates an epoch."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = dtrp(*SMALL, "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def gone(pids: list[int], timeout_s: float = 20.0) -> bool:
+    until = time.monotonic() + timeout_s
+    while any(map(restarts.runs, pids)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not any(map(restarts.runs, pids))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)]
+)
+def test_workers_that_are_told_to_stop_save_together(whole: Path, tmp_path: Path, number: int, code: int) -> None:
+    out = tmp_path / "run"
+    with restarts.started([*SMALL, "--save-every", "1000", "--epochs", "1000", "--out", str(out)]) as process:
+        restarts.wait_for(lambda: restarts.saves(out), process)
+        workers = restarts.children(process.pid)
+        process.send_signal(number)
+        text, error = process.communicate(timeout=60)
+    assert process.returncode == code, (text, error)
+    assert error.startswith("dtrp: stopped after update ")
+    assert error.count("\n") == 1
+    assert "go on with: dtrp train --resume" in error
+    assert gone(workers)
+    update = int(error.split()[4].rstrip(","))
+    assert restarts.saves(out)[-1].name == f"update-{update:08d}"
+    assert restarts.saves(out)[-1].name not in (f"update-{16 * n:08d}" for n in range(2000)), "within an epoch"
+
+
+def test_what_is_told_to_stop_goes_on_to_the_bit_by_the_same_command(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with restarts.started([*SMALL, "--out", str(out)]) as process:
+        restarts.wait_for(lambda: restarts.saves(out), process)
+        process.terminate()
+        assert "which is saved" in process.communicate(timeout=60)[1]
+    done = dtrp(*SMALL, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "what was in flight included" in done.stdout
+    assert restarts.same(out, whole) == EQUAL
+
+
+def test_torchrun_saves_too_when_it_is_told_to_stop(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "dtrp", *SMALL[:-5], "--epochs", "1000", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        restarts.wait_for(lambda: restarts.saves(out), process)
+        workers = restarts.children(process.pid)
+        process.terminate()
+        error = process.communicate(timeout=60)[1]
+    finally:
+        restarts.kill(process.pid, *restarts.children(process.pid))
+    assert error.count("dtrp: stopped after update") == 1, "one rank speaks for all"
+    update = int(error.partition("stopped after update ")[2].partition(",")[0])
+    assert restarts.saves(out)[-1].name == f"update-{update:08d}"
+    assert gone(workers)
+
+
+def test_after_a_death_nothing_is_saved(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with restarts.started([*SMALL, "--epochs", "1000", "--save-every", "1000", "--out", str(out)]) as process:
+        restarts.wait_for(lambda: restarts.saves(out), process)
+        workers = restarts.children(process.pid)
+        assert len(workers) == 2
+        restarts.kill(workers[-1])
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "was killed by signal 9" in error
+    assert all(int(path.name[7:]) % 16 == 0 for path in restarts.saves(out)), "at epochs' ends alone"
+    assert gone(workers)
+
+
+def test_killed_workers_start_again_and_end_as_if_nothing_had_been(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = restarts.killed_often([*SMALL, "--max-restarts", "4", "--out", str(out)], out, 2, aim="workers")
+    assert result["code"] == 0, result
+    assert len(result["kills"]) == 2
+    assert result["error"] == ""
+    assert restarts.same(out, whole) == EQUAL
+
+
+def test_the_launcher_killed_leaves_no_orphan(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = restarts.launcher_killed([*SMALL, "--out", str(out)], out)
+    assert result["workers"] == 2
+    assert result["orphans"] == 0
+    assert result["code"] == 0, result
+    assert result["went_on_after"]
+    assert restarts.same(out, whole) == EQUAL
+
+
+def test_the_one_worker_that_is_left_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [*SMALL[:-1], "--workers", "1:2", "--save-every", "2s", "--epochs", "30", "--out", str(out)]
+    result = restarts.fewer_and_more(command, out, [2, 1])
+    assert [step["workers"] for step in result["steps"]] == [2, 1], result
+    assert result["code"] == 0, result
+    assert result["went_on_after"]
+    assert [line["epoch"] for line in restarts.lines_of(out)] == list(range(1, 31))
+
+
+# -- the checks as they were asked for: many kills ---------------------------------------------------------------
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("aim", "kills"), [("workers", 20), ("saving", 10)])
+def test_killed_many_times(tmp_path: Path, aim: str, kills: int) -> None:
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    command = [*SMALL, "--workers", "3", "--epochs", "20"]
+    assert dtrp(*command, "--out", str(whole)).returncode == 0
+    result = restarts.killed_often([*command, "--max-restarts", str(kills + 5), "--out", str(out)], out, kills, aim=aim)
+    print(result)
+    assert len(result["kills"]) == kills
+    assert result["code"] == 0
+    assert restarts.same(out, whole) == EQUAL
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_four_workers_then_two_then_three(tmp_path: Path) -> None:
+    """And bp's accuracy less 3 points."""
+    out, bp = tmp_path / "run", tmp_path / "bp"
+    data = ["--data", "cifar10", "--data-dir", CIFAR, "--limit-train", "5000"] if CIFAR else ["--limit-train", "1500"]
+    command = ["train", *data, "--model", "resnet14-8", "--num-microbatches", "4", "--epochs", "8", "--lr", "0.05"]
+    assert dtrp(*command, "--method", "bp", "--stages", "4", "--threads", "1", "--out", str(bp)).returncode == 0
+    result = restarts.fewer_and_more(
+        [*command, "--workers", "2:4", "--save-every", "3s", "--out", str(out)], out, [4, 2, 3]
+    )
+    print(result)
+    assert [step["workers"] for step in result["steps"]] == [4, 2, 3]
+    assert result["code"] == 0
+    assert restarts.lines_of(out)[-1]["test_accuracy"] >= restarts.lines_of(bp)[-1]["test_accuracy"] - 0.03
+
+
+# -- in one process ----------------------------------------------------------------------------------------------
+
+ALONE = [
+    "train",
+    "--model",
+    "mlp",
+    "--limit-train",
+    "200",
+    "--limit-test",
+    "50",
+    "--threads",
+    "1",
+    "--quiet",
+    "--epochs",
+    "2",
+]
+
+
+def test_saves_by_the_clock(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run([*ALONE, "--save-every", "0.000001s", "--keep-last", "99", "--out", str(out)]) == 0
+    assert [path.name for path in restarts.saves(out)] == [f"update-{n:08d}" for n in range(1, 9)], "after every update"
+    assert "save-every: 0.000001s" in (out / "config").read_text()
+    long = tmp_path / "long"
+    assert run([*ALONE, "--save-every", "1h", "--keep-last", "99", "--out", str(long)]) == 0
+    assert [path.name for path in restarts.saves(long)] == ["update-00000004", "update-00000008"], (
+        "at epochs' ends alone"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "every"),
+    [
+        (None, SaveEvery()),
+        (500, SaveEvery(updates=500)),
+        ("500", SaveEvery(updates=500)),
+        ("90s", SaveEvery(seconds=90.0)),
+        ("5m", SaveEvery(seconds=300.0)),
+        ("1.5h", SaveEvery(seconds=5400.0)),
+    ],
+)
+def test_how_often(text: str | int | None, every: SaveEvery) -> None:
+    assert SaveEvery.of(text) == every
+
+
+@pytest.mark.parametrize("text", ["0", "0s", "-1", "5 bananas", "1e9", "m", "", "1.5"])
+def test_how_often_not(text: str) -> None:
+    with pytest.raises(ValueError, match="a number of updates, like 500, or a time, like 90s, 5m or 1h"):
+        SaveEvery.of(text)
+
+
+def test_whose_run_is_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    out = tmp_path / "run"
+    config = "model: mlp\nseed: 1\nsave-every: 3\n"
+
+    def left(text: str = config, *, overwrite: bool = False) -> str | None:
+        return left_by(str(out), text, overwrite=overwrite)
+
+    assert left() is None, "there is none"
+    RunFolder(str(out), overwrite=False).begin(config)
+    assert left() == "begun", "nothing to go on from, nor to lose"
+    assert left("seed: 2\n") is None
+    (out / "metrics.jsonl").write_text("{}\n")
+    assert left() is None, "an epoch would be lost"
+    (out / "metrics.jsonl").write_text("")
+    (out / "saves" / "update-00000003").mkdir(parents=True)
+    assert left() == "unfinished"
+    assert left("seed: 1\nmodel: mlp\nsave-every: 5m\nkeep-last: 9\n") == "unfinished", "the same training"
+    assert left("model: mlp\nseed: 2\n") is None
+    assert left(overwrite=True) is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    assert left(overwrite=True) is None, "another launch's, or nobody's"
+    RunFolder(str(out), overwrite=False, resume=True).go_on(config, [])
+    assert left(overwrite=True) == "unfinished", "this launch has begun it"
+    (out / "summary.json").write_text("{}")
+    assert left() == left(overwrite=True) == "finished"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "b")
+    assert left() is left(overwrite=True) is None
+
+
+def test_the_same_command_goes_on_and_another_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    command = [*ALONE, "--save-every", "3"]
+    assert run([*command, "--out", str(whole)]) == 0
+    shutil.copytree(whole, out)
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "saves" / "update-00000008")
+    assert run([*command, "--seed", "1", "--out", str(out)]) == 2
+    assert "exists; choose another name" in capsys.readouterr().err
+    assert run([*command, "--out", str(out)]) == 0
+    assert "going on after update 6, what was in flight included" in capsys.readouterr().out
+    assert restarts.same(out, whole) == EQUAL
+    assert run([*command, "--out", str(out)]) == 2, "a finished run is not trained again"
+
+
+class Store(dict[str, bytes]):
+    """What `meet` needs of a store, and what is in it from a start that was killed."""
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    def get(self, key: str) -> bytes:  # type: ignore[override]
+        return self[key]
+
+
+def test_a_start_takes_nothing_from_the_one_before() -> None:
+    import threading
+
+    store = Store()
+    names: dict[tuple[int, int], str] = {}
+
+    def start(number: int, rank: int, world_size: int) -> None:
+        time.sleep(0.05 * ((rank * 7 + number) % 3))
+        names[number, rank] = meet(store, rank, world_size, 10.0)
+
+    for number, world_size in enumerate((3, 3, 2, 4)):
+        threads = [threading.Thread(target=start, args=(number, rank, world_size)) for rank in range(world_size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert len({names[number, rank] for rank in range(world_size)}) == 1
+    assert len(set(names.values())) == 4
+    with pytest.raises(TimeoutError, match="rank 1, 2 has not come"):
+        meet(store, 0, 3, 0.1)
+    with pytest.raises(TimeoutError, match="rank 0 has not come"):
+        meet(store, 1, 3, 0.1)
+
+
+def test_one_signal_asks_and_its_echoes_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    calls: list[int] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored
+    with StopSignals(lambda: calls.append(1)) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        clock[0] += 1.9
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (calls, signals.asked) == ([1], signal.SIGTERM)
+        clock[0] += 0.2
+        with pytest.raises(KeyboardInterrupt, match="^$"):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"workers": "4:2"}, "--workers 4:2: a number, like 4, or the fewest and the most, like 2:4"),
+        ({"workers": "two"}, "--workers two: a number, like 4"),
+        ({"workers": "2:4"}, "--workers 2:4 without --out"),
+        ({"workers": "2:4", "out": "x", "keep_last": 0}, "--workers 2:4 without saves"),
+        ({"workers": 2, "max_restarts": 3}, "--max-restarts without --out"),
+        ({"max_restarts": 3, "out": "x"}, "--max-restarts without --workers"),
+        ({"workers": 2, "max_restarts": -1}, "--max-restarts -1: at least 0"),
+        ({"stages": "auto"}, "--stages auto without --workers"),
+        ({"stages": "four"}, "--stages four: a number, or auto"),
+        ({"workers": "2:4", "out": "x", "stages": 3}, "--stages 3 with --workers 2:4"),
+        ({"workers": "2:4", "out": "x", "cuts": (1,)}, "--cuts with --workers 2:4"),
+        ({"workers": 2, "stages": "auto", "keep": "graph,input"}, "--keep graph,input with --stages auto"),
+        ({"workers": "2:4", "out": "x", "replicas": 2}, "--replicas 2 with --workers 2:4"),
+        ({"save_every": "5 m", "out": "x"}, "--save-every 5 m: a number of updates"),
+    ],
+)
+def test_what_does_not_go_together(options: dict[str, Any], rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(ValueError, match=rule):
+        check_settings(TrainConfig(**options))
+    assert worker_range("2:4") == (2, 4)
+
+
+def test_what_a_range_says_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*ALONE, "--workers", "3:2", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("dtrp: --workers 3:2: a number, like 4")
+    assert json.loads(json.dumps(list(worker_range(" 1:8 ")))) == [1, 8]
