@@ -242,14 +242,16 @@ def test_informed_is_nearer_where_gradients_are_known() -> None:
     """Four micro-batches: the distance that is left, against `linear`'s."""
     left = {}
     for predictor in (linear, informed):
+        torch.manual_seed(0)
         method = dtrp.get_method("dtrp", predict=predictor)
         pipe = pipeline(network(), num_stages=3, method=method, num_microbatches=4)
         pipe.watch_prediction()
         for x, y in minibatches(20):
             pipe.step(x, y)
         pipe.flush()
-        left[predictor] = sum(error.read for error in pipe.prediction_errors())
-    assert left[informed] < 0.9 * left[linear]
+        errors = pipe.prediction_errors()
+        left[predictor] = sum(error.read for error in errors) / sum(error.stale for error in errors)
+    assert left[informed] < 0.85 * left[linear]
 
 
 @pytest.mark.usefixtures("float64")
