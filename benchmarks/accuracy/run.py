@@ -35,9 +35,9 @@ MODELS = {"small": "resnet14-8", "resnet20": "resnet20"}
 GRIDS: dict[str, list[tuple[str, str, str]]] = {
     "small": [
         ("bp,spectrain,dtrp,fdg,fr", "4,8", "K"),
-        ("bp,dtr,dtrp-1f1b,adl,ddg", "4,8", "K"),
-        ("bp,spectrain,dtrp,fdg,fr,dtr,dtrp-1f1b,ddg", "4,8", "1"),
-        ("bp,spectrain,dtrp,fdg,fr,dtr,dtrp-1f1b,adl,ddg", "2", "K,1"),
+        ("bp,dgl,dtr,dtrp-1f1b,adl,ddg", "4,8", "K"),
+        ("bp,spectrain,dtrp,fdg,fr,dgl,dtr,dtrp-1f1b,ddg", "4,8", "1"),
+        ("bp,spectrain,dtrp,fdg,fr,dgl,dtr,dtrp-1f1b,adl,ddg", "2", "K,1"),
     ],
     "resnet20": [("bp,spectrain,dtrp,fdg", "4", "4")],
 }
