@@ -2,11 +2,10 @@
 
     python benchmarks/accuracy/run.py small --data-dir DIR       # ResNet-14 of width 8, 20,000 images, 8 epochs
     python benchmarks/accuracy/run.py resnet20 --data-dir DIR    # ResNet-20, K = 4, four methods
-    python benchmarks/accuracy/run.py show                       # the tables again, from the raw files
+    python benchmarks/shown.py --write                           # puts the table into README.md
 
 Both are grids of runs, seed after seed and what is checked first. A finished run is a line of results/<part>.jsonl and is not
-repeated: break it off, start it again, elsewhere too; several may work on different --stages at the same time. Differences to bp
-are of the same seed and number of micro-batches: paired.
+repeated: break it off, start it again, elsewhere too; several may work on different --stages at the same time.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,15 +44,11 @@ PREDICTIONS = ("linear", "rollout")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=[*GRIDS, "show"])
+    parser.add_argument("part", choices=[*GRIDS])
     parser.add_argument("--data-dir", help="where cifar-10-batches-py lies")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--stages", help="some of the part's, as 4,8")
     options = parser.parse_args()
-    if options.part == "show":
-        for part in GRIDS:
-            show(part)
-        return
     if not options.data_dir:
         parser.error("--data-dir: say where cifar-10-batches-py lies")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -62,7 +56,6 @@ def main() -> None:
         if key(cell) not in {key_of(row) for row in finished(options.part)}:
             print(cell.name, flush=True)
             run(options.part, cell, options.data_dir)
-    show(options.part)
 
 
 def cells(part: str, seeds: range, only: str | None) -> Iterator[Cell]:
@@ -125,43 +118,6 @@ def described(folder: Path) -> dict[str, Any]:
         "minibatch_s": summary["minibatch_s"],
         **{name: summary["environment"][name] for name in ("torch", "dtrp")},
     }
-
-
-def show(part: str) -> None:
-    rows = finished(part)
-    if not rows:
-        return
-    backprop = {(r["num_microbatches"], r["seed"]): r["test_accuracy"][-1] for r in rows if r["method"] == "bp"}
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for r in rows:
-        groups.setdefault((r["stages"], r["num_microbatches"], r["method"], r["prediction"] or ""), []).append(r)
-    print(
-        f"{part}\n\n| K | A | method | seeds | accuracy, % | less bp's with that A (paired) | delay | prediction error |\n|"
-        + "---|" * 8
-    )
-    for (stages, parts, method, prediction), runs in sorted(groups.items()):
-        accuracies = [100 * r["test_accuracy"][-1] for r in runs]
-        less = [
-            100 * (backprop[parts, r["seed"]] - r["test_accuracy"][-1]) for r in runs if (parts, r["seed"]) in backprop
-        ]
-        errors = [r["prediction_error"] for r in runs if r["prediction_error"] is not None]
-        name = f"{method} ({prediction})" if prediction else method
-        paired = "" if method == "bp" else _mean(less, error=True)
-        print(
-            f"| {stages} | {parts} | {name} | {len(runs)} | {_mean(accuracies)} | {paired} | "
-            f"{max(r['largest_delay'] for r in runs)} | {f'{statistics.fmean(errors):.2f}' if errors else ''} |"
-        )
-    print()
-
-
-def _mean(values: list[float], *, error: bool = False) -> str:
-    """Mean ± standard deviation, or standard error."""
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    spread = statistics.stdev(values) / (math.sqrt(len(values)) if error else 1)
-    return f"{statistics.fmean(values):.2f} ± {spread:.2f}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""What the documents say of results/small.jsonl."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from shown import rows, spread, table
+
+ROWS = rows("accuracy/results/small.jsonl")
+HEAD = ("K", "A", "method", "seeds", "accuracy, %", "less than bp's with that A, points (paired)", "largest delay",
+        "prediction error")  # fmt: skip
+
+
+def small() -> str:
+    """Accuracies with their standard deviation, differences with their standard error."""
+    backprop = {(row["num_microbatches"], row["seed"]): _accuracy(row) for row in ROWS if row["method"] == "bp"}
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in ROWS:
+        key = (row["stages"], row["num_microbatches"], row["method"], row["prediction"] or "")
+        groups.setdefault(key, []).append(row)
+    lines = []
+    for (stages, parts, method, prediction), runs in sorted(groups.items()):
+        less = [backprop[parts, row["seed"]] - _accuracy(row) for row in runs if (parts, row["seed"]) in backprop]
+        errors = [row["prediction_error"] for row in runs if row["prediction_error"] is not None]
+        lines.append(
+            [
+                str(stages), str(parts), f"{method} ({prediction})" if prediction else method, str(len(runs)),
+                _mean([_accuracy(row) for row in runs]), "" if method == "bp" else _mean(less, error=True),
+                str(max(row["largest_delay"] for row in runs)), f"{statistics.fmean(errors):.2f}" if errors else "",
+            ]
+        )  # fmt: skip
+    return table(HEAD, lines)
+
+
+def _accuracy(row: dict[str, Any]) -> float:
+    return 100 * float(row["test_accuracy"][-1])
+
+
+def _mean(values: list[float], *, error: bool = False) -> str:
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values)
+    if error:
+        return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
+    return spread(values, 2)
