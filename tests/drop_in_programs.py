@@ -373,7 +373,8 @@ AS_TORCH = [
     *(both("blocks", 2, optimizer_name=name) for name in OPTIMIZERS),
 ]
 
-METHODS = [f"{kind}, {method}" for kind, method in itertools.product(("dropout",), dtrp.list_methods())]
+_TAKEN = [name for name in dtrp.list_methods() if not dtrp.get_method(name).local]  # a local one is refused
+METHODS = [f"{kind}, {method}" for kind, method in itertools.product(("dropout",), _TAKEN)]
 for _name in METHODS:
     _kind, _, _method = _name.partition(", ")
     case(

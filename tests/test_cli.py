@@ -155,7 +155,7 @@ def written(text: str, name: str = "c.yaml") -> Callable[[Path], list[str]]:
     [
         (["--stages", "50"], "num_stages=50 but the model has"),
         (["--stages", "0"], "--stages 0: at least 1"),
-        (["--stages", "two"], "'two' is not a valid integer"),
+        (["--stages", "two"], "--stages two: a number, or auto"),
         (["--cuts", "2,1"], "put them in rising order"),
         (["--cuts", "1,99"], "99 is out of range"),
         (["--cuts", "1,x"], "no list of layer numbers like 3,6,9"),

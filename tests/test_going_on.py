@@ -70,7 +70,7 @@ def test_one_process_after_another(server: Server, tmp_path: Path) -> None:
     check_kinds(check_cells(server, tmp_path, 1, SOME), len(SOME))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_ranks_after_ranks(server: Server, tmp_path: Path, ranks: int) -> None:
     cells = [cell for cell in SOME if cell[1] == ranks and cell[0] in ("dtrp", "fdg", "adl", "gpipe", "spectrain")]
     assert cells

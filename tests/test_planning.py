@@ -671,7 +671,7 @@ def test_more_micro_batches_are_tried_where_fewer_do_not_fit() -> None:
         return int(str(caught.value).split("memory_limit_bytes>=")[1].split(",")[0])
 
     assert least(4) < least(2)
-    assert quick(network(), method="bp", memory_limit_bytes=least(4)).num_microbatches == 4
+    assert quick(network(), method="bp", memory_limit_bytes=least(4)).num_microbatches >= 4
 
 
 def test_a_long_lead_for_slow_links() -> None:

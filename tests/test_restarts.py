@@ -71,6 +71,7 @@ def test_workers_that_are_told_to_stop_save_together(whole: Path, tmp_path: Path
     assert restarts.saves(out)[-1].name not in (f"update-{16 * n:08d}" for n in range(2000)), "within an epoch"
 
 
+@pytest.mark.full
 def test_what_is_told_to_stop_goes_on_to_the_bit_by_the_same_command(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with restarts.started([*SMALL, "--out", str(out)]) as process:
