@@ -5,6 +5,7 @@ from typing import Any
 from shown import rows, table
 
 EXPLORED = rows("gpt/results/exploration.jsonl")
+ROWS = rows("gpt/results/gpt.jsonl")
 FIRST = rows("gpt/results/first_recipe.jsonl")
 
 
@@ -70,3 +71,16 @@ def rate() -> str:
             [f"{draw[0]}, {draw[1]}" if draw else "`gpt`'s own", str(row["other"]["lr"]), f"{row['curve']['250']:.3f}"]
         )
     return table(["linear layers, embeddings", "learning rate", "`bp`"], lines)
+
+
+def measured() -> str:
+    """The recipe as it is: every method's losses, and its excess over backpropagation's, seed by seed."""
+    losses = {(row["method"], row["seed"]): row["validation_loss"] for row in ROWS}
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in ROWS):
+        own = {seed: loss for (name, seed), loss in losses.items() if name == method}
+        over = [f"{100 * (loss / losses['bp', seed] - 1):+.2f}" for seed, loss in own.items() if ("bp", seed) in losses]
+        lines.append(
+            [method, ", ".join(map(str, own)), ", ".join(f"{loss:.3f}" for loss in own.values()), ", ".join(over)]
+        )
+    return table(["method", "seeds", "validation loss", "over bp's, %"], lines)
