@@ -18,7 +18,7 @@ def measured() -> str:
 def _line(name: str, row: dict[str, Any]) -> list[str]:
     equal = ["yes" if row[f"{what}_equal"] else "no" for what in ("weights", "metrics")]
     kills = str(len(row["kills"])) if "kills" in row else "1"
-    return [name, kills, str(row["code"]), *equal, f"{row['undisturbed_s']:.0f}", f"{row['elapsed_s']:.0f}"]
+    return [name, kills, str(row["code"]), *equal, f"{row['undisturbed_s']:.1f}", f"{row['elapsed_s']:.1f}"]
 
 
 def elastic() -> list[str]:
