@@ -47,12 +47,18 @@ def _made(cell: Cell) -> dtrp.Pipeline:
     )
 
 
+def given(pipe: dtrp.Pipeline, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What this rank passes; where every stage has a loss of its own, the first hands the targets on."""
+    takes_y = pipe.is_first if pipe.method.local else pipe.is_last
+    return x if pipe.is_first else None, y if takes_y else None
+
+
 def _end(pipe: dtrp.Pipeline, losses: list[Tensor | None], begin: int) -> Result:
     """From mini-batch ``begin`` on to the end."""
     for i, (x, y) in list(enumerate(ten()))[begin:]:
         if i == 6:
             pipe.flush()
-        losses.append(pipe.step(x if pipe.is_first else None, y if pipe.is_last else None))
+        losses.append(pipe.step(*given(pipe, x, y)))
     pipe.flush()
     return {"losses": losses, "state": pipe.state_dict(), "delays": pipe.delays()}
 
@@ -73,7 +79,7 @@ def save_at_stops(folder: str, cells: list[Cell]) -> None:
                         pipe.save(Path(folder, f"{number}-{n}"), extra={"next": n})
                         held = [any(g is not None for g in stage.gradients) for stage in pipe._engine.stages]
                         kinds.append((n, pipe.in_flight, any(held)))
-                losses.append(pipe.step(x if pipe.is_first else None, y if pipe.is_last else None))
+                losses.append(pipe.step(*given(pipe, x, y)))
             done.append({**_end(pipe, losses, 10), "kinds": kinds})
     torch.save(done, Path(folder, f"whole{rank()}.pt"))
 
