@@ -8,6 +8,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -243,3 +244,12 @@ def check_perfect_prediction(
     assert all(torch.equal(a, b) for a, b in zip(losses, want, strict=True))
     assert_same(pipe.model_state_dict(), plain.state_dict())
     return pipe, prophet
+
+
+def saved_both_ways(pipe: dtrp.Pipeline, folder: Path) -> Path:
+    """``folder``, with an exact and a portable checkpoint of a pipe that has made four steps, called by their kinds."""
+    for x, y in minibatches(4):
+        pipe.step(x, y)
+    pipe.save(folder / "exact", extra={"epoch": 1})
+    pipe.save(folder / "portable", portable=True, extra={"epoch": 1})
+    return folder

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import adamw, assert_same, minibatches, network, pipeline
+from helpers import adamw, assert_same, minibatches, network, pipeline, saved_both_ways
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hostile import FIXED, answer
@@ -198,11 +198,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
     pipe = make()
-    for x, y in minibatches(4):
-        pipe.step(x, y)
-    pipe.save(folder / "exact", extra={"epoch": 1})
-    pipe.save(folder / "portable", portable=True, extra={"epoch": 1})
-    return folder
+    return saved_both_ways(pipe, folder)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import assert_same, minibatches, network, pipeline
+from helpers import assert_same, minibatches, network, pipeline, saved_both_ways
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import dtrp
@@ -33,11 +33,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
     pipe = make()
-    for x, y in minibatches(4):
-        pipe.step(x, y)
-    pipe.save(folder / "exact", extra={"epoch": 1})
-    pipe.save(folder / "portable", portable=True, extra={"epoch": 1})
-    return folder
+    return saved_both_ways(pipe, folder)
 
 
 def make() -> dtrp.Pipeline:
