@@ -5,7 +5,8 @@
     python benchmarks/shown.py --write                           # puts the table into README.md
 
 Both are grids of runs, seed after seed and what is checked first. A finished run is a line of results/<part>.jsonl and is not
-repeated: break it off, start it again, elsewhere too; several may work on different --stages at the same time.
+repeated: break it off, start it again, elsewhere too; several may work on different --stages at the same time, or on different
+--methods and --predictions.
 """
 
 from __future__ import annotations
@@ -48,11 +49,18 @@ def main() -> None:
     parser.add_argument("--data-dir", help="where cifar-10-batches-py lies")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--stages", help="some of the part's, as 4,8")
+    parser.add_argument("--methods", help="some of the part's, as bp,dtrp,fdg")
+    parser.add_argument("--predictions", default=",".join(PREDICTIONS), help="for the methods that predict")
     options = parser.parse_args()
     if not options.data_dir:
         parser.error("--data-dir: say where cifar-10-batches-py lies")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    methods = None if options.methods is None else options.methods.split(",")
     for cell in cells(options.part, range(options.seeds), options.stages):
+        if methods is not None and cell.method not in methods:
+            continue
+        if cell.prediction is not None and cell.prediction not in options.predictions.split(","):
+            continue
         if key(cell) not in {key_of(row) for row in finished(options.part)}:
             print(cell.name, flush=True)
             run(options.part, cell, options.data_dir)

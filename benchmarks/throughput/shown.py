@@ -5,6 +5,7 @@ from typing import Any
 from shown import rows, table
 
 SLEEPING = rows("throughput/results/sleeping.jsonl")
+SLEEPING = [row for row in SLEEPING if row["run"] == SLEEPING[-1]["run"]]  # what took turns with each other
 LINKS = rows("throughput/results/links.jsonl")
 COMPUTE = rows("throughput/results/compute.jsonl")
 SYNCHRONOUS = ("torch 1F1B", "torch GPipe", "torch InterleavedZeroBubble")
