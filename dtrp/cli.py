@@ -590,16 +590,22 @@ def schedule(
 @click.option("--workers", type=click.IntRange(min=1), required=True, help="K: how many there are.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=_DEFAULTS.batch_size, help="The base mini-batch.")
 @click.option(
-    "--num-microbatches", type=click.IntRange(min=1), help="Parts of a mini-batch (1, or what --max-delay asks for)."
+    "--num-microbatches",
+    type=click.IntRange(min=1),
+    help="Parts of a mini-batch (1, or what --max-delay asks for or --compensate finds).",
 )
 @click.option("--optimizer", type=_CHOICES["optimizer"], default=_DEFAULTS.optimizer, help="Optimizer of each stage.")
 @click.option("--prediction", type=_CHOICES["prediction"], help="Weight prediction instead of the method's own.")
-@click.option("--keep", type=Name("keep", ("auto", "graph", "input")), help="What stages keep (the method's own).")
+@click.option(
+    "--keep",
+    type=Name("keep", ("auto", "graph", "input")),
+    help="What stages keep (the method's own; with --compensate auto).",
+)
 @click.option("--memory-limit", type=Bytes(), help="Of a worker: 800MB, 2GiB.")
 @click.option("--latency", type=float, help="Seconds a message takes (as measured on this machine's loopback).")
 @click.option("--bandwidth", type=Bytes(), help="Of a link, bytes a second: 125MB, 10GB (as measured).")
 @click.option("--choose-lead/--keep-lead", default=True, help="Choose ahead and the order of a slot by the latency.")
-@click.option("--compensate", is_flag=True, help="Choose the mini-batch too: batch compensation.")
+@click.option("--compensate", is_flag=True, help="Choose the mini-batch too, and what is kept.")
 @click.option("--max-batch-size", type=click.IntRange(min=1), help="Largest mini-batch to try (32 times the base).")
 @click.option("--max-delay", type=click.IntRange(min=0), help="In updates; met by more micro-batches.")
 @click.option("--lr-scaling", type=Name("lr scaling", tuple(LR_SCALING)), default="linear", help="With the mini-batch.")

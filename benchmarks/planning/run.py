@@ -194,78 +194,76 @@ BASE = 16
 
 
 def batch(options: argparse.Namespace) -> None:
+    """The plan of the base mini-batch, larger ones with its cuts, and the compensated plan: what recomputation frees of fdg's
+    memory goes into a larger mini-batch and into graphs that are kept."""
     workers = options.workers
+    base = measure.planned(options.model, BASE, workers=workers, method="dtrp")
+    base.save(HERE / "results" / "base.json")
     plan = measure.planned(options.model, BASE, workers=workers, method="dtrp", compensate=True)
     plan.save(HERE / "results" / "compensated.json")
-    sizes = sorted({BASE, *(choice.batch_size for choice in plan.batches), plan.batch_size})
-    jobs = [measure.model_job(options.model, plan, tuple(plan.cuts), size, label=f"dtrp {size}") for size in sizes]
+    jobs = [
+        measure.model_job(options.model, base, tuple(base.cuts), size, label=f"dtrp {size}")
+        for size in (BASE, 2 * BASE, 4 * BASE)
+    ]
+    jobs.append(
+        measure.model_job(
+            options.model, plan, tuple(plan.cuts), plan.batch_size, label=f"compensated {plan.batch_size}"
+        )
+    )
     fdg = measure.planned(options.model, BASE, workers=workers, method="fdg", choose_lead=False)
     jobs.append(measure.model_job(options.model, fdg, tuple(fdg.cuts), BASE, method="fdg", label=f"fdg {BASE}"))
     outcomes = measured(workers, jobs, options.rounds)
-    rates = {job.label: job.batch / outcome.median_s for job, outcome in zip(jobs, outcomes, strict=True)}
-    predicted = {f"dtrp {choice.batch_size}": choice.samples_per_s for choice in plan.batches}
+    rates = [job.batch / outcome.median_s for job, outcome in zip(jobs, outcomes, strict=True)]
     rows = [
-        [job.label + (" <- plan" if job.label == f"dtrp {plan.batch_size}" else ""), f"{rates[job.label]:.0f}",
-         f"{predicted.get(job.label, float('nan')):.0f}", *(f"{size / 1e6:.1f}" for size in outcome.memory),
-         *(f"{share:.0%}" for share in outcome.busy)]
-        for job, outcome in zip(jobs, outcomes, strict=True)
+        [job.label, str(job.num_microbatches), ",".join(outcome.keeps), f"{rate:.0f}",
+         *(f"{size / 1e6:.1f}" for size in outcome.memory), *(f"{share:.0%}" for share in outcome.busy)]
+        for job, outcome, rate in zip(jobs, outcomes, rates, strict=True)
     ]  # fmt: skip
     headings = [*(f"MB, {k}" for k in range(workers)), *(f"busy {k}" for k in range(workers))]
-    print(table(["mini-batch", "samples/s", "predicted", *headings], rows))
-    by_label = {job.label: outcome for job, outcome in zip(jobs, outcomes, strict=True)}
-    chosen = by_label[f"dtrp {plan.batch_size}"]
-    print(check("samples/s over the base's", rates[f"dtrp {plan.batch_size}"] / rates[f"dtrp {BASE}"], least=1.2))
-    limit = max(by_label[f"fdg {BASE}"].memory) / 1e6
-    print(check("largest stage, MB; fdg's at the base mini-batch", max(chosen.memory) / 1e6, most=round(limit, 2)))
+    print(table(["mini-batch", "A", "keeps", "samples/s", *headings], rows))
+    print(check("samples/s over the base's", rates[-2] / rates[0], least=1.2))
+    limit = max(outcomes[-1].memory) / 1e6
+    most = max(outcomes[-2].memory) / 1e6
+    print(check("largest stage, MB; fdg's at the base mini-batch", most, most=round(limit, 2)))
     write(
         options,
         [
-            {
-                "model": options.model,
-                "workers": workers,
-                "label": job.label,
-                "batch": job.batch,
-                "cuts": job.cuts,
-                "samples_per_s": rates[job.label],
-                "predicted_samples_per_s": predicted.get(job.label),
-                "memory": outcome.memory,
-                "busy": outcome.busy,
-                "rounds_ms": [1e3 * s for s in outcome.rounds_s],
-                "planned": job.label == f"dtrp {plan.batch_size}",
-            }
-            for job, outcome in zip(jobs, outcomes, strict=True)
+            {"model": options.model, "workers": workers, "label": job.label, "batch": job.batch, "cuts": job.cuts,
+             "num_microbatches": job.num_microbatches, "keeps": outcome.keeps, "options": job.options,
+             "samples_per_s": rate, "memory": outcome.memory, "busy": outcome.busy,
+             "rounds_ms": [1e3 * s for s in outcome.rounds_s]}
+            for job, outcome, rate in zip(jobs, outcomes, rates, strict=True)
         ],
-    )
+    )  # fmt: skip
 
 
 def accuracy(options: argparse.Namespace) -> None:
-    """``dtrp train`` at the base mini-batch, and by the plan that ``batch`` has written."""
-    plan = dtrp.Plan.load(HERE / "results" / "compensated.json")
+    """``dtrp train`` by the two plans that ``batch`` has written."""
     described = dtrp.plan_file.describe_model(get_model("resnet20"))
-    assert plan.model["fingerprint"] == described["fingerprint"], "run the part 'batch' first"
-    records = []
+    done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     for seed in options.seeds:
         for label in ("base", "compensated"):
+            path = HERE / "results" / f"{label}.json"
+            plan = dtrp.Plan.load(path)
+            assert plan.model["fingerprint"] == described["fingerprint"], "run the part 'batch' first"
+            run = {"label": label, "seed": seed, "plan": json.loads(path.read_text()), "lr": options.lr,
+                   "limit_train": options.limit_train, "epochs": options.epochs}  # fmt: skip
+            if any(run.items() <= row.items() for row in done):
+                continue
             command = [
                 sys.executable, "-m", "dtrp", "train", "--data", "cifar10", "--data-dir", options.data_dir, "--model", "resnet20",
                 "--lr", str(options.lr), "--epochs", str(options.epochs), "--limit-train", str(options.limit_train),
-                "--threads", "1", "--seed", str(seed),
+                "--threads", "1", "--seed", str(seed), "--plan", str(path),
             ]  # fmt: skip
-            cuts = ",".join(map(str, plan.cuts))
-            base = ["--batch-size", str(BASE), "--cuts", cuts, "--method", plan.method]
-            command += base if label == "base" else ["--plan", str(HERE / "results" / "compensated.json")]
             with tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
                 out = Path(folder) / "run"
                 subprocess.run([*command, "--out", str(out)], check=True)
                 metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-            batch_size = BASE if label == "base" else plan.batch_size
-            record = {"label": label, "seed": seed, "batch": batch_size, "lr": options.lr, "lr_scale": plan.lr_scale,
-                      "warmup_updates": 0 if label == "base" else plan.warmup_updates, "limit_train": options.limit_train,
-                      "test_accuracy": [m["test_accuracy"] for m in metrics]}  # fmt: skip
-            records.append(record)
+            record = {**run, "test_accuracy": [m["test_accuracy"] for m in metrics]}
+            done.append(record)
             write(options, [record])
     for label in ("base", "compensated"):
-        values = [r["test_accuracy"][-1] for r in records if r["label"] == label]
+        values = [row["test_accuracy"][-1] for row in done if row["label"] == label]
         print(f"{label}: {', '.join(f'{value:.2%}' for value in values)}, mean {sum(values) / len(values):.2%}")
 
 

@@ -6,7 +6,8 @@ with the times of the stages and links. The choices, each from that one evaluati
 
     cuts, keep      for the method that was asked for
     the lead        the least delay among those orders of work that are within 2 % of the fastest
-    the batch       the smallest mini-batch within 5 % of the best samples/s, within the memory; the learning rate with it
+    the batch       the smallest mini-batch within 5 % of the best samples/s, within the memory; as many micro-batches as cost
+                    nothing; the learning rate with it
     whether to      the same job by other methods, and by one worker
 """
 
@@ -32,7 +33,7 @@ from ..stage import LossFn
 from ..trees import num_samples
 from .link import LinkSpeed, measure_link
 from .profile import Profiler, checked_example, device_of
-from .search import Evaluated, Search, frontier, larger_batches
+from .search import SLOWER, Evaluated, Search, frontier, larger_batches
 
 LR_SCALING: dict[str, Callable[[float], float]] = {
     "linear": lambda factor: factor,
@@ -40,7 +41,6 @@ LR_SCALING: dict[str, Callable[[float], float]] = {
     "none": lambda factor: 1.0,
 }
 OTHERS = ("gpipe", "bp", "pipedream", "fdg", "dtrp")  # what a plan is compared with, beside one worker
-_SLOWER = 1.02  # an order of work this much slower than the fastest is as fast
 _SATURATED = 0.95  # of the best throughput
 _WARMUP_MINIBATCHES = 20  # for each doubling of the learning rate and more
 
@@ -80,14 +80,15 @@ def plan(
         num_workers: K.
         method: a name or a `Method`.
         optimizer: as `Pipeline`'s; None: updates take no time and the optimizer's state no memory.
-        num_microbatches: A. None: 1, or as many as ``max_delay`` asks for; for a method that flushes, the fastest of K, 2K, 4K.
-        keep: None: what the method keeps. ``"auto"``: graphs in each stage that has room for them.
+        num_microbatches: A. None: 1, or as many as ``max_delay`` asks for; for a method that flushes, the fastest of K, 2K, 4K;
+            with ``compensate`` as many as cost nothing, none smaller than the base.
+        keep: None: what the method keeps, or with ``compensate`` as ``"auto"``: graphs in each stage that has room for them.
         memory_limit_bytes: of a worker.
         latency_s: of a message between workers. None: as measured on this machine's loopback, which takes a few seconds.
         bandwidth_bytes_s: of a link, each way. None: as measured with the latency, or without bound.
         choose_lead: choose ``ahead`` and the order within a slot by the latency; None: where ``method`` is a name.
-        compensate: choose the mini-batch too (batch compensation): with no ``memory_limit_bytes``, within the memory that fdg
-            needs at the base mini-batch.
+        compensate: choose the mini-batch too (batch compensation), and which stages keep their graphs: with no
+            ``memory_limit_bytes``, within the memory that fdg needs at the base mini-batch.
         max_batch_size: the largest to try; None: 32 times the base.
         max_delay: in updates; met by more micro-batches.
         lr_scaling: of the learning rate with the mini-batch.
@@ -166,6 +167,8 @@ def plan(
             link = LinkSpeed(measured.latency_s, bandwidth_bytes_s or measured.bandwidth_bytes_s)
         else:
             link = LinkSpeed(latency_s, bandwidth_bytes_s or math.inf)
+    if compensate and keep is None:
+        keep = "auto"
     search = Search(
         profiler, num_workers, link, keep, memory_limit_bytes, max_delay, num_microbatches, _tied_cuts(model), say
     )  # fmt: skip
@@ -179,7 +182,10 @@ def plan(
             search = dataclasses.replace(search, limit=memory_limit_bytes)
         batches = larger_batches(search, row, base, max_batch_size or 32 * base)
         best = max(each.samples_per_s for each in batches)
-        chosen = search.best_of_tried(next(each for each in batches if each.samples_per_s >= _SATURATED * best))
+        smallest = next(each for each in batches if each.samples_per_s >= _SATURATED * best)
+        if search.max_delay is None:
+            search = dataclasses.replace(search, num_microbatches=smallest.num_microbatches)
+        chosen = search.best_of_tried(smallest)
     else:
         chosen = search.best_of_tried(search.evaluate(row, base))
     batch_size = chosen.batch_size
@@ -194,7 +200,7 @@ def plan(
         allowed = [each for each in leads if max_delay is None or each.delay <= max_delay] or [chosen]
         fastest = min(each.minibatch_s for each in allowed)
         chosen = min(
-            (each for each in allowed if each.minibatch_s <= _SLOWER * fastest),
+            (each for each in allowed if each.minibatch_s <= SLOWER * fastest),
             key=lambda each: (each.delay, each.method.ahead),
         )
 

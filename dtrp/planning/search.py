@@ -26,6 +26,7 @@ from .link import LinkSpeed
 from .profile import Profiler, StageProfile
 from .simulate import Seconds, Simulation, simulate
 
+SLOWER = 1.02  # what is this much slower than the fastest is as fast
 _LEADS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
 _LEAST_JITTER = 0.03  # no stage takes the same time twice
 _TRIAL_STEPS = 12
@@ -395,17 +396,31 @@ class Search:
 
 
 def larger_batches(search: Search, row: Method, base: int, most: int) -> list[Evaluated]:
-    """Mini-batches from the base on, doubling while they fit and until twice the size brings nothing."""
+    """Mini-batches from the base on, doubling while they fit and until twice the size brings nothing.
+
+    Where nothing says how many micro-batches, a larger one is cut into parts of the base's size or more: into as many as
+    cost nothing, since each of them lessens the delay.
+    """
     evaluated: list[Evaluated] = []
     size, stale = base, 0
     while size <= most and stale < 2:
         search.say(f"mini-batches of {size}")
-        try:
-            each = search.tried(search.evaluate(row, size))
-        except PlanError:
-            if not evaluated:
-                raise
+        free = search.num_microbatches is None and search.max_delay is None and not row.flush
+        counts = [2**n for n in range((size // base).bit_length())] if free else [search.num_microbatches]
+        options: list[Evaluated] = []
+        failed: PlanError | None = None
+        for count in counts:
+            try:
+                options.append(dataclasses.replace(search, num_microbatches=count).evaluate(row, size))
+            except PlanError as error:
+                failed = error
+        if not options:
+            if not evaluated and failed is not None:
+                raise failed
             break
+        fastest = min(each.minibatch_s for each in options)
+        as_fast = [each for each in options if each.minibatch_s <= SLOWER * fastest]
+        each = search.tried(max(as_fast, key=lambda each: each.num_microbatches))
         best = max((other.samples_per_s for other in evaluated), default=0.0)
         stale = stale + 1 if each.samples_per_s < 1.02 * best else 0
         evaluated.append(each)
