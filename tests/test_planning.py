@@ -10,6 +10,7 @@ import random
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ import dtrp
 from dtrp.cli import run
 from dtrp.planning import Plan, PlanError, Profiler, balance, simulate
 from dtrp.planning.choose import plan
+from dtrp.planning.search import larger_batches
 from dtrp.stash import value_bytes
 from dtrp.train import TrainConfig, Trainer
 
@@ -498,6 +500,48 @@ def test_batch_compensation_takes_the_smallest_mini_batch_that_saturates() -> No
     fdg = plan(model, example, nn.functional.mse_loss, num_workers=2, method="fdg", latency_s=0.0, neighbours=0, repeats=1,
                alternatives=False, choose_lead=False)  # fmt: skip
     assert most <= max(stage.memory_bytes for stage in fdg.stages), "within the memory of fdg at the base mini-batch"
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownTimes:
+    """A search whose times are known: an update of ``update`` ms, and a part of n samples in max(n, ``least``) ms."""
+
+    least: float
+    num_microbatches: int | None = None
+    max_delay: int | None = None
+    update: float = 4.0
+    most: int = 64  # samples that fit
+
+    def evaluate(self, row: dtrp.Method, size: int) -> SimpleNamespace:
+        if size > self.most:
+            raise PlanError("does not fit")
+        parts = self.num_microbatches or 1
+        seconds = self.update + parts * max(size / parts, self.least)
+        return SimpleNamespace(size=size, num_microbatches=parts, minibatch_s=seconds, samples_per_s=size / seconds)
+
+    def tried(self, each: SimpleNamespace) -> SimpleNamespace:
+        return each
+
+    def say(self, text: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("search", "want"),
+    [
+        (KnownTimes(8), [(8, 1), (16, 2), (32, 4), (64, 8)]),  # parts of the base cost nothing
+        (KnownTimes(16), [(8, 1), (16, 1), (32, 2), (64, 4)]),  # parts of twice the base
+        (KnownTimes(10**6), [(8, 1), (16, 1), (32, 1), (64, 1)]),
+        (KnownTimes(8, num_microbatches=2), [(8, 2), (16, 2), (32, 2), (64, 2)]),
+        (KnownTimes(8, max_delay=3), [(8, 1), (16, 1), (32, 1), (64, 1)]),  # which asks the search
+        (KnownTimes(8, update=0.0), [(8, 1), (16, 2), (32, 4)]),  # twice twice as large brings nothing
+        (KnownTimes(8, most=20), [(8, 1), (16, 2)]),
+    ],
+)
+def test_a_larger_mini_batch_has_as_many_parts_as_cost_nothing(search: Any, want: list[tuple[int, int]]) -> None:
+    found: Any = larger_batches(search, dtrp.get_method("dtrp"), 8, 64)
+    assert [(each.size, each.num_microbatches) for each in found] == want
+    with pytest.raises(PlanError, match="does not fit"):
+        larger_batches(dataclasses.replace(search, most=4), dtrp.get_method("dtrp"), 8, 64)
 
 
 def test_micro_batches_bound_the_delay() -> None:

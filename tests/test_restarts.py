@@ -126,6 +126,7 @@ def test_killed_workers_start_again_and_end_as_if_nothing_had_been(whole: Path, 
     assert restarts.same(out, whole) == EQUAL
 
 
+@pytest.mark.full
 def test_the_launcher_killed_leaves_no_orphan(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = restarts.launcher_killed([*SMALL, "--out", str(out)], out)
@@ -136,6 +137,7 @@ def test_the_launcher_killed_leaves_no_orphan(whole: Path, tmp_path: Path) -> No
     assert restarts.same(out, whole) == EQUAL
 
 
+@pytest.mark.full
 def test_the_one_worker_that_is_left_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [*SMALL[:-1], "--workers", "1:2", "--save-every", "2s", "--epochs", "30", "--out", str(out)]

@@ -97,10 +97,11 @@ def check_states(a: dict[str, Any], b: dict[str, Any]) -> None:
 # -- exact ----------------------------------------------------------------------------------------------------
 
 # In start-up (1), with some stage within a mini-batch (2, 5), right before and right after a flush (6, 7), in steady state.
-HALF = [cell for cell in MATRIX if (sum(map(ord, cell[0])) + cell[1] + cell[2] + len(cell[3])) % 2]
+# A third of the cells, in which every method meets every K, both A and both optimizers.
+SOME = [cell for n, cell in enumerate(MATRIX) if n % 3 == sum(map(ord, cell[0])) % 3]
 
 
-@pytest.mark.parametrize("cell", HALF, ids=str)
+@pytest.mark.parametrize("cell", SOME, ids=str)
 def test_an_exact_checkpoint_goes_on_to_the_bit(tmp_path: Path, cell: tuple[str, int, int, str]) -> None:
     check_equal(run(*cell, tmp_path / "saved", (1, 2, 5, 6, 7, 9)), run(*cell, tmp_path))
 

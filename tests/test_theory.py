@@ -69,13 +69,13 @@ def test_rate(name: str, momentum: float, stages: int) -> None:
     assert run.rate(path) == pytest.approx(theory.rate(), rel=1e-6)
 
 
-@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("stages", [pytest.param(2, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize(("name", "momentum"), CASES)
 def test_floor(name: str, momentum: float, stages: int) -> None:
     assert floor_error(name, stages, momentum, problem(name, stages, momentum)) < 0.01
 
 
-@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("stages", [pytest.param(2, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize(("name", "momentum"), CASES)
 def test_a_delay_of_one_more_or_less_is_seen(name: str, momentum: float, stages: int) -> None:
     """What the tests above allow is far less than what one update of delay does."""

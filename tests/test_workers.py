@@ -37,7 +37,7 @@ def left_over(mark: str) -> list[str]:
     return subprocess.run(["pgrep", "-af", mark], capture_output=True, text=True, check=False).stdout.splitlines()
 
 
-@pytest.mark.parametrize("method", ["dtrp", "dgl"])
+@pytest.mark.parametrize("method", ["dtrp", pytest.param("dgl", marks=pytest.mark.full)])
 def test_workers_print_the_losses_of_one_process(tmp_path: Path, method: str) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert run([*SMALL, "--method", method, "--stages", "2", "--threads", "1", "--out", str(one)]) == 0

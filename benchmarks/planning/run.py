@@ -50,6 +50,8 @@ def main() -> None:
         if name in ("keep", "batch"):
             part.add_argument("--model", default="resnet20")
             part.add_argument("--workers", type=int, default=4 if name == "batch" else 2, help="K")
+        if name == "batch":
+            part.add_argument("--microbatches", type=int, default=2, help="of the compensated plan, A")
         if name == "accuracy":
             part.add_argument("--data-dir", required=True, help="where cifar-10-batches-py lies")
             part.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -199,7 +201,9 @@ def batch(options: argparse.Namespace) -> None:
     workers = options.workers
     base = measure.planned(options.model, BASE, workers=workers, method="dtrp")
     base.save(HERE / "results" / "base.json")
-    plan = measure.planned(options.model, BASE, workers=workers, method="dtrp", compensate=True)
+    plan = measure.planned(
+        options.model, BASE, workers=workers, method="dtrp", compensate=True, num_microbatches=options.microbatches
+    )
     plan.save(HERE / "results" / "compensated.json")
     jobs = [
         measure.model_job(options.model, base, tuple(base.cuts), size, label=f"dtrp {size}")
