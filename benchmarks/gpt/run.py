@@ -1,11 +1,11 @@
 """A GPT trained without waiting: its validation loss against backpropagation's.
 
     python benchmarks/gpt/run.py --data-dir FILE --seeds 0 1 2        # FILE: a text, here tiny Shakespeare
-    python benchmarks/gpt/run.py --data-dir FILE --tune               # backpropagation's learning rate
+    python benchmarks/gpt/run.py --data-dir FILE --tune               # other learning rates, beta1 and gamma
 
 The `gpt` of `dtrp.models`, character level: 6 layers, width 128, 4 heads, windows of 64 characters. 500 updates of 16 windows,
 AdamW (weight decay 0.1, betas 0.9 and 0.99), a warm-up of 50 updates and a cosine to 0; K=4, 4 micro-batches, one thread. The
-learning rate is the best that explore.py tried for backpropagation; --tune tries more of them, seed 0, 250 updates each. Stages
+learning rate is the best that explore.py tried for backpropagation; ``TUNING`` has what else was tried. Stages
 hold 1, 1, 2 and 2 blocks (`cuts`): the last one repeats no forward and has the time for it. A row is a method, and its prediction
 where that is not its own. Every finished run is a line of results/gpt.jsonl, with the validation loss (nats a character, over
 the text's last tenth; on the way, over 256 windows of it); a run that is there is not repeated.
@@ -36,7 +36,13 @@ RECIPE: Recipe = {
     "layers": 6, "width": 128, "heads": 4, "context": 64, "cuts": (2, 3, 5), "num_microbatches": 4, "updates": 500, "batch": 16,
     "lr": 8e-3, "weight_decay": 0.1, "betas": (0.9, 0.99), "warmup": 50, "lr_schedule": "cosine",
 }  # fmt: skip
-TUNING = [{**RECIPE, "updates": 250, "lr": lr} for lr in (4e-3, 8e-3, 1.6e-2)]
+TUNING: list[tuple[str, int, Recipe]] = [  # method, seed, what is other
+    *(("bp", seed, {"lr": 1.6e-2}) for seed in (0, 1, 2)),
+    ("bp", 0, {"lr": 3.2e-2}),
+    ("dtrp-1f1b, informed", 0, {"lr": 1.6e-2}),
+    *((method, 0, {"betas": (0.95, 0.99)}) for method in ("bp", "dtrp, informed")),
+    ("dtrp, informed, gamma 0.8", 1, {}),
+]
 EVERY, ON_THE_WAY = 50, 256  # updates, windows
 METHODS: dict[str, Method] = {
     "bp": dtrp.get_method("bp"),
@@ -46,6 +52,7 @@ METHODS: dict[str, Method] = {
     "dtr": dtrp.get_method("dtr"),
     "dtrp-1f1b, informed": dtrp.get_method("dtrp-1f1b", predict=dtrp.informed),
     "dtrp-1f1b": dtrp.get_method("dtrp-1f1b"),
+    "dtrp, informed, gamma 0.8": dtrp.get_method("dtrp", predict=dtrp.informed, lr_shrink=0.8),
     "fr": dtrp.get_method("fr"),
     "spectrain": dtrp.get_method("spectrain"),
 }
@@ -129,8 +136,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, help="the text file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--tune", action="store_true", help="backpropagation at several learning rates")
+    own = [method for method in METHODS if "gamma" not in method]
+    parser.add_argument("--methods", nargs="+", default=own, choices=METHODS)
+    parser.add_argument("--tune", action="store_true", help="the runs of TUNING")
     parser.add_argument("--out", help="results/gpt.jsonl, or results/tuning.jsonl with --tune")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -138,7 +146,7 @@ def main() -> None:
     out = Path(args.out or Path(__file__).parent / "results" / ("tuning.jsonl" if args.tune else "gpt.jsonl"))
     runs = [(method, seed, RECIPE) for seed in args.seeds for method in args.methods]
     if args.tune:
-        runs = [("bp", 0, recipe) for recipe in TUNING]
+        runs = [(method, seed, {**RECIPE, **other}) for method, seed, other in TUNING]
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     for method, seed, recipe in runs:
         run = method, seed, json.loads(json.dumps(recipe))

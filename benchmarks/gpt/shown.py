@@ -1,11 +1,14 @@
 """What the documents say of results/."""
 
+import math
+import statistics
 from typing import Any
 
 from shown import rows, table
 
 EXPLORED = rows("gpt/results/exploration.jsonl")
 ROWS = rows("gpt/results/gpt.jsonl")
+TUNED = rows("gpt/results/tuning.jsonl")
 FIRST = rows("gpt/results/first_recipe.jsonl")
 
 
@@ -73,14 +76,35 @@ def rate() -> str:
     return table(["linear layers, embeddings", "learning rate", "`bp`"], lines)
 
 
+def _mean(values: list[float]) -> str:
+    """With its standard error, from three values on."""
+    mean = f"{statistics.fmean(values):+.2f}"
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 2 else ""
+
+
 def measured() -> str:
-    """The recipe as it is: every method's losses, and its excess over backpropagation's, seed by seed."""
+    """The recipe as it is: every method's losses, and its excess over backpropagation's, seed by seed and in the mean."""
     losses = {(row["method"], row["seed"]): row["validation_loss"] for row in ROWS}
     lines = []
     for method in dict.fromkeys(row["method"] for row in ROWS):
-        own = {seed: loss for (name, seed), loss in losses.items() if name == method}
-        over = [f"{100 * (loss / losses['bp', seed] - 1):+.2f}" for seed, loss in own.items() if ("bp", seed) in losses]
+        own = {seed: loss for (name, seed), loss in sorted(losses.items()) if name == method}
+        over = [100 * (loss / losses["bp", seed] - 1) for seed, loss in own.items()]
         lines.append(
-            [method, ", ".join(map(str, own)), ", ".join(f"{loss:.3f}" for loss in own.values()), ", ".join(over)]
+            [method, ", ".join(map(str, own)), ", ".join(f"{loss:.3f}" for loss in own.values()),
+             "" if method == "bp" else ", ".join(f"{each:+.2f}" for each in over), "" if method == "bp" else _mean(over)]
+        )  # fmt: skip
+    return table(["method", "seeds", "validation loss", "over bp's, %", "mean"], lines)
+
+
+def tuned() -> str:
+    """What else was tried, beside the recipe with that method and seed."""
+    recipe = {(row["method"], row["seed"]): row for row in ROWS}
+    lines = []
+    for row in TUNED:
+        method, seed, config = row["method"], row["seed"], row["config"]
+        beside = recipe[method.removesuffix(", gamma 0.8"), seed]
+        other = [f"{name} {value}" for name, value in config.items() if value != beside["config"][name]]
+        lines.append(
+            [method, str(seed), "; ".join(other), f"{row['validation_loss']:.3f}", f"{beside['validation_loss']:.3f}"]
         )
-    return table(["method", "seeds", "validation loss", "over bp's, %"], lines)
+    return table(["method", "seed", "other than the recipe", "validation loss", "the recipe's"], lines)
