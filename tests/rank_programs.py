@@ -270,6 +270,15 @@ def _compiled_stages() -> Result:
     )
 
 
+def compiled_as_by_default() -> Result:
+    with warnings.catch_warnings():  # torch's compiler imports deprecated parts of torch
+        warnings.simplefilter("ignore")
+        return train(network(), [minibatches(6)], num_stages=2, method="spectrain", compile=True, timeout_s=120.0)
+
+
+CASES["stages compiled as by default"] = Case(2, compiled_as_by_default)
+
+
 @special(3, "dtrp", "spectrain", "bp")
 def _image_sizes_and_batch_sizes_change(method: str) -> Result:
     model = nn.Sequential(

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import clone, minibatches, network, pipeline
+from helpers import clone, minibatches, network, pipeline, sgd
 
 import dtrp
+from dtrp.models import gpt
+from dtrp.train import class_loss
 
 # torch's compiler imports deprecated parts of torch.
 pytestmark = [
@@ -44,6 +46,24 @@ def test_compiled_stages_train_as_others_do(method: str) -> None:
 def test_with_the_default_compiler(method: str) -> None:
     """Masks, predicted weights and buffers included."""
     check(method, True)
+
+
+@pytest.mark.parametrize("method", ["spectrain", "dtrp"])
+def test_a_traced_gpt(method: str) -> None:
+    """Stages of `dtrp.split`, attention and trees between them, at predicted weights."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = gpt(9, layers=3, width=16, heads=2, context=8)
+    tokens = torch.randint(9, (4, 8))
+    results = []
+    for options in ({}, {"compile": {"backend": "aot_eager"}}):
+        stages = dtrp.split(clone(model), num_stages=3, example=tokens)
+        pipe = dtrp.Pipeline(stages, sgd, class_loss, method=method, num_microbatches=2, seed=0, **options)
+        losses = [pipe.step(tokens, tokens.roll(-1, 1)) for _ in range(6)]
+        pipe.flush()
+        results.append([*losses, *pipe.model_state_dict().values()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_what_compile_takes() -> None:

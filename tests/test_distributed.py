@@ -163,6 +163,18 @@ def test_with_perfect_prediction_split_models_are_backpropagation(
     check_equal(name, results_of(f"{kind}{num_ranks}", [name]))
 
 
+@pytest.mark.full
+def test_the_default_compiler_on_ranks(results_of: Callable[..., Results]) -> None:
+    """Compiled code of two processes need not be the same to the bit."""
+    name = "stages compiled as by default"
+    ranks, want = ranks_and_reference(name, results_of(name, [name]))
+    for result in ranks:
+        for key, value in result["weights"].items():
+            torch.testing.assert_close(value, want["weights"][key], rtol=1e-4, atol=1e-5)
+    for a, b in zip(ranks[-1]["losses"], want["losses"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", SPECIAL)
 def test_case(one_by_one: Callable[[str], Results], name: str) -> None:
     ranks, want = check_equal(name, one_by_one(name), on_all=name.startswith("the loss on all ranks"))

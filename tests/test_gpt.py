@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from helpers import assert_close, check_perfect_prediction, clone
 from torch import nn
 from torch.nn.functional import cross_entropy
+from unsplit import check_recomputed_under_autocast
 
 from dtrp.cli import cli, run
 from dtrp.data import batches, load_data
@@ -112,6 +113,13 @@ def test_with_perfect_prediction_it_trains_as_unsplit_to_the_bit() -> None:
 
 
 # -- the text ---------------------------------------------------------------------------------------------
+
+
+def test_under_autocast_a_recomputed_forward_is_the_first_one_to_the_bit() -> None:
+    parts = list(gpt(9, layers=4, width=32, heads=4, context=16))
+    tokens = torch.randint(9, (4, 16))
+    stages = [nn.Sequential(*parts[:2]), nn.Sequential(*parts[2:4]), nn.Sequential(*parts[4:])]
+    check_recomputed_under_autocast(stages, tokens, tokens, class_loss)
 
 
 def test_windows_follow_each_other_and_their_targets_are_the_next_characters(text: Path) -> None:

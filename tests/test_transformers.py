@@ -12,7 +12,9 @@ from unsplit import (
     call,
     check_outputs,
     check_pipeline,
+    check_recomputed_under_autocast,
     logits,
+    loss_fn,
     minibatches,
     sgd,
     train_chain,
@@ -89,6 +91,13 @@ def test_masks_that_follow_from_sizes_do_not_travel(kind: str, num: int) -> None
         passed = x if isinstance(x, tuple) else (x,)
         assert len(passed) == num
         assert all(isinstance(value, torch.Tensor) for value in passed)
+
+
+@pytest.mark.parametrize("kind", ["gpt2, mask", pytest.param("bert", marks=pytest.mark.full), "llama", "vit", "t5"])
+def test_recomputed_under_autocast(kind: str) -> None:
+    _, x, stages = make(kind, 4)
+    y = torch.zeros(len(next(iter(x.values())) if isinstance(x, dict) else x), dtype=torch.int64)
+    check_recomputed_under_autocast(stages, x, y, loss_fn)
 
 
 def test_labels_travel_to_where_the_model_reads_them() -> None:

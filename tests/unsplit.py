@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -223,3 +224,25 @@ def check_pipeline(model: nn.Module, x: Any, stages: Stages, num_microbatches: i
         want = call(model.eval(), x)
     for a, b in zip(leaves(pipe.infer(x)), leaves(want), strict=True):
         assert torch.equal(a, b)
+
+
+def check_recomputed_under_autocast(
+    stages: Sequence[nn.Module], x: Any, y: Tensor, loss_fn: Callable[..., Tensor]
+) -> None:
+    """In bfloat16, at equal weights, what a stage recomputes is what it computed first, to the bit: bp that keeps inputs."""
+    outputs: list[tuple[list[list[Tensor]], list[list[Tensor]]]] = [([], []) for _ in stages]
+    for stage, own in zip(stages, outputs, strict=True):
+        stage.register_forward_hook(
+            lambda _, args, out, own=own: own[torch.is_grad_enabled()].append([t.detach().clone() for t in leaves(out)])
+        )
+    method = dtrp.get_method("bp", keep="input")
+    pipe = dtrp.Pipeline(stages, sgd, loss_fn, method=method, num_microbatches=2, seed=SEED)
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            pipe.step(x, y)
+    for first, again in outputs[:-1]:
+        assert len(first) == 4
+        again = again[-4:]  # before them a trial, of which outputs have a gradient
+        for a, b in zip(itertools.chain(*first), itertools.chain(*again), strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)

@@ -58,7 +58,15 @@ def batch() -> str:
              f"{row['samples_per_s'] / base:.2f}", f"{max(row['memory']) / 1e6:.1f}",
              ", ".join(f"{share:.0%}" for share in row["busy"])]
         )  # fmt: skip
-    head = ["mini-batch", "A", "stages with graphs", "samples/s", "times the base's", "largest stage, MB", "busy, by worker"]
+    head = [
+        "mini-batch",
+        "A",
+        "stages with graphs",
+        "samples/s",
+        "times the base's",
+        "largest stage, MB",
+        "busy, by worker",
+    ]
     return table(head, lines)
 
 
