@@ -421,7 +421,9 @@ _OF_A_CELL = (
 @click.option("--stages", type=Numbers("whole numbers", "1,2,4"), default="4", help="Every K.")
 @click.option("--num-microbatches", default="1", help="Every A; K for as many as stages: 1,K.")
 @click.option(
-    "--predictions", type=Names("prediction", CHOICES["prediction"]), help="For methods that predict: linear,rollout."
+    "--predictions",
+    type=Names("prediction", CHOICES["prediction"]),
+    help="For methods that predict: linear,rollout,informed.",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each, with seeds 0, 1, ...")
 @click.option(

@@ -38,8 +38,8 @@ class Method:
         backward_first: in a slot, B then F (else F then B); the last stage always runs F then B.
         keep: what a stage keeps from F to B: the ``"graph"``, or the ``"input"``, to recompute the graph.
         backward_at: B at the weights its forward read (``"stashed"``) or at the ``"current"`` ones.
-        predict: the weights F reads: ``None``, those of now; ``"linear"``, ``"rollout"`` or an object
-            as in `dtrp.predict`, those predicted for the time of B.
+        predict: the weights F reads: ``None``, those of now; ``"linear"``, ``"rollout"``, ``"informed"``
+            or an object as in `dtrp.predict`, those predicted for the time of B.
         grad_shrink: every stage multiplies the gradient it receives by this: ``grad_shrink**d`` in all.
         lr_shrink: stage k trains with ``lr * lr_shrink**d``.
         flush: run every backward of a mini-batch before the next mini-batch (a synchronous method).
@@ -84,9 +84,9 @@ class Method:
                 raise ValueError(
                     f"{field}={value!r}: a shrinking factor lies above 0 and is at most 1 (1: no shrinking)"
                 )
-        if isinstance(self.predict, str) and self.predict not in ("linear", "rollout"):
+        if isinstance(self.predict, str) and self.predict not in ("linear", "rollout", "informed"):
             raise ValueError(
-                f"predict={self.predict!r}: choose 'linear', 'rollout', 'none', or pass a predictor object"
+                f"predict={self.predict!r}: choose 'linear', 'rollout', 'informed', 'none', or pass a predictor object"
             )
         if self.predict is not None and not isinstance(self.predict, str) and not callable(self.predict):
             raise ValueError(

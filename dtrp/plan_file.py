@@ -246,8 +246,8 @@ def method_options(method: Method) -> dict[str, Any]:
     own = get_method(method.name)
     if not isinstance(method.predict, (str, type(None))):
         raise PlanError(
-            f"predict={method.predict!r}: a plan is a file, and holds predictors by name; plan with 'linear' or 'rollout', and "
-            "pass your own predictor with the plan's cuts"
+            f"predict={method.predict!r}: a plan is a file, and holds predictors by name; plan with 'linear', 'rollout' or "
+            "'informed', and pass your own predictor with the plan's cuts"
         )
     fields = [field.name for field in dataclasses.fields(method) if field.name != "name"]
     options = {name: getattr(method, name) for name in fields if getattr(method, name) != getattr(own, name)}

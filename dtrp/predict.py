@@ -12,7 +12,7 @@ the number of their updates so far; the learning rates it finds in ``optimizer.p
 of the stage's next update, ``lr_shrink`` included. It is called once per micro-batch and never with a
 horizon of 0.
 
-Two are built in. With p a weight, v its momentum buffer, mu the momentum and h the horizon:
+Three are built in. With p a weight, v its momentum buffer, mu the momentum and h the horizon:
 
 ``linear``
     The last update h times over (SpecTrain, arXiv:1809.02839).
@@ -20,13 +20,11 @@ Two are built in. With p a weight, v its momentum buffer, mu the momentum and h 
 ``rollout``
     The optimizer run h times with a zero gradient, weight decay included (the roll-out of FTPipe's
     momentum prediction, USENIX ATC 2021). SGD without decay: ``p - lr v (mu + mu^2 + ... + mu^h)``.
-
 ``informed``
     ``linear``, from a momentum that counts what is known of the next gradient. When a micro-batch's
     forward runs, some of those of the mini-batch before its own have often had their backward; with s
     their share of its samples, a their gradient so far, and g the mean gradient that a momentum stands
-    for, the next gradient is taken to be ``a + (1 - s) g``. Ours. An object, not a name:
-    ``method=get_method("dtrp", predict=dtrp.informed)``. It is another prediction for each micro-batch,
+    for, the next gradient is taken to be ``a + (1 - s) g``. Ours. It is another prediction for each micro-batch,
     so it costs a pass each, with scratch of up to five weights. ::
 
         SGD     v becomes  mu v + (1 - dampening) (a + (1 - s) g),     g = v (1 - mu) / (1 - dampening)
@@ -328,6 +326,6 @@ rollout = BuiltInPredictor(
 def as_predictor(predict: Any) -> Predictor | None:
     """The predictor that a method's ``predict`` names, or is."""
     if isinstance(predict, str):
-        return {"linear": linear, "rollout": rollout}[predict]
+        return {"linear": linear, "rollout": rollout, "informed": informed}[predict]
     predictor: Predictor | None = predict
     return predictor

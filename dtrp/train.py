@@ -725,7 +725,7 @@ CHOICES = {
     "optimizer": ("sgd", "adam", "adamw", "nadam"),
     "lr_schedule": ("constant", "cosine", "multistep"),
     "dtype": tuple(_DTYPES),
-    "prediction": ("linear", "rollout", "none"),
+    "prediction": ("linear", "rollout", "informed", "none"),
     "order": ("backward-first", "forward-first"),
     "clip": ("stage", "global"),
     "on_nonfinite": ("stop", "skip"),

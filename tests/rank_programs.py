@@ -473,7 +473,7 @@ def _a_field_of_the_row(field: str) -> Result:
         "ahead": dtrp.get_method("dtrp", ahead=1.5, predict="linear"),
         "forward first": dtrp.get_method("dtrp", backward_first=False),
         "input kept": dtrp.get_method("pipedream", keep="input"),
-        "gradients in prediction": dtrp.get_method("dtrp", predict=dtrp.informed),
+        "gradients in prediction": dtrp.get_method("dtrp", predict="informed"),
     }[field]
     return train(network(), [minibatches(8)], num_stages=3, method=method, num_microbatches=2)
 
@@ -637,7 +637,7 @@ def _saved_and_loaded_on_four(method: str) -> Result:
 
 @special(3, "dtrp", "spectrain")
 def _saved_and_loaded_where_gradients_are_predicted_from(method: str) -> Result:
-    row = dtrp.get_method(method, predict=dtrp.informed)
+    row = dtrp.get_method(method, predict="informed")
     return _saved(row, 3, 4, adamw, [1, 4, 7])
 
 

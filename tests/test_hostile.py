@@ -79,7 +79,7 @@ VALUES: dict[str, st.SearchStrategy[str]] = {
     "memory-limit": st.sampled_from(["1", "0", "-1", "1MB", "2GiB", "1e9", "9" * 40, "3 bananas"]),
     "grad-shrink": REALS,
     "lr-shrink": REALS,
-    "prediction": one_of("linear", "rollout", "none"),
+    "prediction": one_of("linear", "rollout", "informed", "none"),
     "epochs": st.sampled_from(["0", "1", "2", "-1", "x"]),
     "max-updates": st.sampled_from(["0", "1", "3", "-1", "x"]),
     "limit-train": COUNTS,

@@ -50,7 +50,7 @@ def test_any_field_can_be_changed() -> None:
         ("fdg", {"grad_shrink": 0}, "grad_shrink=0: a shrinking factor"),
         ("fdg", {"grad_shrink": 1.5}, "grad_shrink=1.5"),
         ("dtrp", {"lr_shrink": -1}, "lr_shrink=-1"),
-        ("dtrp", {"predict": "cubic"}, "predict='cubic': choose 'linear', 'rollout'"),
+        ("dtrp", {"predict": "cubic"}, "predict='cubic': choose 'linear', 'rollout', 'informed', 'none'"),
         ("dtrp", {"predict": 3}, "predict=3 cannot be called"),
         ("dtrp", {"keep": "graph"}, "keep='graph' with backward_at='current': a kept graph holds"),
         ("fdg", {"backward_at": "current"}, "keep='input' to recompute"),

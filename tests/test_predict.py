@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dtrp
 from dtrp.distributed import method_values
-from dtrp.predict import informed, linear, rollout
+from dtrp.predict import as_predictor, informed, linear, rollout
 
 Make = Callable[[list[Tensor]], Optimizer]
 
@@ -368,3 +368,9 @@ def test_objects_of_the_library_are_told_apart_by_their_names() -> None:
     assert repr(informed) == "<predictor informed>"
     methods = [dtrp.get_method("dtrp", predict=predictor) for predictor in (linear, informed)]
     assert [method_values(method)["predict"] for method in methods] == ["linear", "informed"]
+
+
+def test_every_predictor_goes_by_its_name() -> None:
+    for predictor in (linear, rollout, informed):
+        assert as_predictor(predictor.name) is predictor
+        assert dtrp.get_method("dtrp", predict=predictor.name).predict == predictor.name

@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--stages", help="some of the part's, as 4,8")
     parser.add_argument("--methods", help="some of the part's, as bp,dtrp,fdg")
     parser.add_argument("--predictions", default=",".join(PREDICTIONS), help="for the methods that predict")
+    parser.add_argument("--microbatches", help="some of the part's, as K (as many as stages)")
     options = parser.parse_args()
     if not options.data_dir:
         parser.error("--data-dir: say where cifar-10-batches-py lies")
@@ -58,6 +59,9 @@ def main() -> None:
     methods = None if options.methods is None else options.methods.split(",")
     for cell in cells(options.part, range(options.seeds), options.stages):
         if methods is not None and cell.method not in methods:
+            continue
+        parts = str(cell.num_microbatches), "K" if cell.num_microbatches == cell.stages else ""
+        if options.microbatches is not None and not set(parts) & set(options.microbatches.split(",")):
             continue
         if cell.prediction is not None and cell.prediction not in options.predictions.split(","):
             continue

@@ -46,13 +46,13 @@ TUNING: list[tuple[str, int, Recipe]] = [  # method, seed, what is other
 EVERY, ON_THE_WAY = 50, 256  # updates, windows
 METHODS: dict[str, Method] = {
     "bp": dtrp.get_method("bp"),
-    "dtrp, informed": dtrp.get_method("dtrp", predict=dtrp.informed),
+    "dtrp, informed": dtrp.get_method("dtrp", predict="informed"),
     "dtrp": dtrp.get_method("dtrp"),
     "dtrp, linear": dtrp.get_method("dtrp", predict="linear"),
     "dtr": dtrp.get_method("dtr"),
-    "dtrp-1f1b, informed": dtrp.get_method("dtrp-1f1b", predict=dtrp.informed),
+    "dtrp-1f1b, informed": dtrp.get_method("dtrp-1f1b", predict="informed"),
     "dtrp-1f1b": dtrp.get_method("dtrp-1f1b"),
-    "dtrp, informed, gamma 0.8": dtrp.get_method("dtrp", predict=dtrp.informed, lr_shrink=0.8),
+    "dtrp, informed, gamma 0.8": dtrp.get_method("dtrp", predict="informed", lr_shrink=0.8),
     "fr": dtrp.get_method("fr"),
     "spectrain": dtrp.get_method("spectrain"),
 }

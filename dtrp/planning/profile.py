@@ -283,7 +283,8 @@ class Profiler:
                 update.append(self._now() - start)
                 if self._predictor is not None:
                     start = self._now()
-                    self._predictor(self._parameters, self._optimizer, 1, spare)
+                    known = self._parameters if self._predictor.uses_gradients else ()  # whatever their values
+                    self._predictor(self._parameters, self._optimizer, 1, spare, gradients=known, share=0.5)
                     predict.append(self._now() - start)
             for p in self._parameters:
                 p.grad = None
