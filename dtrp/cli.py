@@ -362,7 +362,8 @@ def _train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
             config = dataclasses.replace(config, workers=workers_per_replica(settings))
         text = config_text(config)
         if config.out:
-            left = left_by(config.out, text, overwrite=config.overwrite)
+            own = config_text(dataclasses.replace(settings, workers=config.workers))  # as a run writes it down
+            left = left_by(config.out, own, overwrite=config.overwrite)
             resume = config.resume or left == "unfinished"
             RunFolder(config.out, overwrite=config.overwrite or left == "begun", resume=resume)
     except (ValueError, OSError) as error:
@@ -401,8 +402,10 @@ def _train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
             raise Stopped(said if said.startswith("stopped after") else "interrupted", 128 + error.signal) from None
         except WorkersError as error:
             message = str(error)
-            if not message.startswith("dtrp: "):
+            own_words = message.startswith("dtrp: ")
+            if error.log.strip() and (error.exit_code < 0 or not own_words):  # what native code says is there alone
                 click.echo(error.log, err=True)
+            if not own_words:
                 message = f"dtrp: rank {error.rank} failed: {message}"
             raise click.ClickException(message.removeprefix("dtrp: ")) from None
 

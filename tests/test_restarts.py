@@ -84,6 +84,39 @@ def test_what_is_told_to_stop_goes_on_to_the_bit_by_the_same_command(whole: Path
     assert restarts.same(out, whole) == EQUAL
 
 
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    command = ["plan", "--model", "mlp", "--workers", "2", "--batch-size", "32", "--latency", "0", "--repeats", "1"]
+    assert run([*command, "--out", str(path)]) == 0
+    return path
+
+
+def test_a_run_by_a_plan_goes_on_by_the_same_command(plan: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["train", "--model", "mlp", "--limit-train", "500", "--limit-test", "100", "--epochs", "1000", "--quiet"]
+    command += ["--plan", str(plan), "--workers", "2", "--out", str(out)]
+    updates = [0]
+    for _ in range(2):
+        before = restarts.saves(out)
+        with restarts.started(command) as process:
+            restarts.wait_for(lambda before=before: restarts.saves(out)[-1:] != before[-1:], process)
+            process.terminate()
+            text, error = process.communicate(timeout=60)
+        assert error.startswith("dtrp: stopped after update "), (text, error)
+        updates.append(int(error.split()[4].rstrip(",")))
+    assert f"going on after update {updates[1]}, what was in flight included" in text
+    assert updates[2] > updates[1]
+
+
+@pytest.mark.full
+def test_workers_hold_the_model_against_the_plan(plan: Path, tmp_path: Path) -> None:
+    done = dtrp("train", "--model", "resnet20", "--plan", str(plan), "--workers", "2", "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert "the plan is for a model with" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_torchrun_saves_too_when_it_is_told_to_stop(tmp_path: Path) -> None:
     out = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -82,6 +83,29 @@ def test_what_a_worker_says_is_what_one_reads(tmp_path: Path) -> None:
     assert done.stderr.startswith("dtrp: ")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+ABORTS = """#!{python}
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+print("terminate called after throwing an instance of 'std::bad_alloc'", file=sys.stderr, flush=True)
+os.abort()
+"""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's launcher leaves its logs open
+def test_what_native_code_says_before_it_aborts_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = tmp_path / "worker"
+    worker.write_text(ABORTS.format(python=sys.executable))
+    worker.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(worker))
+    assert run([*SMALL, "--workers", "1"]) == 2
+    gc.collect()
+    said, last = capsys.readouterr().err.splitlines()
+    assert said == "terminate called after throwing an instance of 'std::bad_alloc'"
+    assert last == "dtrp: rank 0 was killed by signal 6 (SIGABRT)"
 
 
 def test_a_killed_worker_and_ctrl_c(tmp_path: Path) -> None:
