@@ -600,6 +600,8 @@ def schedule(
     help="Parts of a mini-batch (1, or what --max-delay asks for or --compensate finds).",
 )
 @click.option("--optimizer", type=_CHOICES["optimizer"], default=_DEFAULTS.optimizer, help="Optimizer of each stage.")
+@click.option("--momentum", type=float, default=_DEFAULTS.momentum, help="Of sgd; 0: it has no state.")
+@click.option("--weight-decay", type=float, default=_DEFAULTS.weight_decay, help="As of 'dtrp train'.")
 @click.option("--prediction", type=_CHOICES["prediction"], help="Weight prediction instead of the method's own.")
 @click.option(
     "--keep",
@@ -644,6 +646,8 @@ def plan(**options: Any) -> None:
         "method",
         "batch_size",
         "optimizer",
+        "momentum",
+        "weight_decay",
         "prediction",
         "device",
         "dtype",
@@ -672,7 +676,8 @@ def plan(**options: Any) -> None:
         raise click.ClickException(str(error)) from error
     show_plan(made)
     told = [f"--{name} {options[name.replace('-', '_')]}"
-            for name in ("data-dir", "image-size", "layers", "width", "heads", "context", "optimizer", "dtype")
+            for name in ("data-dir", "image-size", "layers", "width", "heads", "context", "optimizer", "momentum",
+                         "weight-decay", "dtype")
             if options[name.replace("-", "_")] != getattr(_DEFAULTS, name.replace("-", "_"))]  # fmt: skip
     told.append(f"--workers {options['workers']}" if options["workers"] > 1 else "")
     command = " ".join(

@@ -87,8 +87,9 @@ class Plan:
         one_worker_s: what one worker would take for as many samples.
         advice: in a sentence or two.
         stages: one by one.
-        alternatives: other methods for the same job.
-        leads: other orders of work of the same method.
+        alternatives: the same job by other methods; ``dtrp, recomputing``: by this plan with no more graphs kept than
+            the method keeps; ``dtrp, equal cuts``.
+        leads: orders of work of the same method, the chosen one among them.
         batches: other sizes of the mini-batch.
     """
 

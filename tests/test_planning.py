@@ -24,7 +24,7 @@ import dtrp
 from dtrp.cli import run
 from dtrp.planning import Plan, PlanError, Profiler, balance, simulate
 from dtrp.planning.choose import plan
-from dtrp.planning.search import larger_batches
+from dtrp.planning.search import frontier, larger_batches
 from dtrp.stash import value_bytes
 from dtrp.train import TrainConfig, Trainer
 
@@ -458,13 +458,29 @@ def test_the_lead_is_the_shortest_that_hides_the_links() -> None:
     def lead_at(latency_s: float, method: Any = "dtrp") -> tuple[float, bool]:
         made = plan(model, example, nn.functional.mse_loss, num_workers=4, method=method, latency_s=latency_s,
                     neighbours=0, repeats=3, alternatives=False)  # fmt: skip
-        delays = [choice.delay for choice in made.leads]
+        order = "backward-first" if made.row.backward_first else "forward-first"
+        own = [choice for choice in made.leads if (choice.ahead, choice.order) == (made.row.ahead, order)]
+        assert bool(own) == isinstance(method, str), "the chosen one is in the table"
+        delays = [choice.delay for choice in made.leads if choice not in own]
         assert delays == sorted(set(delays)), "a frontier: more delay only where it is faster"
         return made.row.ahead, made.row.backward_first
 
     assert lead_at(0.0)[0] < 2, "no latency: shorter than the method's own"
     assert lead_at(0.011)[0] > 1.0, "a hop of almost a slot"
     assert lead_at(0.0, dtrp.get_method("dtrp")) == (2, True), "a row that is given stays as it is"
+
+
+def test_the_chosen_lead_is_in_the_table_that_it_was_chosen_from() -> None:
+    @dataclasses.dataclass(eq=False)
+    class Lead:
+        delay: int
+        minibatch_s: float
+
+    chosen, faster, slower, longer = Lead(1, 1.01), Lead(1, 1.0), Lead(2, 1.5), Lead(3, 0.9)
+    leads: Any = [chosen, faster, slower, longer]
+    assert frontier(leads, leads[0]) == [faster, chosen, longer]
+    assert frontier(leads, leads[1]) == [faster, longer]
+    assert frontier([], leads[0]) == []
 
 
 def test_graphs_are_kept_where_they_fit() -> None:
@@ -557,12 +573,44 @@ def test_other_methods_and_whether_to() -> None:
         "one worker", "gpipe", "bp", "pipedream", "fdg", "dtrp", "dtrp, equal cuts",
     ]  # fmt: skip
     assert all(choice.minibatch_s > 0 and choice.memory_bytes > 0 for choice in made.alternatives)
+    assert {
+        choice.num_microbatches for choice in made.alternatives if choice.method in ("pipedream", "fdg", "dtrp")
+    } == {1}
     slow_links = quick(network(), num_workers=2, latency_s=60.0)
     assert slow_links.speedup < 1.05
     assert slow_links.advice.startswith("Do not pipeline this: ")
     alone = quick(network(), num_workers=1)
     assert alone.cuts == ()
     assert "One worker" in alone.advice
+
+
+def test_other_methods_are_given_the_micro_batches_of_the_plan() -> None:
+    made = quick(network(), num_workers=2, num_microbatches=4, choose_lead=False)
+    parts = {choice.method: choice.num_microbatches for choice in made.alternatives}
+    assert {parts[name] for name in ("pipedream", "fdg", "dtrp", "dtrp, equal cuts")} == {4}
+    assert parts["gpipe"] in (2, 4, 8), "the fastest of K, 2K, 4K"
+    bound = quick(network(), num_workers=4, max_delay=2, choose_lead=False)
+    assert {c.method: c.num_microbatches for c in bound.alternatives if c.method in ("pipedream", "fdg", "dtrp")} == {
+        "pipedream": 2, "fdg": 3, "dtrp": 3,
+    }  # fmt: skip
+
+
+def test_what_kept_graphs_buy_is_told_by_the_same_plan_without_them() -> None:
+    model = nn.Sequential(*(Slow(0.003) for _ in range(4)))
+    kept = plan(model, (torch.randn(8, 5), torch.randn(8, 5)), nn.functional.mse_loss, num_workers=2, optimizer=sgd,
+                latency_s=0.0, neighbours=0, repeats=3, num_microbatches=2, keep="auto")  # fmt: skip
+    assert kept.keep == ("graph", "graph")
+    (row,) = [choice for choice in kept.alternatives if choice.method == "dtrp, recomputing"]
+    order = "backward-first" if kept.row.backward_first else "forward-first"
+    same = (kept.cuts, kept.row.ahead, order, kept.num_microbatches, kept.batch_size)
+    assert (row.cuts, row.ahead, row.order, row.num_microbatches, row.batch_size) == same
+    forward_s = 0.003 * kept.cuts[0] * kept.num_microbatches
+    slots = [stage.slot_s for stage in kept.stages]
+    assert row.minibatch_s == pytest.approx(max(slots[0] + forward_s, slots[1]), rel=0.2)
+    assert row.memory_bytes < max(stage.memory_bytes for stage in kept.stages)
+    for options in ({"keep": "graph"}, {"keep": "auto", "method": "fdg"}):
+        made = quick(network(), **options)
+        assert not [choice for choice in made.alternatives if choice.method.endswith(", recomputing")]
 
 
 @pytest.mark.parametrize(
@@ -808,6 +856,26 @@ def test_the_command_line_plans_and_trains_by_the_plan(tmp_path: Path, capsys: p
         assert message in capsys.readouterr().err
     assert run([*train, str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
+
+
+def test_the_command_line_plans_for_the_optimizer_that_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SGD without momentum has no state."""
+    held = {}
+    for momentum in ("0.9", "0"):
+        out = tmp_path / f"plan{momentum}.json"
+        command = ["plan", *SMALL, "--workers", "1", "--repeats", "1", "--batch-size", "8", "--method", "bp"]
+        options = ["--momentum", momentum, "--weight-decay", "0.25", "--out", str(out)]
+        assert run([*command, *options]) == 0
+        held[momentum] = Plan.load(out).stages[0].memory_bytes
+        shown = capsys.readouterr().out
+        assert "--weight-decay 0.25" in shown
+        assert ("--momentum 0.0" in shown) == (momentum == "0")
+    weights = 4 * Plan.load(out).model["parameters"]
+    assert held["0.9"] - held["0"] == weights
+    assert run([*command, "--momentum", "-1", "--out", str(tmp_path / "no.json")]) == 2
+    assert "--momentum -1.0: a finite number of at least 0" in capsys.readouterr().err
 
 
 def test_a_plan_scales_the_learning_rate(tmp_path: Path) -> None:

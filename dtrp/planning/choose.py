@@ -206,19 +206,24 @@ def plan(
 
     say("one worker")
     one_worker = search.one_worker(batch_size)
-    others, even = [], None
+    others, recomputing, even = [], None, None
     if alternatives and num_workers > 1:
         for name in OTHERS:
             say(f"{name} for the same job")
             try:
-                others.append(search.evaluate(get_method(name), batch_size, keep=None, limit=None, own=False))
+                other = get_method(name)
+                others.append(search.evaluate(other, batch_size, keep=None, limit=None, own=not other.flush))
             except PlanError:  # fewer samples than it needs micro-batches
                 continue
+        if keep == "auto":
+            recomputing = search.recomputing(chosen)
         even = search.evaluate(
             chosen.method, batch_size, keep=None, limit=None, cuts=equal_cuts(num_layers, num_workers)
         )
     factor = LR_SCALING[lr_scaling](batch_size / base)
     described = [one_worker, *(each.choice() for each in others)]
+    if recomputing is not None:
+        described.append(dataclasses.replace(recomputing.choice(), method=f"{chosen.method.name}, recomputing"))
     if even is not None:
         described.append(dataclasses.replace(even.choice(), method=f"{chosen.method.name}, equal cuts"))
     return Plan(
@@ -239,7 +244,7 @@ def plan(
         advice=_advice(chosen, one_worker, others, search),
         stages=chosen.stages(profiler.names),
         alternatives=tuple(described),
-        leads=tuple(each.choice() for each in frontier(leads)),
+        leads=tuple(each.choice() for each in frontier(leads, chosen)),
         batches=tuple(each.choice() for each in batches),
     )
 

@@ -373,6 +373,12 @@ class Search:
                 break
         return sorted(known.values(), key=lambda each: (each.delay, each.method.ahead))
 
+    def recomputing(self, chosen: Evaluated) -> Evaluated | None:
+        """The same job at the same cuts, where each stage recomputes as its method says; None: that is what was chosen."""
+        same = dataclasses.replace(self, num_microbatches=chosen.num_microbatches)
+        own = same.evaluate(chosen.method, chosen.batch_size, keep=None, limit=None, cuts=chosen.cuts, like=chosen)
+        return own if own.keeps != chosen.keeps and "input" in own.keeps else None
+
     def _leads_of(self, method: Method) -> tuple[Any, ...]:
         """What tells one order of work from another, on so many stages."""
         leads = tuple(lead(method, self.num_workers, k) for k in range(self.num_workers))
@@ -428,13 +434,15 @@ def larger_batches(search: Search, row: Method, base: int, most: int) -> list[Ev
     return evaluated
 
 
-def frontier(leads: Sequence[Evaluated]) -> list[Evaluated]:
-    """For each delay the fastest, as long as more delay makes it faster."""
+def frontier(leads: Sequence[Evaluated], chosen: Evaluated) -> list[Evaluated]:
+    """For each delay the fastest, as long as more delay makes it faster; and the chosen one, which is about as fast."""
     fastest: list[Evaluated] = []
     for each in sorted(leads, key=lambda each: (each.delay, each.minibatch_s)):
         if not fastest or each.minibatch_s < 0.999 * fastest[-1].minibatch_s:
             fastest.append(each)
-    return fastest
+    if leads and all(each is not chosen for each in fastest):
+        fastest.append(chosen)
+    return sorted(fastest, key=lambda each: (each.delay, each.minibatch_s))
 
 
 def _lognormal(mean: float, sigma: float) -> Seconds:
