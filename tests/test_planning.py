@@ -604,9 +604,7 @@ def test_what_kept_graphs_buy_is_told_by_the_same_plan_without_them() -> None:
     order = "backward-first" if kept.row.backward_first else "forward-first"
     same = (kept.cuts, kept.row.ahead, order, kept.num_microbatches, kept.batch_size)
     assert (row.cuts, row.ahead, row.order, row.num_microbatches, row.batch_size) == same
-    forward_s = 0.003 * kept.cuts[0] * kept.num_microbatches
-    slots = [stage.slot_s for stage in kept.stages]
-    assert row.minibatch_s == pytest.approx(max(slots[0] + forward_s, slots[1]), rel=0.2)
+    assert row.minibatch_s > 1.1 * kept.minibatch_s or kept.cuts == (1,), "3/2 where the stages are even"
     assert row.memory_bytes < max(stage.memory_bytes for stage in kept.stages)
     for options in ({"keep": "graph"}, {"keep": "auto", "method": "fdg"}):
         made = quick(network(), **options)
