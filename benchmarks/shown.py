@@ -51,6 +51,11 @@ def rows(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (HERE / path).read_text().splitlines()]
 
 
+def last_run(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the rows of a part that may have run several times, those of the last: what took turns with each other."""
+    return [row for row in lines if row["run"] == lines[-1]["run"]]
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean ± sample standard deviation."""
     return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"

@@ -56,6 +56,20 @@ def check_section(path: Path, text: str) -> None:
             assert shown.problems(path, changed), f"{prose[max(0, place - 20) : place + 5]!r} with {digit}"
 
 
+@pytest.mark.parametrize(
+    "name", ["throughput/sleeping", "throughput/links", "throughput/resnet20", "throughput/one_worker_56",
+             "planning/simulator", "planning/keep", "planning/memory"]
+)  # fmt: skip
+def test_of_a_part_that_has_run_again_the_last_run_is_shown(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, values = shown.rows, shown._values(*name.split("/"))
+    monkeypatch.setattr(shown, "rows", lambda path: [*({**row, "run": "before"} for row in rows(path)), *rows(path)])
+    shown._function.cache_clear()
+    try:
+        assert shown._values(*name.split("/")) == values
+    finally:
+        shown._function.cache_clear()
+
+
 def test_a_dead_link_and_numbers_without_one_are_seen() -> None:
     path, text = DOCUMENTS["README.md"], DOCUMENTS["README.md"].read_text()
     dead = text.replace("engine/results/engine.jsonl", "engine/results/engines.jsonl")

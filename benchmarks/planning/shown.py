@@ -3,11 +3,10 @@
 from statistics import median
 from typing import Any
 
-from shown import rows, table
+from shown import last_run, rows, table
 
-SIMULATOR, KEEP, BATCH, CUTS, ACCURACY = (
-    rows(f"planning/results/{part}.jsonl") for part in ("simulator", "keep", "batch", "cuts", "accuracy")
-)
+SIMULATOR, KEEP = (last_run(rows(f"planning/results/{part}.jsonl")) for part in ("simulator", "keep"))
+BATCH, CUTS, ACCURACY = (rows(f"planning/results/{part}.jsonl") for part in ("batch", "cuts", "accuracy"))
 
 
 def simulator() -> list[str]:
@@ -70,9 +69,10 @@ def batch() -> str:
     return table(head, lines)
 
 
-def _cuts(model: str, last: bool = False) -> dict[str, Any]:
+def _cuts(model: str, *, first: bool = False) -> dict[str, Any]:
+    """The last row of a model, or what the plan came to at first."""
     found = [row for row in CUTS if row["model"] == model]
-    return found[-1 if last else 0]
+    return found[0 if first else -1]
 
 
 def _faster(row: dict[str, Any]) -> float:
@@ -89,11 +89,11 @@ def cuts() -> list[str]:
     small, large = _cuts("resnet20"), _cuts("resnet56")
     promised = [row["predicted_equal_ms"] / row["predicted_ms"] for row in (small, large)]
     rounds = sorted(small["rounds_ms"])
-    wide, deep = _cuts("resnet18"), _cuts("vgg16")
+    wide, deep = _cuts("resnet18", first=True), _cuts("vgg16")
     return [f"{_faster(small):.2f}", f"{promised[0]:.2f}", f"{_faster(large):.2f}", f"{promised[1]:.2f}",
             f"{_off(small):.0f}", f"{_off(large):.0f}", "10", f"{rounds[0]:.0f}", f"{rounds[-1]:.0f}",
             f"{_off(wide):.0f}", f"{_off(deep):.0f}", f"{_faster(deep):.2f}", f"{_faster(wide):.2f}",
-            f"{_faster(_cuts('resnet18', last=True)):.2f}"]  # fmt: skip
+            f"{_faster(_cuts('resnet18')):.2f}"]  # fmt: skip
 
 
 def accuracy() -> list[str]:

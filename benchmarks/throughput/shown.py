@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from shown import rows, table
+from shown import last_run, rows, table
 
-SLEEPING = rows("throughput/results/sleeping.jsonl")
-SLEEPING = [row for row in SLEEPING if row["run"] == SLEEPING[-1]["run"]]  # what took turns with each other
-LINKS = rows("throughput/results/links.jsonl")
-COMPUTE = rows("throughput/results/compute.jsonl")
+SLEEPING, LINKS = (last_run(rows(f"throughput/results/{part}.jsonl")) for part in ("sleeping", "links"))
+_COMPUTE = rows("throughput/results/compute.jsonl")
+COMPUTE = {model: last_run([line for line in _COMPUTE if line["model"] == model]) for model in ("resnet20", "resnet56")}
 SYNCHRONOUS = ("torch 1F1B", "torch GPipe", "torch InterleavedZeroBubble")
 SIZES = (2, 4, 8)
 
@@ -73,7 +72,7 @@ def links() -> str:
 
 
 def _compute(model: str, sizes: tuple[int, ...]) -> str:
-    lines = [line for line in COMPUTE if line["model"] == model]
+    lines = COMPUTE[model]
     alone = _median(lines, contender="one worker")
     written = []
     for contender in dict.fromkeys(line["contender"] for line in lines if line["stages"] > 1):
@@ -94,8 +93,8 @@ def resnet56() -> str:
 
 
 def one_worker_20() -> list[str]:
-    return [f"{_median(COMPUTE, model='resnet20', contender='one worker'):.0f}"]
+    return [f"{_median(COMPUTE['resnet20'], contender='one worker'):.0f}"]
 
 
 def one_worker_56() -> list[str]:
-    return [f"{_median(COMPUTE, model='resnet56', contender='one worker'):.0f}"]
+    return [f"{_median(COMPUTE['resnet56'], contender='one worker'):.0f}"]
