@@ -46,8 +46,8 @@ from .train import (
 )
 
 
-class Stopped(click.ClickException):
-    """The run was asked to stop and did."""
+class Stopped(BaseException):
+    """The run was asked to stop and did. No error, as `KeyboardInterrupt` is none: who notes errors and goes on lets it pass."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -62,7 +62,7 @@ def run(arguments: list[str] | None = None) -> int:
         print(error.format_message(), file=sys.stderr)
         return 2
     except Stopped as error:
-        return _complain(error.format_message(), error.code)
+        return _complain(str(error), error.code)
     except click.ClickException as error:
         return _complain(error.format_message())
     except (click.Abort, KeyboardInterrupt):
@@ -415,6 +415,10 @@ _OF_A_CELL = (
     "max_restarts",
     "memory_limit", "keep",
 )  # fmt: skip
+_OF_SAVES = ("save_every", "keep_last")  # a cell that is broken off begins again
+_LOOK_EVERY = (
+    17  # a prime: micro-batches at every place in a mini-batch are looked at, whatever A is (but for its multiples)
+)
 
 
 @cli.command()
@@ -430,20 +434,30 @@ _OF_A_CELL = (
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each, with seeds 0, 1, ...")
 @click.option(
-    "--once/--every-k", default=True, help="Run a method that flushes at the first K only: its numbers are the same."
+    "--once/--every-k",
+    default=None,
+    help="Run a method that flushes at one K for each A: its accuracy is the same at every K, its time and memory are not (once; "
+    "with --workers at every K).",
 )
 @click.option("--workers/--one-process", default=False, help="A process for each stage.")
 @click.option(
+    "--prediction-error-every",
+    type=int,
+    default=_LOOK_EVERY,
+    help="Compare predicted with true weights at every n-th micro-batch (0: never); a multiple of A looks at the first ones of "
+    "mini-batches alone.",
+)
+@click.option(
     "--out", type=click.Path(), required=True, help="Folder of the comparison; one that is there is gone on with."
 )
-@_train_options(without=_OF_A_CELL)
+@_train_options(without=(*_OF_A_CELL, *_OF_SAVES, "prediction_error_every"))
 def compare(
     methods: tuple[str, ...],
     stages: tuple[int, ...],
     num_microbatches: str,
     predictions: tuple[str, ...] | None,
     seeds: int,
-    once: bool,
+    once: bool | None,
     workers: bool,
     out: str,
     **options: Any,
@@ -455,6 +469,7 @@ def compare(
     """
     base = TrainConfig(**options, workers=1 if workers else None)
     try:
+        once = not workers if once is None else once
         cells = grid(methods, stages, num_microbatches.split(","), range(seeds), predictions or (), once=once)
         comparison = Comparison(base, cells, out)
     except (ValueError, OSError) as error:

@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from .files import whole_file
 from .footprint import held_at_most
 from .methods import get_method
 from .train import TrainConfig, check_settings, config_text
@@ -76,18 +77,19 @@ def grid(
         microbatches: every A; ``"K"`` is the number of stages.
         seeds: of the runs.
         predictions: for methods that predict, in place of their own.
-        once: run a method that flushes at the first K only, since its numbers are the same at every K.
+        once: run a method that flushes at one K for each A, since its accuracy is the same at every K.
 
     Raises:
         ValueError: a word that is no number.
     """
     cells: dict[Cell, None] = {}
+    flushing: dict[tuple[int, str, int], int] = {}  # the K at which (seed, method, A) runs
     for seed, num_stages, word, method in itertools.product(seeds, stages, microbatches, methods):
         row = get_method(method)
         if not (word == "K" or (word.isdecimal() and int(word) >= 1)):
             raise ValueError(f"--num-microbatches {word}: whole numbers of at least 1, or K for as many as stages")
         count = num_stages if word == "K" else int(word)
-        if once and row.flush and num_stages != stages[0]:
+        if once and row.flush and flushing.setdefault((seed, method, count), num_stages) != num_stages:
             continue
         for prediction in predictions if row.predict is not None and predictions else (None,):
             cells[Cell(method, num_stages, count, seed, prediction)] = None
@@ -116,21 +118,27 @@ class Comparison:
         self._settings = config_text(dataclasses.replace(base, **dict.fromkeys(_OWN)))  # type: ignore[arg-type]
         if self.folder.exists():
             known = self.folder / _SETTINGS
-            if not self.folder.is_dir() or (any(self.folder.iterdir()) and not known.is_file()):
+            if not self.folder.is_dir() or not (known.is_file() or all(map(_left_of_settings, self.folder.iterdir()))):
                 raise ValueError(f"--out {folder} exists and is no comparison; choose another name")
-            if known.is_file() and not self._agrees(known):
+            if known.is_file() and (other := self._differing(known)):
                 raise ValueError(
-                    f"--out {folder} holds runs of other settings ({known}); choose another name, or give the same settings"
+                    f"--out {folder} holds runs of other settings ({other}, in {known}); choose another name, or give the same ones"
                 )
 
-    def _agrees(self, known: Path) -> bool:
-        """Whether a file holds these settings; one that it does not name, since it is older than that option, has its default."""
+    def _differing(self, known: Path) -> str:
+        """What a file says otherwise than these settings; one that it does not name, since it is older, has its default."""
         defaults = yaml.safe_load(config_text(dataclasses.replace(TrainConfig(), **dict.fromkeys(_OWN))))  # type: ignore[arg-type]
         try:
             theirs = yaml.safe_load(known.read_text())
         except yaml.YAMLError:
-            return False
-        return isinstance(theirs, dict) and {**defaults, **theirs} == {**defaults, **yaml.safe_load(self._settings)}
+            theirs = None
+        if not isinstance(theirs, dict):
+            return "no settings"
+        theirs, ours = {**defaults, **theirs}, {**defaults, **yaml.safe_load(self._settings)}
+        keys = dict.fromkeys([*theirs, *ours])
+        return ", ".join(
+            f"{key} {theirs.get(key)} and not {ours.get(key)}" for key in keys if theirs.get(key) != ours.get(key)
+        )
 
     def config(self, cell: Cell) -> TrainConfig:
         """The settings of one cell's run."""
@@ -147,7 +155,7 @@ class Comparison:
     def failure(self, cell: Cell) -> str | None:
         """Why a cell failed, if it did."""
         note = self.folder / f"{cell.name}.failed"
-        return note.read_text().splitlines()[0] if note.is_file() else None
+        return read_failure(note) if note.is_file() else None
 
     def run(self, work: Callable[[TrainConfig], None], say: Callable[[str], None]) -> list[Cell]:
         """Run what is not finished yet.
@@ -160,7 +168,9 @@ class Comparison:
             The cells that failed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / _SETTINGS).write_text(self._settings)
+        if not (self.folder / _SETTINGS).is_file():
+            with whole_file(self.folder / _SETTINGS) as file:
+                file.write(self._settings.encode())
         left = [cell for cell in self.cells if self.done(cell) is None]
         if len(left) < len(self.cells):
             say(f"{len(self.cells) - len(left)} of {len(self.cells)} cells are finished already")
@@ -168,14 +178,21 @@ class Comparison:
         for number, cell in enumerate(left):
             say(f"cell {number + 1} of {len(left)}: {cell.name}")
             note = self.folder / f"{cell.name}.failed"
-            if (self.folder / cell.name).exists():
-                shutil.rmtree(self.folder / cell.name)  # of a run that was broken off
+            for remains in (
+                self.folder / cell.name,
+                *self.folder.glob(f".{cell.name}.*"),
+            ):  # of a run that was broken off
+                if remains.is_dir():
+                    shutil.rmtree(remains)
+                else:
+                    remains.unlink(missing_ok=True)
             try:
                 work(self.config(cell))
                 note.unlink(missing_ok=True)
             except Exception as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                note.write_text(f"{reason}\n\n{traceback.format_exc()}")
+                with whole_file(note) as file:
+                    file.write(f"{reason}\n\n{traceback.format_exc()}".encode())
                 say(f"{cell.name} failed: {reason}")
                 failed.append(cell)
         return failed
@@ -226,6 +243,16 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return summary if isinstance(summary, dict) and "stages" in summary else None
+
+
+def read_failure(note: Path) -> str:
+    """Why a cell failed: the first line of its note."""
+    return next(iter(note.read_text(errors="replace").splitlines()), "its note is empty")
+
+
+def _left_of_settings(path: Path) -> bool:
+    """Whether it is what a process leaves that dies while it writes the settings."""
+    return path.name.startswith(f".{_SETTINGS}.")
 
 
 def peak_bytes(summary: dict[str, Any]) -> list[int]:

@@ -19,7 +19,7 @@ import yaml
 from helpers import minibatches, network, pipeline, sgd
 
 import dtrp
-from dtrp.cli import run
+from dtrp.cli import Stopped, run
 from dtrp.compare import Cell, Comparison, grid, group_cells, largest_delay, peak_bytes, prediction_error, read_summary
 from dtrp.train import TrainConfig
 
@@ -43,13 +43,17 @@ BASE = TrainConfig(data="digits", model="mlp", epochs=1, limit_train=100, limit_
 def test_a_grid_is_every_combination_once() -> None:
     cells = grid(["bp", "fdg", "dtrp"], [2, 4], ["1", "K"], [0, 1], ["linear", "rollout"], once=True)
     assert len(cells) == len(set(cells))
-    assert {c.stages for c in cells if c.method == "bp"} == {2}, "the same at every K"
+    assert {(c.stages, c.num_microbatches) for c in cells if c.method == "bp"} == {(2, 1), (2, 2), (4, 4)}, (
+        "once for each A"
+    )
     assert {c.prediction for c in cells if c.method == "fdg"} == {None}
     assert {c.prediction for c in cells if c.method == "dtrp"} == {"linear", "rollout"}
     assert {(c.stages, c.num_microbatches) for c in cells if c.method == "dtrp"} == {(2, 1), (2, 2), (4, 1), (4, 4)}
     assert [c.seed for c in cells] == sorted(c.seed for c in cells)
     assert len({c.name for c in cells}) == len(cells)
     assert {c.stages for c in grid(["bp"], [2, 4], ["1"], [0])} == {2, 4}
+    both = grid(["bp", "gpipe"], [2, 4], ["1"], [0, 1], once=True)
+    assert [(c.method, c.stages, c.seed) for c in both] == [(m, 2, seed) for seed in (0, 1) for m in ("bp", "gpipe")]
     with pytest.raises(ValueError, match="--num-microbatches x"):
         grid(["bp"], [2], ["x"], [0])
 
@@ -75,6 +79,54 @@ def test_the_command_runs_the_grid_and_repeats_nothing(tmp_path: Path, capsys: p
     assert "cell 2 of 2" in capsys.readouterr().out
     assert run(command(out, "--lr", "0.5")) == 2
     assert "holds runs of other settings" in capsys.readouterr().err
+
+
+def test_what_it_does_unless_it_is_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Comparison] = []
+    monkeypatch.setattr(Comparison, "run", lambda self, work, say: seen.append(self) or [])
+    arguments = ["compare", "--methods", "bp,dtrp", "--stages", "2,4", "--seeds", "1", "--out", str(tmp_path / "grid")]
+    for options in ([], ["--workers"], ["--every-k"], ["--workers", "--once"]):
+        assert run([*arguments, *options]) == 0
+    flushing = [[cell.stages for cell in comparison.cells if cell.method == "bp"] for comparison in seen]
+    assert flushing == [[2], [2, 4], [2, 4], [2]], "on workers time and memory are those of a K"
+    every = seen[0].base.prediction_error_every
+    for parts in range(1, 17):
+        places = {microbatch % parts for microbatch in range(0, parts * every, every)}
+        assert places == set(range(parts)), "every place in a mini-batch is looked at"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_is_told_to_stop_begins_no_other_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    def stopped(config: TrainConfig) -> None:
+        raise Stopped("interrupted", 128 + number)
+
+    monkeypatch.setattr("dtrp.cli._train_in_workers", stopped)
+    assert run(command(tmp_path / "grid", "--workers")) == code
+    shown = capsys.readouterr()
+    assert shown.err == "dtrp: interrupted\n"
+    assert "cell 1 of 4" in shown.out
+    assert "cell 2 of 4" not in shown.out
+    assert [path.name for path in (tmp_path / "grid").iterdir()] == ["compare.yaml"], "nothing has failed"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_on_workers_too(tmp_path: Path, number: int) -> None:
+    arguments = [sys.executable, "-m", "dtrp", *command(tmp_path / "grid", "--epochs", "100000", "--workers")]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        while "epoch   2" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+        text, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, error) == (128 + number, "dtrp: interrupted\n")
+    assert "cell 2" not in text
+    assert not list((tmp_path / "grid").glob("*.failed"))
 
 
 def test_a_cell_that_fails_loses_nothing_of_the_others(tmp_path: Path) -> None:
@@ -124,6 +176,36 @@ def test_a_comparison_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> Non
     assert f"{len(finished)} of 8 cells are finished already" in again.stdout
     assert len(list(out.glob("*/summary.json"))) == 8
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
+
+
+def test_what_a_kill_leaves_is_no_hindrance(tmp_path: Path) -> None:
+    cells = grid(["bp"], [2], ["1"], [0])
+    out = tmp_path / "grid"
+    out.mkdir()
+    (out / ".compare.yaml.x1y2").write_text("half of the sett")
+    comparison = Comparison(BASE, cells, str(out))
+    (out / ".bp-K2-A1-seed0.ab12").mkdir()
+    (out / ".bp-K2-A1-seed0.ab12" / "metrics.jsonl").touch()
+    (out / ".bp-K2-A1-seed0.failed.cd34").write_text("half of a no")
+    (out / "bp-K2-A1-seed0.failed").touch()
+    assert comparison.failure(cells[0]) == "its note is empty"
+    assert comparison.run(lambda config: None, lambda line: None) == []
+    assert sorted(path.name for path in out.iterdir()) == [".compare.yaml.x1y2", "compare.yaml"]
+    written = (out / "compare.yaml").stat().st_ino
+    Comparison(BASE, cells, str(out)).run(lambda config: None, lambda line: None)
+    assert (out / "compare.yaml").stat().st_ino == written, "settings that agree are not written again"
+
+
+def test_notes_and_settings_are_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: TrainConfig) -> None:
+        raise RuntimeError("no luck")
+
+    replaced: list[str] = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: replaced.append(Path(to).name) or replace(self, to))
+    cells = grid(["bp"], [2], ["1"], [0])
+    assert Comparison(BASE, cells, str(tmp_path / "grid")).run(broken, lambda line: None) == cells
+    assert replaced == ["compare.yaml", "bp-K2-A1-seed0.failed"]
 
 
 def test_a_cell_is_the_run_of_dtrp_train(tmp_path: Path) -> None:
@@ -179,7 +261,9 @@ def test_settings_that_an_older_version_did_not_have(tmp_path: Path) -> None:
     Comparison(BASE, cells, str(known.parent))
     for other in (yaml.safe_dump({**settings, "momentum": 0.5}), "[", "dtrp"):
         known.write_text(other)
-        with pytest.raises(ValueError, match="holds runs of other settings"):
+        with pytest.raises(
+            ValueError, match=r"holds runs of other settings \((momentum 0.5 and not 0.9|no settings), in "
+        ):
             Comparison(BASE, cells, str(known.parent))
     with pytest.raises(ValueError, match="holds runs of other settings"):
         known.write_text(yaml.safe_dump(settings))
