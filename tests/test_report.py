@@ -19,13 +19,13 @@ import pytest
 import yaml
 from browser import CHROMIUM, needs_chromium, open_page
 
-from dtrp import list_methods
+from dtrp import Schedule, get_method, list_methods
 from dtrp.cli import run
 
 pytest.importorskip("matplotlib")
 
 from dtrp.report import collect, write_report
-from dtrp.report.figures import Plot, draw, png, svg
+from dtrp.report.figures import Plot, draw, on_white, png, svg
 from dtrp.report.plots import SECTIONS, make_plots
 
 
@@ -45,7 +45,7 @@ def stage(k: int, delays: dict[str, int], errors: list[list[float]]) -> dict[str
 
 
 def write_run(folder: Path, method: str = "dtrp", seed: int = 0, *, accuracy: float = 0.5, finished: bool = True,
-              **config: Any) -> None:  # fmt: skip
+              epochs: int = 3, **config: Any) -> None:  # fmt: skip
     folder.mkdir(parents=True)
     settings = {
         "data": "digits",
@@ -60,12 +60,12 @@ def write_run(folder: Path, method: str = "dtrp", seed: int = 0, *, accuracy: fl
     lines = [
         {"epoch": e, "update": 4 * e, "train_loss": 2.0 / e, "test_loss": 2.1 / e, "test_accuracy": accuracy * e / 3,
          "samples_per_s": 100.0, "elapsed_s": float(e)}
-        for e in (1, 2, 3)
+        for e in range(1, epochs + 1)
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
         errors = [[4.0, 1, 0.5, 1.0], [8.0, 1, 0.3, 1.0]] if method.startswith("dtrp") else []
-        stages = int(settings["stages"])
+        stages = settings["stages"] if isinstance(settings["stages"], int) else 2
         summary = {
             "config": settings, "epochs": 3, "updates": 12, "test_accuracy": lines[-1]["test_accuracy"], "test_loss": 0.7,
             "minibatch_s": 0.02 + 0.01 * seed, "environment": {"torch": "x"},
@@ -209,7 +209,7 @@ def test_every_figure_shows_what_the_files_hold(tmp_path: Path, made: Callable[[
     (grid / "dtrp-2-0" / "trace.json").write_text(json.dumps(trace))
     page, files = made([grid]), raw(grid)
     plots = {plot["name"]: plot["series"] for plot in page.data["plots"]}
-    checked = {"time", "memory-by-stages", "timeline-dtrp-K-2"}
+    checked = {"time", "memory-by-stages", "timeline-dtrp-K-2", "frontier"}
     for stages in (2, 3):
         runs = {method: files[method, stages] for method in methods}
         for name, factor, key in (
@@ -258,6 +258,14 @@ def test_every_figure_shows_what_the_files_hold(tmp_path: Path, made: Callable[[
         line = plots["memory-by-stages"][method]
         largest = [max(peak(s) for s in files[method, stages][0]["stages"]) for stages in (2, 3)]
         assert (line["x"], line["y"]) == ([2, 3], pytest.approx(largest))
+        frontier = plots["frontier"][method]
+        ends = [[100 * run["test_accuracy"] for run in files[method, stages]] for stages in (2, 3)]
+        assert frontier["x"] == [
+            max(int(d) for d in files[method, stages][0]["stages"][0]["delays"]) for stages in (2, 3)
+        ]
+        for key, sign in (("y", 0), ("low", -1), ("high", 1)):
+            expected = [statistics.fmean(own) + sign * statistics.stdev(own) for own in ends]
+            assert frontier[key] == pytest.approx(expected)
     # From the span in the middle on, in milliseconds from it.
     assert plots["timeline-dtrp-K-2"] == {
         "forward": {"x": [0.0], "y": [1], "width": [2.5]},
@@ -275,6 +283,14 @@ def check_drawn(plot: Plot) -> None:
     if plot.kind == "lines":
         for line, own in zip(axes.lines, plot.series.values(), strict=True):
             assert (list(line.get_xdata()), list(line.get_ydata())) == (own["x"], own["y"])
+        return
+    if plot.kind == "points":
+        for line, bands, own in zip(axes.lines, axes.collections, plot.series.values(), strict=True):
+            assert [round(x) for x in line.get_xdata()] == own["x"]
+            assert list(line.get_ydata()) == own["y"]
+            assert [tuple(ends[:, 1]) for ends in bands.get_segments()] == list(
+                zip(own["low"], own["high"], strict=True)
+            )
         return
     bars = [patch for container in axes.containers for patch in getattr(container, "patches", [])]
     if plot.kind == "bars":
@@ -348,6 +364,75 @@ def test_failed_and_unfinished_cells_and_numbers_that_are_none(
     assert page.data["plots"][0]["series"]["bp"]["y"] == [None] * 3
 
 
+def test_unfinished_seeds_are_left_out_where_others_are_finished(
+    tmp_path: Path, made: Callable[[list[Path]], Page]
+) -> None:
+    grid = tmp_path / "grid"
+    write_run(grid / "bp-K2-A1-seed0", "bp", 0, accuracy=0.6)
+    write_run(grid / "bp-K2-A1-seed1", "bp", 1, accuracy=0.3, finished=False, epochs=1)
+    write_run(grid / "dtrp-K2-A1-seed0", "dtrp", 0, accuracy=0.6, finished=False, epochs=3)
+    write_run(grid / "dtrp-K2-A1-seed1", "dtrp", 1, accuracy=0.3, finished=False, epochs=2)
+    page = made([grid])
+    _, bp, dtrp_ = page.rows
+    assert (bp[1], bp[-2:]) == ("60.00", ["3", "0"])
+    assert (dtrp_[1], dtrp_[-2:]) == ("30.00 ± 14.14", ["2", "0, 1"]), "the last epoch that both have"
+    curves = page.data["plots"][0]["series"]
+    assert curves["bp"]["x"] == [1, 2, 3]
+    assert curves["bp"]["y"] == [pytest.approx(20 * e) for e in (1, 2, 3)]
+    assert curves["dtrp"]["x"] == [1, 2]
+    assert len(page.data["runs"]) == 4
+
+
+def test_cells_that_have_only_begun_are_named(tmp_path: Path, made: Callable[[list[Path]], Page]) -> None:
+    grid = tmp_path / "grid"
+    write_run(grid / "bp-K2-A1-seed0", "bp")
+    for name in ("dtrp-K2-A1-seed0", "fdg-K2-A1-seed0", ".dtr-K2-A1-seed0.x1y2"):
+        write_run(grid / name, "dtrp", finished=False, epochs=0)
+    (grid / "fdg-K2-A1-seed0.failed").touch()
+    (grid / "bp-K2-A1-seed0.failed").write_text("of a start that was killed when it had just done better\n")
+    page = made([grid])
+    assert "Not finished: dtrp-K2-A1-seed0." in page.text
+    assert page.data["failed"] == [["fdg-K2-A1-seed0", "its note is empty"]]
+    assert [run["folder"] for run in page.data["runs"]] == ["bp-K2-A1-seed0"]
+
+
+def test_the_grids_are_those_of_the_runs(tmp_path: Path, made: Callable[[list[Path]], Page]) -> None:
+    write_run(tmp_path / "a", ahead=1.5, order="forward-first", stages=3)
+    write_run(tmp_path / "b", seed=1, ahead=1.5, order="forward-first", stages=3)
+    write_run(tmp_path / "c", stages=3)
+    grids = re.findall(
+        r'(?:<p class="small">With ([^<]*):</p>\n)?<pre class="grid">(.*?)</pre>',
+        made([tmp_path / n for n in "abc"]).text,
+        re.S,
+    )
+    other = get_method("dtrp", ahead=1.5, backward_first=False)
+    assert grids == [
+        ("--ahead 1.5 --order forward-first", str(Schedule.build(other, 3, 6))),
+        ("", str(Schedule.build("dtrp", 3, 6))),
+    ]
+
+
+def test_every_grid_is_on_the_page(tmp_path: Path, made: Callable[[list[Path]], Page]) -> None:
+    for method in list_methods():
+        write_run(tmp_path / "grid" / method, method)
+    page = made([tmp_path / "grid"])
+    assert re.findall(r'<pre class="grid">([\w-]+): stages 2', page.text) == list_methods()
+    assert " more</summary>" not in page.text
+    write_run(tmp_path / "grid" / "another", stages=3)
+    page = made([tmp_path / "grid"])
+    assert page.text.count('<pre class="grid">') == len(list_methods()) + 1
+    assert "<summary>1 more</summary>" in page.text
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_as_many_stages_as_workers(tmp_path: Path, made: Callable[[list[Path]], Page], finished: bool) -> None:
+    write_run(tmp_path / "run", stages="auto", workers="2:4", finished=finished)
+    write_run(tmp_path / "three", stages=3)
+    page = made([tmp_path / "run", tmp_path / "three"])
+    assert {row[0].split()[1] for row in page.rows[1:]} == {"K=2" if finished else "K=?", "K=3"}
+    assert page.text.count('<pre class="grid">') == 1 + finished
+
+
 def test_names_are_no_markup(tmp_path: Path, made: Callable[[list[Path]], Page]) -> None:
     write_run(tmp_path / "run", data="</script><script>alert(1)</script>")
     page = made([tmp_path / "run"])
@@ -361,12 +446,15 @@ def test_folders_that_hold_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "failed" / "bp-K2-A1-seed0.failed").write_text("no luck\n")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "metrics.jsonl").write_text("{")
+    write_run(tmp_path / "begun" / "bp-K2-A1-seed0", "bp", finished=False, epochs=0)
     out = tmp_path / "report.html"
     for name, message in (
         ("empty", "holds no run"),
         ("none", "is no folder"),
         ("failed", "no run has been finished; the first failure: bp-K2-A1-seed0: no luck"),
         ("broken", "is no whole run"),
+        ("begun", "no run has been finished; bp-K2-A1-seed0 has no epoch yet"),
+        ("begun/bp-K2-A1-seed0", "it has no settings, or no epoch"),
     ):
         assert run(["report", str(tmp_path / name), "--out", str(out)]) == 2
         assert message in capsys.readouterr().err
@@ -393,6 +481,34 @@ def test_lines_differ_without_colour() -> None:
     assert len(looks) == 12
     assert svg(Plot("p", "t", "x", "y", series)) == svg(Plot("p", "t", "x", "y", series))
     assert png(Plot("p", "t", "x", "y", series, "bars"))
+
+
+def test_bars_differ_without_colour() -> None:
+    series = {f"method {i}": {"x": ["stage 0", "stage 1"], "y": [i + 1.0, 2.0]} for i in range(12)}
+    axes = draw(Plot("p", "t", "", "y", series, "bars")).axes[0]
+    assert len({frozenset(container.patches[0].get_hatch() or "") for container in axes.containers}) == 12
+
+
+def test_points_in_rows_or_over_numbers() -> None:
+    bands = {"y": [60.0, 55.0], "low": [59.0, 55.0], "high": [61.0, 55.0]}
+    rows = Plot(
+        "p",
+        "t",
+        "accuracy",
+        "",
+        {"A=1": {"x": ["bp", "dtrp"], **bands}, "A=4": {"x": ["dtrp", "bp"], **bands}},
+        "points",
+    )
+    axes = draw(rows).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["bp", "dtrp"]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[60.0, 55.0]] * 2
+    assert [[round(y) for y in line.get_ydata()] for line in axes.lines] == [[0, 1], [1, 0]]
+    assert [tuple(ends[:, 0]) for ends in axes.collections[0].get_segments()] == [(59.0, 61.0), (55.0, 55.0)]
+    check_drawn(
+        Plot("p", "t", "delay", "accuracy", {"bp": {"x": [0, 0], **bands}, "dtrp": {"x": [5, 2], **bands}}, "points")
+    )
+    assert on_white(svg(rows)).startswith('<svg style="background:white" ')
+    assert "currentColor" not in on_white(svg(rows))
 
 
 def test_a_run_that_was_trained(tmp_path: Path, made: Callable[[list[Path]], Page]) -> None:
@@ -426,6 +542,15 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("width", [390, 1280])
 def test_it_opens_in_a_browser(large: Path, tmp_path: Path, width: int) -> None:
     assert 'id="results"' in open_page(large, width, tmp_path)
+
+
+@needs_chromium
+@pytest.mark.parametrize("accuracy", [0.5, math.nan])
+def test_a_page_of_one_method_opens(tmp_path: Path, accuracy: float) -> None:
+    write_run(tmp_path / "run", accuracy=accuracy)
+    write_report([str(tmp_path / "run")], str(tmp_path / "report.html"))
+    shown = open_page(tmp_path / "report.html", 390, tmp_path)
+    assert ("not a number" in shown) == math.isnan(accuracy)
 
 
 @needs_chromium

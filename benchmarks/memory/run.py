@@ -143,7 +143,7 @@ def read(part: str) -> list[dict[str, Any]]:
 
 def figures() -> None:
     """Peak memory of all stages, and of the largest, against K."""
-    from dtrp.report.figures import Plot, svg
+    from dtrp.report.figures import Plot, on_white, svg
 
     rows = read("local")
     for model in SIZES:
@@ -157,10 +157,8 @@ def figures() -> None:
                     series[method] = {"x": [r["stages"] for r in own], "y": [of(r["peak_bytes"]) / 1e6 for r in own]}
             if series:
                 note = f"{model}, mini-batches of {SIZES[model]}, one micro-batch: {title}"
-                picture = svg(Plot(model, note, "stages", "MB", series)).replace("currentColor", "#111111")
-                (HERE / "results" / f"{model}-{shown}.svg").write_text(
-                    picture.replace("<svg ", '<svg style="background:white" ', 1)
-                )
+                picture = on_white(svg(Plot(model, note, "stages", "MB", series)))
+                (HERE / "results" / f"{model}-{shown}.svg").write_text(picture)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..compare import Cell, mean_and_deviation, read_summary
+from ..compare import Cell, mean_and_deviation, read_failure, read_summary
 from ..methods import list_methods
 
 
@@ -54,23 +54,24 @@ _OF_NO_MATTER = (
 
 @dataclass(frozen=True)
 class Collection:
-    """Runs, and the cells that failed with why."""
+    """Runs, the cells that failed with why, and the names of those that have no epoch yet."""
 
     runs: tuple[Run, ...]
     failed: tuple[tuple[str, str], ...]
+    begun: tuple[str, ...] = ()
 
     def groups(self) -> Groups:
-        """The runs, by what tells them apart but for their seed."""
+        """The runs, by what tells them apart but for their seed; unfinished ones only where no run of a group is finished."""
         groups: Groups = {}
         for run in self.runs:
             groups.setdefault(self.label(run), []).append(run)
-        return groups
+        return {label: [run for run in runs if run.summary] or runs for label, runs in groups.items()}
 
     def label(self, run: Run, *, short: bool = False) -> str:
         """A run's name as far as it tells groups apart; ``short``: but for K and A."""
         name, cell = run.cell.title, run.cell
         if not short and len({run.cell.stages for run in self.runs}) > 1:
-            name += f" K={cell.stages}"
+            name += f" K={cell.stages or '?'}"
         if not short and len({run.cell.num_microbatches for run in self.runs}) > 1:
             name += f" A={cell.num_microbatches}"
         return name + "".join(f" {key}={value}" for key, value in self.differing(run).items())
@@ -96,6 +97,7 @@ def collect(folders: Sequence[str]) -> Collection:
     """
     runs: list[Run] = []
     failed: list[tuple[str, str]] = []
+    begun: list[str] = []
     for name in folders:
         folder = Path(name).expanduser()
         if not folder.is_dir():
@@ -103,17 +105,24 @@ def collect(folders: Sequence[str]) -> Collection:
         if (folder / "metrics.jsonl").is_file():
             runs.append(_read_run(folder))
             continue
-        inside = [path for path in sorted(folder.iterdir()) if (path / "metrics.jsonl").is_file()]
-        notes = sorted(folder.glob("*.failed"))
+        inside = [
+            path for path in sorted(folder.iterdir()) if path.name[0] != "." and (path / "metrics.jsonl").is_file()
+        ]
+        notes = [note for note in sorted(folder.glob("*.failed")) if read_summary(folder / note.stem) is None]
         if not inside and not notes:
             raise ValueError(f"{name} holds no run; pass what 'dtrp train --out' or 'dtrp compare --out' has written")
-        runs += map(_read_run, inside)
-        failed += [(note.stem, note.read_text().splitlines()[0]) for note in notes]
+        failed += [(note.stem, read_failure(note)) for note in notes]
+        for path in inside:
+            if (path / "metrics.jsonl").stat().st_size:
+                runs.append(_read_run(path))
+            elif path.name not in {note.stem for note in notes}:
+                begun.append(path.name)
     if not runs:
-        raise ValueError(f"no run has been finished; the first failure: {failed[0][0]}: {failed[0][1]}")
+        first = f"the first failure: {failed[0][0]}: {failed[0][1]}" if failed else f"{begun[0]} has no epoch yet"
+        raise ValueError(f"no run has been finished; {first}")
     place = {name: number for number, name in enumerate(list_methods())}
     runs.sort(key=lambda run: (run.cell.stages, run.cell.num_microbatches, place.get(run.cell.method, len(place))))
-    return Collection(tuple(runs), tuple(failed))
+    return Collection(tuple(runs), tuple(failed), tuple(begun))
 
 
 def _comparable(run: Run) -> dict[str, Any]:
@@ -130,14 +139,20 @@ def _read_run(folder: Path) -> Run:
     if not isinstance(config, dict) or not metrics or not all(isinstance(line, dict) for line in metrics):
         raise ValueError(f"{folder} is no whole run: it has no settings, or no epoch")
     summary = read_summary(folder)
-    stages = config.get("stages") or (len(config["cuts"]) + 1 if config.get("cuts") else None)
-    if stages is None:
-        stages = len(summary["stages"]) if summary else 1
     cell = Cell(
-        str(config.get("method", "?")), int(stages), int(config.get("num-microbatches", 1)), int(config.get("seed", 0)),
-        config.get("prediction"),
+        str(config.get("method", "?")), _stages(config, summary), int(config.get("num-microbatches", 1)),
+        int(config.get("seed", 0)), config.get("prediction"),
     )  # fmt: skip
     return Run(folder, cell, config, tuple(metrics), summary, _read_trace(folder))
+
+
+def _stages(config: dict[str, Any], summary: dict[str, Any] | None) -> int:
+    """K; 0 of a run that is not finished and leaves it to the workers or the model."""
+    if summary:
+        return len(summary["stages"])
+    if config.get("cuts"):
+        return len(config["cuts"]) + 1
+    return next((n for n in (config.get("stages"), config.get("workers")) if isinstance(n, int)), 0)
 
 
 def _read_trace(folder: Path) -> tuple[dict[str, Any], ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MARKERS = "osD^vPX*<>hd"
+HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--", "||", "**", "OO", "/.")
 _INK = "#123456"  # stands for the page's own colour of text in an SVG
 
 
@@ -32,10 +34,11 @@ class Plot:
         title, x_label, y_label: what stands at it.
         series: ``{label: {"x": [...], "y": [...], "low": [...], "high": [...]}}``.
         kind: ``"lines"``; ``"bars"``: groups of bars, x the names of the groups; ``"rows"``: bars that lie, one for each name in x;
-            ``"timeline"``: bars that lie, from x on, of a ``width``, in the row y.
+            ``"timeline"``: bars that lie, from x on, of a ``width``, in the row y; ``"points"``: with their bands as lines, over
+            whole numbers, or in a row for each name in x.
         note: a sentence below it.
         section: of the page.
-        limits: of y; None: as the numbers are.
+        limits: of y, which goes to the right where points have rows; None: as the numbers are.
         looks: labels, whose place here says how they look, so that they look alike in all figures; one that is not among
             them goes by its place in ``series``.
     """
@@ -62,8 +65,8 @@ def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
     columns = max(1, min(3, 54 // (widest + 6)))
     legend_rows = math.ceil(len(plot.series) / columns) if len(plot.series) > 1 else 0
     height = 3.1 + 0.17 * legend_rows
-    if plot.kind == "rows":
-        height = 0.9 + 0.26 * max(len(line["x"]) for line in plot.series.values())
+    if plot.kind == "rows" or _in_rows(plot):
+        height = 0.9 + 0.26 * len(_names(plot)) + 0.17 * legend_rows
     figure = Figure(figsize=(5.2, height), layout="constrained", facecolor=background)
     axes = figure.add_subplot(facecolor=background)
     for side in ("top", "right"):
@@ -76,9 +79,9 @@ def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
     axes.set_ylabel(plot.y_label, color=ink, fontsize=10)
     axes.grid(alpha=0.25, linewidth=0.6, axis="x" if plot.kind in ("rows", "timeline") else "both")
     axes.set_axisbelow(True)
-    {"bars": _bars, "rows": _rows, "timeline": _timeline}.get(plot.kind, _lines)(axes, plot, ink)
+    {"bars": _bars, "rows": _rows, "points": _points, "timeline": _timeline}.get(plot.kind, _lines)(axes, plot, ink)
     if plot.limits is not None:
-        axes.set_ylim(*plot.limits)
+        (axes.set_xlim if _in_rows(plot) else axes.set_ylim)(*plot.limits)
     if len(plot.series) > 1:
         legend = figure.legend(loc="outside lower center", ncols=columns, fontsize=9, frameon=False, handlelength=3)
         for text in legend.get_texts():
@@ -103,16 +106,16 @@ def _lines(axes: Any, plot: Plot, ink: str) -> None:
 
 
 def _bars(axes: Any, plot: Plot, ink: str) -> None:
-    names = list(dict.fromkeys(x for line in plot.series.values() for x in line["x"]))
+    names = _names(plot)
     if all(isinstance(name, int) for name in names):
         names.sort()
-    width, hatches = 0.8 / len(plot.series), ("", "//", "..", "xx", "\\\\", "++", "oo")
+    width = 0.8 / len(plot.series)
     for place, (label, line) in enumerate(plot.series.items()):
         number = plot.look(label)
         places = [names.index(x) + (place - (len(plot.series) - 1) / 2) * width for x in line["x"]]
         axes.bar(
             places, [_number(y) for y in line["y"]], width=0.9 * width, color=COLOURS[number % len(COLOURS)],
-            hatch=hatches[(number + number // 7) % 7], edgecolor="white", linewidth=0.5, label=label,
+            hatch=HATCHES[number % len(HATCHES)], edgecolor="white", linewidth=0.5, label=label,
         )  # fmt: skip
     axes.set_xticks(range(len(names)), [str(name) for name in names])
     axes.grid(visible=False, axis="x")
@@ -126,6 +129,41 @@ def _rows(axes: Any, plot: Plot, ink: str) -> None:
     axes.errorbar(values, range(len(values)), xerr=spreads, fmt="none", ecolor=ink, elinewidth=1, capsize=2)
     axes.set_yticks(range(len(values)), line["x"], fontsize=9)
     axes.set_ylim(len(values) - 0.5, -0.5)
+
+
+def _points(axes: Any, plot: Plot, ink: str) -> None:
+    names, in_rows = _names(plot), _in_rows(plot)
+    places = range(len(names)) if in_rows else names
+    # Those of one place stand beside one another.
+    there = Counter(x for line in plot.series.values() for x in line["x"])
+    step = min(0.6 / max(there.values()), 0.025 * max(10 if in_rows else 1, max(places) - min(places)))
+    put: Counter[Any] = Counter()
+    for label, line in plot.series.items():
+        number = plot.look(label)
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        at = []
+        for x in line["x"]:
+            at.append((names.index(x) if in_rows else x) + step * (put[x] - (there[x] - 1) / 2))
+            put[x] += 1
+        values, low, high = ([_number(y) for y in line[key]] for key in ("y", "low", "high"))
+        axes.plot(
+            *((values, at) if in_rows else (at, values)), color=colour, linestyle="none", marker=marker, label=label
+        )
+        (axes.hlines if in_rows else axes.vlines)(at, low, high, color=colour, linewidth=1.2)
+    if in_rows:
+        axes.set_yticks(range(len(names)), names, fontsize=9)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _names(plot: Plot) -> list[Any]:
+    return list(dict.fromkeys(x for line in plot.series.values() for x in line["x"]))
+
+
+def _in_rows(plot: Plot) -> bool:
+    """Whether they are points, in rows of a name each."""
+    return plot.kind == "points" and any(isinstance(name, str) for name in _names(plot))
 
 
 def _timeline(axes: Any, plot: Plot, ink: str) -> None:
@@ -156,6 +194,11 @@ def svg(plot: Plot) -> str:
         r"<metadata>.*?</metadata>|(?<=<g) id=\"[^\"]*\"", "", text, flags=re.S
     )  # ids that other figures have too
     return re.sub(r'(<svg[^>]*?) width="[^"]*"|(<svg[^>]*?) height="[^"]*"', lambda m: m[1] or m[2], text, count=2)
+
+
+def on_white(picture: str) -> str:
+    """What `svg` gives as a file of its own: dark text on white, whatever it is shown on."""
+    return picture.replace("currentColor", "#111111").replace("<svg ", '<svg style="background:white" ', 1)
 
 
 def png(plot: Plot) -> bytes:

@@ -15,14 +15,14 @@ from markupsafe import Markup
 from .. import __version__
 from ..compare import largest_delay, megabytes_by_stage, prediction_error
 from ..files import whole_file
-from ..methods import get_method
+from ..methods import Method, get_method
 from ..schedule import Schedule
 from ..train import TrainConfig, config_text
 from .collect import Collection, Run, collect, mean_and_spread
-from .figures import Plot, png, svg
+from .figures import Plot, on_white, png, svg
 from .plots import MINIBATCHES_SHOWN, SECTIONS, make_plots
 
-_SCHEDULES_SHOWN = 8
+_SCHEDULES_OPEN = 12  # the others are a touch away
 
 
 def write_report(folders: list[str], out: str, figures: str | None = None) -> Collection:
@@ -39,7 +39,7 @@ def write_report(folders: list[str], out: str, figures: str | None = None) -> Co
         place = Path(figures)
         place.mkdir(parents=True, exist_ok=True)
         for plot, picture in drawn:
-            _write(place / f"{plot.name}.svg", picture.replace("currentColor", "#111111").encode())
+            _write(place / f"{plot.name}.svg", on_white(picture).encode())
             _write(place / f"{plot.name}.png", png(plot))
     _write(Path(out), page.encode())
     return collection
@@ -77,8 +77,9 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
         headings=HEADINGS,
         table=_table(collection),
         failed=collection.failed,
-        unfinished=[run.folder.name for run in collection.runs if run.summary is None],
+        unfinished=[*(run.folder.name for run in collection.runs if run.summary is None), *collection.begun],
         schedules=_schedules(collection),
+        schedules_open=_SCHEDULES_OPEN,
         shared=yaml.safe_dump(shared, sort_keys=False) if shared else "",
         commands=[_command(run) for run in collection.runs],
         environments=sorted({json.dumps(run.summary["environment"]) for run in collection.runs if run.summary}),
@@ -105,7 +106,7 @@ HEADINGS = ("", "accuracy, %", "test loss", "ms a mini-batch", "memory by stage,
 def _table(collection: Collection) -> list[list[str]]:
     rows = []
     for label, runs in collection.groups().items():
-        last = [run.metrics[-1] for run in runs]
+        last = [run.metrics[min(len(other.metrics) for other in runs) - 1] for run in runs]
         finished = [run.summary for run in runs if run.summary]
         error = [value for value in map(prediction_error, finished) if math.isfinite(value)]
         rows.append(
@@ -131,16 +132,30 @@ def _shown(values: list[float], digits: int) -> str:
     return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
 
 
-def _schedules(collection: Collection) -> list[str]:
-    cells = dict.fromkeys((r.cell.method, r.cell.stages, r.cell.num_microbatches) for r in collection.runs)
-    grids = []
-    for method, stages, parts in list(cells)[:_SCHEDULES_SHOWN]:
+def _schedules(collection: Collection) -> list[tuple[str, str]]:
+    """(what is not as the method has it, the grid) of each order of work."""
+    grids: dict[tuple[Method, int, int], tuple[str, str]] = {}
+    for run in collection.runs:
+        stages, parts = run.cell.stages, run.cell.num_microbatches
         try:
-            short = parts > 1 or get_method(method).flush
-            grids.append(str(Schedule.build(method, stages, 2 if short else MINIBATCHES_SHOWN, parts)))
-        except ValueError:  # a method that this version does not know
+            method = _ordered(run)
+            if (method, stages, parts) not in grids:
+                length = 2 if parts > 1 or method.flush else MINIBATCHES_SHOWN
+                own = [f"--{key} {run.config[key]}" for key in ("ahead", "order") if run.config.get(key) is not None]
+                grids[method, stages, parts] = (" ".join(own), str(Schedule.build(method, stages, length, parts)))
+        except ValueError:  # a method that this version does not know, or a number of stages that nobody knows
             continue
-    return grids
+    return list(grids.values())
+
+
+def _ordered(run: Run) -> Method:
+    """The run's method, with its order of work."""
+    options: dict[str, Any] = {}
+    if (ahead := run.config.get("ahead")) is not None:
+        options["ahead"] = ahead
+    if (order := run.config.get("order")) is not None:
+        options["backward_first"] = order == "backward-first"
+    return get_method(run.cell.method, **options)
 
 
 def _command(run: Run) -> str:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..compare import peak_bytes
+from ..compare import largest_delay, peak_bytes
 from ..methods import get_method
 from .collect import Collection, Groups, Run, mean_and_spread
 from .figures import Plot
@@ -36,12 +36,12 @@ def make_plots(collection: Collection) -> list[Plot]:
         ("test-loss", "Test loss", "loss", lambda line: line["test_loss"]),
         ("train-loss", "Training loss", "loss", lambda line: line["train_loss"]),
     ):
-        plots += _one_scale(
+        plots += one_scale(
             _curve(own, name + suffix, title + where, y_label, value)
             for suffix, where, own in _facets(collection, groups, backprop=True)
         )
     facets = _facets(collection, finished)
-    plots += _one_scale(
+    plots += one_scale(
         _by_stage(
             own, MEMORY, "memory" + suffix, "Memory of each stage, at most" + where, "MB",
             lambda run: [b / 1e6 for b in peak_bytes(of(run))],
@@ -52,7 +52,7 @@ def make_plots(collection: Collection) -> list[Plot]:
     plots += _memory_by_stages(collection, finished)
     if finished:
         plots.append(_times(finished))
-    plots += _one_scale(
+    plots += one_scale(
         _by_stage(
             own, TIME, "utilization" + suffix, "Share of the time at work" + where, "%",
             lambda run: [100 * s["busy"]["busy"] / max(1e-9, s["busy"]["elapsed"]) for s in of(run)["stages"]],
@@ -60,7 +60,8 @@ def make_plots(collection: Collection) -> list[Plot]:
         )
         for suffix, where, own in facets
     )  # fmt: skip
-    plots += _one_scale(_delays(own, "delay" + suffix, "Delay at stage 0" + where) for suffix, where, own in facets)
+    plots += one_scale(_delays(own, "delay" + suffix, "Delay at stage 0" + where) for suffix, where, own in facets)
+    plots += _frontier(collection, finished)
     for name, title, y_label, value_of, note in (
         ("delay-over-time", "Delay over time, at stage 0", "updates", _delay_of,
          "Of the micro-batches that --prediction-error-every looked at."),
@@ -68,7 +69,7 @@ def make_plots(collection: Collection) -> list[Plot]:
          "Distance of the weights a forward read from those of its backward, over that of the weights as they were: below 1 the "
          "prediction helps, 1 is none."),
     ):  # fmt: skip
-        plots += _one_scale(
+        plots += one_scale(
             (_over_time(own, name + suffix, title + where, y_label, value_of, note) for suffix, where, own in facets),
             from_zero=True,
         )
@@ -106,11 +107,11 @@ def _facets(collection: Collection, groups: Groups, *, backprop: bool = False) -
         if backprop and synchronous and not any(_flushes(runs[0]) for runs in own.values()):
             label = min(synchronous, key=lambda label: synchronous[label][0].cell.num_microbatches != parts)
             own = {label: synchronous[label], **own}
-        facets.append((f"-K{stages}-A{parts}", f", K={stages}, A={parts}", own))
+        facets.append((f"-K{stages or 'unknown'}-A{parts}", f", K={stages or '?'}, A={parts}", own))
     return facets
 
 
-def _one_scale(plots: Iterable[Plot], *, from_zero: bool = False) -> list[Plot]:
+def one_scale(plots: Iterable[Plot], *, from_zero: bool = False) -> list[Plot]:
     """Figures of the same kind, on one scale, so that they can be compared by eye; bars stand on zero anyway."""
     plots = list(plots)
     highs = [y for plot in plots for line in plot.series.values() for y in line.get("high", line["y"]) if y is not None]
@@ -188,6 +189,28 @@ def _delays(groups: Groups, name: str, title: str) -> Plot:
         series[label] = {"x": sorted(counts), "y": [100 * counts[d] / total for d in sorted(counts)]}
     note = "Counted from the run, start-up and flush included."
     return Plot(name, title, "updates", "% of micro-batches", series, "bars", note, DELAY)
+
+
+def _frontier(collection: Collection, groups: Groups) -> list[Plot]:
+    """Accuracy at the end against the largest delay: a point for each K and A of a method."""
+    if len(groups) < 2:
+        return []
+    series: dict[str, dict[str, list[Any]]] = {}
+    for runs in groups.values():
+        delay = max(largest_delay(of(run)) for run in runs)
+        accuracies = [100 * of(run)["test_accuracy"] for run in runs]
+        add_point(series, collection.label(runs[0], short=True), delay, accuracies)
+    note = "A point for each K and A: what a delay costs, and what a method gives back. Lines: one standard deviation over seeds."
+    title = "Accuracy at the end, by delay"
+    return [Plot("frontier", title, "largest delay (updates)", "accuracy (%)", series, "points", note, DELAY)]
+
+
+def add_point(series: dict[str, dict[str, list[Any]]], label: str, x: Any, values: list[float]) -> None:
+    """The mean of some values, and their band of one standard deviation, as another point of a series."""
+    line = series.setdefault(label, {"x": [], "y": [], "low": [], "high": []})
+    line["x"].append(x)
+    for key, numbers in _band([mean_and_spread(values)]).items():
+        line[key] += numbers
 
 
 def _delay_of(stage: int, delay: int, read: float, stale: float) -> float:
