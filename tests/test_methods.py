@@ -18,6 +18,12 @@ def test_the_rows_are_those_of_the_equations() -> None:
         assert fields == dataclasses.asdict(row)
 
 
+def test_adl_is_fdg_by_another_name() -> None:
+    """benchmarks/accuracy does not run it where `num_microbatches` is 1; what they differ in is the A each is meant for."""
+    assert get_method("adl", name="fdg") == get_method("fdg")
+    assert oracles.ROWS["adl"] == oracles.ROWS["fdg"]
+
+
 @pytest.mark.parametrize("name", list_methods())
 def test_every_method_says_what_it_does(name: str) -> None:
     text = get_method(name).__doc__

@@ -123,3 +123,14 @@ def test_every_raw_file_is_on_the_page_of_results(path: Path) -> None:
     page = DOCUMENTS["docs/results.md"]
     linked = {link for block in shown.blocks(page, page.read_text()) for link in block.links}
     assert path in linked, f"docs/results.md does not link to {path.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/*/results/*.svg")), ids=lambda path: path.name)
+def test_every_figure_is_in_a_document(path: Path) -> None:
+    shown_in = [
+        name
+        for name, document in DOCUMENTS.items()
+        for link in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", document.read_text())
+        if (document.parent / link).resolve() == path
+    ]
+    assert shown_in, f"no document shows {path.relative_to(ROOT)}; put it into the page of its benchmark"

@@ -2,16 +2,19 @@
 
     python benchmarks/accuracy/run.py small --data-dir DIR       # ResNet-14 of width 8, 20,000 images, 8 epochs
     python benchmarks/accuracy/run.py resnet20 --data-dir DIR    # ResNet-20, K = 4, four methods
+    python benchmarks/accuracy/run.py long --data-dir DIR --device cuda    # ResNet-20, 56 and 18, 30 epochs, all images
+    python benchmarks/accuracy/run.py figures                    # the figures, from the lines that are there
     python benchmarks/shown.py --write                           # puts the table into README.md
 
-Both are grids of runs, seed after seed and what is checked first. A finished run is a line of results/<part>.jsonl and is not
-repeated: break it off, start it again, elsewhere too; several may work on different --stages at the same time, or on different
---methods and --predictions.
+The first three are grids of runs, seed after seed and what is checked first. A finished run is a line of results/<part>.jsonl
+and is not repeated: break it off, start it again, elsewhere too; several may work on different --stages at the same time, or on
+different --methods and --predictions.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -22,14 +25,15 @@ from typing import Any
 
 from dtrp.cli import run as dtrp
 from dtrp.compare import Cell, grid, largest_delay, prediction_error, read_summary
-from dtrp.methods import get_method
+from dtrp.methods import get_method, list_methods
 
 HERE = Path(__file__).parent
 COMMON = {
     "data": "cifar10", "threads": "1", "warmup-updates": "100", "prediction-error-every": "64", "limit-train": "20000",
     "epochs": "8", "batch-size": "128", "lr": "0.1",
 }  # fmt: skip
-MODELS = {"small": "resnet14-8", "resnet20": "resnet20"}
+LONG = {"limit-train": None, "epochs": "30"}  # None: all images
+MODELS = {"small": ["resnet14-8"], "resnet20": ["resnet20"], "long": ["resnet20", "resnet56", "resnet18"]}
 # Methods, stages, micro-batches: in the order in which they run, for each seed.
 GRIDS: dict[str, list[tuple[str, str, str]]] = {
     "small": [
@@ -39,25 +43,30 @@ GRIDS: dict[str, list[tuple[str, str, str]]] = {
         ("bp,spectrain,dtrp,fdg,fr,dgl,dtr,dtrp-1f1b,adl,ddg", "2", "K,1"),
     ],
     "resnet20": [("bp,spectrain,dtrp,fdg", "4", "4")],
+    "long": [("bp,spectrain,dtrp,fdg", "4", "4")],
 }
 PREDICTIONS = ("linear", "rollout")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=[*GRIDS])
+    parser.add_argument("part", choices=[*GRIDS, "figures"])
     parser.add_argument("--data-dir", help="where cifar-10-batches-py lies")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--stages", help="some of the part's, as 4,8")
     parser.add_argument("--methods", help="some of the part's, as bp,dtrp,fdg")
     parser.add_argument("--predictions", default=",".join(PREDICTIONS), help="for the methods that predict")
     parser.add_argument("--microbatches", help="some of the part's, as K (as many as stages)")
+    parser.add_argument("--device", default="cpu", help="as of dtrp train")
     options = parser.parse_args()
+    if options.part == "figures":
+        figures()
+        return
     if not options.data_dir:
         parser.error("--data-dir: say where cifar-10-batches-py lies")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     methods = None if options.methods is None else options.methods.split(",")
-    for cell in cells(options.part, range(options.seeds), options.stages):
+    for model, cell in cells(options.part, range(options.seeds), options.stages):
         if methods is not None and cell.method not in methods:
             continue
         parts = str(cell.num_microbatches), "K" if cell.num_microbatches == cell.stages else ""
@@ -65,30 +74,30 @@ def main() -> None:
             continue
         if cell.prediction is not None and cell.prediction not in options.predictions.split(","):
             continue
-        if key(cell) not in {key_of(row) for row in finished(options.part)}:
-            print(cell.name, flush=True)
-            run(options.part, cell, options.data_dir)
+        if key(model, cell) not in {key(row["model"], cell_of(row)) for row in finished(options.part)}:
+            print(model, cell.name, flush=True)
+            run(options.part, model, cell, options.data_dir, options.device)
+    figures()
 
 
-def cells(part: str, seeds: range, only: str | None) -> Iterator[Cell]:
-    """The cells, each once. A method that flushes comes to the same at every K, so one K stands for all with its A."""
+def cells(part: str, seeds: range, only: str | None) -> Iterator[tuple[str, Cell]]:
+    """(network, cell), each once. A method that flushes comes to the same at every K, so one K stands for all with its A."""
     known: set[Any] = set()
-    for seed in seeds:
-        for methods, stages, microbatches in GRIDS[part]:
-            counts = [int(k) for k in stages.split(",") if only is None or k in only.split(",")]
-            for cell in grid(methods.split(","), counts, microbatches.split(","), [seed], PREDICTIONS):
-                if key(cell) not in known:
-                    known.add(key(cell))
-                    yield cell
+    for seed, model, (methods, stages, microbatches) in itertools.product(seeds, MODELS[part], GRIDS[part]):
+        counts = [int(k) for k in stages.split(",") if only is None or k in only.split(",")]
+        for cell in grid(methods.split(","), counts, microbatches.split(","), [seed], PREDICTIONS):
+            if key(model, cell) not in known:
+                known.add(key(model, cell))
+                yield model, cell
 
 
-def key(cell: Cell) -> tuple[Any, ...]:
+def key(model: str, cell: Cell) -> tuple[Any, ...]:
     stages = None if get_method(cell.method).flush else cell.stages
-    return cell.method, cell.prediction, stages, cell.num_microbatches, cell.seed
+    return model, cell.method, cell.prediction, stages, cell.num_microbatches, cell.seed
 
 
-def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return key(Cell(row["method"], row["stages"], row["num_microbatches"], row["seed"], row["prediction"]))
+def cell_of(row: dict[str, Any]) -> Cell:
+    return Cell(row["method"], row["stages"], row["num_microbatches"], row["seed"], row["prediction"])
 
 
 def finished(part: str) -> list[dict[str, Any]]:
@@ -96,15 +105,15 @@ def finished(part: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run(part: str, cell: Cell, data_dir: str) -> None:
+def run(part: str, model: str, cell: Cell, data_dir: str, device: str) -> None:
     """Train one cell, and add its line."""
-    settings = {**COMMON, "data-dir": data_dir, "model": MODELS[part], "method": cell.method, "seed": str(cell.seed)}
-    settings |= {"stages": str(cell.stages), "num-microbatches": str(cell.num_microbatches)}
-    if cell.prediction is not None:
-        settings["prediction"] = cell.prediction
+    settings = COMMON | (LONG if part == "long" else {}) | {
+        "data-dir": data_dir, "model": model, "method": cell.method, "seed": str(cell.seed), "stages": str(cell.stages),
+        "num-microbatches": str(cell.num_microbatches), "prediction": cell.prediction, "device": device,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
         out = Path(folder) / "run"
-        words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+        words = [word for name, value in settings.items() if value is not None for word in (f"--{name}", value)]
         if dtrp(["train", *words, "--keep-last", "0", "--out", str(out)]):
             raise SystemExit(f"{cell.name} failed")
         line = described(out)
@@ -129,7 +138,45 @@ def described(folder: Path) -> dict[str, Any]:
         "prediction_error": None if math.isnan(error) else error,
         "minibatch_s": summary["minibatch_s"],
         **{name: summary["environment"][name] for name in ("torch", "dtrp")},
+        **({} if summary["config"]["device"] == "cpu" else {"gpu": summary["environment"]["gpu"]}),
     }
+
+
+def figures() -> None:
+    """Of each network and K: accuracy by method, and against the largest delay; those of a part on one scale."""
+    from dtrp.report.figures import Plot, on_white, svg
+    from dtrp.report.plots import add_point, one_scale
+
+    for part, models in MODELS.items():
+        rows = sorted(finished(part), key=lambda row: (list_methods().index(row["method"]), row["prediction"] or ""))
+        looks = tuple(dict.fromkeys(cell_of(row).title for row in rows))
+        plots: list[Plot] = []
+        for model, stages in sorted({(row["model"], row["stages"]) for row in rows}):
+            by_method: dict[str, Any] = {}
+            by_delay: dict[str, Any] = {}
+            for (name, parts), runs in comparable(rows, model, stages).items():
+                accuracies = [100 * row["test_accuracy"][-1] for row in runs]
+                add_point(by_method, f"A={parts}", name, accuracies)
+                add_point(by_delay, name, max(row["largest_delay"] for row in runs), accuracies)
+            title = f"{model}, K={stages}" + (f", {next(iter(by_method))}" if len(by_method) == 1 else "")
+            name, label = f"{part}-{model}" if len(models) > 1 else part, "accuracy (%)"
+            plots.append(Plot(f"{name}-accuracy-K{stages}", title, label, "", by_method, "points"))
+            title, delay = title + ": the frontier", "largest delay (updates)"
+            plots.append(Plot(f"{name}-frontier-K{stages}", title, delay, label, by_delay, "points", looks=looks))
+        for plot in one_scale(plots):
+            (HERE / "results" / f"{plot.name}.svg").write_text(on_white(svg(plot)))
+
+
+def comparable(rows: list[dict[str, Any]], model: str, stages: int) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """The runs at one K by method and A, and with them those of methods that flush, with the same A at whatever K."""
+    rows = [row for row in rows if row["model"] == model]
+    sizes = {row["num_microbatches"] for row in rows if row["stages"] == stages}
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        same = row["stages"] == stages or (get_method(row["method"]).flush and row["num_microbatches"] in sizes)
+        if same:
+            groups.setdefault((cell_of(row).title, row["num_microbatches"]), []).append(row)
+    return groups
 
 
 if __name__ == "__main__":
