@@ -1,10 +1,11 @@
-"""What the documents say of results/sleeping.jsonl, links.jsonl and compute.jsonl."""
+"""What the documents say of results/sleeping.jsonl, sleeping_fifo.jsonl, links.jsonl and compute.jsonl."""
 
 from typing import Any
 
 from shown import last_run, rows, table
 
 SLEEPING, LINKS = (last_run(rows(f"throughput/results/{part}.jsonl")) for part in ("sleeping", "links"))
+FIFO = last_run(rows("throughput/results/sleeping_fifo.jsonl"))
 _COMPUTE = rows("throughput/results/compute.jsonl")
 COMPUTE = {model: last_run([line for line in _COMPUTE if line["model"] == model]) for model in ("resnet20", "resnet56")}
 SYNCHRONOUS = ("torch 1F1B", "torch GPipe", "torch InterleavedZeroBubble")
@@ -16,9 +17,9 @@ def _median(lines: list[dict[str, Any]], **wanted: Any) -> float:
     return float(found)
 
 
-def _faster(contender: str, stages: int) -> str:
+def _faster(contender: str, stages: int, lines: list[dict[str, Any]] = SLEEPING) -> str:
     """Times as fast as torch's 1F1B."""
-    one, other = (_median(SLEEPING, contender=name, stages=stages) for name in ("torch 1F1B", contender))
+    one, other = (_median(lines, contender=name, stages=stages) for name in ("torch 1F1B", contender))
     return f"{one / other:.2f}"
 
 
@@ -40,23 +41,23 @@ def readme() -> list[str]:
     return [f"{forward:g}", f"{backward:g}", *faster, f"{_lost('bp', forward / 2):.0f}"]
 
 
-def sleeping() -> str:
+HEAD = ("K", "dtrp / (2F+B)", "fdg / (F+B)", "spectrain / (F+B)", "dtrp, fdg against 1F1B")
+
+
+def _over(lines: list[dict[str, Any]], stages: int) -> list[str]:
     forward, backward = _times()
-    lines = []
-    for stages in SIZES:
-        ideals = {"dtrp": 2 * forward + backward, "fdg": forward + backward, "spectrain": forward + backward}
-        over = [f"{_median(SLEEPING, contender=name, stages=stages) / ideal:.3f}" for name, ideal in ideals.items()]
-        faster = f"{_faster('dtrp', stages)}, {_faster('fdg', stages)}"
-        lines.append([str(stages), *over, faster, _faster("torch InterleavedZeroBubble", stages)])
-    head = [
-        "K",
-        "dtrp / (2F+B)",
-        "fdg / (F+B)",
-        "spectrain / (F+B)",
-        "dtrp, fdg against 1F1B",
-        "zero bubble against 1F1B",
-    ]
-    return table(head, lines)
+    ideals = {"dtrp": 2 * forward + backward, "fdg": forward + backward, "spectrain": forward + backward}
+    over = [f"{_median(lines, contender=name, stages=stages) / ideal:.3f}" for name, ideal in ideals.items()]
+    return [str(stages), *over, f"{_faster('dtrp', stages, lines)}, {_faster('fdg', stages, lines)}"]
+
+
+def sleeping() -> str:
+    lines = [[*_over(SLEEPING, stages), _faster("torch InterleavedZeroBubble", stages)] for stages in SIZES]
+    return table([*HEAD, "zero bubble against 1F1B"], lines)
+
+
+def fifo() -> str:
+    return table(HEAD, [_over(FIFO, stages) for stages in SIZES])
 
 
 def links() -> str:
