@@ -49,7 +49,10 @@ class Tracer:
                 self.spans.append(Span(name, kind, lane, begin_ns, time.time_ns()))
 
     def range(self, name: str) -> AbstractContextManager[Any]:
-        """A range of `torch.profiler` alone, for what `add` records."""
+        """A range of `torch.profiler` alone, for what `add` records.
+
+        In a helper thread: a profiler sees it if it looks at all threads.
+        """
         return torch.profiler.record_function(name) if self.on else _NO_SPAN
 
     @contextmanager
