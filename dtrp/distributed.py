@@ -312,6 +312,8 @@ class DistributedEngine:
         target = self._targets.popleft() if self._reads_y else None
         if self._local and not self.takes_x and note.samples:
             x, target = x
+        if not note.samples:
+            self._check_alone(note)
         micro = MicroBatch(m, self.num_updates, note.samples / note.total)
         self._notes.append(note._replace(minibatch=self.num_updates, word=0))
         self._next_microbatch = m + 1
@@ -321,6 +323,16 @@ class DistributedEngine:
                 self._pass_on(note, out, target)
             elif out is not None:
                 self._losses.add(micro, out)
+
+    def _check_alone(self, note: Note) -> None:
+        """A micro-batch without samples has no forward: another replica's must not wait for it."""
+        modules = self._stage.module.modules()
+        if any(isinstance(module, nn.SyncBatchNorm) and module.training for module in modules):
+            raise ValueError(
+                f"a replica has {note.total} samples of mini-batch {note.minibatch} for {note.parts} micro-batches, and in each of "
+                f"them SyncBatchNorm in stage {self._stage.index} waits for all replicas; pass each replica at least "
+                f"{note.parts} samples, or num_microbatches<={note.total}"
+            )
 
     def _backward(self, action: Action) -> None:
         note = self._notes.popleft()

@@ -69,7 +69,7 @@ class Pipeline(Driver):
             passes its own shard of the mini-batch, and a stage's gradients are averaged over its replicas at U,
             weighted by samples. The loss is then that of the whole mini-batch. BatchNorm sees its own shard (the running
             statistics saved are the first replica's), unless it is a `torch.nn.SyncBatchNorm` made with the process
-            group ``mesh.get_group("replica")``.
+            group ``mesh.get_group("replica")``, which needs a sample of each shard in every micro-batch.
         aux: for a method in which each stage has a loss of its own (dgl), the auxiliary networks that make of a stage's output
             what ``loss_fn`` takes: a module for each stage but the last (None for one with nothing to train), or a function
             from the stages to such a list, as `dtrp.models.auxiliary` makes. The optimizer of the stage trains them too; they

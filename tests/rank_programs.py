@@ -898,6 +898,13 @@ def end_without_close(folder: str, flush: bool) -> None:
         Path(folder, "through").touch()
 
 
+class Synced(nn.SyncBatchNorm):
+    """Where the real one, which works on GPUs alone, would wait for the other replicas."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 def wrong(folder: str, what: str) -> None:
     """Ranks that do not fit together."""
     del folder
@@ -905,11 +912,15 @@ def wrong(folder: str, what: str) -> None:
     model, options = network(), {"timeout_s": 2.0}
     if what == "num_stages":
         options["num_stages"] = size + 1
-    elif what in ("mesh", "a bad mesh", "an empty shard"):
+    elif what in ("mesh", "a bad mesh", "an empty shard", "an empty part"):
         join()
         names = ("rows", "columns") if what == "a bad mesh" else ("replica", "stage")
         options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
         options["num_stages"] = 3 if what == "mesh" else 2
+        if what == "an empty part":
+            options["num_microbatches"] = 4
+            model = without_noise(6)
+            model[4].append(Synced(WIDTH))
     elif what == "names" and last:
         model = nn.Sequential(*model)  # 0, 1, 2 in place of block0, block1, block2
     elif what == "shapes" and last:
@@ -934,6 +945,8 @@ def wrong(folder: str, what: str) -> None:
             x, y = x[:-1], y[:-1]
         if what == "an empty shard" and rank() >= 2 and i == 4:
             x, y = x[:0], y[:0]
+        if what == "an empty part" and rank() >= 2 and i == 4:
+            x, y = x[:3], y[:3]
         pipe.step(x, y)
     if what == "flush and state_dict":
         pipe.state_dict() if last else pipe.flush()

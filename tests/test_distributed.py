@@ -475,6 +475,11 @@ def test_a_rank_that_never_makes_its_pipeline(server: Server, tmp_path: Path) ->
         ("targets", 3, ["different targets", "mini-batch 4", "seed the sampler"]),
         ("target shapes", 3, ["32", "31", "seed the sampler"]),
         ("an empty shard", 4, ["an empty mini-batch", "each replica needs at least one"]),
+        (
+            "an empty part",
+            4,
+            ["3 samples of mini-batch 4 for 4 micro-batches", "SyncBatchNorm in stage 1", "at least 4 samples"],
+        ),
         ("flush and state_dict", 2, [r"flush\(\)", r"state_dict\(\)", "same methods in the same order"]),
         ("infer and flush", 2, [r"infer\(\)", r"flush\(\)", "same methods in the same order"]),
         ("save_model and step", 2, ["the same number of times"]),
