@@ -1,10 +1,10 @@
-"""What the documents say of results/sleeping.jsonl, sleeping_fifo.jsonl, links.jsonl and compute.jsonl."""
+"""What the documents say of results/sleeping.jsonl, sleeping_fifo.jsonl, links.jsonl, tun.jsonl and compute.jsonl."""
 
 from typing import Any
 
 from shown import last_run, rows, table
 
-SLEEPING, LINKS = (last_run(rows(f"throughput/results/{part}.jsonl")) for part in ("sleeping", "links"))
+SLEEPING, LINKS, TUN = (last_run(rows(f"throughput/results/{part}.jsonl")) for part in ("sleeping", "links", "tun"))
 FIFO = last_run(rows("throughput/results/sleeping_fifo.jsonl"))
 _COMPUTE = rows("throughput/results/compute.jsonl")
 COMPUTE = {model: last_run([line for line in _COMPUTE if line["model"] == model]) for model in ("resnet20", "resnet56")}
@@ -23,9 +23,9 @@ def _faster(contender: str, stages: int, lines: list[dict[str, Any]] = SLEEPING)
     return f"{one / other:.2f}"
 
 
-def _lost(contender: str, latency: float) -> float:
+def _lost(contender: str, latency: float, lines: list[dict[str, Any]] = LINKS) -> float:
     """Per cent of throughput that a latency costs."""
-    here, there = (_median(LINKS, contender=contender, latency_ms=ms) for ms in (0.0, latency))
+    here, there = (_median(lines, contender=contender, latency_ms=ms) for ms in (0.0, latency))
     return 100 * (1 - here / there)
 
 
@@ -70,6 +70,12 @@ def links() -> str:
     ):
         lines.append([label, str(parts), *(f"{_lost(name, ms):.1f}" for ms in (10.0, 18.0, 40.0, 80.0))])
     return table(["", "A", "10 ms (F/2)", "18 ms (0.9 F)", "40 ms", "80 ms"], lines)
+
+
+def tun() -> str:
+    labels = {"dtrp": "dtrp", "fdg": "fdg", "bp": "bp (1F1B-flush)", "torch 1F1B": "torch 1F1B"}
+    lines = [[label, *(f"{_lost(name, ms, TUN):.1f}" for ms in (10.0, 18.0))] for name, label in labels.items()]
+    return table(["", "10 ms (F/2)", "18 ms (0.9 F)"], lines)
 
 
 def _compute(model: str, sizes: tuple[int, ...]) -> str:
