@@ -37,17 +37,26 @@ class Meeting:
         self._store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
         self._store.set(f"here/{rank}", "")
         self._gloo: Any = None
-        self.missing = list(ranks)  # the ranks that are not known to have come
+        self.missing = list(ranks)  # the ranks that are not known to have come, or, when all have, to be there still
+        self.all_came = False
         self.over = False  # whether nobody waits any more
 
     def gather(self) -> None:
-        """Wait until all have come, or it is ``over``.
+        """Wait until all have come and are there still, or it is ``over``.
 
-        By asking again and again: a wait inside the store, or inside a group that is being made, would keep everybody else from
-        asking who is missing.
+        A rank may die while it waits for one that is late, and whoever then made a group would wait for it without a word. So
+        each says, when all have come, that it knows. By asking again and again: a wait inside the store, or inside a group
+        that is being made, would keep everybody else from asking who is missing.
         """
+        self._wait_for("here")
+        self.all_came = True
+        self._store.set(f"ready/{self.rank}", "")
+        self._wait_for("ready")
+
+    def _wait_for(self, word: str) -> None:
+        self.missing = list(self.ranks)
         while not self.over:
-            self.missing = [rank for rank in self.missing if not self._store.check([f"here/{rank}"])]
+            self.missing = [rank for rank in self.missing if not self._store.check([f"{word}/{rank}"])]
             if not self.missing:
                 return
             time.sleep(0.01)

@@ -38,6 +38,7 @@ from .groups import Meeting
 from .links import Link, Receiver, Sender, Wire
 from .messages import Kind, Message, Note, object_tensor
 from .ranks import Ranks, watch_launcher
+from .stage import StageError
 from .ties import Tie
 from .trace import Tracer
 from .trees import map_tensors
@@ -142,12 +143,21 @@ class Transport:
             self._meeting.gather()
             return [self._meeting.group(*each) for each in wanted]
 
-        groups: list[Any] = self._helper.run(make, self._describe_missing)
+        try:
+            groups: list[Any] = self._helper.run(make, self._describe_missing)
+        except (StageError, WorkerError):
+            raise
+        except RuntimeError as error:  # of the store, as when its host is gone too: it names nobody
+            if not self._meeting.missing:
+                raise
+            text = f"{self._describe_missing().format('in vain')} ({type(error).__name__}: {error})"
+            raise WorkerError(text) from error
         return groups
 
     def _describe_missing(self) -> str:
         missing = ", ".join(map(str, self._meeting.missing))
-        who = f"rank {missing}, which has not come" if missing else "the other ranks, which came and are not heard of"
+        how = "came and is not heard of any more" if self._meeting.all_came else "has not come"
+        who = f"rank {missing}, which {how}" if missing else "the other ranks, which came and are not heard of"
         return (
             f"rank {self.ranks.rank} has waited {{}} for {who}, to make a Pipeline together; start all "
             f"{len(self.ranks.all)} of them, and see that none has failed"

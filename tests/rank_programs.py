@@ -982,6 +982,18 @@ def wait_for_nobody(folder: str) -> None:
         pipeline(network(), num_stages=world_size(), timeout_s=1)
 
 
+def wait_for_a_late_one(folder: str, late: int) -> None:
+    """One rank makes its Pipeline when it is told to; the others, by the time that it is ready, wait for it."""
+    join()
+    if rank() == late:
+        store = dist.distributed_c10d._get_default_store()
+        store.wait([f"dtrp/0-1-2/1/here/{other}" for other in range(3) if other != late])
+    ready(folder)
+    while rank() == late and not Path(folder, "go").exists():
+        time.sleep(0.01)
+    pipeline(network(), num_stages=world_size(), timeout_s=3)
+
+
 def traced(folder: str) -> None:
     with pipeline(network(), num_stages=3, method="dtrp", num_microbatches=2, trace=True) as pipe:
         for x, y in minibatches(5):
@@ -1144,6 +1156,7 @@ PROGRAMS: dict[str, Callable[..., None]] = {
         wrong,
         close_too_early,
         wait_for_nobody,
+        wait_for_a_late_one,
         traced,
         sleeping_stages,
         agree,

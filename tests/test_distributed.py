@@ -456,6 +456,19 @@ def test_a_rank_that_never_makes_its_pipeline(server: Server, tmp_path: Path) ->
     assert re.search(r"rank 0\b.*\b1 s\b", outcomes[0].last_line), outcomes[0].err
 
 
+@pytest.mark.parametrize("victim", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_a_rank_that_is_killed_while_it_waits_for_a_late_one(server: Server, tmp_path: Path, victim: int) -> None:
+    """Rank 0 hosts the store, so that when it gives up, the others may hear of that first."""
+    late = 3 - victim
+    with start_ranks(server, tmp_path, 3, "wait_for_a_late_one", late) as ranks:
+        ranks.await_ready()
+        ranks.kill(signal.SIGKILL, victim)
+        (tmp_path / "go").touch()
+        outcomes = ranks.wait(15)
+    patterns = rf"rank [0{late}] has waited (3 s|in vain) for rank {victim}, which came and is not heard of any more"
+    check_ended(outcomes, patterns, skip=(victim,))
+
+
 # -- wrong use ------------------------------------------------------------------------------------------------
 
 
