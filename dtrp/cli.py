@@ -416,9 +416,8 @@ _OF_A_CELL = (
     "memory_limit", "keep",
 )  # fmt: skip
 _OF_SAVES = ("save_every", "keep_last")  # a cell that is broken off begins again
-_LOOK_EVERY = (
-    17  # a prime: micro-batches at every place in a mini-batch are looked at, whatever A is (but for its multiples)
-)
+# A prime, so that micro-batches at every place in a mini-batch are looked at, whatever A is (but for its multiples).
+_LOOK_EVERY = 17
 
 
 @cli.command()
