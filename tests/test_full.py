@@ -51,6 +51,23 @@ def test_cifar10_in_one_epoch_within_three_points_of_bp(seed: int, tmp_path: Pat
     assert accuracy["dtrp"] >= accuracy["bp"] - 0.03
 
 
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not CIFAR, reason="needs CIFAR=DIR, the folder that holds cifar-10-batches-py")
+def test_workers_print_the_losses_of_one_process_on_cifar10(tmp_path: Path) -> None:
+    options = ["--data", "cifar10", "--data-dir", CIFAR, "--model", "resnet20", "--limit-train", "300", "--limit-test", "100",
+               "--batch-size", "64", "--num-microbatches", "2", "--epochs", "2"]  # fmt: skip
+    shown = []
+    for name, how in (("one", ["--stages", "2", "--threads", "1"]), ("two", ["--workers", "2"])):
+        out = tmp_path / name
+        command = [sys.executable, "-m", "dtrp", "train", *options, *how, "--out", str(out)]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        shown.append([(line["update"], line["train_loss"], line["test_loss"], line["test_accuracy"]) for line in lines])
+    print(shown)
+    assert len(shown[0]) == 2
+    assert shown[0] == shown[1]
+
+
 def test_the_demo_is_quick_and_both_models_learn() -> None:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "dtrp", "demo"], capture_output=True, text=True, check=True)
