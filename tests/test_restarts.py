@@ -154,7 +154,7 @@ def test_killed_workers_start_again_and_end_as_if_nothing_had_been(whole: Path, 
     out = tmp_path / "run"
     result = restarts.killed_often([*SMALL, "--max-restarts", "4", "--out", str(out)], out, 2, aim="workers")
     assert result["code"] == 0, result
-    assert len(result["kills"]) == 2
+    assert len(result["kills"]) in (1, 2), "on a busy machine the run may be over before the second"
     assert result["error"] == ""
     assert restarts.same(out, whole) == EQUAL
 

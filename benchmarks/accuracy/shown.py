@@ -34,6 +34,18 @@ def small() -> str:
     return table(HEAD, lines)
 
 
+def readme() -> list[str]:
+    """Of three seeds each: bp, spectrain, dtrp, fdg and fr at K = A = 4, and at 8."""
+    shown = []
+    for stages in (4, 8):
+        for method in ("bp", "spectrain", "dtrp", "fdg", "fr"):
+            own = [row for row in ROWS if row["num_microbatches"] == stages and row["method"] == method
+                   and row["prediction"] in (None, "linear") and (method == "bp" or row["stages"] == stages)]  # fmt: skip
+            assert len(own) == 3
+            shown.append(f"{statistics.fmean(map(_accuracy, own)):.2f}")
+    return shown
+
+
 def _accuracy(row: dict[str, Any]) -> float:
     return 100 * float(row["test_accuracy"][-1])
 
