@@ -577,9 +577,9 @@ def _state_dicts_and_infer(method: str) -> Result:
         path = Path(os.environ.get("SCRATCH", "."), f"model{world_size()}.{method}.pt")
         pipe.save_model(path)
         seen["saved"] = torch.load(path)
+        first = result(pipe, losses)  # when all have read it
         if rank() == 0:
             path.unlink()
-        first = result(pipe, losses)
     with pipeline(network(), adamw, **options) as pipe:  # the next one goes on from it
         pipe.load_state_dict(state)
         more = feed(pipe, minibatches(3, seed=4))

@@ -92,6 +92,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_a_run_by_a_plan_goes_on_by_the_same_command(plan: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = ["train", "--model", "mlp", "--limit-train", "500", "--limit-test", "100", "--epochs", "1000", "--quiet"]
@@ -117,6 +118,7 @@ def test_workers_hold_the_model_against_the_plan(plan: Path, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 def test_torchrun_saves_too_when_it_is_told_to_stop(tmp_path: Path) -> None:
     out = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
