@@ -119,7 +119,7 @@ def test_under_autocast_a_recomputed_forward_is_the_first_one_to_the_bit() -> No
     parts = list(gpt(9, layers=4, width=32, heads=4, context=16))
     tokens = torch.randint(9, (4, 16))
     stages = [nn.Sequential(*parts[:2]), nn.Sequential(*parts[2:4]), nn.Sequential(*parts[4:])]
-    check_recomputed_under_autocast(stages, tokens, tokens, class_loss)
+    check_recomputed_under_autocast(stages, [(tokens, tokens)] * 2, class_loss)
 
 
 def test_windows_follow_each_other_and_their_targets_are_the_next_characters(text: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from helpers import batches_of, check_perfect_prediction, check_trains_as_unsplit, pipeline, sgd
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from unsplit import check_recomputed_under_autocast
 
 import dtrp
 
@@ -199,20 +200,8 @@ def test_infer_inside_the_callers_autocast_sees_the_weights_of_now() -> None:
 def test_under_autocast_a_recomputed_forward_is_the_first_one_to_the_bit(kind: str) -> None:
     """At equal weights: bp that keeps inputs. (But for oneDNN's LSTM, which has another kernel there, and a buffer that moves.)"""
     make, data = MODELS[kind]
-    layers = make()
-    outputs: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in layers]
-    for layer, own in zip(layers, outputs, strict=True):
-        layer.register_forward_hook(
-            lambda _, args, out, own=own: own[torch.is_grad_enabled()].append(out.detach().clone())
-        )
-    pipe = pipeline(layers, method=dtrp.get_method("bp", keep="input"), num_microbatches=3)
-    for x, y in batches_of(data)[:4]:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            pipe.step(x, y)
-    for first, again in outputs[:-1]:
-        assert len(first) == len(again) == 12
-        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert torch.bfloat16 in {out.dtype for _, again in outputs for out in again}
+    dtypes = check_recomputed_under_autocast(make(), batches_of(data)[:4], nn.functional.cross_entropy, 3)
+    assert torch.bfloat16 in dtypes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -27,7 +27,7 @@ restarts = benchmark("restarts")
 pytestmark = pytest.mark.timeout(600)
 
 SMALL = ["train", "--model", "mlp", "--batch-size", "32", "--limit-train", "500", "--limit-test", "100", "--num-microbatches", "2",
-         "--workers", "2", "--epochs", "3", "--save-every", "3", "--quiet"]  # fmt: skip
+         "--workers", "2", "--epochs", "12", "--save-every", "3", "--quiet"]  # fmt: skip
 EQUAL = {"weights_equal": True, "metrics_equal": True, "finished": True}
 
 
@@ -156,7 +156,7 @@ def test_killed_workers_start_again_and_end_as_if_nothing_had_been(whole: Path, 
     out = tmp_path / "run"
     result = restarts.killed_often([*SMALL, "--max-restarts", "4", "--out", str(out)], out, 2, aim="workers")
     assert result["code"] == 0, result
-    assert len(result["kills"]) in (1, 2), "on a busy machine the run may be over before the second"
+    assert len(result["kills"]) == 2
     assert result["error"] == ""
     assert restarts.same(out, whole) == EQUAL
 

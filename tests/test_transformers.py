@@ -97,7 +97,7 @@ def test_masks_that_follow_from_sizes_do_not_travel(kind: str, num: int) -> None
 def test_recomputed_under_autocast(kind: str) -> None:
     _, x, stages = make(kind, 4)
     y = torch.zeros(len(next(iter(x.values())) if isinstance(x, dict) else x), dtype=torch.int64)
-    check_recomputed_under_autocast(stages, x, y, loss_fn)
+    check_recomputed_under_autocast(stages, [(x, y)] * 2, loss_fn)
 
 
 def test_labels_travel_to_where_the_model_reads_them() -> None:

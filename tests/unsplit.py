@@ -227,22 +227,31 @@ def check_pipeline(model: nn.Module, x: Any, stages: Stages, num_microbatches: i
 
 
 def check_recomputed_under_autocast(
-    stages: Sequence[nn.Module], x: Any, y: Tensor, loss_fn: Callable[..., Tensor]
-) -> None:
-    """In bfloat16, at equal weights, what a stage recomputes is what it computed first, to the bit: bp that keeps inputs."""
+    stages: Sequence[nn.Module],
+    batches: Sequence[tuple[Any, Tensor]],
+    loss_fn: Callable[..., Tensor],
+    num_microbatches: int = 2,
+) -> set[torch.dtype]:
+    """In bfloat16, at equal weights, what a stage recomputes is what it computed first, to the bit: bp that keeps inputs.
+
+    Returns:
+        The dtypes of what the stages gave.
+    """
     outputs: list[tuple[list[list[Tensor]], list[list[Tensor]]]] = [([], []) for _ in stages]
     for stage, own in zip(stages, outputs, strict=True):
         stage.register_forward_hook(
             lambda _, args, out, own=own: own[torch.is_grad_enabled()].append([t.detach().clone() for t in leaves(out)])
         )
     method = dtrp.get_method("bp", keep="input")
-    pipe = dtrp.Pipeline(stages, sgd, loss_fn, method=method, num_microbatches=2, seed=SEED)
-    for _ in range(2):
+    pipe = dtrp.Pipeline(stages, sgd, loss_fn, method=method, num_microbatches=num_microbatches, seed=SEED)
+    for x, y in batches:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             pipe.step(x, y)
+    count = len(batches) * num_microbatches
     for first, again in outputs[:-1]:
-        assert len(first) == 4
-        again = again[-4:]  # before them a trial, of which outputs have a gradient
-        for a, b in zip(itertools.chain(*first), itertools.chain(*again), strict=True):
+        assert len(first) == count
+        assert len(again) in (count, count + 1), "a trial before them shows which of several outputs have a gradient"
+        for a, b in zip(itertools.chain(*first), itertools.chain(*again[-count:]), strict=True):
             assert a.dtype == b.dtype
             assert torch.equal(a, b)
+    return {t.dtype for _, again in outputs for out in again for t in out}

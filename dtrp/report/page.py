@@ -15,9 +15,9 @@ from markupsafe import Markup
 from .. import __version__
 from ..compare import largest_delay, megabytes_by_stage, prediction_error
 from ..files import whole_file
-from ..methods import Method, get_method
+from ..methods import Method
 from ..schedule import Schedule
-from ..train import TrainConfig, config_text
+from ..train import TrainConfig, config_text, make_method
 from .collect import Collection, Run, collect, mean_and_spread
 from .figures import Plot, on_white, png, svg
 from .plots import MINIBATCHES_SHOWN, SECTIONS, make_plots
@@ -138,7 +138,9 @@ def _schedules(collection: Collection) -> list[tuple[str, str]]:
     for run in collection.runs:
         stages, parts = run.cell.stages, run.cell.num_microbatches
         try:
-            method = _ordered(run)
+            method = make_method(
+                TrainConfig(method=run.cell.method, ahead=run.config.get("ahead"), order=run.config.get("order"))
+            )
             if (method, stages, parts) not in grids:
                 length = 2 if parts > 1 or method.flush else MINIBATCHES_SHOWN
                 own = [f"--{key} {run.config[key]}" for key in ("ahead", "order") if run.config.get(key) is not None]
@@ -146,16 +148,6 @@ def _schedules(collection: Collection) -> list[tuple[str, str]]:
         except ValueError:  # a method that this version does not know, or a number of stages that nobody knows
             continue
     return list(grids.values())
-
-
-def _ordered(run: Run) -> Method:
-    """The run's method, with its order of work."""
-    options: dict[str, Any] = {}
-    if (ahead := run.config.get("ahead")) is not None:
-        options["ahead"] = ahead
-    if (order := run.config.get("order")) is not None:
-        options["backward_first"] = order == "backward-first"
-    return get_method(run.cell.method, **options)
 
 
 def _command(run: Run) -> str:
