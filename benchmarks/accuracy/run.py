@@ -65,19 +65,24 @@ def main() -> None:
     if not options.data_dir:
         parser.error("--data-dir: say where cifar-10-batches-py lies")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    methods = None if options.methods is None else options.methods.split(",")
     for model, cell in cells(options.part, range(options.seeds), options.stages):
-        if methods is not None and cell.method not in methods:
-            continue
-        parts = str(cell.num_microbatches), "K" if cell.num_microbatches == cell.stages else ""
-        if options.microbatches is not None and not set(parts) & set(options.microbatches.split(",")):
-            continue
-        if cell.prediction is not None and cell.prediction not in options.predictions.split(","):
-            continue
-        if key(model, cell) not in {key(row["model"], cell_of(row)) for row in finished(options.part)}:
+        if wanted(cell, options) and key(model, cell) not in {
+            key(row["model"], cell_of(row)) for row in finished(options.part)
+        }:
             print(model, cell.name, flush=True)
             run(options.part, model, cell, options.data_dir, options.device)
     figures()
+
+
+def wanted(cell: Cell, options: argparse.Namespace) -> bool:
+    """Whether the options leave it in."""
+
+    def names(words: str | None, *own: str) -> bool:
+        return words is None or not set(own).isdisjoint(words.split(","))
+
+    parts = [str(cell.num_microbatches), *(["K"] if cell.num_microbatches == cell.stages else [])]
+    predicts = cell.prediction is None or names(options.predictions, cell.prediction)
+    return names(options.methods, cell.method) and names(options.microbatches, *parts) and predicts
 
 
 def cells(part: str, seeds: range, only: str | None) -> Iterator[tuple[str, Cell]]:
