@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import types
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -782,7 +783,12 @@ class Stage:
 
 
 def _compiled(module: nn.Module, arguments: Mapping[str, Any]) -> Callable[[Any], Any]:
-    compiled = torch.compile(module, **arguments)
+    def run(x: Any) -> Any:
+        return module(x)
+
+    # The compiler keeps so many variants of a code object and runs the rest as it is: no two stages may share one.
+    own = types.FunctionType(run.__code__.replace(), globals(), run.__name__, None, run.__closure__)
+    compiled = torch.compile(own, **arguments)
 
     def call(x: Any) -> Any:
         with warnings.catch_warnings():  # the compiler looks at .grad of what the module is given, which is no leaf

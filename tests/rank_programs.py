@@ -784,6 +784,8 @@ def cases(folder: str, *names: str) -> None:
             except BaseException:
                 results[name] = traceback.format_exc()
                 raise
+        if dist.is_initialized():
+            dist.barrier()  # rank 0 holds the store, and may have had nothing to do
     finally:
         torch.save(results, Path(folder, f"results{rank()}.pt"))
 

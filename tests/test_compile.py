@@ -66,6 +66,28 @@ def test_a_traced_gpt(method: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+class Watched(torch.nn.Linear):
+    """Counts the runs that the compiler left as they were."""
+
+    eager = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            self.eager += 1
+        return super().forward(x)
+
+
+def test_each_of_many_stages_is_compiled() -> None:
+    """The compiler keeps 8 variants of a function and runs others as they are; a stage has one with gradients and one without."""
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(*(Watched(4, 4) for _ in range(10)))
+    pipe = dtrp.Pipeline(model, sgd, torch.nn.functional.cross_entropy, num_stages=10, compile={"backend": "eager"})
+    for _ in range(30):
+        pipe.step(torch.randn(8, 4), torch.randint(4, (8,)))
+    pipe.flush()
+    assert [layer.eager for layer in model] == [0] * 10
+
+
 def test_what_compile_takes() -> None:
     with pytest.raises(TypeError, match="compile='yes': pass True, False, or a dict"):
         dtrp.Pipeline(network(), lambda p: torch.optim.SGD(p, lr=0.1), torch.nn.functional.cross_entropy, compile="yes")  # type: ignore[arg-type]
