@@ -12,9 +12,13 @@ SYNCHRONOUS = ("torch 1F1B", "torch GPipe", "torch InterleavedZeroBubble")
 SIZES = (2, 4, 8)
 
 
+def _line(lines: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+    (found,) = [line for line in lines if all(line[key] == value for key, value in wanted.items())]
+    return found
+
+
 def _median(lines: list[dict[str, Any]], **wanted: Any) -> float:
-    (found,) = [line["median_ms"] for line in lines if all(line[key] == value for key, value in wanted.items())]
-    return float(found)
+    return float(_line(lines, **wanted)["median_ms"])
 
 
 def _faster(contender: str, stages: int, lines: list[dict[str, Any]] = SLEEPING) -> str:
@@ -44,10 +48,18 @@ def readme() -> list[str]:
 HEAD = ("K", "dtrp / (2F+B)", "fdg / (F+B)", "spectrain / (F+B)", "dtrp, fdg against 1F1B")
 
 
+def _with_spread(line: dict[str, Any], form: str, unit: float = 1.0) -> str:
+    """The median, and the least and the largest round, in units of so many ms."""
+    least, median, most = (
+        format(ms / unit, form) for ms in (min(line["rounds_ms"]), line["median_ms"], max(line["rounds_ms"]))
+    )
+    return f"{median} [{least}, {most}]"
+
+
 def _over(lines: list[dict[str, Any]], stages: int) -> list[str]:
     forward, backward = _times()
     ideals = {"dtrp": 2 * forward + backward, "fdg": forward + backward, "spectrain": forward + backward}
-    over = [f"{_median(lines, contender=name, stages=stages) / ideal:.3f}" for name, ideal in ideals.items()]
+    over = [_with_spread(_line(lines, contender=name, stages=stages), ".3f", ideal) for name, ideal in ideals.items()]
     return [str(stages), *over, f"{_faster('dtrp', stages, lines)}, {_faster('fdg', stages, lines)}"]
 
 
@@ -85,8 +97,8 @@ def _compute(model: str, sizes: tuple[int, ...]) -> str:
     for contender in dict.fromkeys(line["contender"] for line in lines if line["stages"] > 1):
         cells = []
         for parts in sizes:
-            found = [x["median_ms"] for x in lines if (x["contender"], x["num_microbatches"]) == (contender, parts)]
-            cells.append(f"{found[0]:.0f} ({alone / found[0]:.2f})" if found else "")
+            found = [x for x in lines if (x["contender"], x["num_microbatches"]) == (contender, parts)]
+            cells.append(f"{_with_spread(found[0], '.0f')} ({alone / found[0]['median_ms']:.2f})" if found else "")
         written.append([contender, *cells])
     return table(["", *(f"A={parts}" for parts in sizes)], written)
 
