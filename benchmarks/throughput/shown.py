@@ -1,5 +1,7 @@
 """What the documents say of results/sleeping.jsonl, sleeping_fifo.jsonl, links.jsonl, tun.jsonl and compute.jsonl."""
 
+import statistics
+from collections.abc import Callable
 from typing import Any
 
 from shown import last_run, rows, table
@@ -109,6 +111,21 @@ def resnet20() -> str:
 
 def resnet56() -> str:
     return _compute("resnet56", (1, 2, 4))
+
+
+def against_torch_56() -> list[str]:
+    """spectrain and dtrp, times the better of GPipe and 1F1B: at A = 2, at A = 4, and there in everybody's quickest round."""
+
+    def faster(method: str, parts: int, of: Callable[[list[float]], float]) -> str:
+        lines = {
+            line["contender"]: of(line["rounds_ms"])
+            for line in COMPUTE["resnet56"]
+            if line["num_microbatches"] == parts
+        }
+        return f"{min(lines['torch GPipe'], lines['torch 1F1B']) / lines[method]:.2f}"
+
+    ways = ((2, statistics.median), (4, statistics.median), (4, min))
+    return [faster(method, parts, of) for parts, of in ways for method in ("spectrain", "dtrp")]
 
 
 def one_worker_20() -> list[str]:
