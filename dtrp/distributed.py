@@ -183,21 +183,10 @@ class DistributedEngine:
             )
 
     def progress(self, method: str) -> list[Progress]:
-        """Of this rank's stage.
-
-        The forwards of all steps are through, so no forward message is under way. The stage after has sent a gradient
-        for each of its backwards, and this stage has taken as many as it has had of its own: the rest are on their way.
-        """
         self._begin(f"in {method}()")
         self._losses.check()
         self._stage.check_gradients()
-        ranks = self._transport.ranks
-        backwards = self._transport.exchange(method, (self.num_updates, self._order.next_backward))
-        self._check_steps([steps for steps, _ in backwards])
-        if ranks.after is not None:
-            sent = backwards[ranks.all.index(ranks.after)][1]
-            for m in range(self._order.next_backward + len(self._arrived), sent):
-                self._arrived.append(self._receive(self._transport.backward_in, "backward", m).tensor)
+        self._take_gradients(method)
         return [
             Progress(
                 self.num_updates,
@@ -208,6 +197,20 @@ class DistributedEngine:
                 list(self._arrived),
             )
         ]
+
+    def _take_gradients(self, method: str) -> None:
+        """Take every gradient that is under way from its link, to lie here until its B.
+
+        The forwards of all steps are through, so no forward message is under way. The stage after has sent a gradient
+        for each of its backwards, and this stage has taken as many as it has had of its own: the rest are on their way.
+        """
+        ranks = self._transport.ranks
+        backwards = self._transport.exchange(method, (self.num_updates, self._order.next_backward))
+        self._check_steps([steps for steps, _ in backwards])
+        if ranks.after is not None:
+            sent = backwards[ranks.all.index(ranks.after)][1]
+            for m in range(self._order.next_backward + len(self._arrived), sent):
+                self._arrived.append(self._receive(self._transport.backward_in, "backward", m).tensor)
 
     def resume(self, progress: Sequence[Progress]) -> None:
         (own,) = progress
@@ -228,6 +231,8 @@ class DistributedEngine:
 
     def spans(self) -> list[Span]:
         self._begin("in save_trace()")
+        self._hear()
+        self._take_gradients("save_trace")  # else their senders would wait until they are wanted here
         self._transport.settle()
         return list(self._tracer.spans)
 

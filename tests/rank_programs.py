@@ -998,8 +998,10 @@ def wait_for_a_late_one(folder: str, late: int) -> None:
 
 def traced(folder: str) -> None:
     with pipeline(network(), num_stages=3, method="dtrp", num_microbatches=2, trace=True) as pipe:
-        for x, y in minibatches(5):
+        for i, (x, y) in enumerate(minibatches(5)):
             pipe.step(x, y)
+            if i == 3:
+                pipe.save_trace(Path(folder, "in flight.json"))
         pipe.flush()
         pipe.save_trace(Path(folder, "trace.json"))
 

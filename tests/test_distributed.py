@@ -527,8 +527,9 @@ def test_a_trace_of_all_ranks(server: Server, tmp_path: Path) -> None:
     """5 mini-batches of 2 micro-batches on 3 ranks: each F, B, U, send and receive of training is a span."""
     outcomes = run_ranks(server, tmp_path, 3, "traced")
     assert all(outcome == Outcome(0, "", "") for outcome in outcomes), outcomes
-    trace = json.loads((tmp_path / "trace.json").read_text())
-    events = trace["traceEvents"]
+    early, events = (
+        json.loads((tmp_path / f"{name}.json").read_text())["traceEvents"] for name in ("in flight", "trace")
+    )
     names = {event["pid"]: event["args"]["name"] for event in events if event.get("name") == "process_name"}
     assert len(names) == 3
     assert all(f"rank {rank}" in names[pid] for rank, pid in enumerate(sorted(names)))
@@ -548,6 +549,9 @@ def test_a_trace_of_all_ranks(server: Server, tmp_path: Path) -> None:
         }
         for name, expected in wanted.items():
             assert [own[f"{name} {m}"] for m in range(10)] == [int(expected)] * 10, name
+    found = Counter((event["pid"], event["name"]) for event in early if event["ph"] == "X")
+    assert all(found[pid, f"F{m}"] == 1 for pid in names for m in range(8)), "one that is saved with batches in flight"
+    assert all(found[rank, f"send backward {m}"] == 1 for rank, count in ((1, 6), (2, 8)) for m in range(count))
     at = {(span["pid"], span["name"]): span for span in spans}
     for m in range(10):
         sent, received = at[0, f"send forward {m}"], at[1, f"receive forward {m}"]
