@@ -42,6 +42,7 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)  # of the method
     keep: str | tuple[str, ...] | None = None
     limit: int | None = None
+    device: str | None = None  # of all stages
     timed: int = 12
 
 
@@ -116,6 +117,7 @@ def model_job(
     method: str | None = None,
     keep: Any = "plan",
     limit: int | None = None,
+    device: str | None = None,
     label: str = "",
 ) -> Job:
     own = method is None or method == plan.method
@@ -129,6 +131,7 @@ def model_job(
         options=plan.options if own else {},
         keep=plan.keep if keep == "plan" and own else None if keep == "plan" else keep,
         limit=limit,
+        device=device,
         timed=max(8, min(40, 512 // batch)),
     )
 
@@ -153,6 +156,7 @@ class _Running:
             num_microbatches=job.num_microbatches,
             keep=job.keep,  # type: ignore[arg-type]
             memory_limit_bytes=job.limit,
+            devices=job.device,
             seed=0,
             timeout_s=120.0,
         )

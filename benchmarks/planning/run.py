@@ -12,6 +12,7 @@ Each part prints a table and appends raw results to results/<part>.jsonl.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -51,7 +52,10 @@ def main() -> None:
             part.add_argument("--model", default="resnet20")
             part.add_argument("--workers", type=int, default=4 if name == "batch" else 2, help="K")
         if name == "batch":
-            part.add_argument("--microbatches", type=int, default=2, help="of the compensated plan, A")
+            part.add_argument("--base", type=int, default=16, help="mini-batch to start from")
+            part.add_argument("--microbatches", type=int, help="of the compensated plan, A; else the plan finds it")
+            part.add_argument("--device", help="of all stages, as cuda; else the CPU")
+            part.add_argument("--least", type=float, default=1.2, help="times the base's samples/s that are aimed at")
         if name == "accuracy":
             part.add_argument("--data-dir", required=True, help="where cifar-10-batches-py lies")
             part.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -192,30 +196,20 @@ def keep(options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-BASE = 16
-
-
 def batch(options: argparse.Namespace) -> None:
     """The plan of the base mini-batch, larger ones with its cuts, and the compensated plan: what recomputation frees of fdg's
     memory goes into a larger mini-batch and into graphs that are kept."""
-    workers = options.workers
-    base = measure.planned(options.model, BASE, workers=workers, method="dtrp")
-    base.save(HERE / "results" / "base.json")
-    plan = measure.planned(
-        options.model, BASE, workers=workers, method="dtrp", compensate=True, num_microbatches=options.microbatches
-    )
-    plan.save(HERE / "results" / "compensated.json")
-    jobs = [
-        measure.model_job(options.model, base, tuple(base.cuts), size, label=f"dtrp {size}")
-        for size in (BASE, 2 * BASE, 4 * BASE)
-    ]
-    jobs.append(
-        measure.model_job(
-            options.model, plan, tuple(plan.cuts), plan.batch_size, label=f"compensated {plan.batch_size}"
-        )
-    )
-    fdg = measure.planned(options.model, BASE, workers=workers, method="fdg", choose_lead=False)
-    jobs.append(measure.model_job(options.model, fdg, tuple(fdg.cuts), BASE, method="fdg", label=f"fdg {BASE}"))
+    model, size, workers, device = options.model, options.base, options.workers, options.device
+    planned = functools.partial(measure.planned, model, size, workers=workers, device=device)
+    job = functools.partial(measure.model_job, model, device=device)
+    base = planned(method="dtrp")
+    base.save(options.out.with_name("base.json"))
+    plan = planned(method="dtrp", compensate=True, num_microbatches=options.microbatches)
+    plan.save(options.out.with_name("compensated.json"))
+    jobs = [job(base, tuple(base.cuts), size * n, label=f"dtrp {size * n}") for n in (1, 2, 4)]
+    jobs.append(job(plan, tuple(plan.cuts), plan.batch_size, label=f"compensated {plan.batch_size}"))
+    fdg = planned(method="fdg", choose_lead=False)
+    jobs.append(job(fdg, tuple(fdg.cuts), size, method="fdg", label=f"fdg {size}"))
     outcomes = measured(workers, jobs, options.rounds)
     rates = [job.batch / outcome.median_s for job, outcome in zip(jobs, outcomes, strict=True)]
     rows = [
@@ -225,15 +219,15 @@ def batch(options: argparse.Namespace) -> None:
     ]  # fmt: skip
     headings = [*(f"MB, {k}" for k in range(workers)), *(f"busy {k}" for k in range(workers))]
     print(table(["mini-batch", "A", "keeps", "samples/s", *headings], rows))
-    print(check("samples/s over the base's", rates[-2] / rates[0], least=1.2))
+    print(check("samples/s over the base's", rates[-2] / rates[0], least=options.least))
     limit = max(outcomes[-1].memory) / 1e6
     most = max(outcomes[-2].memory) / 1e6
     print(check("largest stage, MB; fdg's at the base mini-batch", most, most=round(limit, 2)))
     write(
         options,
         [
-            {"model": options.model, "workers": workers, "label": job.label, "batch": job.batch, "cuts": job.cuts,
-             "num_microbatches": job.num_microbatches, "keeps": outcome.keeps, "options": job.options,
+            {"model": model, "workers": workers, "device": device or "cpu", "label": job.label, "batch": job.batch,
+             "cuts": job.cuts, "num_microbatches": job.num_microbatches, "keeps": outcome.keeps, "options": job.options,
              "samples_per_s": rate, "memory": outcome.memory, "busy": outcome.busy,
              "rounds_ms": [1e3 * s for s in outcome.rounds_s]}
             for job, outcome, rate in zip(jobs, outcomes, rates, strict=True)
