@@ -40,6 +40,8 @@ ENGINES = [
     *itertools.product(oracles.ROWS, (1, 2, 3, 4), (1, 2, 4), OPTIMIZERS),
     *((name, 8, 2, "sgd") for name in oracles.ROWS),
 ]
+# Half of them: every method at every K and A, with one of the optimizers.
+HALF = [(name, k, a, optimizer) for name, k, a, optimizer in ENGINES if k == 8 or (k + a // 2 + (optimizer == "sgd")) % 2]
 
 
 def check_against_oracle(
@@ -88,7 +90,7 @@ def check_against_oracle(
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("name", "num_stages", "num_microbatches", "optimizer"), ENGINES)
+@pytest.mark.parametrize(("name", "num_stages", "num_microbatches", "optimizer"), HALF)
 def test_every_method_equals_its_equations(name: str, num_stages: int, num_microbatches: int, optimizer: str) -> None:
     """Twice the longest lead, 2(K-1) mini-batches, and some more."""
     batches = minibatches(6 + 4 * (num_stages - 1))
@@ -154,7 +156,7 @@ def test_without_delay_it_is_a_plain_loop_to_the_bit(
         model = network()
         plain = clone(model)
         pipe = pipeline(model, make, num_stages=num_stages, method=name, num_microbatches=num_microbatches)
-        batches = minibatches(15)
+        batches = minibatches(8)
         losses = [pipe.step(x, y) for x, y in batches]
         pipe.flush()
         cuts = equal_cuts(8, num_stages)
@@ -203,7 +205,7 @@ def test_a_prophet_who_is_off_by_one_is_noticed() -> None:
 @pytest.mark.parametrize("name", dtrp.list_methods())
 def test_counted_delays_are_those_of_the_formula(name: str, num_microbatches: int) -> None:
     method = dtrp.get_method(name)
-    for num_stages in range(1, 9):
+    for num_stages in (1, 2, 3, 5, 8):
         start = 2 * num_stages  # from there on every delay is the steady one
         count = start + 4
         pipe = pipeline(nn.Sequential(*(nn.Linear(2, 2) for _ in range(8))), num_stages=num_stages, method=method,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import RECIPE, train
+from run import FORMER_CUTS, RECIPE, train
 from torch import nn
 
 from dtrp.data import load_text
@@ -66,7 +66,7 @@ def main() -> None:
         if "draw" in other:
             linear, embedding = other["draw"]
             change = functools.partial(redraw, linear=linear, embedding=embedding, layers=RECIPE["layers"])
-        row = train(data, method, 0, {**RECIPE, **other}, change)
+        row = train(data, method, 0, {**RECIPE, "cuts": FORMER_CUTS, **other}, change)
         with out.open("a") as file:
             file.write(json.dumps({**run, "curve": row["curve"], "prediction_error": row["prediction_error"]}) + "\n")
         print(method, other, row["curve"], flush=True)

@@ -10,6 +10,7 @@ EXPLORED = rows("gpt/results/exploration.jsonl")
 ROWS = rows("gpt/results/gpt.jsonl")
 TUNED = rows("gpt/results/tuning.jsonl")
 FIRST = rows("gpt/results/first_recipe.jsonl")
+ORDER = ["bp", "dtrp, informed", "dtrp-1f1b, informed", "dtrp, linear", "dtrp", "dtr", "dtrp-1f1b", "spectrain", "fr"]
 
 
 def first() -> str:
@@ -82,11 +83,11 @@ def _mean(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 2 else ""
 
 
-def measured() -> str:
+def _measured(cuts: list[int]) -> str:
     """The recipe as it is: every method's losses, and its excess over backpropagation's, seed by seed and in the mean."""
-    losses = {(row["method"], row["seed"]): row["validation_loss"] for row in ROWS}
+    losses = {(row["method"], row["seed"]): row["validation_loss"] for row in ROWS if row["config"]["cuts"] == cuts}
     lines = []
-    for method in dict.fromkeys(row["method"] for row in ROWS):
+    for method in sorted({method for method, _ in losses}, key=ORDER.index):
         own = {seed: loss for (name, seed), loss in sorted(losses.items()) if name == method}
         over = [100 * (loss / losses["bp", seed] - 1) for seed, loss in own.items()]
         lines.append(
@@ -96,9 +97,17 @@ def measured() -> str:
     return table(["method", "seeds", "validation loss", "over bp's, %", "mean"], lines)
 
 
+def measured() -> str:
+    return _measured([1, 3, 5])
+
+
+def former_cuts() -> str:
+    return _measured([2, 3, 5])
+
+
 def tuned() -> str:
     """What else was tried, beside the recipe with that method and seed."""
-    recipe = {(row["method"], row["seed"]): row for row in ROWS}
+    recipe = {(row["method"], row["seed"]): row for row in ROWS if row["config"]["cuts"] == [2, 3, 5]}
     lines = []
     for row in TUNED:
         method, seed, config = row["method"], row["seed"], row["config"]
