@@ -41,7 +41,9 @@ ENGINES = [
     *((name, 8, 2, "sgd") for name in oracles.ROWS),
 ]
 # Half of them: every method at every K and A, with one of the optimizers.
-HALF = [(name, k, a, optimizer) for name, k, a, optimizer in ENGINES if k == 8 or (k + a // 2 + (optimizer == "sgd")) % 2]
+HALF = [
+    (name, k, a, optimizer) for name, k, a, optimizer in ENGINES if k == 8 or (k + a // 2 + (optimizer == "sgd")) % 2
+]
 
 
 def check_against_oracle(

@@ -1,12 +1,13 @@
 """Accuracy on CIFAR-10 of every method, side by side, over seeds.
 
     python benchmarks/accuracy/run.py small --data-dir DIR       # ResNet-14 of width 8, 20,000 images, 8 epochs
+    python benchmarks/accuracy/run.py wide --data-dir DIR        # every method, K and A on it: 5,000 images, 6 epochs
     python benchmarks/accuracy/run.py resnet20 --data-dir DIR    # ResNet-20, K = 4, four methods
     python benchmarks/accuracy/run.py long --data-dir DIR --device cuda    # ResNet-20, 56 and 18, 30 epochs, all images
     python benchmarks/accuracy/run.py figures                    # the figures, from the lines that are there
     python benchmarks/shown.py --write                           # puts the table into README.md
 
-The first three are grids of runs, seed after seed and what is checked first. A finished run is a line of results/<part>.jsonl
+All but the last two are grids of runs, seed after seed and what is checked first. A finished run is a line of results/<part>.jsonl
 and is not repeated: break it off, start it again, elsewhere too; several may work on different --stages at the same time, or on
 different --methods and --predictions.
 """
@@ -32,20 +33,29 @@ COMMON = {
     "data": "cifar10", "threads": "1", "warmup-updates": "100", "prediction-error-every": "64", "limit-train": "20000",
     "epochs": "8", "batch-size": "128", "lr": "0.1",
 }  # fmt: skip
-LONG = {"limit-train": None, "epochs": "30"}  # None: all images
-MODELS = {"small": ["resnet14-8"], "resnet20": ["resnet20"], "long": ["resnet20", "resnet56", "resnet18"]}
-# Methods, stages, micro-batches: in the order in which they run, for each seed.
-GRIDS: dict[str, list[tuple[str, str, str]]] = {
-    "small": [
-        ("bp,spectrain,dtrp,fdg,fr", "4,8", "K"),
-        ("bp,dgl,dtr,dtrp-1f1b,adl,ddg", "4,8", "K"),
-        ("bp,spectrain,dtrp,fdg,fr,dgl,dtr,dtrp-1f1b,ddg", "4,8", "1"),
-        ("bp,spectrain,dtrp,fdg,fr,dgl,dtr,dtrp-1f1b,adl,ddg", "2", "K,1"),
-    ],
-    "resnet20": [("bp,spectrain,dtrp,fdg", "4", "4")],
-    "long": [("bp,spectrain,dtrp,fdg", "4", "4")],
+OWN = {  # of a part; None: all images
+    "wide": {"limit-train": "5000", "epochs": "6", "warmup-updates": "50"},
+    "long": {"limit-train": None, "epochs": "30"},
 }
-PREDICTIONS = ("linear", "rollout")
+MODELS = {
+    "small": ["resnet14-8"], "wide": ["resnet14-8"], "resnet20": ["resnet20"], "long": ["resnet20", "resnet56", "resnet18"],
+}  # fmt: skip
+BOTH = ("linear", "rollout")
+# Methods, stages, micro-batches, predictions: in the order in which they run, for each seed. fdg and adl are one row.
+GRIDS: dict[str, list[tuple[str, str, str, tuple[str, ...]]]] = {
+    "small": [
+        ("bp,spectrain,dtrp,fdg,fr", "4,8", "K", BOTH),
+        ("bp,dgl,dtr,dtrp-1f1b,adl,ddg", "4,8", "K", BOTH),
+        ("bp,spectrain,dtrp,fdg,fr,dgl,dtr,dtrp-1f1b,ddg", "4,8", "1", BOTH),
+        ("bp,spectrain,dtrp,fdg,fr,dgl,dtr,dtrp-1f1b,adl,ddg", "2", "K,1", BOTH),
+    ],
+    "wide": [
+        ("bp,spectrain,dtrp,dtrp-1f1b,dtr,fr,fdg,ddg,dgl", "8,4,2", "K,1", ("linear",)),
+        ("dtrp", "8,4,2", "K,1", ("rollout",)),
+    ],
+    "resnet20": [("bp,spectrain,dtrp,fdg", "4", "4", BOTH)],
+    "long": [("bp,spectrain,dtrp,fdg", "4", "4", BOTH)],
+}
 
 
 def main() -> None:
@@ -55,7 +65,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--stages", help="some of the part's, as 4,8")
     parser.add_argument("--methods", help="some of the part's, as bp,dtrp,fdg")
-    parser.add_argument("--predictions", default=",".join(PREDICTIONS), help="for the methods that predict")
+    parser.add_argument("--predictions", default=",".join(BOTH), help="for the methods that predict")
     parser.add_argument("--microbatches", help="some of the part's, as K (as many as stages)")
     parser.add_argument("--device", default="cpu", help="as of dtrp train")
     options = parser.parse_args()
@@ -88,9 +98,11 @@ def wanted(cell: Cell, options: argparse.Namespace) -> bool:
 def cells(part: str, seeds: range, only: str | None) -> Iterator[tuple[str, Cell]]:
     """(network, cell), each once. A method that flushes comes to the same at every K, so one K stands for all with its A."""
     known: set[Any] = set()
-    for seed, model, (methods, stages, microbatches) in itertools.product(seeds, MODELS[part], GRIDS[part]):
+    for seed, model, (methods, stages, microbatches, predictions) in itertools.product(
+        seeds, MODELS[part], GRIDS[part]
+    ):
         counts = [int(k) for k in stages.split(",") if only is None or k in only.split(",")]
-        for cell in grid(methods.split(","), counts, microbatches.split(","), [seed], PREDICTIONS):
+        for cell in grid(methods.split(","), counts, microbatches.split(","), [seed], predictions):
             if key(model, cell) not in known:
                 known.add(key(model, cell))
                 yield model, cell
@@ -112,7 +124,7 @@ def finished(part: str) -> list[dict[str, Any]]:
 
 def run(part: str, model: str, cell: Cell, data_dir: str, device: str) -> None:
     """Train one cell, and add its line."""
-    settings = COMMON | (LONG if part == "long" else {}) | {
+    settings = COMMON | OWN.get(part, {}) | {
         "data-dir": data_dir, "model": model, "method": cell.method, "seed": str(cell.seed), "stages": str(cell.stages),
         "num-microbatches": str(cell.num_microbatches), "prediction": cell.prediction, "device": device,
     }  # fmt: skip

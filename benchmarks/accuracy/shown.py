@@ -1,4 +1,4 @@
-"""What the documents say of results/small.jsonl."""
+"""What the documents say of results/small.jsonl and results/wide.jsonl."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ HEAD = ("K", "A", "method", "seeds", "accuracy, %", "less than bp's with that A,
 
 
 def small() -> str:
+    return _grid(ROWS)
+
+
+def _grid(rows: list[dict[str, Any]]) -> str:
     """Accuracies with their standard deviation, differences with their standard error."""
-    backprop = {(row["num_microbatches"], row["seed"]): _accuracy(row) for row in ROWS if row["method"] == "bp"}
+    backprop = {(row["num_microbatches"], row["seed"]): _accuracy(row) for row in rows if row["method"] == "bp"}
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in ROWS:
+    for row in rows:
         key = (row["stages"], row["num_microbatches"], row["method"], row["prediction"] or "")
         groups.setdefault(key, []).append(row)
     lines = []

@@ -141,7 +141,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     own = [method for method in METHODS if "gamma" not in method]
     parser.add_argument("--methods", nargs="+", default=own, choices=METHODS)
-    parser.add_argument("--cuts", type=int, nargs="+", default=RECIPE["cuts"], help="first layer of each stage but the first")
+    parser.add_argument(
+        "--cuts", type=int, nargs="+", default=RECIPE["cuts"], help="first layer of each stage but the first"
+    )
     parser.add_argument("--tune", action="store_true", help="the runs of TUNING")
     parser.add_argument("--out", help="results/gpt.jsonl, or results/tuning.jsonl with --tune")
     args = parser.parse_args()

@@ -5,8 +5,9 @@
     python benchmarks/planning/run.py keep        # kept graphs beside recomputation, and their memory
     python benchmarks/planning/run.py batch       # batch compensation: throughput against the mini-batch
     python benchmarks/planning/run.py accuracy --data-dir DIR    # what compensation does to the accuracy on CIFAR-10
+    python benchmarks/planning/run.py figures     # of batch compensation, from the lines that are there
 
-Each part prints a table and appends raw results to results/<part>.jsonl.
+Each part but the last prints a table and appends raw results to results/<part>.jsonl.
 """
 
 from __future__ import annotations
@@ -62,7 +63,11 @@ def main() -> None:
             part.add_argument("--limit-train", type=int, default=20_000)
             part.add_argument("--epochs", type=int, default=5)
             part.add_argument("--lr", type=float, default=0.01, help="of the base mini-batch of 16")
+    parts.add_parser("figures")
     options = parser.parse_args()
+    if options.part == "figures":
+        figures()
+        return
     if os.getloadavg()[0] > 0.5:
         print(f"the machine is busy (load {os.getloadavg()[0]:.1f}): times are not to be relied on")
     torch.set_num_threads(1)
@@ -263,6 +268,29 @@ def accuracy(options: argparse.Namespace) -> None:
     for label in ("base", "compensated"):
         values = [row["test_accuracy"][-1] for row in done if row["label"] == label]
         print(f"{label}: {', '.join(f'{value:.2%}' for value in values)}, mean {sum(values) / len(values):.2%}")
+
+
+def figures() -> None:
+    """Throughput against the mini-batch, and what each worker does of the time before and after compensation."""
+    from dtrp.report.figures import Plot, on_white, svg
+    from dtrp.report.plots import add_point
+
+    rows = [json.loads(line) for line in (HERE / "results" / "batch.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["run"] == rows[-1]["run"]]
+    rates: dict[str, Any] = {}
+    shares: dict[str, Any] = {}
+    for row in rows:
+        kind = row["label"].rsplit(" ", 1)[0]
+        add_point(rates, kind, row["batch"], [1e3 * row["batch"] / ms for ms in row["rounds_ms"]])
+        if kind == "compensated" or row["batch"] == rows[0]["batch"]:
+            places = [f"worker {k}" for k in range(row["workers"])]
+            shares[row["label"]] = {"x": places, "y": [100 * share for share in row["busy"]]}
+    title = f"{rows[0]['model']}, K={rows[0]['workers']}"
+    for plot in (
+        Plot("batch-throughput", title, "mini-batch (samples)", "samples/s", rates, "points"),
+        Plot("batch-utilization", title, "", "share of the time at work (%)", shares, "bars"),
+    ):
+        (HERE / "results" / f"{plot.name}.svg").write_text(on_white(svg(plot)))
 
 
 if __name__ == "__main__":

@@ -67,12 +67,6 @@ def batch() -> str:
     return table(head, lines)
 
 
-def _cuts(model: str, *, first: bool = False) -> dict[str, Any]:
-    """The last row of a model, or what the plan came to at first."""
-    found = [row for row in CUTS if row["model"] == model]
-    return found[0 if first else -1]
-
-
 def _faster(row: dict[str, Any]) -> float:
     """Planned cuts against equal ones, measured."""
     return float(median(row["equal_rounds_ms"]) / median(row["rounds_ms"]))
@@ -80,18 +74,29 @@ def _faster(row: dict[str, Any]) -> float:
 
 def _off(row: dict[str, Any]) -> float:
     """Predicted time against measured, per cent."""
-    return float(100 * abs(row["predicted_ms"] / median(row["rounds_ms"]) - 1))
+    return float(100 * (row["predicted_ms"] / median(row["rounds_ms"]) - 1))
 
 
-def cuts() -> list[str]:
-    small, large = _cuts("resnet20"), _cuts("resnet56")
-    promised = [row["predicted_equal_ms"] / row["predicted_ms"] for row in (small, large)]
-    rounds = sorted(small["rounds_ms"])
-    wide, deep = _cuts("resnet18", first=True), _cuts("vgg16")
-    return [f"{_faster(small):.2f}", f"{promised[0]:.2f}", f"{_faster(large):.2f}", f"{promised[1]:.2f}",
-            f"{_off(small):.0f}", f"{_off(large):.0f}", "10", f"{rounds[0]:.0f}", f"{rounds[-1]:.0f}",
-            f"{_off(wide):.0f}", f"{_off(deep):.0f}", f"{_faster(deep):.2f}", f"{_faster(wide):.2f}",
-            f"{_faster(_cuts('resnet18')):.2f}"]  # fmt: skip
+def _last_cuts() -> list[dict[str, Any]]:
+    return [[row for row in CUTS if row["model"] == model][-1] for model in ("resnet56", "vgg16", "resnet18")]
+
+
+def cuts() -> str:
+    lines = []
+    for row in _last_cuts():
+        rounds = f"{median(row['rounds_ms']):.0f} [{min(row['rounds_ms']):.0f}, {max(row['rounds_ms']):.0f}]"
+        cuts = (", ".join(map(str, row[key])) for key in ("cuts", "equal_cuts"))
+        gains = row["predicted_equal_ms"] / row["predicted_ms"], _faster(row)
+        lines.append([row["model"], str(row["batch"]), *cuts, f"{row['predicted_ms']:.0f}", rounds, f"{_off(row):+.1f}",
+                      *(f"{gain:.2f}" for gain in gains)])  # fmt: skip
+    head = ["", "batch", "planned cuts", "equal", "predicted, ms", "measured, ms", "off, %", "predicted gain", "gain"]
+    return table(head, lines)
+
+
+def former_cuts() -> list[str]:
+    """How far off the plans before those were, at most."""
+    off = [_off(row) for row in CUTS if row not in _last_cuts()]
+    return [f"{-min(off):.0f}", f"{max(off):.0f}"]
 
 
 def accuracy() -> list[str]:
