@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import whole
 from .modes import in_mode
-from .names import unknown
+from .names import check_order, unknown_point
 
 
 class Stages(list[nn.Module]):
@@ -90,7 +91,8 @@ def split(
         points: names of the submodules where stages 1..K-1 begin, as in `named_modules`.
         example: what the model is called with: a tensor; a tuple of positional arguments; or a dict of keyword arguments.
             At least two samples along dimension 0 of every tensor (one of one sample beside them is for all). Its values do not
-            matter, and `Pipeline.step` and `Pipeline.infer` take the like for x.
+            matter, and `Pipeline.step` and `Pipeline.infer` take the like for x. (A Hugging Face model is traced without its
+            cache, ``use_cache=False``.)
 
     Returns:
         The stages.
@@ -127,8 +129,8 @@ def split(
         raise ValueError(
             f"{' and '.join(given) or 'neither num_stages, cuts nor points'} given; say in one way where stages begin"
         )
-    if isinstance(points, str):
-        raise TypeError(f"points={points!r} is one name; pass a list of names, [{points!r}]")
+    if points is not None:
+        points = _named(points)
     if cuts is not None or _between_layers(model, points, example):
         if not isinstance(model, nn.Sequential):
             raise ValueError(
@@ -137,6 +139,7 @@ def split(
             )
         names = [name for name, _ in layers_of(model)]
         if points is not None:
+            check_order(points, {name: place for place, name in enumerate(names)}, 0)
             cuts, num_stages = [names.index(point) for point in points], None
         sequences = into_stages(model, num_stages, cuts)
         bounds = itertools.accumulate(len(stage) for stage in sequences[:-1])
@@ -147,7 +150,7 @@ def split(
             "tensor, a tuple of arguments or a dict of keyword arguments), or a list of modules, one a stage"
         )
     if num_stages is not None:
-        _check_num_stages(num_stages)
+        num_stages = whole("num_stages", num_stages)
     from .tracing.stage import trace_into_stages  # torch.export is slow to import
 
     traced, points = trace_into_stages(model, example, num_stages=num_stages, points=points)
@@ -160,11 +163,23 @@ def _between_layers(model: nn.Module, points: Sequence[str] | None, example: Any
         return False
     if points is None:
         return example is None
-    names = [name for name, _ in model.named_children()]
+    known = [name for name, _ in model.named_modules()]
     for point in points:
-        if point not in dict(model.named_modules()) or not point:
-            raise ValueError(unknown("submodule in points:", point, names))
-    return all(point in names for point in points)
+        if point not in known or not point:
+            raise ValueError(unknown_point(point, known))
+    return all(point in model._modules for point in points)
+
+
+def _named(points: Any) -> list[str]:
+    if isinstance(points, str):
+        raise TypeError(f"points={points!r} is one name; pass a list of names, [{points!r}]")
+    names = list(points) if isinstance(points, Iterable) else [points]
+    strange = next((name for name in names if not isinstance(name, str)), None)
+    if strange is not None:
+        raise TypeError(
+            f"points holds a {type(strange).__name__}; pass the names of submodules, as model.named_modules() has them"
+        )
+    return names
 
 
 def _try_in_turn(stages: Sequence[nn.Module], example: Any) -> None:
@@ -296,10 +311,16 @@ def into_stages(
 
 
 def _sequential_of(modules: Sequence[nn.Module]) -> nn.Sequential:
-    if not isinstance(modules, Sequence) or not all(isinstance(module, nn.Module) for module in modules):
+    if not isinstance(modules, Sequence) or isinstance(modules, str):
         raise TypeError(
             f"model is a {type(modules).__name__}; pass an nn.Sequential, or a list of modules, one a stage"
         )
+    for index, module in enumerate(modules):
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"model[{index}] is a {type(module).__name__}; pass a list of modules, one a stage (a function is called in the "
+                "forward of one)"
+            )
     if not modules:
         raise ValueError("model is an empty list; pass at least one module")
     return nn.Sequential(*modules)
@@ -326,13 +347,8 @@ def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Modu
     return list(model._modules.items())
 
 
-def _check_num_stages(num_stages: Any) -> None:
-    if not isinstance(num_stages, int) or num_stages < 1:
-        raise ValueError(f"num_stages={num_stages!r}: pass a whole number of at least 1")
-
-
 def _cuts_for(num_layers: int, num_stages: int) -> list[int]:
-    _check_num_stages(num_stages)
+    num_stages = whole("num_stages", num_stages)
     if num_stages > num_layers:
         raise ValueError(
             f"num_stages={num_stages} but the model has {num_layers} layers; pass num_stages<={num_layers}"

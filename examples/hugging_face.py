@@ -18,7 +18,6 @@ windows = tokens[: len(tokens) // 17 * 17].view(-1, 17)  # (N, 17): 16 character
 
 config = GPT2Config(
     vocab_size=len(characters), n_positions=16, n_embd=32, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0,
-    use_cache=False,  # a cache is for generation, and cannot pass between stages
     tie_word_embeddings=False,  # embedding and head lie in different stages, which only bp and gpipe can train as one
 )  # fmt: skip
 model = GPT2LMHeadModel(config)

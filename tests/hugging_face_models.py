@@ -65,4 +65,9 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
         lambda: {"input_ids": tokens(), "attention_mask": mask(), "decoder_input_ids": tokens(5)},
         "decoder.block.{}",
     ),
+    "t5, labels": (
+        t5,
+        lambda: {"input_ids": tokens(), "attention_mask": mask(), "labels": tokens(5)},
+        "decoder.block.{}",
+    ),
 }

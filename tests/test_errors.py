@@ -90,7 +90,7 @@ shared = nn.Linear(5, 5)
         (with_own_parameter(), {}, TypeError, "the nn.Sequential itself has scale"),
         (nn.Sequential(), {}, ValueError, "empty nn.Sequential"),
         ([], {}, ValueError, "empty list"),
-        ([nn.Linear(5, 5), 3], {}, TypeError, "a list of modules, one a stage"),
+        ([nn.Linear(5, 5), 3], {}, TypeError, r"model\[1\] is a int; pass a list of modules, one a stage"),
         (3, {}, TypeError, "model is a int"),
         ([nn.Linear(5, 5), nn.Linear(5, 3)], {"num_stages": 3}, ValueError, "the list has 2 modules, one a stage"),
         ([nn.Linear(5, 5), nn.Linear(5, 3)], {"cuts": [1]}, ValueError, "already is one module a stage"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict, UserDict
 from typing import Any
 
 import pytest
@@ -253,6 +254,18 @@ def test_a_sequential_is_cut_between_its_layers() -> None:
     assert set(pipe.model_state_dict()) == set(model.state_dict())
 
 
+def test_points_of_a_sequential() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    for points, message in (
+        (["0"], "points=.*'0' is where the model itself begins, and stage 0 would be empty"),
+        (["2", "1"], "points=.*'1' begins before '2'; put them in the order of the forward"),
+        (["1", "1"], "points=.*'1' begins with '1'; name one of the two"),
+        (["3"], "unknown submodule in points: '3'; known: 0, 1, 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dtrp.split(model, points=points)
+
+
 def test_a_list_is_one_module_a_stage() -> None:
     modules = [nn.Linear(6, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 3))]
     stages = dtrp.split(modules, example=rows())
@@ -417,7 +430,11 @@ def test_a_model_that_cannot_be_traced_is_told_where(
             "'blocks.1' begins before 'blocks.3'; put them in the order of the forward",
         ),
         ({"points": ["first"]}, "'first' is where the model itself begins, and stage 0 would be empty"),
+        ({"points": ["blocks.1", "blocks.1"]}, "'blocks.1' begins with 'blocks.1'; name one of the two"),
         ({"points": "blocks.1"}, r"points='blocks.1' is one name; pass a list of names, \['blocks.1'\]"),
+        ({"points": [nn.Linear(6, 6)]}, "points holds a Linear; pass the names of submodules"),
+        ({"points": 1}, "points holds a int; pass the names of submodules"),
+        ({"num_stages": 2, "example": (rows(), {1, 2})}, r"example\[1\] is a set; between stages go tensors"),
         ({"num_stages": 40}, r"num_stages=40 but this model can begin a stage at \d+ places only"),
         ({"num_stages": 0}, "num_stages=0: pass a whole number of at least 1"),
         ({"cuts": [1]}, r"cuts=\[1\] number the layers of an nn.Sequential, and the model is a Residual; pass points="),
@@ -455,6 +472,27 @@ def test_inputs_that_are_not_like_the_example() -> None:
         ValueError, match="num_stages=3 with 2 stages that dtrp.split has made; leave it out, or split again"
     ):
         dtrp.Pipeline(stages, sgd, F.cross_entropy, num_stages=3)
+
+
+def test_an_example_of_mappings_is_a_dict() -> None:
+    """As a tokenizer's output, or a dict in a dict of another kind: what the engine makes of such an x."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, more: dict[str, Tensor]) -> Tensor:
+            return self.second(self.first(x) + more["bias"])
+
+    def example() -> Any:
+        return UserDict(x=rows(), more=OrderedDict(bias=rows()))
+
+    pipe = dtrp.Pipeline(dtrp.split(Named(), num_stages=2, example=example()), sgd, F.cross_entropy, num_microbatches=2)
+    for _ in range(3):
+        pipe.step(example(), torch.zeros(5, dtype=torch.int64))
+    pipe.flush()
+    assert pipe.infer(example()).shape == (5, 3)
 
 
 def test_a_parameter_on_both_sides_of_a_cut() -> None:

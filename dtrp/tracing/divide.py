@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.split_module import split_module
 
-from .export import Traced, module_path
+from .export import Traced, attribute, module_path
 from .points import assign, plain
 
 
@@ -205,12 +205,6 @@ def _read_off(value: Any, tensors: Sequence[fx.Node], values: dict[fx.Node, Any]
 
 def _output(graph: fx.GraphModule) -> Any:
     return next(node for node in reversed(graph.graph.nodes) if node.op == "output").args[0]
-
-
-def attribute(module: Any, name: str) -> Any:
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module
 
 
 def _cleaned(graph: fx.GraphModule) -> fx.GraphModule:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import linecache
+import re
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..modes import in_mode
+from ..trees import flatten, unflatten
 
 _TORCH = Path(torch.__file__).parent
 _HERE = Path(__file__).parent
@@ -56,8 +58,11 @@ class Example:
         """The example, checked.
 
         Raises:
-            TypeError, ValueError: no tensors, or tensors of several numbers of samples, or none of more than one.
+            TypeError, ValueError: something else than tensors and constants, no tensors, or tensors of several numbers of samples,
+                or none of more than one.
         """
+        tensors, form = flatten(value, "example")
+        value = unflatten(form, iter(tensors))  # of plain tuples, lists and dicts, as `Pipeline.step` makes it
         with_paths, _ = pytree.tree_flatten_with_path(value)
         paths = tuple("example" + pytree.keystr(path) for path, _ in with_paths)
         leaves = tuple(leaf for _, leaf in with_paths)
@@ -67,11 +72,6 @@ class Example:
                 f"example is a {type(value).__name__} without a tensor of samples; pass what the model is called with: a "
                 "tensor, a tuple of arguments, or a dict of keyword arguments"
             )
-        for path, leaf in zip(paths, leaves, strict=True):
-            if not isinstance(leaf, (Tensor, int, float, bool, str, type(None))):
-                raise TypeError(
-                    f"{path} is a {type(leaf).__name__}; a model in stages takes tensors and plain constants: pass its tensors"
-                )
         first_path, samples = max(sizes.items(), key=lambda each: each[1] > 1)
         for path, size in sizes.items():
             if size not in (1, samples):
@@ -125,7 +125,7 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
         if example.counts(leaf):
             shapes[leaf] = {0: batch}
     try:
-        with in_mode(model, training=training), _plainly():
+        with in_mode(model, training=training), _without_cache(model), _plainly():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             graph = program.module()
     except Exception as error:
@@ -193,10 +193,31 @@ def _name_by_last_write(graph: fx.Graph) -> None:
                     user.replace_input_with(written, node)
 
 
+def attribute(module: Any, name: str) -> Any:
+    """What the traced graph calls ``name``: a parameter, a buffer or a constant."""
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
 def module_path(node: fx.Node) -> tuple[str, ...]:
     """The submodules in which an operation ran, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
     return tuple(fqn for fqn, _ in stack.values() if fqn)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """A Hugging Face model returns no keys and values beside its output: they are for generation."""
+    configs = [getattr(member, "config", None) for member in model.modules()]
+    caching = [config for config in configs if getattr(config, "use_cache", None) is True]
+    try:
+        for config in caching:
+            config.use_cache = False  # type: ignore[union-attr]
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True  # type: ignore[union-attr]
 
 
 @contextmanager
@@ -241,6 +262,12 @@ def _untraceable(model: nn.Module, error: Exception) -> ValueError:
             "the model cannot be traced for any number of samples: its forward works with that of the example alone (a "
             "view or a loop of that size?); take it from the input, x.shape[0], or -1 in a view. torch says: "
             + " ".join(line.strip(" -") for line in text.splitlines()[1:3])
+        )
+    unknown = re.match(r"Found <class '(?:.*\.)?(\w+)'> in output", text)
+    if unknown is not None:
+        return ValueError(
+            f"the model cannot be traced: it returns a {unknown[1]}; a model in stages returns tensors, None, numbers and text, in "
+            "tuples, lists and dicts (and a Hugging Face model no cache: use_cache=False)"
         )
     reason = text.splitlines()[0] if text else type(error).__name__
     return ValueError(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..names import unknown
-from .export import module_path
+from ..names import check_order, unknown_point
+from .export import attribute, module_path
 
 _MEMORY = 16  # what an element written costs, in floating-point operations
 _TOLERANCE = 1.5  # how much slower the slowest stage may be for a cut at whole blocks
@@ -48,8 +48,9 @@ def assign(graph: fx.GraphModule, points: Sequence[str]) -> dict[fx.Node, int]:
 
     A stage begins with the first operation of its point. A submodule that is called again has its operations where they
     were the first time, or, where they need what comes later, there: so the two ways through a Siamese network
-    are cut alike. In the same way what reads a weight of an earlier stage is done there, if it needs nothing later: so T5's
-    decoder has its embedding beside the encoder's, whose tensor it is.
+    are cut alike. In the same way what reads a weight of an earlier stage is done there, if it needs nothing later but what can be
+    done there too: so T5's decoder has its embedding beside the encoder's, whose tensor it is, and makes its tokens of the labels
+    there.
 
     Args:
         graph: a traced model.
@@ -66,12 +67,45 @@ def assign(graph: fx.GraphModule, points: Sequence[str]) -> dict[fx.Node, int]:
         stage = sum(place >= begin for begin in begins)
         if is_repeat(node):
             stage = max([*inputs, *owned, 0])
-        elif owned and len(owned) == len(weights) and max([*inputs, 0]) <= max(owned) < stage:
-            stage = max(owned)
+        elif owned and len(owned) == len(weights) and max(owned) < stage:
+            before = _needed_behind(graph, node, max(owned), stages)
+            if before is not None:
+                stage = max(owned)
+                stages.update(dict.fromkeys(before, stage))
+                inputs = []
         stages[node] = max([stage, *inputs])
         for weight in weights:
             owners.setdefault(weight, stages[node])
     return stages
+
+
+def _needed_behind(
+    graph: fx.GraphModule, node: fx.Node, stage: int, stages: Mapping[fx.Node, int]
+) -> list[fx.Node] | None:
+    """What an operation needs that is done behind a stage, with all that touches it before the operation.
+
+    Args:
+        graph: a traced model.
+        node: the operation.
+        stage: where it is to be done.
+        stages: those of the operations before it.
+
+    Returns:
+        None where that reads what is trained, or draws, and has to stay where it is.
+    """
+    found: dict[fx.Node, None] = {}
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        each = waiting.pop()
+        if each in found or stages.get(each, 0) <= stage:
+            continue
+        held = [arg for arg in each.all_input_nodes if arg.op == "get_attr"]
+        draws = isinstance(each.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in each.target.tags
+        if draws or any(len(h.users) > 1 or isinstance(attribute(graph, str(h.target)), nn.Parameter) for h in held):
+            return None
+        found[each] = None
+        waiting += [*each.all_input_nodes, *(user for user in each.users if user in stages)]
+    return list(found)
 
 
 def check_points(model: nn.Module, points: Iterable[str], *graphs: fx.GraphModule) -> list[str]:
@@ -81,38 +115,21 @@ def check_points(model: nn.Module, points: Iterable[str], *graphs: fx.GraphModul
         ValueError: an unknown name (with the nearest right one), one that runs nothing, or out of order.
     """
     points = list(points)
-    known = [name for name, _ in model.named_modules() if name]
+    known = [name for name, _ in model.named_modules()]
     for point in points:
-        if point not in known:
-            raise ValueError(_unknown_point(point, known))
+        if point not in known or not point:
+            raise ValueError(unknown_point(point, known))
     for graph in graphs:
-        places = first_places(work_nodes(graph))
+        nodes = work_nodes(graph)
+        places = first_places(nodes)
         for point in points:
             if point not in places:
                 raise ValueError(
                     f"no stage can begin at {point!r}: none of its operations is in the trace; name the submodule after it"
                 )
-        before = work_nodes(graph)[: places[points[0]]] if points else []
-        if points and not any(isinstance(node.meta.get("val"), Tensor) for node in before):
-            raise ValueError(
-                f"points={points}: {points[0]!r} is where the model itself begins, and stage 0 would be empty; leave it out"
-            )
-        for a, b in itertools.pairwise(points):
-            if places[a] >= places[b]:
-                same = places[a] == places[b]
-                raise ValueError(
-                    f"points={points}: {b!r} begins {'with' if same else 'before'} {a!r}; "
-                    + ("name one of the two" if same else "put them in the order of the forward")
-                )
+        tensors = (place for place, node in enumerate(nodes) if isinstance(node.meta.get("val"), Tensor))
+        check_order(points, places, next(tensors, 0))
     return points
-
-
-def _unknown_point(point: str, known: list[str]) -> str:
-    # Of a large model's names, those as deep as the one given tell most.
-    depth = point.count(".")
-    level = [name for name in known if name.count(".") == depth] or known
-    text = unknown("submodule in points:", point, level)
-    return text if len(text) < 1000 else text.split("known:")[0] + f"known at this depth: {', '.join(level[:20])}, ..."
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .divide import Part, Use, attribute, divide
-from .export import Example, export
+from .divide import Part, Use, divide
+from .export import Example, attribute, export
 from .points import check_points, choose_points
 
 Owner = tuple[nn.Module, str]  # a module that holds a tensor, and its name there
