@@ -25,10 +25,11 @@ from typing import Any
 
 import yaml
 
+from .checks import check_settings
 from .files import whole_file
 from .footprint import held_at_most
 from .methods import get_method
-from .train import TrainConfig, check_settings, config_text
+from .settings import TrainConfig, config_text
 
 _SETTINGS = "compare.yaml"
 _OWN = ("method", "prediction", "stages", "cuts", "num_microbatches", "seed", "out", "overwrite")  # of a cell

@@ -18,7 +18,8 @@ from rich.text import Text
 from .compare import Group as Cells
 from .compare import largest_delay, megabytes_by_stage, prediction_error
 from .planning import Choice, Plan, Simulation
-from .train import EpochMetrics, Reporter, Trainer, TrainResult, describe_layers, summarize_delays
+from .results import EpochMetrics, TrainResult, describe_layers, summarize_delays
+from .train import Reporter, Trainer
 
 _LINE_EVERY_S = 30.0
 _BLOCKS = "▁▂▃▄▅▆▇█"

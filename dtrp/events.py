@@ -17,16 +17,14 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .footprint import held_at_most
 from .pipeline import Pipeline
-
-if TYPE_CHECKING:
-    from .train import EpochMetrics
+from .results import EpochMetrics
 
 _TOGETHER = 20  # updates whose losses are read from the device at once
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from .ranks import launched
-
-if TYPE_CHECKING:
-    from .train import TrainConfig
+from .settings import TrainConfig
 
 
 def worker_range(text: str) -> tuple[int, int]:

@@ -10,149 +10,80 @@ import dataclasses
 import itertools
 import math
 import os
-import platform
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
 
-from .data import Dataset, TextDataset, batches, load_data
-from .events import Events, StageScalars, check_tensorboard
-from .gauge import PredictionError
-from .methods import Method, get_method
-from .models import auxiliary, get_model, takes_text
-from .names import unknown
+from .checks import check_parts, check_settings, check_shards
+from .data import batches
+from .events import Events, StageScalars
+from .making import (
+    class_loss,
+    example,
+    find_devices,
+    load_dataset,
+    lr_factor,
+    make_method,
+    make_model,
+    make_optimizer,
+)
+from .models import auxiliary
 from .pipeline import Pipeline
-from .planning import Plan, plan
+from .planned import make_plan, resolved
 from .ranks import join, launched, watch_launcher
+from .results import (
+    EpochMetrics,
+    StageSummary,
+    TrainResult,
+    describe_layers,
+    environment,
+    summarize_delays,
+    summarize_stages,
+    summary,
+)
 from .runs import RunFolder, left_by
 from .saves import Position, SaveEvery, Saves
-from .staff import check_workers, fixed_stages, workers_per_replica
+from .settings import CHOICES, DTYPES, TrainConfig, config_text, default_lr
+from .staff import fixed_stages, workers_per_replica
 from .stopping import StopSignals
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+__all__ = [
+    "CHOICES",
+    "EpochMetrics",
+    "Interrupted",
+    "Reporter",
+    "StageSummary",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "check_settings",
+    "class_loss",
+    "config_text",
+    "default_lr",
+    "describe_layers",
+    "environment",
+    "load_dataset",
+    "lr_factor",
+    "make_method",
+    "make_model",
+    "make_optimizer",
+    "make_plan",
+    "resolved",
+    "summarize_delays",
+    "summary",
+]
+
 _TEST_BATCH = 500
 _TIMEOUT_S = 300.0
 _SAVE, _STOP = 1, 2  # what is proposed to all ranks: to save, and to save and stop
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What ``dtrp train`` is told; the options' help says what each means."""
-
-    data: str = "digits"
-    data_dir: str | None = None
-    image_size: int | None = None
-    augment: bool = True
-    model: str = "resnet20"
-    layers: int | None = None
-    width: int | None = None
-    heads: int | None = None
-    context: int | None = None
-    method: str = "dtrp"
-    stages: int | str | None = None
-    workers: int | str | None = None
-    max_restarts: int | None = None
-    replicas: int = 1
-    cuts: tuple[int, ...] | None = None
-    num_microbatches: int = 1
-    ahead: float | None = None
-    order: str | None = None
-    keep: str | None = None
-    memory_limit: int | None = None
-    plan: str | None = None
-    grad_shrink: float | None = None
-    lr_shrink: float | None = None
-    prediction: str | None = None
-    epochs: int = 10
-    max_updates: int | None = None
-    limit_train: int | None = None
-    limit_test: int | None = None
-    batch_size: int = 64
-    optimizer: str = "sgd"
-    lr: float | None = None
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 5e-4
-    lr_schedule: str = "cosine"
-    warmup_updates: int = 0
-    max_grad_norm: float | None = None
-    clip: str = "stage"
-    on_nonfinite: str = "stop"
-    device: str = "cpu"
-    dtype: str = "float32"
-    threads: int | None = None
-    seed: int = 0
-    prediction_error_every: int = 0
-    trace: bool = False
-    tensorboard: bool = False
-    save_every: int | str | None = None
-    keep_last: int = 2
-    out: str | None = None
-    overwrite: bool = False
-    resume: bool = False
-
-    @property
-    def elastic(self) -> bool:
-        """Whether the number of stages is that of the workers there are, and may be another one after a restart."""
-        return self.stages == "auto" or isinstance(self.workers, str)
-
-
-@dataclass(frozen=True)
-class EpochMetrics:
-    """A line of ``metrics.jsonl``. Accuracy in 0..1; throughput over the epoch's training alone.
-
-    Of a text, losses are of a character, in nats, and accuracy is the share of next characters told right.
-    """
-
-    epoch: int
-    update: int
-    train_loss: float
-    test_loss: float
-    test_accuracy: float
-    samples_per_s: float
-    elapsed_s: float
-
-
-@dataclass(frozen=True)
-class StageSummary:
-    """A line of the table at the end: delays in updates, peaks in bytes."""
-
-    stage: int
-    layers: tuple[str, ...]
-    parameters: int
-    delays: dict[int, int]
-    memory: dict[str, int]
-    activations_peak: int
-    keep: str
-    busy: dict[str, float]
-    prediction_errors: tuple[PredictionError, ...]
-    skipped_updates: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended."""
-
-    config: TrainConfig
-    epochs: tuple[EpochMetrics, ...]
-    stages: tuple[StageSummary, ...]
-
-    @property
-    def samples_per_s(self) -> float:
-        """The median over epochs."""
-        return sorted(e.samples_per_s for e in self.epochs)[len(self.epochs) // 2]
 
 
 class Reporter:
@@ -210,7 +141,7 @@ class Trainer:
             resume = resume or left == "unfinished"
             self.run_folder = RunFolder(config.out, overwrite=config.overwrite or left == "begun", resume=resume)
         method = make_method(config)
-        devices = _devices(config.device)
+        devices = find_devices(config.device)
         stage = rank % (num_workers or 1)
         self.replica = rank // (num_workers or 1)
         here = devices[stage if len(devices) > 1 and stage < len(devices) else 0]
@@ -219,14 +150,14 @@ class Trainer:
         threads = config.threads or (1 if num_workers else None)
         if threads is not None:
             torch.set_num_threads(threads)
-        self.dtype = _DTYPES[config.dtype]
+        self.dtype = DTYPES[config.dtype]
         dataset = load_dataset(config).limit(config.limit_train, config.limit_test)
-        _check_shards(len(dataset.train_y), config)
+        check_shards(len(dataset.train_y), config)
         torch.manual_seed(config.seed)
         model = make_model(config, dataset).to(self.dtype)
         if agreed is not None:
             agreed.check_model(model)
-        aux = auxiliary(_example(config, dataset, 2)[0], dataset.num_classes) if method.local else None
+        aux = auxiliary(example(config, dataset, 2)[0], dataset.num_classes) if method.local else None
         self.dataset = dataset.to(here)
         self.updates_per_epoch = math.ceil(len(dataset.train_y) / config.batch_size)
         self.total_updates = config.epochs * self.updates_per_epoch
@@ -237,7 +168,7 @@ class Trainer:
         if num_stages is None and config.cuts is None:
             num_stages = min(4, len(model))
         if method.local and num_stages != 1:
-            _check_parts(len(dataset.train_y), config)
+            check_parts(len(dataset.train_y), config)
         mesh = None
         if num_workers is not None and config.replicas > 1:
             join(_TIMEOUT_S)
@@ -358,7 +289,9 @@ class Trainer:
                 reporter.epoch(metrics)
                 if any(asked for _, asked in told) and pipe.num_updates < self.total_updates:
                     self._stop()
-            result = TrainResult(config, tuple(epochs), self._stage_summaries())
+            every = pipe.gather(summarize_stages(pipe) if self.replica == 0 else [])
+            stages = tuple(stage for stages in every for stage in stages)
+            result = TrainResult(config, tuple(epochs), stages)
             if config.trace:
                 pipe.save_trace(os.path.join(os.path.expanduser(str(config.out)), "trace.json"))
             if self.run_folder is not None:
@@ -473,375 +406,3 @@ class Trainer:
         if self.config.dtype != "bfloat16":
             return nullcontext()
         return torch.autocast(self.device_type, dtype=torch.bfloat16)
-
-    def _stage_summaries(self) -> tuple[StageSummary, ...]:
-        delays, memory, peaks = self.pipe.delays(), self.pipe.memory(), self.pipe.activations_peak()
-        keeps, busy, errors = self.pipe.keeps(), self.pipe.busy(), self.pipe.prediction_errors()
-        skipped = self.pipe.skipped_updates()
-        own = [
-            StageSummary(
-                stage=k,
-                layers=tuple(name for name, _ in module.named_children()),
-                parameters=sum(p.numel() for p in module.parameters()),
-                delays=dict(sorted(delays[k].items())),
-                memory=memory[k],
-                activations_peak=peaks[k],
-                keep=keeps[k] or "graph",
-                busy=busy[k],
-                prediction_errors=tuple(error for error in errors if error.stage == k),
-                skipped_updates=tuple(skipped[k]),
-            )
-            for k, module in zip(delays, self.pipe.stages, strict=True)
-        ]
-        every = self.pipe.gather(own if self.replica == 0 else [])
-        return tuple(summary for summaries in every for summary in summaries)
-
-
-def summary(result: TrainResult) -> dict[str, Any]:
-    """What ``summary.json`` says of a finished run, for `dtrp compare` and `dtrp report`."""
-    config = {field.name: getattr(result.config, field.name) for field in dataclasses.fields(result.config)}
-    last = result.epochs[-1]
-    return {
-        "config": {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()},
-        "epochs": last.epoch,
-        "updates": last.update,
-        "test_accuracy": last.test_accuracy,
-        "test_loss": last.test_loss,
-        "train_loss": last.train_loss,
-        "samples_per_s": result.samples_per_s,
-        "minibatch_s": result.config.batch_size / result.samples_per_s,
-        "elapsed_s": last.elapsed_s,
-        "stages": [
-            {
-                **{
-                    name: getattr(stage, name)
-                    for name in ("stage", "parameters", "memory", "activations_peak", "keep", "busy")
-                },
-                "layers": list(stage.layers),
-                "delays": {str(delay): count for delay, count in stage.delays.items()},
-                "prediction_errors": [[e.minibatch, e.delay, e.read, e.stale] for e in stage.prediction_errors],
-                "skipped_updates": list(stage.skipped_updates),
-            }
-            for stage in result.stages
-        ],
-        "environment": environment(),
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for results that are kept."""
-    from . import __version__
-
-    return {
-        "dtrp": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def resolved(config: TrainConfig) -> tuple[TrainConfig, Plan | None]:
-    """The settings with those of the plan in them, and the plan; a plan says what it says alone.
-
-    Raises:
-        ValueError, OSError: a setting that says otherwise than the plan, or a file that is none.
-    """
-    if config.plan is None:
-        return config, None
-    agreed = Plan.load(config.plan)
-    row = agreed.row
-    order = "backward-first" if row.backward_first else "forward-first"
-    said: dict[str, Any] = {
-        "method": agreed.method,
-        "cuts": agreed.cuts or None,
-        "num_microbatches": agreed.num_microbatches,
-        "batch_size": agreed.batch_size,
-        "ahead": row.ahead,
-        "order": order,
-        "keep": ",".join(agreed.keep),
-        "prediction": row.predict or "none",
-        "grad_shrink": row.grad_shrink,
-        "lr_shrink": row.lr_shrink,
-    }
-    defaults = TrainConfig()
-    for field, value in said.items():
-        given = getattr(config, field)
-        if given not in (getattr(defaults, field), value):
-            shown = given if not isinstance(given, tuple) else ",".join(map(str, given))
-            raise ValueError(
-                f"{_option(field)} {shown} with a plan that says {value}; leave it out, or edit {config.plan}"
-            )
-    if config.stages not in (None, agreed.num_workers):
-        raise ValueError(f"--stages {config.stages} with a plan for {agreed.num_workers}; leave it out, or plan again")
-    if config.memory_limit is not None:
-        raise ValueError(
-            "--memory-limit with a plan, which says what each stage keeps; leave it out, or plan again with it"
-        )
-    base_lr = config.lr if config.lr is not None else default_lr(config)
-    scaled = dataclasses.replace(
-        config,
-        **said,
-        stages=agreed.num_workers,
-        lr=base_lr * agreed.lr_scale,
-        warmup_updates=max(config.warmup_updates, agreed.warmup_updates),
-        plan=None,
-    )
-    if make_method(scaled) != row:
-        raise ValueError(
-            f"{config.plan} has options of {agreed.method} that dtrp train cannot be told ({', '.join(agreed.options)}); use "
-            "Pipeline(plan=...)"
-        )
-    return scaled, agreed
-
-
-def make_method(config: TrainConfig) -> Method:
-    """The row that the configuration names."""
-    options = {
-        "grad_shrink": config.grad_shrink,
-        "lr_shrink": config.lr_shrink,
-        "predict": config.prediction,
-        "ahead": config.ahead,
-        "backward_first": None if config.order is None else config.order == "backward-first",
-    }
-    return get_method(config.method, **{key: value for key, value in options.items() if value is not None})
-
-
-def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any) -> Plan:
-    """`dtrp.plan` for the model, the data and the optimizer of a configuration; ``choices`` are its other arguments."""
-    check_settings(config)
-    device = _devices(config.device)[0]
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    dataset = load_dataset(config)
-    torch.manual_seed(config.seed)
-    model = make_model(config, dataset)
-    x, y = _example(config, dataset, config.batch_size)
-    model = model.to(_DTYPES[config.dtype])
-    autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16) if config.dtype == "bfloat16" else None
-    return plan(
-        model,
-        (x, y),
-        class_loss,
-        method=make_method(config),
-        optimizer=make_optimizer(config),
-        device=device,
-        autocast=autocast,
-        progress=say,
-        **choices,
-    )
-
-
-def _example(config: TrainConfig, dataset: Dataset | TextDataset, samples: int) -> tuple[Tensor, Tensor]:
-    """A mini-batch of training data as the model takes it; of few samples some come again."""
-    few = dataset.limit(max(1, min(samples, len(dataset.train_y))), None)
-    x, y = next(
-        batches(
-            few.train_x, few.train_y, samples, dataset=few, seed=0, epoch=0, augment=False, dtype=_DTYPES[config.dtype]
-        )
-    )
-    assert x is not None
-    times = -(-samples // len(x))
-    return torch.cat([x] * times)[:samples], torch.cat([y] * times)[:samples]
-
-
-def load_dataset(config: TrainConfig) -> Dataset | TextDataset:
-    """The data that the configuration names.
-
-    Raises:
-        ValueError, OSError: files or sizes that do not fit.
-    """
-    context = config.context if config.data == "text" else None
-    return load_data(config.data, config.data_dir, seed=config.seed, image_size=config.image_size, context=context)
-
-
-def make_model(config: TrainConfig, dataset: Dataset | TextDataset) -> nn.Sequential:
-    """The network that the configuration names, for its data."""
-    make = partial(get_model, config.model, layers=config.layers, width=config.width, heads=config.heads)
-    if isinstance(dataset, TextDataset):
-        return make(num_classes=dataset.num_classes, context=dataset.context)
-    return make(dataset.in_channels, dataset.num_classes, image_size=dataset.image_size, context=config.context)
-
-
-def class_loss(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """The cross entropy of logits (..., C) with classes (...): one a sample, or one at each of its places."""
-    return cross_entropy(out.flatten(0, -2), target.flatten(), reduction=reduction)
-
-
-def default_lr(config: TrainConfig) -> float:
-    """The learning rate where none is given."""
-    return 0.03 if config.optimizer == "sgd" else 1e-3
-
-
-def config_text(config: TrainConfig) -> str:
-    """The configuration as a YAML file that ``--config`` reads."""
-    import yaml
-
-    values = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is not None and field.name not in ("out", "overwrite", "resume", "max_restarts"):
-            values[field.name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
-    text: str = yaml.safe_dump(values, sort_keys=False)
-    return text
-
-
-def lr_factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
-    """Update n's learning rate, over the base rate.
-
-    A linear warm-up over ``warmup`` updates, times: ``constant`` 1; ``cosine`` from 1 to 0 over the run;
-    ``multistep`` a tenth from half of the run on, a hundredth from three quarters on.
-    """
-
-    def factor(n: int) -> float:
-        start = min(1.0, (n + 1) / (warmup + 1))
-        if schedule == "cosine":
-            return start * 0.5 * (1 + math.cos(math.pi * min(n, total) / total))
-        if schedule == "multistep":
-            return start * 0.1 ** ((n >= 0.5 * total) + (n >= 0.75 * total))
-        return start
-
-    return factor
-
-
-def make_optimizer(config: TrainConfig) -> Callable[[list[nn.Parameter]], Optimizer]:
-    """The optimizer that the configuration names, for a stage's parameters."""
-    lr = config.lr if config.lr is not None else default_lr(config)
-    decay = config.weight_decay
-    makers: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
-        "sgd": lambda p: torch.optim.SGD(
-            p, lr=lr, momentum=config.momentum, weight_decay=decay, nesterov=config.nesterov
-        ),
-        "adam": lambda p: torch.optim.Adam(p, lr=lr, weight_decay=decay),
-        "adamw": lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=decay),
-        "nadam": lambda p: torch.optim.NAdam(p, lr=lr, weight_decay=decay, decoupled_weight_decay=True),
-    }
-    return makers[config.optimizer]
-
-
-CHOICES = {
-    "optimizer": ("sgd", "adam", "adamw", "nadam"),
-    "lr_schedule": ("constant", "cosine", "multistep"),
-    "dtype": tuple(_DTYPES),
-    "prediction": ("linear", "rollout", "informed", "none"),
-    "order": ("backward-first", "forward-first"),
-    "clip": ("stage", "global"),
-    "on_nonfinite": ("stop", "skip"),
-}
-
-
-def _check_shards(num_samples: int, config: TrainConfig) -> None:
-    smallest = min(num_samples, num_samples % config.batch_size or config.batch_size)
-    if smallest < config.replicas:
-        raise ValueError(
-            f"an epoch's last mini-batch has {smallest} of the {num_samples} samples, and each of the {config.replicas} "
-            "replicas needs at least one; choose another --batch-size or --limit-train"
-        )
-
-
-def _check_parts(num_samples: int, config: TrainConfig) -> None:
-    """Auxiliary networks of images have a BatchNorm, which cannot train on one sample."""
-    last = min(num_samples, num_samples % config.batch_size or config.batch_size)
-    smallest = max(1, last // config.replicas // config.num_microbatches)
-    if smallest < 2 and not takes_text(config.model):
-        raise ValueError(
-            f"an epoch's last mini-batch has {last} samples, and its micro-batches one; the auxiliary networks of {config.method} "
-            "train on at least two: choose another --batch-size, --num-microbatches or --limit-train"
-        )
-
-
-def check_settings(config: TrainConfig) -> None:
-    """What can be checked without data.
-
-    Raises:
-        ValueError: a number out of range, or a name that nobody knows.
-    """
-    for field, names in CHOICES.items():
-        value = getattr(config, field)
-        if value is not None and value not in names:
-            raise ValueError(unknown(_option(field), value, names))
-    for field, least in (
-        ("epochs", 1), ("batch_size", 1), ("num_microbatches", 1), ("stages", 1), ("max_updates", 1),
-        ("workers", 1), ("replicas", 1), ("limit_train", 1), ("limit_test", 1), ("threads", 1), ("warmup_updates", 0),
-        ("max_restarts", 0), ("keep_last", 0),
-        ("image_size", 1), ("layers", 1), ("width", 1), ("heads", 1), ("context", 1), ("prediction_error_every", 0),
-    ):  # fmt: skip
-        value = getattr(config, field)
-        if isinstance(value, int) and value < least:
-            raise ValueError(f"{_option(field)} {value}: at least {least}")
-    SaveEvery.of(config.save_every)
-    check_workers(config)
-    if takes_text(config.model) != (config.data == "text"):
-        raise ValueError(
-            f"--model {config.model} with --data {config.data}: "
-            + ("it reads text; pass --data text --data-dir FILE" if takes_text(config.model)
-               else "it reads images; pass --model gpt")
-        )  # fmt: skip
-    if config.memory_limit is not None and config.memory_limit < 1:
-        raise ValueError(f"--memory-limit {config.memory_limit}: a number of bytes of at least 1")
-    keeps = (config.keep or "graph").split(",")
-    if any(keep not in ("graph", "input") for keep in keeps) and config.keep != "auto":
-        raise ValueError(
-            f"--keep {config.keep}: auto, graph or input, or one of the last two for each stage: input,graph"
-        )
-    for field in ("lr", "momentum", "weight_decay"):
-        value = getattr(config, field)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{_option(field)} {value}: a finite number of at least 0")
-    if config.max_grad_norm is not None and not 0 < config.max_grad_norm < math.inf:
-        raise ValueError(f"--max-grad-norm {config.max_grad_norm}: a finite number above 0")
-    if config.clip == "global" and config.max_grad_norm is None:
-        raise ValueError("--clip global without --max-grad-norm: say what norm to clip to, or leave --clip out")
-    if config.nesterov and config.momentum == 0:
-        raise ValueError(
-            "--nesterov with --momentum 0: there is no momentum to look ahead with; raise it, or leave --nesterov out"
-        )
-    if config.save_every is not None and not config.out:
-        raise ValueError("--save-every without --out: saves go to the run's folder; name one")
-    if config.save_every is not None and not config.keep_last:
-        raise ValueError("--save-every with --keep-last 0, which keeps no save; leave one of them out")
-    if config.trace and not config.out:
-        raise ValueError("--trace without --out: the trace goes to the run's folder; name one")
-    if config.tensorboard:
-        if not config.out:
-            raise ValueError("--tensorboard without --out: the events go to the run's folder; name one")
-        check_tensorboard()
-    if config.batch_size < config.num_microbatches:
-        raise ValueError(
-            f"--batch-size {config.batch_size} is smaller than --num-microbatches {config.num_microbatches}; every "
-            "micro-batch needs a sample: raise the one or lower the other"
-        )
-    if not 0 <= config.seed < 2**63:
-        raise ValueError(f"--seed {config.seed}: from 0 to 2**63 - 1")
-
-
-def _option(field: str) -> str:
-    return "--" + field.replace("_", "-")
-
-
-def _devices(text: str) -> list[torch.device]:
-    devices = []
-    if text.strip() == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        text = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"  # a worker's own
-    for name in text.split(","):
-        try:
-            devices.append(torch.empty(0, device=name.strip()).device)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--device {text}: torch cannot use {name.strip()!r} ({reason})") from None
-    return devices
-
-
-def summarize_delays(delays: dict[int, int]) -> str:
-    """``{0: 3, 5: 95}`` as ``0-5, mostly 5``; steady delays matter, start-up and flush are few."""
-    if not delays:
-        return "-"
-    most = max(delays, key=lambda delay: (delays[delay], delay))
-    return str(most) if len(delays) == 1 else f"{min(delays)}-{max(delays)}, mostly {most}"
-
-
-def describe_layers(layers: Sequence[str]) -> str:
-    """``("stem", "block1", "block2")`` as ``stem..block2``."""
-    return layers[0] if len(layers) == 1 else f"{layers[0]}..{layers[-1]}"

@@ -15,9 +15,10 @@ from markupsafe import Markup
 from .. import __version__
 from ..compare import largest_delay, megabytes_by_stage, prediction_error
 from ..files import whole_file
+from ..making import make_method
 from ..methods import Method
 from ..schedule import Schedule
-from ..train import TrainConfig, config_text, make_method
+from ..settings import TrainConfig, config_text
 from .collect import Collection, Run, collect, mean_and_spread
 from .figures import Plot, on_white, png, svg
 from .plots import MINIBATCHES_SHOWN, SECTIONS, make_plots

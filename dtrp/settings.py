@@ -1,0 +1,106 @@
+"""The settings of a run: what each is where nothing is said, what names it takes, and how they are written down."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+# What weights are held in; bfloat16 is autocast over them.
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+
+CHOICES = {
+    "optimizer": ("sgd", "adam", "adamw", "nadam"),
+    "lr_schedule": ("constant", "cosine", "multistep"),
+    "dtype": tuple(DTYPES),
+    "prediction": ("linear", "rollout", "informed", "none"),
+    "order": ("backward-first", "forward-first"),
+    "clip": ("stage", "global"),
+    "on_nonfinite": ("stop", "skip"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What ``dtrp train`` is told; the options' help says what each means."""
+
+    data: str = "digits"
+    data_dir: str | None = None
+    image_size: int | None = None
+    augment: bool = True
+    model: str = "resnet20"
+    layers: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    context: int | None = None
+    method: str = "dtrp"
+    stages: int | str | None = None
+    workers: int | str | None = None
+    max_restarts: int | None = None
+    replicas: int = 1
+    cuts: tuple[int, ...] | None = None
+    num_microbatches: int = 1
+    ahead: float | None = None
+    order: str | None = None
+    keep: str | None = None
+    memory_limit: int | None = None
+    plan: str | None = None
+    grad_shrink: float | None = None
+    lr_shrink: float | None = None
+    prediction: str | None = None
+    epochs: int = 10
+    max_updates: int | None = None
+    limit_train: int | None = None
+    limit_test: int | None = None
+    batch_size: int = 64
+    optimizer: str = "sgd"
+    lr: float | None = None
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    lr_schedule: str = "cosine"
+    warmup_updates: int = 0
+    max_grad_norm: float | None = None
+    clip: str = "stage"
+    on_nonfinite: str = "stop"
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int | None = None
+    seed: int = 0
+    prediction_error_every: int = 0
+    trace: bool = False
+    tensorboard: bool = False
+    save_every: int | str | None = None
+    keep_last: int = 2
+    out: str | None = None
+    overwrite: bool = False
+    resume: bool = False
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of stages is that of the workers there are, and may be another one after a restart."""
+        return self.stages == "auto" or isinstance(self.workers, str)
+
+
+def default_lr(config: TrainConfig) -> float:
+    """The learning rate where none is given."""
+    return 0.03 if config.optimizer == "sgd" else 1e-3
+
+
+def config_text(config: TrainConfig) -> str:
+    """The configuration as a YAML file that ``--config`` reads."""
+    import yaml
+
+    values = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is not None and field.name not in ("out", "overwrite", "resume", "max_restarts"):
+            values[field.name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
+    text: str = yaml.safe_dump(values, sort_keys=False)
+    return text
+
+
+def option_name(field: str) -> str:
+    """``batch_size`` as ``--batch-size``."""
+    return "--" + field.replace("_", "-")
