@@ -243,7 +243,7 @@ def test_without_options_it_is_the_default_configuration(monkeypatch: pytest.Mon
         made.append(config)
         raise ValueError("that is enough")
 
-    monkeypatch.setattr("dtrp.cli.Trainer", stop)
+    monkeypatch.setattr("dtrp.cli.running.Trainer", stop)
     assert run(["train"]) == 2
     assert made == [TrainConfig()]
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import click
 
-from .names import unknown
+from ..names import unknown
 
 
 class Name(click.ParamType):  # type: ignore[type-arg,unused-ignore]

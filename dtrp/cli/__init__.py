@@ -1,0 +1,49 @@
+"""The command line: ``dtrp train``, ``compare``, ``report``, ``demo``, ``plan``, ``simulate``, ``schedule`` and ``methods``."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from .. import __version__
+from .comparing import compare, report
+from .planning import plan
+from .running import Stopped
+from .schedules import methods, schedule, simulate
+from .training import demo, train
+
+__all__ = ["Stopped", "cli", "run"]
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        cli.main(arguments, prog_name="dtrp", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return 2
+    except Stopped as error:
+        return _complain(str(error), error.code)
+    except click.ClickException as error:
+        return _complain(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        return _complain("interrupted", 130)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stdout = None
+    return 0
+
+
+def _complain(text: str, code: int = 2) -> int:
+    print(f"dtrp: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
+@click.version_option(__version__, prog_name="dtrp")
+def cli() -> None:
+    """Train a network that is spread over several workers, without waiting."""
+
+
+for command in (train, compare, report, demo, schedule, plan, simulate, methods):
+    cli.add_command(command)

@@ -1,0 +1,122 @@
+"""``dtrp compare`` and ``dtrp report``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.console import Console
+
+from ..compare import Comparison, grid
+from ..console import PlainReporter, show_comparison
+from ..methods import list_methods
+from ..settings import CHOICES, TrainConfig
+from ..train import Trainer
+from .option_types import Names, Numbers
+from .options import train_options
+from .running import train_in_workers
+
+_OF_A_CELL = (
+    "method", "prediction", "stages", "cuts", "num_microbatches", "seed", "out", "overwrite", "plan", "workers", "replicas",
+    "max_restarts",
+    "memory_limit", "keep",
+)  # fmt: skip
+_OF_SAVES = ("save_every", "keep_last")  # a cell that is broken off begins again
+# A prime, so that micro-batches at every place in a mini-batch are looked at, whatever A is (but for its multiples).
+_LOOK_EVERY = 17
+
+
+@click.command()
+@click.option(
+    "--methods", type=Names("method", tuple(list_methods())), default="bp,fdg,dtr,dtrp", help="Some of them: bp,dtrp."
+)
+@click.option("--stages", type=Numbers("whole numbers", "1,2,4"), default="4", help="Every K.")
+@click.option("--num-microbatches", default="1", help="Every A; K for as many as stages: 1,K.")
+@click.option(
+    "--predictions",
+    type=Names("prediction", CHOICES["prediction"]),
+    help="For methods that predict: linear,rollout,informed.",
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each, with seeds 0, 1, ...")
+@click.option(
+    "--once/--every-k",
+    default=None,
+    help="Run a method that flushes at one K for each A: its accuracy is the same at every K, its time and memory are not (once; "
+    "with --workers at every K).",
+)
+@click.option("--workers/--one-process", default=False, help="A process for each stage.")
+@click.option(
+    "--prediction-error-every",
+    type=int,
+    default=_LOOK_EVERY,
+    help="Compare predicted with true weights at every n-th micro-batch (0: never); a multiple of A looks at the first ones of "
+    "mini-batches alone.",
+)
+@click.option(
+    "--out", type=click.Path(), required=True, help="Folder of the comparison; one that is there is gone on with."
+)
+@train_options(without=(*_OF_A_CELL, *_OF_SAVES, "prediction_error_every"))
+def compare(
+    methods: tuple[str, ...],
+    stages: tuple[int, ...],
+    num_microbatches: str,
+    predictions: tuple[str, ...] | None,
+    seeds: int,
+    once: bool | None,
+    workers: bool,
+    out: str,
+    **options: Any,
+) -> None:
+    """Train by several methods, and show accuracy, time, memory, delay and prediction error side by side.
+
+    Every cell of the grid is a run of its own. Break it off and start it again: what is finished is not repeated. Every other
+    option is one of 'dtrp train'.
+    """
+    base = TrainConfig(**options, workers=1 if workers else None)
+    try:
+        once = not workers if once is None else once
+        cells = grid(methods, stages, num_microbatches.split(","), range(seeds), predictions or (), once=once)
+        comparison = Comparison(base, cells, out)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+    def work(config: TrainConfig) -> None:
+        if config.workers is not None:
+            train_in_workers(config)
+            return
+        trainer = Trainer(config)
+        with PlainReporter(Console(width=140), table=False) as reporter:
+            trainer.run(reporter)
+
+    try:
+        failed = comparison.run(work, click.echo)
+    except OSError as error:
+        raise click.ClickException(f"cannot write to {out}: {error}") from error
+    groups = comparison.groups()
+    if groups:
+        show_comparison(groups)
+    if failed:
+        names = ", ".join(cell.name for cell in failed[:3]) + (", ..." if len(failed) > 3 else "")
+        raise click.ClickException(
+            f"{len(failed)} of {len(cells)} cells failed ({names}); why stands in {out}/*.failed. The same command tries them again"
+        )
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path())
+@click.option("--out", type=click.Path(dir_okay=False), default="report.html", help="The file to write.")
+@click.option("--figures", type=click.Path(file_okay=False), help="Folder for each figure as SVG and PNG.")
+def report(runs: tuple[str, ...], out: str, figures: str | None) -> None:
+    """One HTML file about runs and comparisons: curves, memory, time, delays, prediction error, schedules, settings.
+
+    RUNS are folders that 'dtrp train --out' or 'dtrp compare --out' has written. The file needs nothing beside it.
+    """
+    try:
+        from ..report import write_report  # matplotlib takes a while to import
+    except ImportError as error:
+        raise click.ClickException(f"{error}; install the extra: pip install 'dtrp[report]'") from error
+    try:
+        collection = write_report(list(runs), out, figures)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{len(collection.runs)} runs; written to {out}" + (f", figures to {figures}" if figures else ""))

@@ -1,0 +1,83 @@
+"""``dtrp train`` and ``dtrp demo``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from ..compare import read_summary
+from ..console import make_reporter, show_side_by_side
+from ..ranks import launched
+from ..runs import left_by
+from ..settings import TrainConfig
+from ..train import Reporter
+from .options import load_run, train_options
+from .running import checked, train_in_workers, trained
+
+
+@click.command()
+@train_options()
+@click.option("--quiet", is_flag=True, help="Plain lines on a terminal too.")
+@click.option(
+    "--resume",
+    type=click.Path(),
+    callback=load_run,
+    is_eager=True,
+    help="Go on with the run in this folder, from its last save, with its own settings; options beside it win.",
+)
+def train(*, quiet: bool, resume: str | None, **options: Any) -> None:
+    """Train a network and test it after each epoch.
+
+    Settings are checked before anything is written. The folder of --out appears when the first epoch is
+    through, or with the first save, and then always holds the last finished one. Where it holds an unfinished run of
+    these very settings, that run goes on.
+    """
+    # --stages and --cuts say the same thing: one that is typed replaces the other where a file brought it.
+    source = click.get_current_context().get_parameter_source
+    for typed, other in (("stages", "cuts"), ("cuts", "stages")):
+        if source(typed) == ParameterSource.COMMANDLINE and source(other) == ParameterSource.DEFAULT_MAP:
+            options[other] = None
+    if resume is not None:
+        if source("out") == ParameterSource.COMMANDLINE or source("overwrite") == ParameterSource.COMMANDLINE:
+            raise click.UsageError("--resume goes on in the run's own folder; leave --out and --overwrite out")
+        options = {**options, "out": resume, "overwrite": False}
+        finished = read_summary(Path(resume))
+        if finished is not None and not launched() and options["epochs"] <= finished["epochs"]:
+            click.echo(
+                f"{resume} is finished: {finished['epochs']} epochs, {finished['updates']} updates; to train longer, "
+                "pass --epochs"
+            )
+            return
+    config = TrainConfig(**options, resume=resume is not None)
+    if (config.workers is not None or config.replicas > 1) and not launched():
+        train_in_workers(config, quiet=quiet)
+        return
+    if config.out and launched() and left_by(config.out, "", overwrite=False) == "finished":
+        return  # a worker has failed after the end
+    trainer = checked(config)
+    reporter = make_reporter(quiet=quiet) if trainer.reports else Reporter()
+    with reporter:
+        trained(trainer, reporter)
+
+
+@click.command()
+@click.option("--epochs", type=int, default=12, help="Passes over the training split.")
+@click.option("--threads", type=int, default=1, help="CPU threads; the networks are too small for more.")
+@click.option("--seed", type=int, default=0, help="Of weights, order and dropout.")
+def demo(epochs: int, threads: int | None, seed: int) -> None:
+    """Train a small ResNet on handwritten digits with bp and with dtrp, and show the two side by side."""
+    base = TrainConfig(
+        data="digits", model="resnet20", stages=4, num_microbatches=4, batch_size=64, epochs=epochs, lr=0.05,
+        threads=threads, seed=seed,
+    )  # fmt: skip
+    results = []
+    for method in ("bp", "dtrp"):
+        trainer = checked(dataclasses.replace(base, method=method))
+        reporter = make_reporter(table=False)
+        with reporter:
+            results.append(trained(trainer, reporter))
+    show_side_by_side(results)
