@@ -1,6 +1,7 @@
 """What the documents say of the raw files in results/."""
 
-from statistics import median
+import math
+from statistics import fmean, median, stdev
 from typing import Any
 
 from shown import last_run, rows, table
@@ -104,4 +105,9 @@ def accuracy() -> list[str]:
     seeds = sorted({seed for _, seed in last})
     shown = [last[label, seed] for label in ("base", "compensated") for seed in seeds]
     less = [last["base", seed] - last["compensated", seed] for seed in seeds]
-    return [f"{ACCURACY[0]['lr']:g}", *(f"{value:.2f}" for value in shown), *(f"{value:.1f}" for value in less)]
+    error = stdev(less) / math.sqrt(len(less))
+    return [
+        f"{ACCURACY[0]['lr']:g}",
+        *(f"{value:.2f}" for value in shown),
+        *(f"{value:.2f}" for value in (fmean(less), error)),
+    ]
