@@ -165,10 +165,19 @@ class Helper:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def run(self, job: Callable[[], Any], describe: Callable[[], str]) -> Any:
-        """What ``job`` returns or raises."""
+    def run(
+        self, job: Callable[[], Any], describe: Callable[[], str], meanwhile: Callable[[], None] = lambda: None
+    ) -> Any:
+        """What ``job`` returns or raises; ``meanwhile`` is called again and again, and may raise too."""
+
+        def take() -> tuple[Any, BaseException | None] | None:
+            if self._results:
+                return self._results.popleft()
+            meanwhile()
+            return None
+
         self._jobs.put(job)
-        result, error = self._board.wait(lambda: self._results.popleft() if self._results else None, describe)
+        result, error = self._board.wait(take, describe)
         if error is not None:
             # A peer's end looks like an error of the backend: what the watch says of it comes first.
             until = time.monotonic() + GRACE_S

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .starting import Presence
+
 _FOREVER = timedelta(days=365)  # a receive that is posted ahead waits as long as the user pleases
 _made: Counter[tuple[int, ...]] = Counter()  # Pipelines so far, by their ranks: the same on each of these
 
@@ -35,29 +37,24 @@ class Meeting:
         name = f"dtrp/{'-'.join(map(str, ranks))}/{_made[tuple(ranks)]}"
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-        self._store.set(f"here/{rank}", "")
+        self.presence = Presence(dist.PrefixStore("presence", self._store), ranks, rank)  # type: ignore[attr-defined]
         self._gloo: Any = None
-        self.missing = list(ranks)  # the ranks that are not known to have come, or, when all have, to be there still
-        self.all_came = False
+        self.missing = list(ranks)  # the ranks that are not known to have come
         self.over = False  # whether nobody waits any more
 
-    def gather(self) -> None:
-        """Wait until all have come and are there still, or it is ``over``.
+    def gather(self, word: str = "here") -> None:
+        """Wait until all have come, or said another ``word``, or it is ``over``.
 
-        A rank may die while it waits for one that is late, and whoever then made a group would wait for it without a word. So
-        each says, when all have come, that it knows. By asking again and again: a wait inside the store, or inside a group
-        that is being made, would keep everybody else from asking who is missing.
+        By asking again and again: a wait inside the store would keep everybody else from asking who is missing.
         """
-        self._wait_for("here")
-        self.all_came = True
-        self._store.set(f"ready/{self.rank}", "")
-        self._wait_for("ready")
-
-    def _wait_for(self, word: str) -> None:
-        self.missing = list(self.ranks)
+        self.presence.connect()
+        self._store.set(f"{word}/{self.rank}", "")
+        missing = list(self.ranks)
         while not self.over:
-            self.missing = [rank for rank in self.missing if not self._store.check([f"{word}/{rank}"])]
-            if not self.missing:
+            missing = [rank for rank in missing if not self._store.check([f"{word}/{rank}"])]
+            if word == "here":
+                self.missing = missing
+            if not missing:
                 return
             time.sleep(0.01)
         raise RuntimeError(f"rank {self.rank} waits no longer for the others")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .starting import meet
+from .starting import Presence, first_holds_store, meet
 
 LAUNCHER_VARIABLE = "DTRP_LAUNCHER"  # the process that has started the launcher, or is it
 _MOST_WAIT_S = 5.0  # for a process whose launcher is gone to end by itself
@@ -114,7 +115,7 @@ def join(timeout_s: float) -> None:
         TimeoutError: the other ranks did not come.
     """
     if dist.is_available() and not dist.is_initialized() and under_launcher():
-        _interruptibly(lambda: _join(timeout_s), timeout_s)
+        _interruptibly(lambda at: _join(timeout_s, at), timeout_s)
 
 
 def _of_mesh(mesh: Any) -> Ranks:
@@ -137,16 +138,20 @@ def _of_mesh(mesh: Any) -> Ranks:
     return Ranks(rows, dist.get_rank())
 
 
-def _join(timeout_s: float) -> None:
-    """`init_process_group` under keys of this start's own: see `dtrp.starting`."""
+def _join(timeout_s: float, at: list[Presence]) -> None:
+    """`init_process_group` under keys of this start's own: see `dtrp.starting`; ``at`` is told who connects."""
     from torch.distributed.rendezvous import rendezvous  # torch may have been built without
 
     timeout = timedelta(seconds=timeout_s)
-    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+    world_size = int(os.environ["WORLD_SIZE"])
+    # For a world of one the first rank does not wait here, where it could not say for whom.
+    store, rank, _ = next(iter(rendezvous("env://?world_size=1", timeout=timeout)))
     start = meet(store, rank, world_size, timeout_s)
     nccl = dist.is_nccl_available() and torch.cuda.is_available()
     own_device = nccl and int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) <= torch.cuda.device_count()
     prefixed = dist.PrefixStore(f"dtrp/{start}", store)  # type: ignore[attr-defined]
+    at.append(Presence(dist.PrefixStore("presence", prefixed), range(world_size), rank))  # type: ignore[attr-defined]
+    at[0].connect()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if own_device else "gloo",
         store=prefixed,
@@ -155,6 +160,9 @@ def _join(timeout_s: float) -> None:
         timeout=timeout,
     )
     Finalize(None, _leave, exitpriority=50)  # after every Transport
+    prefixed.set(f"joined/{rank}", "")
+    while not prefixed.check([f"joined/{other}" for other in range(world_size)]):
+        time.sleep(0.01)
 
 
 def _leave() -> None:
@@ -162,32 +170,53 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _interruptibly(job: Callable[[], None], timeout_s: float) -> None:
-    """Run in a thread what would not hear Ctrl-C; ``job`` has a time-out of its own, a little under ours."""
+def _interruptibly(job: Callable[[list[Presence]], None], timeout_s: float) -> None:
+    """Run in a thread what would not hear Ctrl-C; ``job`` has a time-out of its own, and is told where to say who connects."""
     errors: list[BaseException] = []
+    at: list[Presence] = []
 
     def run() -> None:
         try:
-            job()
+            job(at)
         except BaseException as error:
             errors.append(error)
 
     thread = threading.Thread(target=run, name="dtrp join", daemon=True)
     thread.start()
-    deadline, launcher = time.monotonic() + timeout_s + 5, _launcher()
-    while thread.is_alive() and time.monotonic() < deadline:
+    guard = Finalize(None, lambda: _end_with(thread), exitpriority=40)
+    deadline, launcher = time.monotonic() + timeout_s + 2, _launcher()
+    missing: list[int] = []
+    while thread.is_alive() and not missing and time.monotonic() < deadline:
         thread.join(0.1)
+        missing = at[0].beat() if at else []
         if os.getppid() != launcher and "TORCHELASTIC_RUN_ID" in os.environ:
             raise ConnectionError("the launcher of this process is gone, before all ranks had come")
+    if not thread.is_alive():
+        guard.cancel()
+        if not errors:
+            return
     if errors and not isinstance(errors[0], (TimeoutError, RuntimeError)):
         raise errors[0]
-    if errors or thread.is_alive():
-        rank, world_size = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
-        reason = f" ({str(errors[0]).splitlines()[0]})" if errors and str(errors[0]) else ""
-        raise TimeoutError(
-            f"rank {rank} could not join the {world_size} ranks of the run within {timeout_s:g} s{reason}; start all of them, "
-            "and see that MASTER_ADDR and MASTER_PORT can be reached"
-        ) from (errors[0] if errors else None)
+    if at and (missing := missing or at[0].missing()):
+        reason = f" (rank {', '.join(map(str, missing))} came and is not heard of any more)"
+    elif errors and str(errors[0]):
+        lost = not isinstance(errors[0], TimeoutError) and first_holds_store()
+        reason = f" ({'rank 0 cannot be reached: ' if lost else ''}{str(errors[0]).splitlines()[0]})"
+    else:
+        reason = " (rank 0 cannot be reached)" if not at and first_holds_store() else ""
+    rank, world_size = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
+    raise TimeoutError(
+        f"rank {rank} could not join the {world_size} ranks of the run within {timeout_s:g} s{reason}; start all of them, "
+        "and see that MASTER_ADDR and MASTER_PORT can be reached"
+    ) from (errors[0] if errors else None)
+
+
+def _end_with(thread: threading.Thread) -> None:
+    """At the end of a process that waits no longer: a thread that comes back from the backend after it would abort it."""
+    if thread.is_alive():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _launcher() -> int:

@@ -1,4 +1,4 @@
-"""How the ranks of one start find each other in a store that earlier starts have used.
+"""How the ranks of one start find each other in a store that earlier starts have used, and who is missed meanwhile.
 
 After a failure torchrun starts all workers again, and the store may be the one of before: what a killed start has left in
 it would be read by the next one under the same keys. Neither the number of restarts nor the port tells starts apart,
@@ -7,7 +7,7 @@ rank takes the name from a roll alone that the first one wrote after it has read
 
 ::
 
-    rank r    here/r = mark              reads roll until it has its own mark      heard/NAME/r
+    rank r    here/r = mark              reads roll until it has its own mark      heard/NAME/r, waits for the others' too
     rank 0    reads here/1 .. here/n     roll = [NAME, marks]                      waits for heard/NAME/1 .. n
               (a mark of a dead process may be among them: it reads again until all have heard)
 """
@@ -15,11 +15,15 @@ rank takes the name from a roll alone that the first one wrote after it has read
 from __future__ import annotations
 
 import json
+import os
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 _POLL_S = 0.02
+_TOLD_S = 0.7  # until all have heard who is missed: longer than they take from one `Presence.beat` to the next
+_SILENCE_S = 1.5  # of a rank that is missed
 
 
 def meet(store: Any, rank: int, world_size: int, timeout_s: float) -> str:
@@ -36,30 +40,104 @@ def meet(store: Any, rank: int, world_size: int, timeout_s: float) -> str:
     """
     own = uuid.uuid4().hex
     until = time.monotonic() + timeout_s
-    if rank == 0:
-        return _call(store, own, world_size, until)
-    store.set(f"dtrp/here/{rank}", own)
-    while True:
-        if store.check(["dtrp/roll"]):
-            roll = json.loads(store.get("dtrp/roll"))
-            if roll[rank : rank + 1] == [own]:
-                store.set(f"dtrp/heard/{roll[0]}/{rank}", "")
-                return str(roll[0])
-        if time.monotonic() > until:
-            raise TimeoutError("rank 0 has not come")
-        time.sleep(_POLL_S)
-
-
-def _call(store: Any, name: str, world_size: int, until: float) -> str:
+    name = own if rank == 0 else ""
     others = range(1, world_size)
     roll: list[str | None] = []
-    while not all(store.check([f"dtrp/heard/{name}/{rank}"]) for rank in others):
-        marks = [store.get(key).decode() if store.check([key := f"dtrp/here/{rank}"]) else None for rank in others]
-        if [name, *marks] != roll:
-            roll = [name, *marks]
-            store.set("dtrp/roll", json.dumps(roll))
-        if time.monotonic() > until:
-            missing = [rank for rank in others if not store.check([f"dtrp/heard/{name}/{rank}"])]
-            raise TimeoutError(f"rank {', '.join(map(str, missing))} has not come")
-        time.sleep(_POLL_S)
-    return name
+    if rank:
+        store.set(f"dtrp/here/{rank}", own)
+    while True:
+        if rank == 0:
+            marks = [
+                store.get(key).decode() if store.check([key := f"dtrp/here/{other}"]) else None for other in others
+            ]
+            if [name, *marks] != roll:
+                roll = [name, *marks]
+                store.set("dtrp/roll", json.dumps(roll))
+        elif store.check(["dtrp/roll"]):
+            called = json.loads(store.get("dtrp/roll"))
+            if called[rank : rank + 1] == [own] and called[0] != name:
+                name = called[0]
+                store.set(f"dtrp/heard/{name}/{rank}", "")
+        missing = [other for other in others if not store.check([f"dtrp/heard/{name}/{other}"])] if name else [0]
+        if not missing:
+            return name
+        absent = f"dtrp/absent/{name}"
+        if rank and store.check([absent]):
+            missing = json.loads(store.get(absent))
+        elif time.monotonic() < until:
+            time.sleep(_POLL_S)
+            continue
+        elif rank == 0:  # whose store it may be
+            store.set(absent, json.dumps(missing))
+            time.sleep(_TOLD_S)
+        raise TimeoutError(f"rank {', '.join(map(str, missing))} has not come")
+
+
+def first_holds_store() -> bool:
+    """Whether the store is in the first rank's process, and goes with it; else it is the launcher's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+class Presence:
+    """Who is there while the backend makes connections, where a rank waits for a dead one, and nobody can ask it.
+
+    So each says so again and again, over a connection to the store of its own: the other is held meanwhile. Whoever has waited in
+    vain looks who says nothing any more, and tells the rest.
+
+    Args:
+        store: that the ranks see, and use for nothing else.
+        ranks: all of them.
+        rank: this one.
+    """
+
+    def __init__(self, store: Any, ranks: Sequence[int], rank: int) -> None:
+        self._ranks, self._rank = list(ranks), rank
+        self._shared, self._lost = store, False
+        self._store: Any = None  # its own
+
+    def connect(self) -> None:
+        """Begin; may take as long as the store's time-out, not to be interrupted.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
+        # Not every torch has it, nor every store: nobody is named then.
+        if self._store is None and hasattr(self._shared, "clone"):
+            self._lost = True
+            self._store = self._shared.clone()
+            self._lost = False
+
+    def beat(self) -> list[int]:
+        """Say that this rank is there; the ranks that are missed, as far as it is known."""
+        if self._store is None:
+            return []
+        try:
+            self._store.add(f"beats/{self._rank}", 1)
+            return list(json.loads(self._store.get("missing"))) if self._store.check(["missing"]) else []
+        except RuntimeError:
+            return self._without_store()
+
+    def missing(self, known: Sequence[int] = ()) -> list[int]:
+        """The ranks that are missed, ``known`` already or silent for a while; all hear of it."""
+        if self._store is None:
+            return self._without_store() if self._lost else list(known)
+        try:
+            before = self._beats()
+            until = time.monotonic() + (0 if known else _SILENCE_S)
+            while not (told := self.beat()) and time.monotonic() < until:
+                time.sleep(0.1)
+            if told:
+                return told
+            silent = [rank for rank, beats in self._beats().items() if rank != self._rank and beats == before[rank]]
+            if missing := list(known) or silent:
+                self._store.set("missing", json.dumps(missing))
+                time.sleep(_TOLD_S if self._rank == 0 else 0)  # whose store it may be
+        except RuntimeError:
+            return self._without_store()
+        return missing
+
+    def _beats(self) -> dict[int, int]:
+        return {rank: self._store.add(f"beats/{rank}", 0) for rank in self._ranks}
+
+    def _without_store(self) -> list[int]:
+        return [0] if first_holds_store() else []

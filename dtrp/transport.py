@@ -91,7 +91,6 @@ class Transport:
         try:
             control, watch = self._make_groups(("control", ranks.all, "gloo"), ("watch", ranks.all, "gloo"))
         except BaseException as error:
-            self._meeting.over = True
             self.fail(error)
             self.close()
             raise
@@ -141,26 +140,36 @@ class Transport:
     def _make_groups(self, *wanted: tuple[str, list[int], str]) -> list[Any]:
         def make() -> list[Any]:
             self._meeting.gather()
-            return [self._meeting.group(*each) for each in wanted]
+            groups = [self._meeting.group(*each) for each in wanted]
+            self._meeting.gather(wanted[-1][0])  # who is through says nothing more, and must not be missed for that
+            return groups
 
         try:
-            groups: list[Any] = self._helper.run(make, self._describe_missing)
+            groups: list[Any] = self._helper.run(make, self._describe_missing, self._listen)
         except (StageError, WorkerError):
             raise
-        except RuntimeError as error:  # of the store, as when its host is gone too: it names nobody
-            if not self._meeting.missing:
+        except RuntimeError as error:  # of the store or the backend, which name nobody
+            if not (missing := self._meeting.presence.missing(self._meeting.missing)):
                 raise
-            text = f"{self._describe_missing().format('in vain')} ({type(error).__name__}: {error})"
+            text = f"{self._missed(missing).format('in vain')} ({type(error).__name__}: {error})"
             raise WorkerError(text) from error
         return groups
 
+    def _listen(self) -> None:
+        """While groups are made: this rank is there, and another may know who is not."""
+        missing = self._meeting.presence.beat()
+        if missing and self._watch is None:  # it would say more
+            raise WorkerError(self._missed(missing).format("in vain"))
+
     def _describe_missing(self) -> str:
-        missing = ", ".join(map(str, self._meeting.missing))
-        how = "came and is not heard of any more" if self._meeting.all_came else "has not come"
-        who = f"rank {missing}, which {how}" if missing else "the other ranks, which came and are not heard of"
+        return self._missed(self._meeting.presence.missing(self._meeting.missing))
+
+    def _missed(self, missing: list[int]) -> str:
+        how = "has not come" if set(missing) <= set(self._meeting.missing) else "came and is not heard of any more"
+        named = f"rank {', '.join(map(str, missing))}, which {how}"
         return (
-            f"rank {self.ranks.rank} has waited {{}} for {who}, to make a Pipeline together; start all "
-            f"{len(self.ranks.all)} of them, and see that none has failed"
+            f"rank {self.ranks.rank} has waited {{}} for {named if missing else 'the other ranks, none of which is missed'}, to "
+            f"make a Pipeline together; start all {len(self.ranks.all)} of them, and see that none has failed"
         )
 
     def _sender(
@@ -391,7 +400,8 @@ class Transport:
         """
         if self.closed or os.getpid() != self._process:
             return
-        self.closed = True
+        self.closed = self._meeting.over = True
+        self.board.doing = "closing its pipeline"
         board, watch = self.board, self._watch
         failed = board.failure is not None
         if watch is None:

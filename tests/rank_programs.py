@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import time
@@ -38,6 +39,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from tree_models import TREES
 
 import dtrp
+from dtrp.groups import Meeting
 
 OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
 Batch = tuple[Tensor, Tensor]
@@ -984,6 +986,29 @@ def wait_for_nobody(folder: str) -> None:
         pipeline(network(), num_stages=world_size(), timeout_s=1)
 
 
+def die_at_the_start(folder: str, victim: int, where: str) -> None:
+    """One rank is killed before, or while, the backend connects the ranks."""
+    del folder
+
+    def die(*given: Any, **named: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank() == victim:
+        if where == "before it comes":
+            die()
+        if where == "joining":
+            dist.init_process_group = die
+        else:
+            Meeting.group = die if where == "making the first group" else second(die, Meeting.group)  # type: ignore[method-assign]
+    pipeline(network(), num_stages=world_size(), timeout_s=2)
+
+
+def second(call: Callable[..., Any], first: Callable[..., Any]) -> Callable[..., Any]:
+    """``first`` when it is called once, ``call`` from then on."""
+    calls = itertools.chain([first], itertools.repeat(call))
+    return lambda *given: next(calls)(*given)
+
+
 def wait_for_a_late_one(folder: str, late: int) -> None:
     """One rank makes its Pipeline when it is told to; the others, by the time that it is ready, wait for it."""
     join()
@@ -1161,6 +1186,7 @@ PROGRAMS: dict[str, Callable[..., None]] = {
         close_too_early,
         wait_for_nobody,
         wait_for_a_late_one,
+        die_at_the_start,
         traced,
         sleeping_stages,
         agree,

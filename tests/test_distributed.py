@@ -469,6 +469,15 @@ def test_a_rank_that_is_killed_while_it_waits_for_a_late_one(server: Server, tmp
     check_ended(outcomes, patterns, skip=(victim,))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("where", ["before it comes", "joining", "making the first group", "making the second group"])
+def test_a_rank_that_is_killed_at_the_start(server: Server, tmp_path: Path, victim: int, where: str) -> None:
+    with start_ranks(server, tmp_path, 3, "die_at_the_start", victim, where) as ranks:
+        outcomes = ranks.wait(15)
+    check_ended(outcomes, rf"(in vain for|2 s for|within 2 s \() ?rank {victim}\b", skip=(victim,))
+
+
 # -- wrong use ------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dtrp.cli import run
 from dtrp.runs import RunFolder, left_by
 from dtrp.saves import SaveEvery
 from dtrp.staff import worker_range
-from dtrp.starting import meet
+from dtrp.starting import Presence, meet
 from dtrp.stopping import StopSignals
 from dtrp.train import TrainConfig, check_settings
 
@@ -314,7 +315,7 @@ def test_the_same_command_goes_on_and_another_does_not(tmp_path: Path, capsys: p
 
 
 class Store(dict[str, bytes]):
-    """What `meet` needs of a store, and what is in it from a start that was killed."""
+    """What `meet` and `Presence` need of a store, and what is in it from a start that was killed."""
 
     def check(self, keys: list[str]) -> bool:
         return all(key in self for key in keys)
@@ -325,10 +326,15 @@ class Store(dict[str, bytes]):
     def get(self, key: str) -> bytes:  # type: ignore[override]
         return self[key]
 
+    def add(self, key: str, number: int) -> int:
+        self[key] = str(sum_ := int(self.setdefault(key, b"0")) + number).encode()
+        return sum_
 
-def test_a_start_takes_nothing_from_the_one_before() -> None:
-    import threading
+    def clone(self) -> Store:
+        return self
 
+
+def test_a_start_takes_nothing_from_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store()
     names: dict[tuple[int, int], str] = {}
 
@@ -344,10 +350,69 @@ def test_a_start_takes_nothing_from_the_one_before() -> None:
             thread.join(20)
         assert len({names[number, rank] for rank in range(world_size)}) == 1
     assert len(set(names.values())) == 4
+    monkeypatch.setattr("dtrp.starting._TOLD_S", 0.1)
     with pytest.raises(TimeoutError, match="rank 1, 2 has not come"):
         meet(store, 0, 3, 0.1)
     with pytest.raises(TimeoutError, match="rank 0 has not come"):
         meet(store, 1, 3, 0.1)
+
+
+def test_all_ranks_say_who_has_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one, whose store it may be, tells the rest before it ends."""
+    monkeypatch.setattr("dtrp.starting._TOLD_S", 0.3)
+    store, said = Store(), {}
+
+    def start(rank: int, timeout_s: float) -> None:
+        with pytest.raises(TimeoutError, match="has not come") as caught:
+            meet(store, rank, 3, timeout_s)
+        said[rank] = str(caught.value)
+        if rank == 0:
+            store.clear()
+
+    threads = [threading.Thread(target=start, args=each) for each in ((0, 0.3), (2, 20.0))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert said == {0: "rank 1 has not come", 2: "rank 1 has not come"}
+
+
+def test_who_is_silent_is_missed_and_the_others_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrp.starting._SILENCE_S", 0.3)
+    monkeypatch.setattr("dtrp.starting._TOLD_S", 0.0)
+    store = Store()
+    ranks = [Presence(store, [0, 1, 2, 3], rank) for rank in range(4)]
+    assert ranks[0].missing([3]) == [3], "not connected"
+    for presence in ranks:
+        presence.connect()
+        assert presence.beat() == []
+    over = threading.Event()
+
+    def live() -> None:
+        while not over.wait(0.02):
+            ranks[1].beat()
+            ranks[3].beat()
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    assert ranks[0].missing() == [2]
+    over.set()
+    thread.join()
+    assert [ranks[rank].beat() for rank in (1, 3)] == [[2]] * 2
+    assert ranks[3].missing() == [2], "told by another"
+
+
+def test_the_first_rank_is_missed_with_its_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(Store):
+        def clone(self) -> Store:
+            raise RuntimeError("connection refused")
+
+    presence = Presence(Gone(), [0, 1], 1)
+    with pytest.raises(RuntimeError, match="connection refused"):
+        presence.connect()
+    assert presence.missing([0, 1]) == [0]
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert presence.missing([0, 1]) == []
 
 
 def test_one_signal_asks_and_its_echoes_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
