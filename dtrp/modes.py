@@ -1,4 +1,4 @@
-"""Train and eval mode, for a while."""
+"""Train and eval mode: for a while, and as another module's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
+
+
+def modes_of(module: nn.Module) -> tuple[bool, ...]:
+    """Which of ``module.modules()`` are in train mode."""
+    return tuple(member.training for member in module.modules())
 
 
 @contextmanager
@@ -35,3 +40,28 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for member, mode in modes.items():
             member.training = mode
+
+
+class Follower(nn.Module):
+    """A module that was made of another, and is in train or eval mode as that is.
+
+    It can be put into either by itself; when the other is put into the one it was not in, `follow` takes that on.
+    (These are functions, since its submodules may have any name.)
+    """
+
+    _leader: tuple[nn.Module, ...] = ()  # the other; in a tuple it is no submodule
+    _leader_trains = True
+
+
+def let_follow(module: Follower, other: nn.Module) -> None:
+    """From now on ``module`` is in the mode of ``other``."""
+    module._leader, module._leader_trains = (other,), other.training
+    module.train(other.training)
+
+
+def follow(module: nn.Module) -> None:
+    """Take on the mode of the other, if that has changed; of a module without another nothing."""
+    if isinstance(module, Follower):
+        for other in module._leader:
+            if other.training != module._leader_trains:
+                let_follow(module, other)

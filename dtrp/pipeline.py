@@ -26,6 +26,7 @@ from .driver import Driver
 from .gradients import Clip, GradientRule, OnNonfinite
 from .local import LocalEngine
 from .methods import Keep, Method
+from .modes import follow
 from .plan_file import Plan, as_plan
 from .ranks import Ranks, find_ranks
 from .splitting import Stages, into_stages, stage_device
@@ -281,6 +282,7 @@ class Pipeline(Driver):
             y = check_samples("y", y) if needs_y or ((engine.takes_x or engine.takes_y) and y is not None) else None
             for stage in engine.stages:
                 stage.check_trainable()
+                follow(stage.module)
             if x is not None and y is not None and num_samples(x) != num_samples(y):
                 raise ValueError(
                     f"x has {num_samples(x)} samples and y has {num_samples(y)}; a mini-batch needs as many targets as inputs"

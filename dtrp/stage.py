@@ -31,7 +31,7 @@ import types
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Literal
 from weakref import WeakValueDictionary
@@ -49,7 +49,7 @@ from .footprint import StageSizes, footprint, optimizer_bytes
 from .gauge import Gauge
 from .gradients import GradientRule, Unseen, all_finite, clip_, gradient_norm, nonfinite, overall
 from .methods import Keep, Method
-from .modes import in_mode
+from .modes import in_mode, in_modes, modes_of
 from .predict import BuiltInPredictor, as_predictor
 from .rng import microbatch_seed, seeded
 from .schedule import Action, lead
@@ -261,6 +261,7 @@ class Stage:
             held.leaf, held.nbytes, held.has_graph = None, 0, True
         elif self.recomputes:
             held.weights = weights if self.method.backward_at == "stashed" else None
+            held.modes = modes_of(self.module)
             with torch.no_grad():
                 out, _ = self._run(held, weights, buffers="discarded")
         else:
@@ -418,7 +419,10 @@ class Stage:
         self.rest()
         held = self._stash[0]
         if not held.has_graph:
-            _, graph_bytes = self._graph(held)
+            # In its own modes: the caller may have called eval() since.
+            changed = held.modes not in ((), modes_of(self.module))
+            with in_modes(self.module, held.modes) if changed else nullcontext():
+                _, graph_bytes = self._graph(held)
             self._note_peak(graph_bytes)
 
     def backward(self, grad: Any) -> Any:
@@ -477,7 +481,7 @@ class Stage:
     def _graph(self, held: Held, buffers: Buffers = "own") -> tuple[Any, int]:
         """Run with a graph and remember where its differentiation starts; (output, bytes of the graph)."""
         inputs = tensors_of(held.leaf)
-        held.modes = tuple(module.training for module in self.module.modules())
+        held.modes = modes_of(self.module)
         key = (*((t.shape, t.dtype) for t in inputs), held.autocast, held.modes)
         nbytes = self._graph_bytes.get(key)
         with torch.enable_grad():

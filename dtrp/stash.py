@@ -76,7 +76,7 @@ class Held:
     target: Any = None  # what the loss compares with, at a stage that has one
     weights: WeightVersion | None = None  # the copy that F read, where B needs it
     has_graph: bool = False
-    modes: tuple[bool, ...] = ()  # of the module and those in it, train or eval, when the graph was made
+    modes: tuple[bool, ...] = ()  # of the module and those in it, train or eval, in the forward
     met: Met | None = None  # the buffers that F read, where its graph is kept
     # Where differentiation starts, for each tensor of the output; None where it has nothing to do. Where there is a loss: it.
     roots: list[Tensor | GradientEdge | None] = field(default_factory=list)

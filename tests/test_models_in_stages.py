@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,6 +182,32 @@ def test_a_buffer_that_is_read_and_moved_is_no_error(method: str) -> None:
         pipe.step(x, y)
     pipe.flush()
     assert not torch.equal(pipe.model_state_dict()["0.size"], torch.ones(6))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", ["dtrp", "fr", "fdg", "bp"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_eval_mode_while_batches_are_in_flight(method: str, saved: bool, tmp_path: Path) -> None:
+    """A backward repeats its forward in the mode of then: dropout draws, and statistics move."""
+    results = []
+    for evaluates in (False, True):
+        torch.manual_seed(1)
+        layers = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Tanh()) for _ in range(3)]
+        model = nn.Sequential(*layers, nn.Linear(6, 3))
+        pipe = pipeline(model, num_stages=4, method=method)
+        for x, y in batches_of(rows):
+            pipe.step(x, y)
+        if saved:
+            pipe.save(tmp_path / str(evaluates))
+            pipe = pipeline(model, num_stages=4, method=method)
+            pipe.load(tmp_path / str(evaluates))
+        if evaluates:
+            model.eval()
+        pipe.flush()
+        assert model.training is not evaluates
+        results.append(pipe.model_state_dict())
+    for name in results[0]:
+        assert torch.equal(results[0][name], results[1][name]), name
 
 
 def test_infer_inside_the_callers_autocast_sees_the_weights_of_now() -> None:

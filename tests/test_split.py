@@ -187,6 +187,28 @@ def test_a_model_in_eval_mode_and_frozen_parts_of_one_in_train_mode() -> None:
     assert not any(stage.training for stage in dtrp.split(model.eval(), num_stages=2, example=images()))
 
 
+def test_the_models_mode_is_the_stages() -> None:
+    """A model that comes in eval mode, as from a hub, and is put into train mode in the loop."""
+    model = Residual().eval()
+    stages = dtrp.split(model, num_stages=2, example=rows())
+    pipe = dtrp.Pipeline(stages, sgd, F.cross_entropy, method="bp")
+    y = torch.zeros(5, dtype=torch.int64)
+    seen = []
+    for mode in (None, True, None, False, True):
+        if mode is not None:
+            model.train(mode)
+        pipe.infer(rows())
+        pipe.step(rows(), y)
+        seen.append([stage.training for stage in pipe.stages])
+    assert seen == [[False] * 2, [True] * 2, [True] * 2, [False] * 2, [True] * 2]
+    for stage in stages:
+        stage.eval()
+    pipe.step(rows(), y)
+    assert not any(stage.training for stage in stages), "by hand, the model's mode being as it was"
+    assert list(stages[0].children()), "the model is no part of it"
+    assert all(module is not model for stage in stages for module in stage.modules())
+
+
 class Shifted(nn.Module):
     """Reads a tensor and a number that are one for all samples."""
 

@@ -213,7 +213,8 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
             met=Met(decode(entry["met"])) if entry["has_graph"] else None,
         )
         checks.expect(
-            not entry["has_graph"] or not stage.trains or len(entry["modes"]) == len(list(stage.module.modules())),
+            len(entry["modes"]) == len(list(stage.module.modules()))
+            or (not entry["modes"] and not (entry["has_graph"] and stage.trains)),
             f"what {where} keeps is not of its modules",
         )
         held.modes = tuple(letter == "T" for letter in entry["modes"])

@@ -260,7 +260,7 @@ def _untraceable(model: nn.Module, error: Exception) -> ValueError:
     if text.startswith("Constraints violated (batch)"):
         return ValueError(
             "the model cannot be traced for any number of samples: its forward works with that of the example alone (a "
-            "view or a loop of that size?); take it from the input, x.shape[0], or -1 in a view. torch says: "
+            "view or a loop of that size?); take it from the input as x.shape[0], not len(x), or as -1 in a view. torch says: "
             + " ".join(line.strip(" -") for line in text.splitlines()[1:3])
         )
     unknown = re.match(r"Found <class '(?:.*\.)?(\w+)'> in output", text)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..modes import Follower, let_follow
 from .divide import Part, Use, divide
 from .export import Example, attribute, export
 from .points import check_points, choose_points
@@ -16,12 +17,12 @@ from .points import check_points, choose_points
 Owner = tuple[nn.Module, str]  # a module that holds a tensor, and its name there
 
 
-class TracedStage(nn.Module):
+class TracedStage(Follower):
     """A contiguous part of a model, with the model's own parameters and buffers under the model's own names.
 
     It takes what the stage before returns, and returns what the next one takes: a tensor, or a tuple of tensors and
     whole numbers. The first takes what the example was, with any number of samples; the last returns what the model does.
-    In train and in eval mode it runs the graph that was traced in that mode.
+    In train and in eval mode it runs the graph that was traced in that mode, and it is in the model's mode (`Follower`).
 
     Args:
         label: how errors name it.
@@ -123,7 +124,7 @@ class TracedStage(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_origins": []}  # a copy has no part in the model
+        return {**self.__dict__, "_origins": [], "_leader": ()}  # a copy has no part in the model
 
     def extra_repr(self) -> str:
         """Shown in ``repr``."""
@@ -189,7 +190,7 @@ def trace_into_stages(
     value = pytree.tree_unflatten(empty, checked.spec)
     first._example = Example(value, tuple(empty), checked.paths, checked.samples)
     for stage in stages:
-        stage.train(model.training)
+        let_follow(stage, model)
     return stages, list(points)
 
 
