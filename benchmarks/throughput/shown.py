@@ -1,4 +1,4 @@
-"""What the documents say of results/sleeping.jsonl, sleeping_fifo.jsonl, links.jsonl, tun.jsonl and compute.jsonl."""
+"""What the documents say of results/sleeping.jsonl, sleeping_fifo.jsonl, cold.jsonl, links.jsonl, tun.jsonl and compute.jsonl."""
 
 import statistics
 from collections.abc import Callable
@@ -72,6 +72,11 @@ def sleeping() -> str:
 
 def fifo() -> str:
     return table(HEAD, [_over(FIFO, stages) for stages in SIZES])
+
+
+def cold() -> list[str]:
+    row = rows("throughput/results/cold.jsonl")[-1]
+    return ["1.06", f"{row['at_once_ms']:.2f}", f"{row['after_sleep_ms']:.2f}", f"{row['slept_ms']:g}"]
 
 
 def links() -> str:
