@@ -200,7 +200,7 @@ def _interruptibly(job: Callable[[list[Presence]], None], timeout_s: float) -> N
     if at and (missing := missing or at[0].missing()):
         reason = f" (rank {', '.join(map(str, missing))} came and is not heard of any more)"
     elif errors and str(errors[0]):
-        lost = not isinstance(errors[0], TimeoutError) and first_holds_store()
+        lost = isinstance(errors[0], dist.DistError) and first_holds_store()
         reason = f" ({'rank 0 cannot be reached: ' if lost else ''}{str(errors[0]).splitlines()[0]})"
     else:
         reason = " (rank 0 cannot be reached)" if not at and first_holds_store() else ""

@@ -9,9 +9,12 @@ import time
 from dataclasses import asdict
 
 import pytest
+import torch
 
 from dtrp.failure import Board, Failure, SigtermHandler, WaitTimeoutError, WorkerError
+from dtrp.ranks import _interruptibly
 from dtrp.stage import StageError
+from dtrp.starting import Presence
 from dtrp.watch import _WORD_BYTES, _packed
 
 
@@ -98,6 +101,22 @@ def test_a_forked_child_is_no_part_of_the_run() -> None:
         handler.restore()
     assert os.WTERMSIG(status) == signal.SIGTERM
     assert not heard
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("no such interface"), "no such interface"),
+        (torch.distributed.DistNetworkError("refused"), "rank 0 cannot be reached: refused"),
+        (TimeoutError("rank 1 has not come"), "rank 1 has not come"),
+    ],
+)
+def test_why_a_rank_could_not_join(error: Exception, reason: str) -> None:
+    def job(at: list[Presence]) -> None:
+        raise error
+
+    with pytest.raises(TimeoutError, match=rf"within 5 s \({reason}\); start all of them"):
+        _interruptibly(job, 5.0)
 
 
 def test_somebody_elses_handler_stays() -> None:
