@@ -25,6 +25,7 @@ parameters' places while the module runs.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import math
 import types
@@ -59,6 +60,8 @@ from .trees import flatten, map_tensors, tensors_of, unflatten
 
 LossFn = Callable[[Any, Any], Tensor]
 Buffers = Literal["own", "discarded", "returned"]
+
+_COMPILED_VARIANTS = 64  # of a stage, at most
 
 
 class StageError(RuntimeError):
@@ -790,8 +793,11 @@ def _compiled(module: nn.Module, arguments: Mapping[str, Any]) -> Callable[[Any]
     def run(x: Any) -> Any:
         return module(x)
 
-    # The compiler keeps so many variants of a code object and runs the rest as it is: no two stages may share one.
+    # The compiler keeps so many variants of a code object and runs the rest as it is: no two stages may share one, and a stage has
+    # one for each of gradients or none, train or eval mode, autocast or not, before and after sizes change.
     own = types.FunctionType(run.__code__.replace(), globals(), run.__name__, None, run.__closure__)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not in every torch
+        arguments = {"recompile_limit": _COMPILED_VARIANTS, **arguments}
     compiled = torch.compile(own, **arguments)
 
     def call(x: Any) -> Any:

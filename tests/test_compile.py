@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import shutil
 from typing import Any
 
@@ -86,6 +88,25 @@ def test_each_of_many_stages_is_compiled() -> None:
         pipe.step(torch.randn(8, 4), torch.randint(4, (8,)))
     pipe.flush()
     assert [layer.eager for layer in model] == [0] * 10
+
+
+@pytest.mark.skipif(
+    "recompile_limit" not in inspect.signature(torch.compile).parameters,
+    reason="this torch keeps 8 variants of a function",
+)
+def test_a_stage_is_compiled_in_every_mode_and_for_every_size() -> None:
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(Watched(4, 4), torch.nn.Dropout(0.5), Watched(4, 4))
+    pipe = dtrp.Pipeline(
+        model, sgd, torch.nn.functional.cross_entropy, cuts=[2], method="fr", compile={"backend": "eager"}
+    )
+    for dtype, size in itertools.product((torch.float32, torch.bfloat16, torch.float16), (8, 5, 3)):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
+            pipe.infer(torch.randn(size, 4))
+            for _ in range(2):
+                pipe.step(torch.randn(size, 4), torch.randint(4, (size,)))
+    pipe.flush()
+    assert [model[0].eager, model[2].eager] == [0, 0]
 
 
 def test_what_compile_takes() -> None:

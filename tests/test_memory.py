@@ -11,6 +11,7 @@ from helpers import assert_same, minibatches, network, pipeline, sgd, with_aux
 from torch import Tensor, nn
 
 import dtrp
+from dtrp.aligned import aligned_room
 from dtrp.models import cifar_resnet, get_model
 from dtrp.schedule import lead
 
@@ -64,7 +65,9 @@ def measure(name: str, num_stages: int, batch: int, *, depth: int = 110, cuts: l
     size = {"num_stages": num_stages} if cuts is None else {"cuts": cuts}
     pipe = dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, method=name, seed=0, **size)  # type: ignore[arg-type]
     meter = GraphMeter(pipe.stages[0])
-    x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    # From a line's beginning: copies keep the distance from it, and have room for it.
+    x = aligned_room(batch * 3 * 32 * 32 * 4).view(torch.float32).view(batch, 3, 32, 32).normal_()
+    y = torch.randint(10, (batch,))
     for _ in range(2 * num_stages + 2):
         pipe.step(x, y)
     memory = pipe.memory()[0]
