@@ -264,9 +264,9 @@ class Stage:
             held.leaf, held.nbytes, held.has_graph = None, 0, True
         elif self.recomputes:
             held.weights = weights if self.method.backward_at == "stashed" else None
-            held.modes = modes_of(self.module)
             with torch.no_grad():
                 out, _ = self._run(held, weights, buffers="discarded")
+            held.modes = modes_of(self.module)  # of those too that the first forward has made
         else:
             held.weights = weights
             out, graph_bytes = self._graph(held, "returned" if self.holds_graphs else "own")
@@ -484,7 +484,7 @@ class Stage:
     def _graph(self, held: Held, buffers: Buffers = "own") -> tuple[Any, int]:
         """Run with a graph and remember where its differentiation starts; (output, bytes of the graph)."""
         inputs = tensors_of(held.leaf)
-        held.modes = modes_of(self.module)
+        held.modes = held.modes or modes_of(self.module)
         key = (*((t.shape, t.dtype) for t in inputs), held.autocast, held.modes)
         nbytes = self._graph_bytes.get(key)
         with torch.enable_grad():

@@ -210,6 +210,33 @@ def test_eval_mode_while_batches_are_in_flight(method: str, saved: bool, tmp_pat
         assert torch.equal(results[0][name], results[1][name]), name
 
 
+class Late(nn.Module):
+    """Makes a submodule in its first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "activation"):
+            self.activation = nn.Tanh()
+        return self.activation(self.linear(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["dtrp", "fr", "fdg", "bp"])
+def test_a_submodule_that_the_first_forward_makes(method: str) -> None:
+    results = []
+    for layers in ([Late() for _ in range(3)], [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]):
+        for number, layer in enumerate(layers):
+            torch.manual_seed(number)
+            next(layer.children()).reset_parameters()  # type: ignore[operator]
+        pipe = pipeline(nn.Sequential(*layers), num_stages=3, method=method)
+        losses = [pipe.step(x, y) for x, y in batches_of(rows)]
+        pipe.flush()
+        results.append([*losses, *pipe.model_state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))  # type: ignore[arg-type]
+
+
 def test_infer_inside_the_callers_autocast_sees_the_weights_of_now() -> None:
     pipe = dtrp.Pipeline([nn.Linear(16, 16), nn.Linear(16, 16)], sgd, nn.functional.mse_loss, method="bp")
     x = torch.randn(8, 16)
