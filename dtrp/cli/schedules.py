@@ -8,9 +8,11 @@ from typing import Any
 import click
 
 from ..console import show_simulations
+from ..making import make_method
 from ..methods import get_method, list_methods
 from ..planning import simulate as run_simulation
 from ..schedule import Schedule, ScheduleError
+from ..settings import TrainConfig
 from .option_types import Name, Sizes, Times
 from .options import METHODS, train_options
 
@@ -50,10 +52,8 @@ def schedule(
         if check is not None:
             grid = Schedule.parse(check.read())
         else:
-            options: dict[str, Any] = {} if ahead is None else {"ahead": ahead}
-            if order is not None:
-                options["backward_first"] = order == "backward-first"
-            grid = Schedule.build(get_method(method, **options), stages, minibatches, num_microbatches)
+            row = make_method(TrainConfig(method=method, ahead=ahead, order=order))
+            grid = Schedule.build(row, stages, minibatches, num_microbatches)
         grid.validate()
     except ScheduleError as error:
         raise GridError(str(error)) from error
@@ -94,10 +94,7 @@ def simulate(**options: Any) -> None:
     rows = []
     try:
         for name in options["names"]:
-            chosen: dict[str, Any] = {} if options["ahead"] is None else {"ahead": options["ahead"]}
-            if options["order"] is not None:
-                chosen["backward_first"] = options["order"] == "backward-first"
-            method = get_method(name, **chosen)
+            method = make_method(TrainConfig(method=name, ahead=options["ahead"], order=options["order"]))
             lead = math.ceil(method.ahead * stages)
             simulation = run_simulation(
                 method,
