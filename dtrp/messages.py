@@ -31,12 +31,12 @@ from .aligned import LINE_BYTES, Layout, aligned_room, shift_of
 from .trees import flatten, unflatten
 
 HEADER_BYTES = LINE_BYTES
-_WORDS = HEADER_BYTES // 8
 _MAGIC = 0x64747270_0002  # "dtrp", and the version of this layout
 _MOST_DIMS = 24
 _CPU = torch.device("cpu")
 _MOST_FREE = 20  # messages of one layout whose memory is kept; there are seldom more than two under way
 _MOST_FORMS = 8  # layouts whose memory is kept: full and partial mini-batches, and their parts
+_MOST_KNOWN = 2  # layouts that a landing is ready for: the same tensor begins at one place of its line or another
 _COMPACT, _WANTS_GRADIENT = 1, 2  # flags of a tensor
 _DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,
@@ -62,6 +62,9 @@ class Kind(IntEnum):
         return cls.TENSOR if isinstance(value, Tensor) else cls.TREE
 
 
+_KINDS = tuple(Kind)  # by value: a call of an enum takes ten times as long
+
+
 class Note(NamedTuple):
     """What a message says of its micro-batch.
 
@@ -83,8 +86,11 @@ class Note(NamedTuple):
     word: int = 0
 
 
-@dataclass(frozen=True)
-class Message:
+_BEGINNING = struct.Struct(f"<{2 + len(Note._fields)}q")  # of every header: the magic number, the kind, the note
+_ABOUT = struct.Struct("<5q")  # what a header says of a tensor begins so, and goes on with its shape and its strides
+
+
+class Message(NamedTuple):
     """A message as received.
 
     Args:
@@ -124,6 +130,8 @@ class _Form(NamedTuple):
     dtype: torch.dtype
     nbytes: int
     words: tuple[int, ...]  # the header's, about the tensor
+    about: bytes  # these, packed
+    expanded: bool  # whether its elements share their place
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Form:
@@ -137,21 +145,26 @@ class _Form(NamedTuple):
         nbytes = HEADER_BYTES + sent.shift + sent.span * tensor.element_size()
         flags = (wanted != sent) * _COMPACT + tensor.requires_grad * _WANTS_GRADIENT
         about = (_DTYPES.index(tensor.dtype), tensor.dim(), wanted.span, wanted.shift, flags)
-        return cls(sent, tensor.dtype, nbytes, (*about, *wanted.shape, *wanted.strides))
+        words = (*about, *wanted.shape, *wanted.strides)
+        return cls(sent, tensor.dtype, nbytes, words, struct.pack(f"<{len(words)}q", *words), sent.expanded)
 
 
-class Packed(NamedTuple):
+@dataclass(eq=False, slots=True)
+class Packed:
     """A message: its bytes, on the tensor's device, and the header that goes to their beginning."""
 
     buffer: Tensor
     header: bytes
     inside: Tensor | None = None  # the tensor that stands on the buffer
     free: list[Packed] | None = None  # where messages of its layout wait to be used again
+    _memory: memoryview | None = None  # the buffer's, once it has been looked up
 
     def seal(self) -> None:
         """Write the header."""
-        if self.buffer.device.type == "cpu":
-            memory_of(self.buffer)[: len(self.header)] = self.header
+        if self._memory is None and self.buffer.device.type == "cpu":
+            self._memory = memory_of(self.buffer)
+        if self._memory is not None:
+            self._memory[: len(self.header)] = self.header
         else:
             self.buffer[: len(self.header)].copy_(torch.frombuffer(bytearray(self.header), dtype=torch.uint8))
 
@@ -176,21 +189,24 @@ class Packer:
         """
         if kind is Kind.TREE:
             return _pack_tree(note, tensor)
-        words: tuple[int, ...] = (_MAGIC, kind, *note)
+        header = _BEGINNING.pack(_MAGIC, kind, *note)
         if tensor is None:
-            return Packed(aligned_room(HEADER_BYTES, _CPU), struct.pack(f"<{len(words)}q", *words))
+            return Packed(aligned_room(HEADER_BYTES, _CPU), header)
         form, free = self._form(tensor)
-        words += form.words
-        header = struct.pack(f"<{len(words)}q", *words)
-        try:
-            packed = free.pop()._replace(header=header)
-        except IndexError:
+        header += form.about
+        if free:
+            packed = free.pop()
+            packed.header = header
+        else:
             # Memory that outlives the call: not an inference tensor, whatever the caller's mode.
             with torch.inference_mode(False):
                 room = aligned_room(form.nbytes, tensor.device)
                 packed = Packed(room, header, form.layout.over(room, form.dtype, HEADER_BYTES), free)
         assert packed.inside is not None
-        form.layout.fill(packed.inside, tensor.detach())
+        if form.expanded:
+            form.layout.fill(packed.inside, tensor.detach())
+        else:
+            packed.inside.copy_(tensor.detach())
         return packed
 
     def _form(self, tensor: Tensor) -> tuple[_Form, list[Packed]]:
@@ -238,21 +254,24 @@ def _whole_lines(nbytes: int) -> int:
     return -(-nbytes // LINE_BYTES) * LINE_BYTES
 
 
-def read_header(room: Tensor) -> tuple[Kind, Note, tuple[int, ...]]:
-    """What the header of a received message says: its kind, its note, and how its tensor lies.
+def read_header(room: Tensor) -> tuple[Kind, Note, bytes]:
+    """What the header of a received message says: its kind, its note, and what follows them.
 
     Raises:
         RuntimeError: it is no message.
     """
     header = room if room.device.type == "cpu" else room[:HEADER_BYTES].cpu()
-    words = struct.unpack(f"<{_WORDS}q", memory_of(header)[:HEADER_BYTES])
-    if words[0] != _MAGIC:
+    return _read(memory_of(header))
+
+
+def _read(memory: memoryview) -> tuple[Kind, Note, bytes]:
+    magic, kind, *note = _BEGINNING.unpack_from(memory)
+    if magic != _MAGIC:
         raise RuntimeError("a message that is none of dtrp's; all ranks must run the same version of dtrp")
-    count = len(Note._fields)
-    return Kind(words[1]), Note(*words[2 : 2 + count]), words[2 + count :]
+    return _KINDS[kind], Note(*note), bytes(memory[_BEGINNING.size : HEADER_BYTES])
 
 
-def decode(header: tuple[Kind, Note, tuple[int, ...]], room: Tensor) -> Message:
+def decode(header: tuple[Kind, Note, bytes], room: Tensor) -> Message:
     """The message in ``room``, its tensor standing on it.
 
     Args:
@@ -263,10 +282,55 @@ def decode(header: tuple[Kind, Note, tuple[int, ...]], room: Tensor) -> Message:
     if kind is Kind.GROW:
         return Message(kind, note, nbytes=note.total)
     if kind is Kind.TREE:
-        return Message(kind, note, _unpack_tree(room, rest[0]))
+        return Message(kind, note, _unpack_tree(room, struct.unpack_from("<q", rest)[0]))
     if kind not in (Kind.TENSOR, Kind.OBJECT):
         return Message(kind, note)
-    return Message(kind, note, _standing(rest, room, HEADER_BYTES)[0])
+    return Message(kind, note, _standing(_words(rest), room, HEADER_BYTES)[0])
+
+
+def _words(about: bytes) -> tuple[int, ...]:
+    """Those that are about a tensor, of bytes that begin with them."""
+    dims = _ABOUT.unpack_from(about)[1]
+    return struct.unpack_from(f"<{_ABOUT.size // 8 + 2 * dims}q", about)
+
+
+class Landing:
+    """Memory that a message is received into, made ready for tensors that lie as those before did.
+
+    After a long wait a processor's caches are cold, and a little work takes ten times as long as it would: so what can be is
+    done before the wait.
+
+    Args:
+        room: the memory, on the CPU.
+        known: layouts of messages that have come, from the last one's landing.
+
+    Attributes:
+        known: the same for the next landing.
+    """
+
+    def __init__(self, room: Tensor, known: tuple[bytes, ...] = ()) -> None:
+        self.known = known
+        self._room, self._memory = room, memory_of(room)
+        self._ready: list[
+            tuple[bytes, Tensor]
+        ] = []  # what a header would say of a tensor, and that tensor, on the room
+        for about in known:
+            words = _words(about)
+            number, _, span, shift, flags = words[:5]
+            fits = HEADER_BYTES + shift + span * _DTYPES[number].itemsize <= room.numel()
+            if fits and not flags & _COMPACT:
+                self._ready.append((about, _standing(words, room, HEADER_BYTES)[0]))
+
+    def message(self) -> Message:
+        """What has been received."""
+        kind, note, rest = header = _read(self._memory)
+        if kind is Kind.TENSOR:
+            for about, tensor in self._ready:
+                if rest.startswith(about):
+                    return Message(kind, note, tensor)
+            about = rest[: 8 * len(_words(rest))]
+            self.known = (about, *[each for each in self.known if each != about])[:_MOST_KNOWN]
+        return decode(header, self._room)
 
 
 def _standing(words: Sequence[int], room: Tensor, start: int) -> tuple[Tensor, int]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 
 import torch
 
 
+@lru_cache(maxsize=1024)
 def microbatch_seed(seed: int, replica: int, stage: int, microbatch: int) -> int:
     """The seed of one stage's draws for one micro-batch, in 0..2**63-1."""
     packed = struct.pack("<4q", seed, replica, stage, microbatch)
@@ -32,18 +34,31 @@ def epoch_order(num: int, *, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(num, generator=generator("order", seed, epoch), device="cpu")
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> AbstractContextManager[None]:
     """Within it torch draws from ``seed``, on the CPU and on ``device``; after it, from where it was before."""
-    with torch.random.fork_rng([device], device_type=device.type) if device.type != "cpu" else nullcontext():
-        before = torch.default_generator.get_state()
-        try:
-            # Not torch.manual_seed: that would reseed every accelerator, and only one is put back.
-            torch.default_generator.manual_seed(seed)
-            if device.type != "cpu":
-                module = torch.get_device_module(device)
-                with module.device(device):
-                    module.manual_seed(seed)
-            yield
-        finally:
-            torch.default_generator.set_state(before)
+    return _Seeded(seed) if device.type == "cpu" else _seeded_on(seed, device)
+
+
+class _Seeded:
+    """On the CPU. (Not torch.manual_seed: that would reseed every accelerator, and none is put back.)"""
+
+    __slots__ = ("_before", "_seed")
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def __enter__(self) -> None:
+        self._before = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(self._seed)
+
+    def __exit__(self, *error: object) -> None:
+        torch.default_generator.set_state(self._before)
+
+
+@contextmanager
+def _seeded_on(seed: int, device: torch.device) -> Iterator[None]:
+    module = torch.get_device_module(device)
+    with torch.random.fork_rng([device], device_type=device.type), _Seeded(seed):
+        with module.device(device):
+            module.manual_seed(seed)
+        yield

@@ -233,7 +233,8 @@ class Stage:
     # -- F ------------------------------------------------------------------------------------------
 
     def prepare(self, microbatch: int, minibatch: int) -> None:
-        """The part of the next F that needs no input: the weights it is going to read."""
+        """The part of the next F that needs no input: the weights it is going to read, and the seed of its draws."""
+        microbatch_seed(self.seed, self.replica, self.index, microbatch)  # which is remembered
         if self.predictor is None or self.predicts_alike:
             self._prepared = self._weights(microbatch, minibatch - self.version)
 
@@ -556,7 +557,7 @@ class Stage:
                 out = loss
             elif not isinstance(out, Tensor):
                 flatten(out)  # refuses what cannot be passed on
-        if buffers == "returned":
+        if buffers == "returned" and own:
             self._return(held, own, copies, tensors)
         if [t._version for t in entered] == before:
             self._changes_input = bool(self._changes_input)
@@ -593,7 +594,7 @@ class Stage:
                 met.moved[name] = buffer.clone()
             buffer.copy_(after[name])
         met.after = marks(own)
-        held.met = met if own else None
+        held.met = met
 
     def _entered(self, held: Held, inputs: list[Tensor], *, copy: bool) -> list[Tensor]:
         """The tensors of the input, as the module is given them."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dtrp.aligned import aligned_clone, aligned_room, shift_of
-from dtrp.messages import HEADER_BYTES, Kind, Message, Note, Packer, decode, object_tensor, read_header
+from dtrp.messages import HEADER_BYTES, Kind, Landing, Message, Note, Packer, decode, object_tensor, read_header
 
 NOTE = Note(microbatch=7, minibatch=3, parts=2, samples=5, total=9, checksum=2**31)
 DTYPES = [
@@ -207,3 +207,67 @@ def test_memory_that_is_given_back_holds_the_next_message_of_its_layout() -> Non
     for size in range(20):  # many layouts: memory of a few is kept
         packer.pack(Kind.TENSOR, NOTE, torch.zeros(size + 1)).give_back()
     assert len(packer._forms) <= 8
+
+
+def test_a_landing_made_ready_for_layouts_that_came_before_takes_any_message() -> None:
+    def at_line(tensor: Tensor) -> Tensor:
+        return aligned_room(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    a, b, double = (
+        at_line(torch.randn(4, 6)),
+        at_line(torch.randn(40))[16:].view(4, 6),
+        at_line(torch.randn(4, 6).double()),
+    )
+    wants, column, one, large = a.clone().requires_grad_(), torch.randn(30, 8)[:, 1], torch.randn(()), torch.randn(700)
+    sequence = [
+        a,
+        a,
+        b,
+        b,
+        a,
+        b,
+        double,
+        a,
+        wants,
+        wants,
+        a.t(),
+        None,
+        wants,
+        column,
+        column,
+        double,
+        double,
+        large,
+        one,
+        one,
+    ]
+    known: tuple[bytes, ...] = ()
+    ready = []
+    for number, tensor in enumerate(sequence):
+        note = NOTE._replace(microbatch=number)
+        sent = encode(Kind.of(tensor), note, tensor)
+        room = aligned_room(max(sent.numel(), HEADER_BYTES + 1000))
+        landing = Landing(room, known)
+        made = [each for _, each in landing._ready]
+        room[: sent.numel()].copy_(sent)
+        message, known = landing.message(), landing.known
+        assert (message.kind, message.note) == (Kind.of(tensor), note)
+        ready.append(any(message.tensor is each for each in made))
+        if tensor is None:
+            assert message.tensor is None
+            continue
+        assert torch.equal(message.tensor, tensor)
+        assert message.tensor.stride() == tensor.stride()
+        assert message.tensor.requires_grad == tensor.requires_grad
+        assert message.tensor.dtype == tensor.dtype
+        assert shift_of(message.tensor) == shift_of(tensor)
+    # Not a column of a larger tensor, which travels without the rest and is laid down elsewhere.
+    assert [number for number, each in enumerate(ready) if each] == [1, 3, 4, 5, 9, 12, 16, 19]
+
+
+def test_a_landing_refuses_what_is_no_message() -> None:
+    room = aligned_room(2 * HEADER_BYTES)
+    landing = Landing(room)
+    room.fill_(1)
+    with pytest.raises(RuntimeError, match="the same version of dtrp"):
+        landing.message()
