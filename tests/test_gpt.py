@@ -184,8 +184,8 @@ def test_it_is_planned_from_the_command_line(text: Path, tmp_path: Path) -> None
     sizes = ["--layers", "2", "--width", "16", "--heads", "2", "--context", "8"]
     data = ["--data", "text", "--data-dir", str(text), "--model", "gpt", *sizes, "--workers", "2"]
     out = tmp_path / "plan.json"
-    options = ["--batch-size", "8", "--repeats", "1", "--latency", "0", "--keep-lead", "--out", str(out)]
-    assert run(["plan", *data, *options]) == 0
+    measured = ["--batch-size", "8", "--repeats", "1", "--latency", "0", "--neighbours", "0", "--keep-lead"]
+    assert run(["plan", *data, *measured, "--out", str(out)]) == 0
     made = Plan.load(out)
     assert made.model["layers"] == ["embedding", "block1", "block2", "head"]
     assert run(["train", *data[:-2], "--limit-train", "40", "--epochs", "1", "--plan", str(out), "--quiet"]) == 0

@@ -255,7 +255,7 @@ def test_damaged_configuration_files(codes: Counter[int], damage: Callable[[byte
 def plan_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     arguments = ["plan", "--data", "digits", "--model", "mlp", "--workers", "2", "--batch-size", "16", "--repeats", "1",
-                 "--latency", "0.001", "--bandwidth", "1GB", "--out", str(path)]  # fmt: skip
+                 "--latency", "0.001", "--bandwidth", "1GB", "--neighbours", "0", "--out", str(path)]  # fmt: skip
     assert answer(arguments)[0] == 0
     return path.read_bytes()
 

@@ -629,6 +629,7 @@ def test_what_kept_graphs_buy_is_told_by_the_same_plan_without_them() -> None:
         ({"method": dataclasses.replace(dtrp.get_method("dtrp"), name="mine")}, "no row of dtrp's"),
         ({"compensate": True, "max_batch_size": 8}, "max_batch_size=8 with an example of 16"),
         ({"num_workers": 4, "num_microbatches": 1, "max_delay": 1}, "leaves a delay of 5"),
+        ({"neighbours": -1}, "neighbours=-1: pass a whole number of at least 0"),
     ],
 )
 def test_what_cannot_be_planned(options: dict[str, Any], message: str) -> None:

@@ -49,6 +49,11 @@ from .options import CHOICE_TYPES, DATA, DEFAULTS, train_options
     "--threads", type=click.IntRange(min=1), default=1, help="CPU threads of a worker, and of the one worker."
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=7, help="Rounds of the measurement.")
+@click.option(
+    "--neighbours",
+    type=click.IntRange(min=0),
+    help="Processes that work beside the measured one (on the CPU as many as there are other workers).",
+)
 @click.option("--out", type=click.Path(dir_okay=False), default="plan.json", help="The file to write.")
 @click.option("--overwrite", is_flag=True, help="Replace it if it is there.")
 def plan(**options: Any) -> None:
@@ -97,6 +102,7 @@ def plan(**options: Any) -> None:
             max_delay=options["max_delay"],
             lr_scaling=options["lr_scaling"],
             repeats=options["repeats"],
+            neighbours=options["neighbours"],
         )
         made.save(out)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:

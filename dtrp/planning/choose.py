@@ -122,8 +122,13 @@ def plan(
     _check_number("memory_limit_bytes", memory_limit_bytes, 1)
     _check_number("latency_s", latency_s, 0)
     _check_number("bandwidth_bytes_s", bandwidth_bytes_s, 0, above=True)
-    for name, value in (("num_microbatches", num_microbatches), ("max_delay", max_delay), ("repeats", repeats)):
-        least = 0 if name == "max_delay" else 1
+    for name, value in (
+        ("num_microbatches", num_microbatches),
+        ("max_delay", max_delay),
+        ("repeats", repeats),
+        ("neighbours", neighbours),
+    ):
+        least = 0 if name in ("max_delay", "neighbours") else 1
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise PlanError(f"{name}={value!r}: pass a whole number of at least {least}")
     base = num_samples(checked_example(example)[0])
