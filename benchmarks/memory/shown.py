@@ -38,6 +38,10 @@ def resnet110() -> str:
     return _table("resnet110", cut=False)
 
 
+def resnet110_cut() -> str:
+    return _table("resnet110", cut=True)
+
+
 def resnet1202() -> str:
     return _table("resnet1202", cut=False)
 
@@ -57,9 +61,17 @@ def _each(values: list[float]) -> str:
 
 
 def said() -> list[str]:
-    """ResNet-56, one micro-batch: fdg and dtrp at K=8 beside one worker."""
+    return _said("resnet56")
+
+
+def said_1202() -> list[str]:
+    return _said("resnet1202")
+
+
+def _said(model: str) -> list[str]:
+    """One micro-batch: fdg and dtrp at K=8 beside one worker."""
     own = {(row["method"], row["stages"], row["num_microbatches"]): row["peak_bytes"] for row in LOCAL
-           if row["model"] == "resnet56"}  # fmt: skip
+           if row["model"] == model}  # fmt: skip
     alone, fdg, dtrp = (own[key] for key in (("bp", 1, 1), ("fdg", 8, 1), ("dtrp", 8, 1)))
     return [*(f"{sum(each) / 1e6:.1f}" for each in (alone, fdg, dtrp)), f"{sum(fdg) / sum(alone):.1f}",
             f"{sum(dtrp) / sum(alone):.1f}", *(f"{max(each) / 1e6:.1f}" for each in (fdg, dtrp))]  # fmt: skip
