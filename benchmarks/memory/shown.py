@@ -57,7 +57,7 @@ def ranks() -> str:
 
 
 def _each(values: list[float]) -> str:
-    return ", ".join(f"{value:.0f}" for value in values)
+    return ", ".join(f"{value:.1f}" for value in values)
 
 
 def said() -> list[str]:
