@@ -5,6 +5,7 @@ train by; `Schedule` writes a method's order of work down; `linear`, `rollout` a
 `plan` chooses cuts, batch and memory for a model, and `simulate` runs a schedule without one.
 """
 
+from .errors import StageError
 from .methods import Method, get_method, list_methods
 from .pipeline import Pipeline
 from .plan_file import Plan, PlanError
@@ -14,7 +15,6 @@ from .sampler import ResumableSampler
 from .saving import CheckpointError
 from .schedule import Schedule, ScheduleError
 from .splitting import Stages, split
-from .stage import StageError
 
 __all__ = [
     "CheckpointError",

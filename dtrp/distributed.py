@@ -32,13 +32,14 @@ from .agreeing import Proposals
 from .busy import WorkingTime
 from .checkpoint import on_cpu
 from .engine import Losses, Progress
+from .errors import StageError, naming
 from .failure import WorkerError
 from .links import Receiver, Sender
 from .messages import Kind, Message, Note, memory_of
 from .methods import Method
 from .predict import BuiltInPredictor
 from .schedule import Action, StageOrder
-from .stage import Stage, StageError, naming
+from .stage import Stage
 from .stash import MicroBatch
 from .ties import Tie, add_up, hand_over
 from .trace import Span, Tracer

@@ -92,7 +92,7 @@ class Driver:
 
     def skipped_updates(self) -> dict[int, list[int]]:
         """``{stage: mini-batches}`` whose update was left out, their gradient not being finite (``on_nonfinite="skip"``)."""
-        return {stage.index: list(stage.skipped) for stage in self._engine.stages}
+        return {stage.index: list(stage.updates.skipped) for stage in self._engine.stages}
 
     def memory(self) -> dict[int, dict[str, int]]:
         """Bytes that each stage holds now, measured from its tensors.

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .agreeing import Proposals
 from .busy import WorkingTime
+from .errors import StageError
 from .messages import Note
 from .schedule import Action, Position
-from .stage import Stage, StageError
+from .stage import Stage
 from .stash import MicroBatch
 from .trace import Span
 

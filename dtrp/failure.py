@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from .stage import StageError
+from .errors import StageError
 
 T = TypeVar("T")
 _SLICE_S = 0.5  # the longest that a notice which slipped through goes unseen

@@ -11,10 +11,11 @@ from torch import Tensor
 from .agreeing import Proposals
 from .busy import WorkingTime
 from .engine import Losses, Progress
+from .errors import naming
 from .messages import Note
 from .methods import Method
 from .schedule import Action, StageOrder
-from .stage import Stage, naming
+from .stage import Stage
 from .stash import MicroBatch
 from .ties import add_up, hand_over
 from .trace import Span, Tracer

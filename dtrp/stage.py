@@ -25,15 +25,11 @@ parameters' places while the module runs.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 import math
-import types
-import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import TracebackType
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -45,67 +41,23 @@ from torch.optim import Optimizer
 from .aligned import aligned_clone, enter
 from .auxiliary import WithAux
 from .buffers import Met, marks
+from .compiling import compiled
 from .exchange import Places
 from .footprint import StageSizes, footprint, optimizer_bytes
 from .gauge import Gauge
-from .gradients import GradientRule, Unseen, all_finite, clip_, gradient_norm, nonfinite, overall
+from .gradients import GradientRule, gradient_norm
 from .methods import Keep, Method
 from .modes import in_mode, in_modes, modes_of
 from .predict import BuiltInPredictor, as_predictor
 from .rng import microbatch_seed, seeded
-from .schedule import Action, lead
+from .schedule import lead
 from .stash import AutocastState, Held, MicroBatch, WeightVersion, stash_bytes, states_bytes, tensor_bytes, value_bytes
 from .ties import Tie
 from .trees import flatten, map_tensors, tensors_of, unflatten
+from .updates import Updates
 
 LossFn = Callable[[Any, Any], Tensor]
 Buffers = Literal["own", "discarded", "returned"]
-
-_COMPILED_VARIANTS = 64  # of a stage, at most
-
-
-class StageError(RuntimeError):
-    """What went wrong in a stage: which one, at which micro-batch, and (``__cause__``) why.
-
-    Attributes:
-        stage, microbatch, minibatch: where; ``microbatch`` is None in an update.
-    """
-
-    def __init__(self, stage: int, action: Action, minibatch: int, cause: BaseException) -> None:
-        self.stage = stage
-        self.minibatch = minibatch
-        self.microbatch = None if action.kind == "U" else action.index
-        doing = {
-            "F": f"forward of micro-batch {action.index}",
-            "B": f"backward of micro-batch {action.index}",
-            "U": "update",
-        }[action.kind]
-        super().__init__(f"stage {stage}, {doing} (mini-batch {minibatch}): {type(cause).__name__}: {cause}")
-
-    @classmethod
-    def told(cls, text: str, stage: int, microbatch: int | None, minibatch: int) -> StageError:
-        """What another worker's StageError said, without its cause."""
-        error = cls.__new__(cls)
-        RuntimeError.__init__(error, text)
-        error.stage, error.microbatch, error.minibatch = stage, microbatch, minibatch
-        return error
-
-
-class naming:
-    """Within it an exception becomes a StageError that says where."""
-
-    __slots__ = ("_where",)
-
-    def __init__(self, stage: int, action: Action, minibatch: int) -> None:
-        self._where = (stage, action, minibatch)
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, StageError):
-            raise StageError(*self._where, error) from error
 
 
 class Stage:
@@ -167,8 +119,8 @@ class Stage:
         self.whole: nn.Module = module if aux is None else WithAux(module, *aux)  # what is trained here
         # Compiled code reads the parameters that are in their places when it runs, as the module itself does.
         self.compiles = compile is not None
-        self._call: Callable[[Any], Any] = call or (module if compile is None else _compiled(module, compile))
-        self._call_aux = self.aux if compile is None or self.aux is None else _compiled(self.aux, compile)
+        self._call: Callable[[Any], Any] = call or (module if compile is None else compiled(module, compile))
+        self._call_aux = self.aux if compile is None or self.aux is None else compiled(self.aux, compile)
         self.method = method
         self.device = device
         self.loss_fn = loss_fn
@@ -192,7 +144,6 @@ class Stage:
         own = [p for name, p in named if name not in others]
         self.optimizer = optimizer(own) if own else None
         self.lr_scheduler = lr_scheduler(self.optimizer) if lr_scheduler and self.optimizer else None
-        self.lr_factor = method.lr_shrink**self.distance
         # A frozen front part has nothing to differentiate, so nothing to keep and nothing to repeat.
         self.trains = bool(self.parameters) or needs_input_grad
         assert not (method.local and self.trains and loss_fn is None), "it has a loss of its own"
@@ -208,11 +159,12 @@ class Stage:
         self.predicts_alike = isinstance(self.predictor, BuiltInPredictor) and not self.uses_gradients
 
         self.rule = rule or GradientRule()
-        self._at_once = at_once or self.rule.max_norm is not None or self.rule.on_nonfinite == "skip"
-        self._unseen = Unseen()
+        self.updates = Updates(
+            index, dict(named), self.optimizer, self.lr_scheduler, self.rule,
+            lr_factor=method.lr_shrink**self.distance, device=device, at_once=at_once,
+        )  # fmt: skip
 
         self.version = 0  # updates made, those that were left out counted
-        self.skipped: list[int] = []  # mini-batches whose update was left out
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
         self.delays: Counter[int] = Counter()
         self.stash_peak = self.activations_peak = self.gradients_peak = 0  # bytes
@@ -404,7 +356,7 @@ class Stage:
             waiting = sum(held.micro.share for held in self._stash if held.micro.minibatch == self.version)
             known = any(gradient is not None for gradient in self.gradients)
             more = {"gradients": self.gradients, "share": max(0.0, 1.0 - waiting) if known else 0.0}
-        with torch.no_grad(), self._shrunk_lr():
+        with torch.no_grad(), self.updates.shrunk_lr():
             self.predictor(
                 self.parameters,
                 self.optimizer,
@@ -650,84 +602,17 @@ class Stage:
         Raises:
             StageError: a gradient is not finite, and the rule says to stop. Nothing has been updated here.
         """
-        applies = True
         if self.optimizer is not None:
-            for p, gradient in zip(self.parameters, self.gradients, strict=True):
-                p.grad = gradient
-            try:
-                applies = self._admit(norms)
-                if applies:
-                    with self._shrunk_lr():
-                        self.optimizer.step()
-                else:
-                    self.skipped.append(self.version)
-            finally:
-                for p in self.parameters:
-                    p.grad = None
+            self.updates.step(self.version, self.gradients, norms)
             # Freed with the stage's next work, not here: a heap that is empty between two steps goes back to the
             # system and is faulted in again, a tenth of a small network's step.
             self._spent, self.gradients = self.gradients, [None] * len(self.parameters)
             self.gradients_peak = max(self.gradients_peak, self._gradients_bytes())
-        if self.lr_scheduler is not None:
-            self._step_scheduler(self.lr_scheduler, applies)
         self.version += 1
-
-    def _admit(self, norms: Sequence[float] | None) -> bool:
-        """Whether the gradient, which is in ``p.grad``, is to be applied; it is clipped then."""
-        rule = self.rule
-        self.check_gradients()
-        if not self._at_once:
-            self._unseen.add(self.version, self.gradients, self.device)
-            return True
-        unclipped = norms is None and rule.max_norm is None
-        if unclipped and self.device.type == "cpu" and all_finite(self.gradients):
-            return True
-        if norms is None or (rule.clip == "stage" and rule.max_norm is not None):
-            norm = gradient_norm(self.gradients)
-        else:
-            like = next((g for g in self.gradients if g is not None), torch.zeros(()))
-            norm = torch.tensor(overall(norms), dtype=like.dtype.to_real(), device=like.device)
-        every = {self.index: float(norm)} if norms is None else dict(enumerate(norms))
-        bad = next((stage for stage, each in every.items() if not math.isfinite(each)), None)
-        if bad is not None:
-            if rule.on_nonfinite == "skip":
-                return False
-            cause = nonfinite(self.version, bad, self.names, self.gradients if bad == self.index else ())
-            raise StageError(bad, Action("U", self.version), self.version, cause) from cause
-        if rule.max_norm is not None:
-            clip_(self.parameters, rule.max_norm, norm)
-        return True
 
     def check_gradients(self) -> None:
         """Refuse a gradient that was not finite and has been applied: an accelerator answers when it comes to it."""
-        minibatch = self._unseen.first_bad()
-        if minibatch is not None:
-            cause = nonfinite(minibatch, self.index, self.names, ())
-            raise StageError(self.index, Action("U", minibatch), minibatch, cause) from cause
-
-    def _step_scheduler(self, scheduler: Any, applied: bool) -> None:
-        if applied:
-            scheduler.step()
-            return
-        with warnings.catch_warnings():  # where the very first update is left out, torch takes it for a wrong order
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
-            scheduler.step()
-
-    @contextmanager
-    def _shrunk_lr(self) -> Iterator[None]:
-        """lr * lr_shrink**d, out of the scheduler's sight."""
-        if self.lr_factor == 1 or self.optimizer is None:
-            yield
-            return
-        groups = self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        try:
-            for group in groups:
-                group["lr"] = group["lr"] * self.lr_factor
-            yield
-        finally:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
+        self.updates.check()
 
     # -- what it holds ------------------------------------------------------------------------------
 
@@ -757,7 +642,7 @@ class Stage:
     def drop(self) -> None:
         """Forget what is in flight."""
         self.rest()
-        self._unseen.drop()
+        self.updates.drop()
         self._stash.clear()
         if self.gauge is not None:
             self.gauge.drop()
@@ -788,25 +673,6 @@ class Stage:
             "stash": stash_bytes(self._stash),
             "stash_peak": self.stash_peak,
         }
-
-
-def _compiled(module: nn.Module, arguments: Mapping[str, Any]) -> Callable[[Any], Any]:
-    def run(x: Any) -> Any:
-        return module(x)
-
-    # The compiler keeps so many variants of a code object and runs the rest as it is: no two stages may share one, and a stage has
-    # one for each of gradients or none, train or eval mode, autocast or not, before and after sizes change.
-    own = types.FunctionType(run.__code__.replace(), globals(), run.__name__, None, run.__closure__)
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not in every torch
-        arguments = {"recompile_limit": _COMPILED_VARIANTS, **arguments}
-    compiled = torch.compile(own, **arguments)
-
-    def call(x: Any) -> Any:
-        with warnings.catch_warnings():  # the compiler looks at .grad of what the module is given, which is no leaf
-            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-            return compiled(x)
-
-    return call
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:

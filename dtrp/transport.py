@@ -33,12 +33,12 @@ import torch
 from torch import Tensor
 
 from .agreeing import NUM_BITS, bits_of, word_of
+from .errors import StageError
 from .failure import GRACE_S, Board, Failure, Helper, SigtermHandler, WorkerError
 from .groups import Meeting
 from .links import Link, Receiver, Sender, Wire
 from .messages import Kind, Message, Note, object_tensor
 from .ranks import Ranks, watch_launcher
-from .stage import StageError
 from .ties import Tie
 from .trace import Tracer
 from .trees import map_tensors

@@ -11,9 +11,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from dtrp.errors import StageError
 from dtrp.failure import Board, Failure, SigtermHandler, WaitTimeoutError, WorkerError
 from dtrp.ranks import _interruptibly
-from dtrp.stage import StageError
 from dtrp.starting import Presence
 from dtrp.watch import _WORD_BYTES, _packed
 

@@ -10,6 +10,7 @@ import click
 
 from ..checks import check_settings
 from ..compare import read_summary
+from ..errors import StageError
 from ..failure import WorkerError
 from ..planned import resolved
 from ..results import TrainResult
@@ -17,7 +18,6 @@ from ..runs import RunFolder, left_by
 from ..saving import CheckpointError
 from ..settings import TrainConfig, config_text
 from ..staff import worker_range, workers_per_replica
-from ..stage import StageError
 from ..train import Interrupted, Reporter, Trainer
 
 

@@ -50,7 +50,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
         "version": stage.version,
         "keep": stage.method.keep if stage.has_decided else None,
         "changes_input": stage._changes_input,
-        "skipped": list(stage.skipped),
+        "skipped": list(stage.updates.skipped),
         "delays": encode(stage.delays, "delays"),
         "peaks": [stage.stash_peak, stage.activations_peak],
         "buffers": encode(buffers, "buffer"),
@@ -332,7 +332,7 @@ class StageParts:
         stage.has_decided = keep is not None
         stage.version = self.part["version"]
         stage.delays = self.delays
-        stage.skipped = list(self.part["skipped"])
+        stage.updates.skipped = list(self.part["skipped"])
         stage.stash_peak, stage.activations_peak = self.part["peaks"]
         stage._changes_input = self.part["changes_input"]
         stage.gradients = self.gradients

@@ -22,10 +22,11 @@ import torch
 
 from .. import checkpoint
 from ..engine import Engine, Progress
+from ..errors import StageError
 from ..files import whole_file
 from ..gradients import GradientRule
 from ..schedule import lead
-from ..stage import Stage, StageError
+from ..stage import Stage
 from . import checks, exact, folder, manifest, portable
 from .coding import Decoder, Encoder, Spec, tensor_keys
 from .manifest import Checkpoint, CheckpointError

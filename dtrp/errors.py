@@ -1,0 +1,51 @@
+"""What went wrong in a stage, and where."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from .schedule import Action
+
+
+class StageError(RuntimeError):
+    """What went wrong in a stage: which one, at which micro-batch, and (``__cause__``) why.
+
+    Attributes:
+        stage, microbatch, minibatch: where; ``microbatch`` is None in an update.
+    """
+
+    def __init__(self, stage: int, action: Action, minibatch: int, cause: BaseException) -> None:
+        self.stage = stage
+        self.minibatch = minibatch
+        self.microbatch = None if action.kind == "U" else action.index
+        doing = {
+            "F": f"forward of micro-batch {action.index}",
+            "B": f"backward of micro-batch {action.index}",
+            "U": "update",
+        }[action.kind]
+        super().__init__(f"stage {stage}, {doing} (mini-batch {minibatch}): {type(cause).__name__}: {cause}")
+
+    @classmethod
+    def told(cls, text: str, stage: int, microbatch: int | None, minibatch: int) -> StageError:
+        """What another worker's StageError said, without its cause."""
+        error = cls.__new__(cls)
+        RuntimeError.__init__(error, text)
+        error.stage, error.microbatch, error.minibatch = stage, microbatch, minibatch
+        return error
+
+
+class naming:
+    """Within it an exception becomes a StageError that says where."""
+
+    __slots__ = ("_where",)
+
+    def __init__(self, stage: int, action: Action, minibatch: int) -> None:
+        self._where = (stage, action, minibatch)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, StageError):
+            raise StageError(*self._where, error) from error
