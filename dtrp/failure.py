@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -69,7 +69,11 @@ class Failure:
         if isinstance(error, KeyboardInterrupt):
             return cls("ended", rank, f"rank {rank} was interrupted")
         if isinstance(error, SystemExit):
-            return cls("ended", rank, f"rank {rank} has ended (exit code {error.code})")
+            # Who reports an error and exits, as torch.multiprocessing.spawn does in its processes, has one in hand.
+            why = f", after {type(error.__context__).__name__}: {error.__context__}" if error.__context__ else ""
+            return cls(
+                "ended", rank, f"rank {rank} has ended (exit code {error.code or 0}){why}", None, trace if why else ""
+            )
         return cls("ended", rank, f"rank {rank} has ended with {type(error).__name__}: {error}", None, trace)
 
     def error(self, doing: str) -> Exception:
@@ -101,6 +105,8 @@ class Board:
     def __init__(self, timeout_s: float, on_failure: Callable[[Failure], None]) -> None:
         self.timeout_s = timeout_s
         self.doing = "starting"  # for messages
+        self.awaited: Sequence[int] = ()  # the ranks that the main thread waits for
+        self.explain: Callable[[Sequence[int]], str] = lambda awaited: ""  # what keeps them, for messages
         self.failure: Failure | None = None
         self.raised = False  # whether the main thread knows
         self._on_failure = on_failure
@@ -127,12 +133,13 @@ class Board:
             self.raised = True
             raise self.failure.error(self.doing)
 
-    def wait(self, take: Callable[[], T | None], describe: Callable[[], str]) -> T:
+    def wait(self, take: Callable[[], T | None], describe: Callable[[], str], awaited: Sequence[int] = ()) -> T:
         """Wait until ``take`` returns something.
 
         Args:
             take: looks for what is waited for; must not block.
             describe: who waits for what, "rank 1 ... for rank 0: ...", with ``{}`` where the seconds belong.
+            awaited: those ranks, where they can be asked what keeps them.
 
         Raises:
             WaitTimeoutError: after ``timeout_s``.
@@ -142,11 +149,15 @@ class Board:
         while True:
             value = take()
             if value is not None:
+                self.awaited = ()
                 return value
             self.check()
+            self.awaited = awaited
             left = deadline - time.monotonic()
             if left <= 0:
-                raise WaitTimeoutError(describe().format(f"{self.timeout_s:g} s"))
+                text = describe().format(f"{self.timeout_s:g} s") + self.explain(awaited)
+                self.check()  # another may have said so first
+                raise WaitTimeoutError(text)
             with suppress(queue.Empty):
                 self._bell.get(timeout=min(left, _SLICE_S))
 
@@ -166,7 +177,11 @@ class Helper:
         return self._thread.is_alive()
 
     def run(
-        self, job: Callable[[], Any], describe: Callable[[], str], meanwhile: Callable[[], None] = lambda: None
+        self,
+        job: Callable[[], Any],
+        describe: Callable[[], str],
+        meanwhile: Callable[[], None] = lambda: None,
+        awaited: Sequence[int] = (),
     ) -> Any:
         """What ``job`` returns or raises; ``meanwhile`` is called again and again, and may raise too."""
 
@@ -177,7 +192,7 @@ class Helper:
             return None
 
         self._jobs.put(job)
-        result, error = self._board.wait(take, describe)
+        result, error = self._board.wait(take, describe, awaited)
         if error is not None:
             # A peer's end looks like an error of the backend: what the watch says of it comes first.
             until = time.monotonic() + GRACE_S
@@ -199,18 +214,17 @@ class Helper:
             self._board.notify()
 
 
-class SigtermHandler:
-    """SIGTERM as an exception in the main thread, one that names who failed.
+class SigtermListener:
+    """Hears SIGTERM in the main thread of this process, where nobody else listens; `restore` puts things back.
 
-    torchrun ends the other workers so when one has died, and the signal is often faster than the news. Installed
-    only where nobody else listens, and only in the main thread; `restore` puts things back.
+    Args:
+        hear: called with the signal's number; may raise.
     """
 
-    def __init__(self, board: Board, rank: int) -> None:
-        self._board, self._rank, self._process = board, rank, os.getpid()
-        self._ignored_until: float | None = None
+    def __init__(self, hear: Callable[[int], None]) -> None:
+        self._hear, self._process = hear, os.getpid()
         before = signal.getsignal(signal.SIGTERM)
-        self._installed = before is signal.SIG_DFL or isinstance(getattr(before, "__self__", None), SigtermHandler)
+        self._installed = before is signal.SIG_DFL or isinstance(getattr(before, "__self__", None), SigtermListener)
         try:
             if self._installed:
                 signal.signal(signal.SIGTERM, self._handle)
@@ -225,17 +239,39 @@ class SigtermHandler:
         self._installed = False
 
     def _handle(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
         if os.getpid() != self._process:  # a child that was forked with the handler, and has no part in the run
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-            return
+        else:
+            self._hear(number)
+
+
+class SigtermHandler(SigtermListener):
+    """SIGTERM as an exception in the main thread, one that names who failed.
+
+    torchrun ends the other workers so when one has died, and the signal is often faster than the news.
+
+    Args:
+        board: where the news comes.
+        rank: of this process.
+        missed: while no news can come yet, a text that says for whom this rank waits; else an empty one.
+    """
+
+    def __init__(self, board: Board, rank: int, missed: Callable[[], str] = lambda: "") -> None:
+        self._board, self._rank, self._missed = board, rank, missed
+        self._ignored_until: float | None = None
+        super().__init__(self._obey)
+
+    def _obey(self, number: int) -> None:
+        now = time.monotonic()
         if self._board.raised:  # the process is about to end and to say why; but it cannot refuse for ever
             if self._ignored_until is None:
                 self._ignored_until = now + _LAST_WORDS_S
             if now < self._ignored_until:
                 return
             raise SystemExit(128 + number)
+        if self._board.failure is None and (text := self._missed()):
+            raise WorkerError(text)
         while self._board.failure is None and time.monotonic() < now + _NEWS_S:
             time.sleep(0.01)
         self._board.fail(Failure("ended", self._rank, f"rank {self._rank} was told to end (SIGTERM)"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import sys
 import threading
 import time
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .starting import Presence, first_holds_store, meet
+from .failure import SigtermListener, WorkerError
+from .starting import Presence, Start, first_holds_store
 
 LAUNCHER_VARIABLE = "DTRP_LAUNCHER"  # the process that has started the launcher, or is it
 _MOST_WAIT_S = 5.0  # for a process whose launcher is gone to end by itself
@@ -95,6 +97,8 @@ def find_ranks(group: Any, mesh: Any, timeout_s: float) -> Ranks | None:
     if mesh is not None:
         return _of_mesh(mesh)
     if group is not None:
+        if group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("this process is not in the group; only ranks of the group make a Pipeline on it")
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(
                 f"group is a {type(group).__name__}; pass a process group, as from torch.distributed.new_group"
@@ -113,9 +117,30 @@ def join(timeout_s: float) -> None:
 
     Raises:
         TimeoutError: the other ranks did not come.
+        WorkerError: the launcher has ended this process since one of them failed.
     """
     if dist.is_available() and not dist.is_initialized() and under_launcher():
         _interruptibly(lambda at: _join(timeout_s, at), timeout_s)
+
+
+@dataclass
+class _Progress:
+    """How far this rank has come to join the others."""
+
+    start: Start | None = None
+    presence: Presence | None = None  # once all have come
+
+    def missing(self) -> list[int]:
+        """Whom it waits for, as far as that is known."""
+        if self.presence is not None:
+            return self.presence.missing()
+        if self.start is not None:
+            return self.start.missing()
+        return [0] if first_holds_store() and os.environ.get("RANK") != "0" else []
+
+
+class _ToldToEndError(BaseException):
+    """SIGTERM, while this process waited for the others."""
 
 
 def _of_mesh(mesh: Any) -> Ranks:
@@ -138,20 +163,21 @@ def _of_mesh(mesh: Any) -> Ranks:
     return Ranks(rows, dist.get_rank())
 
 
-def _join(timeout_s: float, at: list[Presence]) -> None:
-    """`init_process_group` under keys of this start's own: see `dtrp.starting`; ``at`` is told who connects."""
+def _join(timeout_s: float, at: _Progress) -> None:
+    """`init_process_group` under keys of this start's own: see `dtrp.starting`; ``at`` is told how far it has come."""
     from torch.distributed.rendezvous import rendezvous  # torch may have been built without
 
     timeout = timedelta(seconds=timeout_s)
     world_size = int(os.environ["WORLD_SIZE"])
     # For a world of one the first rank does not wait here, where it could not say for whom.
     store, rank, _ = next(iter(rendezvous("env://?world_size=1", timeout=timeout)))
-    start = meet(store, rank, world_size, timeout_s)
+    at.start = Start(store, rank, world_size)
+    start = at.start.meet(timeout_s)
     nccl = dist.is_nccl_available() and torch.cuda.is_available()
     own_device = nccl and int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) <= torch.cuda.device_count()
     prefixed = dist.PrefixStore(f"dtrp/{start}", store)  # type: ignore[attr-defined]
-    at.append(Presence(dist.PrefixStore("presence", prefixed), range(world_size), rank))  # type: ignore[attr-defined]
-    at[0].connect()
+    at.presence = Presence(dist.PrefixStore("presence", prefixed), range(world_size), rank)  # type: ignore[attr-defined]
+    at.presence.connect()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if own_device else "gloo",
         store=prefixed,
@@ -170,10 +196,10 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _interruptibly(job: Callable[[list[Presence]], None], timeout_s: float) -> None:
-    """Run in a thread what would not hear Ctrl-C; ``job`` has a time-out of its own, and is told where to say who connects."""
+def _interruptibly(job: Callable[[_Progress], None], timeout_s: float) -> None:
+    """Run in a thread what would not hear Ctrl-C; ``job`` has a time-out of its own, and says how far it has come."""
     errors: list[BaseException] = []
-    at: list[Presence] = []
+    at = _Progress()
 
     def run() -> None:
         try:
@@ -186,29 +212,55 @@ def _interruptibly(job: Callable[[list[Presence]], None], timeout_s: float) -> N
     guard = Finalize(None, lambda: _end_with(thread), exitpriority=40)
     deadline, launcher = time.monotonic() + timeout_s + 2, _launcher()
     missing: list[int] = []
-    while thread.is_alive() and not missing and time.monotonic() < deadline:
-        thread.join(0.1)
-        missing = at[0].beat() if at else []
-        if os.getppid() != launcher and "TORCHELASTIC_RUN_ID" in os.environ:
-            raise ConnectionError("the launcher of this process is gone, before all ranks had come")
+    sigterm = SigtermListener(_told_to_end)
+    try:
+        while thread.is_alive() and not missing and time.monotonic() < deadline:
+            thread.join(0.1)
+            missing = at.presence.beat() if at.presence is not None else []
+            if os.getppid() != launcher and "TORCHELASTIC_RUN_ID" in os.environ:
+                raise ConnectionError("the launcher of this process is gone, before all ranks had come")
+    except _ToldToEndError:
+        sigterm.restore()
+        raise _missed(at) from None
+    finally:
+        sigterm.restore()
     if not thread.is_alive():
         guard.cancel()
         if not errors:
             return
     if errors and not isinstance(errors[0], (TimeoutError, RuntimeError)):
         raise errors[0]
-    if at and (missing := missing or at[0].missing()):
+    if at.presence is not None and (missing := missing or at.presence.missing()):
         reason = f" (rank {', '.join(map(str, missing))} came and is not heard of any more)"
     elif errors and str(errors[0]):
         lost = isinstance(errors[0], dist.DistError) and first_holds_store()
         reason = f" ({'rank 0 cannot be reached: ' if lost else ''}{str(errors[0]).splitlines()[0]})"
     else:
-        reason = " (rank 0 cannot be reached)" if not at and first_holds_store() else ""
+        reason = " (rank 0 cannot be reached)" if at.presence is None and first_holds_store() else ""
     rank, world_size = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
     raise TimeoutError(
         f"rank {rank} could not join the {world_size} ranks of the run within {timeout_s:g} s{reason}; start all of them, "
         "and see that MASTER_ADDR and MASTER_PORT can be reached"
     ) from (errors[0] if errors else None)
+
+
+def _told_to_end(number: int) -> None:
+    raise _ToldToEndError(number)
+
+
+def _missed(at: _Progress) -> BaseException:
+    """What SIGTERM comes to: a launcher ends the others so when one has died, which could not say so itself."""
+    try:
+        missing = at.missing()
+    except RuntimeError:  # of the store
+        missing = []
+    if not missing:
+        return SystemExit(128 + signal.SIGTERM)
+    how = "came and is not heard of any more" if at.presence is not None else "has not come"
+    return WorkerError(
+        f"rank {os.environ.get('RANK', '?')} was told to end (SIGTERM) while it waited for rank "
+        f"{', '.join(map(str, missing))}, which {how}"
+    )
 
 
 def _end_with(thread: threading.Thread) -> None:

@@ -26,51 +26,78 @@ _TOLD_S = 0.7  # until all have heard who is missed: longer than they take from 
 _SILENCE_S = 1.5  # of a rank that is missed
 
 
-def meet(store: Any, rank: int, world_size: int, timeout_s: float) -> str:
-    """The name of this start, new, and the same on all of its ranks.
+class Start:
+    """The ranks of one start, on their way to each other.
 
     Args:
         store: that all of them see.
         rank: of this process, as the launcher says.
         world_size: of the start, as the launcher says.
-        timeout_s: the longest wait.
 
-    Raises:
-        TimeoutError: some did not come.
+    Attributes:
+        name: of this start, new, and the same on all of its ranks; empty until this one has heard it.
     """
-    own = uuid.uuid4().hex
-    until = time.monotonic() + timeout_s
-    name = own if rank == 0 else ""
-    others = range(1, world_size)
-    roll: list[str | None] = []
-    if rank:
-        store.set(f"dtrp/here/{rank}", own)
-    while True:
-        if rank == 0:
-            marks = [
-                store.get(key).decode() if store.check([key := f"dtrp/here/{other}"]) else None for other in others
-            ]
-            if [name, *marks] != roll:
-                roll = [name, *marks]
-                store.set("dtrp/roll", json.dumps(roll))
-        elif store.check(["dtrp/roll"]):
-            called = json.loads(store.get("dtrp/roll"))
-            if called[rank : rank + 1] == [own] and called[0] != name:
-                name = called[0]
-                store.set(f"dtrp/heard/{name}/{rank}", "")
-        missing = [other for other in others if not store.check([f"dtrp/heard/{name}/{other}"])] if name else [0]
-        if not missing:
-            return name
-        absent = f"dtrp/absent/{name}"
-        if rank and store.check([absent]):
-            missing = json.loads(store.get(absent))
-        elif time.monotonic() < until:
-            time.sleep(_POLL_S)
-            continue
-        elif rank == 0:  # whose store it may be
-            store.set(absent, json.dumps(missing))
-            time.sleep(_TOLD_S)
-        raise TimeoutError(f"rank {', '.join(map(str, missing))} has not come")
+
+    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+        self._store, self._rank, self._others = store, rank, range(1, world_size)
+        self._own = uuid.uuid4().hex
+        self.name = "" if rank else self._own
+
+    def meet(self, timeout_s: float) -> str:
+        """The name, once all have heard it.
+
+        Args:
+            timeout_s: the longest wait.
+
+        Raises:
+            TimeoutError: some did not come.
+        """
+        store, rank = self._store, self._rank
+        until = time.monotonic() + timeout_s
+        roll: list[str | None] = []
+        if rank:
+            store.set(f"dtrp/here/{rank}", self._own)
+        while True:
+            if rank == 0:
+                marks = [
+                    store.get(key).decode() if store.check([key := f"dtrp/here/{other}"]) else None
+                    for other in self._others
+                ]
+                if [self.name, *marks] != roll:
+                    roll = [self.name, *marks]
+                    store.set("dtrp/roll", json.dumps(roll))
+            elif (called := self._called()) not in ("", self.name):
+                self.name = called
+                store.set(f"dtrp/heard/{self.name}/{rank}", "")
+            missing = self._deaf() if self.name else [0]
+            if not missing:
+                return self.name
+            absent = f"dtrp/absent/{self.name}"
+            if rank and store.check([absent]):
+                missing = json.loads(store.get(absent))
+            elif time.monotonic() < until:
+                time.sleep(_POLL_S)
+                continue
+            elif rank == 0:  # whose store it may be
+                store.set(absent, json.dumps(missing))
+                time.sleep(_TOLD_S)
+            raise TimeoutError(f"rank {', '.join(map(str, missing))} has not come")
+
+    def missing(self) -> list[int]:
+        """Who has not come until now."""
+        if self.name:
+            return self._deaf()
+        first = [] if self._called() else [0]
+        return first + [other for other in self._others if not self._store.check([f"dtrp/here/{other}"])]
+
+    def _called(self) -> str:
+        """The name that the first rank has called this very process to."""
+        roll = json.loads(self._store.get("dtrp/roll")) if self._store.check(["dtrp/roll"]) else []
+        return str(roll[0]) if roll[self._rank : self._rank + 1] == [self._own] else ""
+
+    def _deaf(self) -> list[int]:
+        """Who has not heard the name."""
+        return [other for other in self._others if not self._store.check([f"dtrp/heard/{self.name}/{other}"])]
 
 
 def first_holds_store() -> bool:

@@ -85,7 +85,7 @@ class Transport:
         self._helper = Helper(self.board)
         # Runs at the end of a process that multiprocessing started, too.
         self._at_exit = Finalize(None, self._leave, exitpriority=100)
-        self._sigterm = SigtermHandler(self.board, ranks.rank)
+        self._sigterm = SigtermHandler(self.board, ranks.rank, self._missed_at_the_start)
         gone = Failure("ended", ranks.rank, f"the launcher of rank {ranks.rank} is gone")
         watch_launcher(lambda: self.board.fail(gone), lambda: self.closed)
         try:
@@ -95,6 +95,7 @@ class Transport:
             self.close()
             raise
         self._watch = Watch(ranks, watch, self.board, self._end_links)
+        self.board.explain = self._watch.explain
         place = ranks.all.index(ranks.rank)
         left = ranks.all[place - 1] if place else None
         right = ranks.all[place + 1] if place + 1 < len(ranks.all) else None
@@ -164,6 +165,13 @@ class Transport:
     def _describe_missing(self) -> str:
         return self._missed(self._meeting.presence.missing(self._meeting.missing))
 
+    def _missed_at_the_start(self) -> str:
+        """What this rank has to say when it is told to end before the watch can know of anybody."""
+        if self._watch is not None:
+            return ""
+        missing = self._meeting.presence.missing(self._meeting.missing)
+        return f"{self._missed(missing).format('in vain')} (it was told to end, by SIGTERM)" if missing else ""
+
     def _missed(self, missing: list[int]) -> str:
         how = "has not come" if set(missing) <= set(self._meeting.missing) else "came and is not heard of any more"
         named = f"rank {', '.join(map(str, missing))}, which {how}"
@@ -201,7 +209,7 @@ class Transport:
                 self._check_done(link.peer, what)
             return message
 
-        return self.board.wait(take, lambda: self._describe(link, what()))
+        return self.board.wait(take, lambda: self._describe(link, what()), (link.peer,))
 
     def average(
         self, gradients: list[Tensor | None], like: Sequence[Tensor], samples: int, loss: float, word: int
@@ -249,13 +257,15 @@ class Transport:
                     gradient.copy_(part.view(gradient.shape))
             return all_losses / all_samples, word_of(rest[:NUM_BITS])
 
-        others = ", ".join(str(rank) for rank in self.ranks.replicas if rank != self.ranks.rank)
+        others = [rank for rank in self.ranks.replicas if rank != self.ranks.rank]
         result: tuple[float, int] = self._helper.run(
             all_reduce,
             lambda: (
-                f"rank {self.ranks.rank} has waited {{}} for the gradients of stage {self.ranks.stage} of its replicas "
-                f"(rank {others}); every rank must call step() the same number of times"
+                f"rank {self.ranks.rank}, {self.board.doing}, has waited {{}} for rank {', '.join(map(str, others))}: the "
+                f"gradients of stage {self.ranks.stage} in the other replicas, for its update. Every rank must call step() the "
+                "same number of times"
             ),
+            awaited=others,
         )
         return result
 
@@ -273,7 +283,11 @@ class Transport:
         senders = [link for link in (self.forward_out, self.backward_out) if link is not None]
         self.board.wait(
             lambda: True if all(link.begun == link.finished for link in senders) else None,
-            lambda: f"rank {self.ranks.rank} has waited {{}} for its messages to arrive",
+            lambda: (
+                f"rank {self.ranks.rank}, {self.board.doing}, has waited {{}} for rank "
+                f"{', '.join(str(link.peer) for link in senders)} to take its messages"
+            ),
+            [link.peer for link in senders],
         )
 
     # -- what all ranks do together -----------------------------------------------------------------------
@@ -338,6 +352,7 @@ class Transport:
             lambda: (
                 f"rank {self.ranks.rank}, {self.board.doing}, has waited {{}} for rank {link.peer} to take its input"
             ),
+            (link.peer,),
         )
 
     def _pass_on(self, into: Receiver | None, out: Sender | None, method: str, work: Callable[[Any], Any]) -> Any:
@@ -443,6 +458,8 @@ class Transport:
         if os.getpid() != self._process:
             return
         error = sys.exc_info()[1] or getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        if isinstance(error, SystemExit) and not error.code:  # of a multiprocessing child, too, that is through
+            error = None
         unheard = False
         try:
             if error is not None and not self.closed:

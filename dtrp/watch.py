@@ -1,11 +1,13 @@
-"""Who has failed, and who is done."""
+"""Who has failed, who is done, and who waits for whom."""
 
 from __future__ import annotations
 
 import json
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,10 +16,12 @@ from .failure import Board, Failure
 from .ranks import Ranks
 
 _WORD_BYTES = 16384
+_ANSWER_S = 1.0  # a process that lives answers in milliseconds, whatever its main thread does
+_ASKING_S = 2.0  # for the answers of all together
 
 
 class Watch:
-    """One last word from every rank to every other: that it is done, or why it fails.
+    """A last word from every rank to every other: that it is done, or why it fails; before it, what it does, if it is asked.
 
     Args:
         ranks: who is who.
@@ -28,10 +32,11 @@ class Watch:
 
     def __init__(self, ranks: Ranks, group: Any, board: Board, ending: Callable[[], None]) -> None:
         self.done: dict[int, int] = {}  # ranks that are through, and the mini-batches they stepped
+        self._answers: dict[int, dict[str, Any]] = {}
         self._group, self._board, self._ending = group, board, ending
         self._others = {rank: place for place, rank in enumerate(ranks.all) if rank != ranks.rank}
         # All threads begin here: at the end of the process, where the word may be due, none can begin any more.
-        self._word: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._words: queue.SimpleQueue[tuple[int | None, dict[str, Any]]] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._tell, name="dtrp tell", daemon=True)]
         self._threads += [threading.Thread(target=self._hear, args=(rank,), daemon=True) for rank in self._others]
         for thread in self._threads:
@@ -48,17 +53,47 @@ class Watch:
 
     def say(self, word: dict[str, Any]) -> None:
         """Tell all others, without waiting: ``{"done": mini-batches}``, or a failure's fields. The first word counts."""
-        self._word.put(word)
+        self._words.put((None, word))
+
+    def explain(self, awaited: Sequence[int]) -> str:
+        """What keeps the ``awaited`` ranks, and those that they wait for in turn: an addition to a message."""
+        until = time.monotonic() + _ASKING_S
+        texts: dict[int, str] = {}
+        waiting = list(awaited)
+        for rank in waiting:  # which grows meanwhile
+            if rank not in texts and rank in self._others:
+                answer = self._ask(rank, min(until, time.monotonic() + _ANSWER_S))
+                if rank in self.done:
+                    texts[rank] = f"rank {rank} has closed its pipeline"
+                elif answer is None:
+                    texts[rank] = f"rank {rank} does not answer"
+                else:
+                    others = ", ".join(map(str, answer["awaited"]))
+                    texts[rank] = (
+                        f"rank {rank}, {answer['doing']}, waits for {f'rank {others}' if others else 'nobody'}"
+                    )
+                    waiting += answer["awaited"]
+        return f" ({'; '.join(texts.values())})" if texts else ""
+
+    def _ask(self, rank: int, until: float) -> dict[str, Any] | None:
+        """What a rank does; None: it does not answer."""
+        self._answers.pop(rank, None)
+        self._words.put((rank, {"asks": True}))
+        while not (rank in self._answers or rank in self.done or self._board.failure) and time.monotonic() < until:
+            time.sleep(0.002)
+        return self._answers.get(rank)
 
     def _tell(self) -> None:
-        packed = _packed(self._word.get())
-        self._ending()
-        works = []
-        for place in self._others.values():
-            try:
-                works.append(self._group.send([torch.frombuffer(bytearray(packed), dtype=torch.uint8)], place, 0))
-            except RuntimeError:  # it is gone
-                continue
+        works: list[Any] = []
+        last = False
+        while not last:
+            to, word = self._words.get()
+            if last := to is None:
+                self._ending()
+            packed = _packed(word)
+            for place in self._others.values() if to is None else [self._others[to]]:
+                with suppress(RuntimeError):  # it is gone
+                    works.append(self._group.send([torch.frombuffer(bytearray(packed), dtype=torch.uint8)], place, 0))
         for work in works:
             try:
                 work.wait()
@@ -67,16 +102,23 @@ class Watch:
 
     def _hear(self, rank: int) -> None:
         room = torch.empty(_WORD_BYTES, dtype=torch.uint8, device="cpu")
-        try:
-            self._group.recv([room], self._others[rank], 0).wait()
-        except RuntimeError:
-            text = (
-                f"rank {rank} is gone: its process ended without a word (killed, out of memory, or a crash in native code; "
-                "its own log may say more)"
-            )
-            self._board.fail(Failure("gone", rank, text))
-            return
-        word = json.loads(bytes(room.tolist()))
+        word: dict[str, Any] = {}
+        while not word:
+            try:
+                self._group.recv([room], self._others[rank], 0).wait()
+            except RuntimeError:
+                text = (
+                    f"rank {rank} is gone: its process ended without a word (killed, out of memory, or a crash in native "
+                    "code; its own log may say more)"
+                )
+                self._board.fail(Failure("gone", rank, text))
+                return
+            word = json.loads(bytes(room.tolist()))
+            if "asks" in word:
+                self._words.put((rank, {"doing": self._board.doing, "awaited": list(self._board.awaited)}))
+                word = {}
+            elif "doing" in word:
+                self._answers[rank], word = word, {}
         if "done" in word:
             self.done[rank] = word["done"]
             self._board.notify()

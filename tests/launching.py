@@ -39,8 +39,8 @@ class Outcome:
 
     @property
     def last_line(self) -> str:
-        """What the user reads first: the error that ended the process."""
-        return self.err.strip().rpartition("\n")[2]
+        """What the user reads first: the error that ended the process, but for what native threads warn of after it."""
+        return re.sub(r"(?ms)^\[W\d+ .*?(^$|\Z)", "", self.err).strip().rpartition("\n")[2]
 
 
 class Server:
@@ -100,6 +100,13 @@ class Ranks:
         return [
             Outcome(code or 0, self._read(f"out{rank}"), self._read(f"err{rank}")) for rank, code in enumerate(codes)
         ]
+
+    def await_end(self, timeout_s: float, *ranks: int) -> None:
+        """Until these have ended."""
+        deadline = time.monotonic() + timeout_s
+        while any(code is None for rank, code in enumerate(self._poll()) if rank in ranks):
+            assert time.monotonic() < deadline, f"still running after {timeout_s} s: {self.logs()}"
+            time.sleep(0.01)
 
     def left(self) -> list[int]:
         """The ranks of whose process groups something remains."""

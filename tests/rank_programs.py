@@ -14,10 +14,12 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import statistics
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -902,6 +904,24 @@ def end_without_close(folder: str, flush: bool) -> None:
         Path(folder, "through").touch()
 
 
+def end_in_a_child(folder: str) -> None:
+    """The ranks are processes of multiprocessing's; the first ends by sys.exit(), its pipeline still open, the others later."""
+
+    def child() -> None:
+        pipe = pipeline(network(), num_stages=world_size(), timeout_s=10)
+        for x, y in minibatches(6):
+            pipe.step(x, y)
+        if rank() == 0:
+            sys.exit()
+        time.sleep(0.3)
+        pipe.close()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    print(process.exitcode)
+
+
 class Synced(nn.SyncBatchNorm):
     """Where the real one, which works on GPUs alone, would wait for the other replicas."""
 
@@ -1019,6 +1039,24 @@ def wait_for_a_late_one(folder: str, late: int) -> None:
     while rank() == late and not Path(folder, "go").exists():
         time.sleep(0.01)
     pipeline(network(), num_stages=world_size(), timeout_s=3)
+
+
+def told_to_end(folder: str, late: int, where: str) -> None:
+    """One rank never makes its Pipeline; the others wait for it, and listen to SIGTERM meanwhile."""
+
+    def tell() -> None:
+        while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        ready(folder)
+
+    if where == "making the first group":
+        join()
+    if rank() == late:
+        ready(folder)
+        time.sleep(60)
+    threading.Thread(target=tell, daemon=True).start()
+    pipeline(network(), num_stages=world_size(), timeout_s=30)
 
 
 def traced(folder: str) -> None:
@@ -1182,11 +1220,13 @@ PROGRAMS: dict[str, Callable[..., None]] = {
         fail_outside,
         stall,
         end_without_close,
+        end_in_a_child,
         wrong,
         close_too_early,
         wait_for_nobody,
         wait_for_a_late_one,
         die_at_the_start,
+        told_to_end,
         traced,
         sleeping_stages,
         agree,

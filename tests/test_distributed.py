@@ -444,9 +444,28 @@ def test_a_script_that_ends_without_close(server: Server, tmp_path: Path, flush:
     assert run_ranks(server, tmp_path, 3, "end_without_close", flush, timeout_s=10) == [Outcome(0, "6\n", "")] * 3
 
 
-def test_a_wait_that_takes_too_long_says_who_waits_for_whom(server: Server, tmp_path: Path) -> None:
-    outcomes = run_ranks(server, tmp_path, 3, "stall", 1, timeout_s=15)
-    check_ended(outcomes, r"rank [02]\b.*waited 1 s for rank 1\b", r"(forward|backward)\b.*micro-batch \d+")
+def test_a_child_of_multiprocessing_that_ends_without_close(server: Server, tmp_path: Path) -> None:
+    assert run_ranks(server, tmp_path, 2, "end_in_a_child", timeout_s=10) == [Outcome(0, "0\n", "")] * 2
+
+
+@pytest.mark.parametrize("culprit", [pytest.param(0, marks=pytest.mark.full), 2])
+def test_a_wait_that_takes_too_long_says_who_waits_for_whom(server: Server, tmp_path: Path, culprit: int) -> None:
+    """Whoever has waited longest speaks, and it may be a rank that waits for one that waits for the culprit."""
+    outcomes = run_ranks(server, tmp_path, 4, "stall", culprit, timeout_s=15)
+    check_ended(outcomes, r"rank \d, in step\(\) of mini-batch \d+, has waited 1 s for rank \d\b")
+    check_ended(
+        outcomes, r"(forward|backward) message of micro-batch \d+", rf"rank {culprit}, in step.*, waits for nobody"
+    )
+
+
+def test_a_stopped_rank_is_named_by_all_others(server: Server, tmp_path: Path) -> None:
+    with start_ranks(server, tmp_path, 3, "train_until_killed", "dtrp", 1.0) as ranks:
+        ranks.await_ready()
+        ranks.kill(signal.SIGSTOP, 2)
+        ranks.await_end(15, 0, 1)
+        ranks.kill(signal.SIGKILL, 2)
+        outcomes = ranks.wait(15)
+    check_ended(outcomes, r"has waited 1 s for rank \d\b", "rank 2 does not answer", skip=(2,))
 
 
 def test_a_rank_that_never_makes_its_pipeline(server: Server, tmp_path: Path) -> None:
@@ -476,6 +495,24 @@ def test_a_rank_that_is_killed_at_the_start(server: Server, tmp_path: Path, vict
     with start_ranks(server, tmp_path, 3, "die_at_the_start", victim, where) as ranks:
         outcomes = ranks.wait(15)
     check_ended(outcomes, rf"(in vain for|2 s for|within 2 s \() ?rank {victim}\b", skip=(victim,))
+
+
+@pytest.mark.parametrize("where", ["joining", pytest.param("making the first group", marks=pytest.mark.full)])
+def test_a_rank_that_is_told_to_end_at_the_start_names_who_is_missed(
+    server: Server, tmp_path: Path, where: str
+) -> None:
+    """As a launcher ends the others when one has died: SIGTERM comes long before the time-out."""
+    with start_ranks(server, tmp_path, 3, "told_to_end", 2, where) as ranks:
+        ranks.await_ready()
+        ranks.kill(signal.SIGKILL, 2)
+        ranks.kill(signal.SIGTERM, 0, 1)
+        outcomes = ranks.wait(15)
+    check_ended(
+        outcomes,
+        r"SIGTERM",
+        rf"waited (in vain )?for rank 2, which {'has not come' if where == 'joining' else ''}",
+        skip=(2,),
+    )
 
 
 # -- wrong use ------------------------------------------------------------------------------------------------

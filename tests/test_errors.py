@@ -54,6 +54,7 @@ cross_entropy = nn.functional.cross_entropy
         ({"loss_on": "first"}, ValueError, "loss_on='first': choose 'last' or 'all'"),
         ({"timeout_s": 0}, ValueError, "timeout_s=0: pass a number of seconds above 0"),
         ({"group": 3}, TypeError, "group is a int; pass a process group"),
+        ({"group": torch.distributed.GroupMember.NON_GROUP_MEMBER}, ValueError, "this process is not in the group"),
         ({"mesh": 3}, TypeError, "mesh is a int; pass init_device_mesh"),
         ({"mesh": 3, "group": 3}, ValueError, "pass one of the two"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from dataclasses import asdict
 
@@ -55,6 +56,19 @@ def test_a_stage_error_is_one_elsewhere_too() -> None:
     assert isinstance(error, StageError)
     assert (error.stage, error.microbatch, error.minibatch, str(error)) == (3, None, 7, failure.text)
     assert "on rank 3:\nTraceback of rank 3" in str(error.__cause__)
+
+
+def test_who_exits_with_an_error_in_hand_says_which() -> None:
+    """As `torch.multiprocessing.spawn` does in its processes."""
+    with pytest.raises(SystemExit, match="1") as caught:
+        try:
+            raise KeyError("no such column")
+        except KeyError:
+            sys.exit(1)
+    failure = Failure.of(2, caught.value)
+    assert failure.text == "rank 2 has ended (exit code 1), after KeyError: 'no such column'"
+    assert "raise KeyError" in failure.trace
+    assert Failure.of(2, SystemExit(3)) == Failure("ended", 2, "rank 2 has ended (exit code 3)")
 
 
 def test_sigterm_names_who_failed_and_is_obeyed_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from dtrp.cli import run
 from dtrp.runs import RunFolder, left_by
 from dtrp.saves import SaveEvery
 from dtrp.staff import worker_range
-from dtrp.starting import Presence, meet
+from dtrp.starting import Presence, Start
 from dtrp.stopping import StopSignals
 from dtrp.train import TrainConfig, check_settings
 
@@ -340,7 +340,7 @@ def test_a_start_takes_nothing_from_the_one_before(monkeypatch: pytest.MonkeyPat
 
     def start(number: int, rank: int, world_size: int) -> None:
         time.sleep(0.05 * ((rank * 7 + number) % 3))
-        names[number, rank] = meet(store, rank, world_size, 10.0)
+        names[number, rank] = Start(store, rank, world_size).meet(10.0)
 
     for number, world_size in enumerate((3, 3, 2, 4)):
         threads = [threading.Thread(target=start, args=(number, rank, world_size)) for rank in range(world_size)]
@@ -351,10 +351,13 @@ def test_a_start_takes_nothing_from_the_one_before(monkeypatch: pytest.MonkeyPat
         assert len({names[number, rank] for rank in range(world_size)}) == 1
     assert len(set(names.values())) == 4
     monkeypatch.setattr("dtrp.starting._TOLD_S", 0.1)
+    first = Start(store, 0, 3)
     with pytest.raises(TimeoutError, match="rank 1, 2 has not come"):
-        meet(store, 0, 3, 0.1)
+        first.meet(0.1)
+    assert first.missing() == [1, 2], "the marks of earlier starts do not count"
     with pytest.raises(TimeoutError, match="rank 0 has not come"):
-        meet(store, 1, 3, 0.1)
+        Start(store, 1, 3).meet(0.1)
+    assert Start(Store(), 1, 4).missing() == [0, 1, 2, 3], "nobody has come, not even itself"
 
 
 def test_all_ranks_say_who_has_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +367,7 @@ def test_all_ranks_say_who_has_not_come(monkeypatch: pytest.MonkeyPatch) -> None
 
     def start(rank: int, timeout_s: float) -> None:
         with pytest.raises(TimeoutError, match="has not come") as caught:
-            meet(store, rank, 3, timeout_s)
+            Start(store, rank, 3).meet(timeout_s)
         said[rank] = str(caught.value)
         if rank == 0:
             store.clear()
