@@ -200,22 +200,24 @@ def _interruptibly(job: Callable[[_Progress], None], timeout_s: float) -> None:
     """Run in a thread what would not hear Ctrl-C; ``job`` has a time-out of its own, and says how far it has come."""
     errors: list[BaseException] = []
     at = _Progress()
+    # Not the thread's own join: one that a signal handler's exception ends takes a thread that runs for one that is through.
+    over = threading.Event()
 
     def run() -> None:
         try:
             job(at)
         except BaseException as error:
             errors.append(error)
+        finally:
+            over.set()
 
-    thread = threading.Thread(target=run, name="dtrp join", daemon=True)
-    thread.start()
-    guard = Finalize(None, lambda: _end_with(thread), exitpriority=40)
+    threading.Thread(target=run, name="dtrp join", daemon=True).start()
+    guard = Finalize(None, lambda: _end_unless(over), exitpriority=40)
     deadline, launcher = time.monotonic() + timeout_s + 2, _launcher()
     missing: list[int] = []
     sigterm = SigtermListener(_told_to_end)
     try:
-        while thread.is_alive() and not missing and time.monotonic() < deadline:
-            thread.join(0.1)
+        while not (missing or over.wait(0.1)) and time.monotonic() < deadline:
             missing = at.presence.beat() if at.presence is not None else []
             if os.getppid() != launcher and "TORCHELASTIC_RUN_ID" in os.environ:
                 raise ConnectionError("the launcher of this process is gone, before all ranks had come")
@@ -224,7 +226,7 @@ def _interruptibly(job: Callable[[_Progress], None], timeout_s: float) -> None:
         raise _missed(at) from None
     finally:
         sigterm.restore()
-    if not thread.is_alive():
+    if over.is_set():
         guard.cancel()
         if not errors:
             return
@@ -263,9 +265,9 @@ def _missed(at: _Progress) -> BaseException:
     )
 
 
-def _end_with(thread: threading.Thread) -> None:
+def _end_unless(over: threading.Event) -> None:
     """At the end of a process that waits no longer: a thread that comes back from the backend after it would abort it."""
-    if thread.is_alive():
+    if not over.is_set():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

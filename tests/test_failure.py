@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,6 @@ import torch
 from dtrp.errors import StageError
 from dtrp.failure import Board, Failure, SigtermHandler, WaitTimeoutError, WorkerError
 from dtrp.ranks import _interruptibly
-from dtrp.starting import Presence
 from dtrp.watch import _WORD_BYTES, _packed
 
 
@@ -126,11 +127,37 @@ def test_a_forked_child_is_no_part_of_the_run() -> None:
     ],
 )
 def test_why_a_rank_could_not_join(error: Exception, reason: str) -> None:
-    def job(at: list[Presence]) -> None:
+    def job(at: object) -> None:
         raise error
 
     with pytest.raises(TimeoutError, match=rf"within 5 s \({reason}\); start all of them"):
         _interruptibly(job, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "text"),
+    [(signal.SIGTERM, WorkerError, "waited for rank 0, which has not come"), (signal.SIGINT, KeyboardInterrupt, "^$")],
+)
+def test_a_signal_ends_the_wait_and_the_process_though_the_backend_waits_on(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, error: type[BaseException], text: str
+) -> None:
+    at_exit: list[Any] = []
+    codes: list[int] = []
+    monkeypatch.setattr("dtrp.ranks.Finalize", lambda _, job, exitpriority: at_exit.append(job))
+    monkeypatch.setattr("os._exit", codes.append)
+    monkeypatch.setenv("RANK", "1")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored
+    may_end = threading.Event()
+    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+    with pytest.raises(error, match=text):
+        _interruptibly(lambda at: may_end.wait(10), 5.0)
+    signal.signal(signal.SIGINT, before)
+    at_exit[0]()
+    assert codes == [1], "no thread may come back from the backend while the interpreter goes down"
+    may_end.set()
+    time.sleep(0.1)
+    at_exit[0]()
+    assert codes == [1]
 
 
 def test_somebody_elses_handler_stays() -> None:
