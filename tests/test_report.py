@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import itertools
 import json
 import math
@@ -18,6 +17,7 @@ import PIL.Image
 import pytest
 import yaml
 from browser import CHROMIUM, needs_chromium, open_page
+from run_folders import Page, write_run
 
 from dtrp import Schedule, get_method, list_methods
 from dtrp.cli import run
@@ -27,83 +27,6 @@ pytest.importorskip("matplotlib")
 from dtrp.report import collect, write_report
 from dtrp.report.figures import Plot, draw, on_white, png, svg
 from dtrp.report.plots import SECTIONS, make_plots
-
-
-def stage(k: int, delays: dict[str, int], errors: list[list[float]]) -> dict[str, Any]:
-    memory = {
-        "weights": 1000 * (k + 1),
-        "predicted": 0,
-        "optimizer": 2000,
-        "gradients": 0,
-        "gradients_peak": 700,
-        "stash": 0,
-        "stash_peak": 10,
-    }
-    busy = {"elapsed": 10.0, "busy": 4.0 + k, "wait_forward": 1.0, "outside": 5.0 - k}
-    return {"stage": k, "parameters": 10, "memory": memory, "activations_peak": 500, "keep": "graph", "busy": busy,
-            "layers": ["a"], "delays": delays, "prediction_errors": errors}  # fmt: skip
-
-
-def write_run(folder: Path, method: str = "dtrp", seed: int = 0, *, accuracy: float = 0.5, finished: bool = True,
-              epochs: int = 3, **config: Any) -> None:  # fmt: skip
-    folder.mkdir(parents=True)
-    settings = {
-        "data": "digits",
-        "model": "mlp",
-        "method": method,
-        "stages": 2,
-        "num-microbatches": 1,
-        "seed": seed,
-        **config,
-    }
-    (folder / "config").write_text(yaml.safe_dump(settings))
-    lines = [
-        {"epoch": e, "update": 4 * e, "train_loss": 2.0 / e, "test_loss": 2.1 / e, "test_accuracy": accuracy * e / 3,
-         "samples_per_s": 100.0, "elapsed_s": float(e)}
-        for e in range(1, epochs + 1)
-    ]  # fmt: skip
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if finished:
-        errors = [[4.0, 1, 0.5, 1.0], [8.0, 1, 0.3, 1.0]] if method.startswith("dtrp") else []
-        stages = settings["stages"] if isinstance(settings["stages"], int) else 2
-        summary = {
-            "config": settings, "epochs": 3, "updates": 12, "test_accuracy": lines[-1]["test_accuracy"], "test_loss": 0.7,
-            "minibatch_s": 0.02 + 0.01 * seed, "environment": {"torch": "x"},
-            "stages": [stage(0, {"0": 1, "1": 9}, errors), *(stage(k, {"0": 10}, []) for k in range(1, stages))],
-        }  # fmt: skip
-        (folder / "summary.json").write_text(json.dumps(summary))
-
-
-class Page(html.parser.HTMLParser):
-    """What stands in a page: the embedded data, the table, the figures' texts, and every address."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.text = path.read_text()
-        self.addresses: list[str] = []
-        self.rows: list[list[str]] = []
-        self.figures: dict[str, str] = {}
-        self._in: list[str] = []
-        self.feed(self.text)
-        embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', self.text, re.S)
-        assert embedded is not None
-        self.data = json.loads(embedded[1])
-        for name, picture in re.findall(r'<figure id="([^"]+)".*?(<svg.*?</svg>)', self.text, re.S):
-            self.figures[name] = picture
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._in.append(tag)
-        self.addresses += [str(v) for k, v in attrs if k in ("src", "href", "xlink:href", "srcset") and v]
-        if tag == "tr":
-            self.rows.append([])
-
-    def handle_data(self, data: str) -> None:
-        if self._in and self._in[-1] in ("td", "th"):
-            self.rows[-1].append(data)
-
-    def handle_endtag(self, tag: str) -> None:
-        while self._in and self._in.pop() != tag:
-            pass
 
 
 @pytest.fixture
@@ -454,12 +377,63 @@ def test_folders_that_hold_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture
         ("failed", "no run has been finished; the first failure: bp-K2-A1-seed0: no luck"),
         ("broken", "is no whole run"),
         ("begun", "no run has been finished; bp-K2-A1-seed0 has no epoch yet"),
-        ("begun/bp-K2-A1-seed0", "it has no settings, or no epoch"),
+        ("begun/bp-K2-A1-seed0", "it has no settings, or no epoch yet"),
     ):
         assert run(["report", str(tmp_path / name), "--out", str(out)]) == 2
         assert message in capsys.readouterr().err
     assert not out.exists()
     assert run(["report", "--out", str(out)]) == 2
+
+
+def test_a_folder_of_folders_and_one_given_twice(tmp_path: Path, made: Callable[[list[Path]], Page]) -> None:
+    write_run(tmp_path / "runs" / "grid" / "bp-K2-A1-seed0", "bp")
+    (tmp_path / "runs" / "grid" / "fdg-K2-A1-seed0.failed").write_text("no luck\n")
+    write_run(tmp_path / "runs" / "one")
+    page = made(
+        [tmp_path / "runs", tmp_path / "runs" / "grid", tmp_path / "runs" / "one", tmp_path / "runs" / "one" / "." / ""]
+    )
+    assert [(row[0], row[-1]) for row in page.rows[1:]] == [("bp", "0"), ("dtrp", "0")]
+    assert page.data["failed"] == [["fdg-K2-A1-seed0", "no luck"]]
+
+
+@pytest.mark.parametrize("damage", ["half a line", "no epoch's line", "no settings", "settings"])
+def test_a_run_that_cannot_be_read_loses_nothing_of_the_others(
+    tmp_path: Path, made: Callable[[list[Path]], Page], damage: str
+) -> None:
+    for name in ("bp", "dtrp"):
+        write_run(tmp_path / "grid" / name, name)
+    broken = tmp_path / "grid" / "dtrp"
+    if "line" in damage:
+        with open(broken / "metrics.jsonl", "a") as file:
+            file.write('{"epoch": 4, "upd' if damage == "half a line" else '{"epoch": 4}\n')
+    else:
+        (broken / "config").write_text("" if damage == "no settings" else "method: dtrp\nseed: soon\n")
+    page = made([tmp_path / "grid"])
+    assert [row[0] for row in page.rows[1:]] == ["bp"]
+    ((name, why),) = page.data["failed"]
+    assert name == "dtrp"
+    assert "is no whole run" in why
+
+
+def test_where_it_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "a run & <its> 'name'")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    report = ["report", "a run & <its> 'name'", "--out"]
+    assert run([*report, "deep/in/a folder/report.html"]) == 0
+    page = Page(tmp_path / "deep" / "in" / "a folder" / "report.html")
+    assert page.data["runs"][0]["folder"] == "a run & <its> 'name'"
+    monkeypatch.setattr(
+        "dtrp.report.page.make_plots", lambda collection: pytest.fail("it is known before there is work")
+    )
+    capsys.readouterr()
+    for out in ("file/report.html", "folder"):
+        assert run([*report, out]) == 2
+        assert f"{out}' is a directory" in (error := capsys.readouterr().err) or f"{out} cannot be written (" in error
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_figures_as_files(tmp_path: Path) -> None:
@@ -481,6 +455,53 @@ def test_lines_differ_without_colour() -> None:
     assert len(looks) == 12
     assert svg(Plot("p", "t", "x", "y", series)) == svg(Plot("p", "t", "x", "y", series))
     assert png(Plot("p", "t", "x", "y", series, "bars"))
+
+
+def test_two_lines_of_one_colour_differ_in_dash_too() -> None:
+    looks = [Plot("p", "t", "", "y", {}, looks=tuple(list_methods())).look(method) for method in list_methods()]
+    assert len(looks) == 12
+    for a, b in itertools.combinations(looks, 2):
+        assert a.marker != b.marker
+        assert a.hatch != b.hatch
+        assert a.colour != b.colour or a.dash != b.dash
+
+
+def test_a_single_epoch_is_a_whole_number_with_its_spread() -> None:
+    series = {name: {"x": [1], "y": [y], "low": [y - 1], "high": [y + 1]} for name, y in (("bp", 50.0), ("dtrp", 40.0))}
+    for kind in ("lines", "points"):
+        axes = draw(Plot("p", "t", "epoch", "y", series, kind)).axes[0]
+        low, high = axes.get_xlim()
+        assert [x for x in axes.get_xticks() if low <= x <= high] == [1]
+        spans = [
+            tuple(ends[:, 1])
+            for lines in axes.collections
+            if hasattr(lines, "get_segments")
+            for ends in lines.get_segments()
+        ]
+        assert spans == [(49.0, 51.0), (39.0, 41.0)]
+
+
+def test_epochs_without_a_number_are_named_and_have_their_place(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", epochs=5)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines[:4]:
+        line["test_accuracy"] = math.nan
+    lines[1]["test_loss"] = math.inf
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plots = {plot.name: plot for plot in make_plots(collect([str(tmp_path / "run")]))}
+    assert plots["accuracy"].note == "Not finite, and so not drawn: dtrp (epochs 1, 2, 3 and 1 more)."
+    assert plots["test-loss"].note == "Not finite, and so not drawn: dtrp (epoch 2)."
+    assert plots["train-loss"].note == ""
+    low, high = draw(plots["accuracy"]).axes[0].get_xlim()
+    assert low < 1 < 5 < high
+
+
+def test_a_name_with_dollars_is_no_formula() -> None:
+    plot = Plot("p", "a $^ b$", "", "y", {"$x_1$": {"x": [1, 2], "y": [1.0, 2.0]}, "b": {"x": [1, 2], "y": [1.0, 2.0]}})
+    assert "a $^ b$" in svg(plot)
+    assert ">$x_1$<" in svg(plot)
+    assert png(plot)
 
 
 def test_bars_differ_without_colour() -> None:

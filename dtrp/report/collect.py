@@ -25,7 +25,6 @@ class Run:
         config: its settings, by option.
         metrics: the lines of ``metrics.jsonl``.
         summary: ``summary.json``; None if the run did not finish.
-        trace: the events of ``trace.json``, if the run has one.
     """
 
     folder: Path
@@ -33,11 +32,22 @@ class Run:
     config: dict[str, Any]
     metrics: tuple[dict[str, Any], ...]
     summary: dict[str, Any] | None
-    trace: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def is_traced(self) -> bool:
+        return (self.folder / "trace.json").is_file()
+
+    def read_trace(self) -> list[dict[str, Any]]:
+        """The events of ``trace.json``, which may be many; none if there is no whole one."""
+        try:
+            return list(json.loads((self.folder / "trace.json").read_text())["traceEvents"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
 
 
 Groups = dict[str, list[Run]]  # runs that differ in their seed alone, by a name for them
 
+_OF_AN_EPOCH = {"epoch", "train_loss", "test_loss", "test_accuracy"}  # what a line of metrics.jsonl has at least
 # Settings that a cell has, and those that change nothing of what a run comes to.
 _OF_A_CELL = ("method", "prediction", "stages", "num-microbatches", "seed")
 _OF_NO_MATTER = (
@@ -90,39 +100,54 @@ class Collection:
 
 
 def collect(folders: Sequence[str]) -> Collection:
-    """The runs in these folders: each a run, or a comparison with runs inside.
+    """The runs in these folders, each once: each folder is a run, or holds runs or comparisons.
+
+    A run in a folder of several that cannot be read is one that failed.
 
     Raises:
         ValueError: a folder that is neither, or in which nothing has been finished, with what to do.
     """
-    runs: list[Run] = []
-    failed: list[tuple[str, str]] = []
-    begun: list[str] = []
+    runs: dict[Path, Run] = {}
+    failed: dict[Path, tuple[str, str]] = {}
+    begun: dict[Path, str] = {}
     for name in folders:
         folder = Path(name).expanduser()
         if not folder.is_dir():
             raise ValueError(f"{name} is no folder; pass what 'dtrp train --out' or 'dtrp compare --out' has written")
-        if (folder / "metrics.jsonl").is_file():
-            runs.append(_read_run(folder))
+        if _is_run(folder):
+            runs[folder.resolve()] = _read_run(folder)
             continue
-        inside = [
-            path for path in sorted(folder.iterdir()) if path.name[0] != "." and (path / "metrics.jsonl").is_file()
-        ]
-        notes = [note for note in sorted(folder.glob("*.failed")) if read_summary(folder / note.stem) is None]
-        if not inside and not notes:
+        inside = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.is_dir()]
+        notes: list[Path] = []
+        own: list[Path] = []
+        for place in (folder, *(path for path in inside if not _is_run(path))):
+            notes += [note for note in sorted(place.glob("*.failed")) if read_summary(place / note.stem) is None]
+            own += [path for path in sorted(place.iterdir()) if path.name[0] != "." and _is_run(path)]
+        if not own and not notes:
             raise ValueError(f"{name} holds no run; pass what 'dtrp train --out' or 'dtrp compare --out' has written")
-        failed += [(note.stem, read_failure(note)) for note in notes]
-        for path in inside:
+        failed |= {note.resolve(): (note.stem, read_failure(note)) for note in notes}
+        for path in own:
             if (path / "metrics.jsonl").stat().st_size:
-                runs.append(_read_run(path))
-            elif path.name not in {note.stem for note in notes}:
-                begun.append(path.name)
+                try:
+                    runs[path.resolve()] = _read_run(path)
+                except ValueError as error:
+                    failed[path.resolve()] = path.name, str(error)
+            elif path.with_name(f"{path.name}.failed") not in notes:
+                begun[path.resolve()] = path.name
     if not runs:
-        first = f"the first failure: {failed[0][0]}: {failed[0][1]}" if failed else f"{begun[0]} has no epoch yet"
+        why = ": ".join(next(iter(failed.values()))) if failed else ""
+        first = f"the first failure: {why}" if failed else f"{next(iter(begun.values()))} has no epoch yet"
         raise ValueError(f"no run has been finished; {first}")
-    place = {name: number for number, name in enumerate(list_methods())}
-    runs.sort(key=lambda run: (run.cell.stages, run.cell.num_microbatches, place.get(run.cell.method, len(place))))
-    return Collection(tuple(runs), tuple(failed), tuple(begun))
+    known = {name: number for number, name in enumerate(list_methods())}
+    ordered = sorted(
+        runs.values(),
+        key=lambda run: (run.cell.stages, run.cell.num_microbatches, known.get(run.cell.method, len(known))),
+    )
+    return Collection(tuple(ordered), tuple(failed.values()), tuple(begun.values()))
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "metrics.jsonl").is_file()
 
 
 def _comparable(run: Run) -> dict[str, Any]:
@@ -136,14 +161,19 @@ def _read_run(folder: Path) -> Run:
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{folder} is no whole run: {error}") from None
-    if not isinstance(config, dict) or not metrics or not all(isinstance(line, dict) for line in metrics):
-        raise ValueError(f"{folder} is no whole run: it has no settings, or no epoch")
+    if not isinstance(config, dict) or not metrics:
+        raise ValueError(f"{folder} is no whole run: it has no settings, or no epoch yet")
+    if not all(isinstance(line, dict) and line.keys() >= _OF_AN_EPOCH for line in metrics):
+        raise ValueError(f"{folder} is no whole run: a line of its metrics.jsonl is not that of an epoch")
     summary = read_summary(folder)
-    cell = Cell(
-        str(config.get("method", "?")), _stages(config, summary), int(config.get("num-microbatches", 1)),
-        int(config.get("seed", 0)), config.get("prediction"),
-    )  # fmt: skip
-    return Run(folder, cell, config, tuple(metrics), summary, _read_trace(folder))
+    try:
+        cell = Cell(
+            str(config.get("method", "?")), _stages(config, summary), int(config.get("num-microbatches", 1)),
+            int(config.get("seed", 0)), config.get("prediction"),
+        )  # fmt: skip
+    except (TypeError, ValueError):
+        raise ValueError(f"{folder} is no whole run: its number of micro-batches or its seed is none") from None
+    return Run(folder, cell, config, tuple(metrics), summary)
 
 
 def _stages(config: dict[str, Any], summary: dict[str, Any] | None) -> int:
@@ -153,13 +183,6 @@ def _stages(config: dict[str, Any], summary: dict[str, Any] | None) -> int:
     if config.get("cuts"):
         return len(config["cuts"]) + 1
     return next((n for n in (config.get("stages"), config.get("workers")) if isinstance(n, int)), 0)
-
-
-def _read_trace(folder: Path) -> tuple[dict[str, Any], ...]:
-    try:
-        return tuple(json.loads((folder / "trace.json").read_text())["traceEvents"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

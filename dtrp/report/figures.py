@@ -1,7 +1,8 @@
 """The figures of a report, each drawn from plain numbers that the page holds too.
 
-Lines differ in dash and marker as well as in colour (Okabe and Ito's, which people with any colour vision tell apart). Figures
-have no background and draw their text in the page's own colour, so that they suit a light and a dark page.
+Lines differ in dash and marker as well as in colour (Okabe and Ito's, which people with any colour vision tell apart), and two
+of one colour in both. Figures have no background and draw their text in the page's own colour, so that they suit a light and a
+dark page.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,6 +24,16 @@ DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)),
 MARKERS = "osD^vPX*<>hd"
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--", "||", "**", "OO", "/.")
 _INK = "#123456"  # stands for the page's own colour of text in an SVG
+_AS_IT_STANDS = {"text.parse_math": False}  # a label may hold two dollar signs
+
+
+class Look(NamedTuple):
+    """What a series is drawn with."""
+
+    colour: str
+    dash: Any
+    marker: str
+    hatch: str
 
 
 @dataclass(frozen=True)
@@ -54,9 +65,14 @@ class Plot:
     limits: tuple[float, float] | None = None
     looks: tuple[str, ...] = ()
 
-    def look(self, label: str) -> int:
-        """The number of a label's colour, dash, marker and hatch."""
-        return list(self.looks if label in self.looks else self.series).index(label)
+    def look(self, label: str) -> Look:
+        """How a label looks in every figure."""
+        number = list(self.looks if label in self.looks else self.series).index(label)
+        again = number // len(COLOURS)  # how often all colours have been used; the dash moves on by as many
+        return Look(
+            COLOURS[number % len(COLOURS)], DASHES[(number + again) % len(DASHES)], MARKERS[number % len(MARKERS)],
+            HATCHES[number % len(HATCHES)],
+        )  # fmt: skip
 
 
 def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
@@ -91,18 +107,24 @@ def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
 
 def _lines(axes: Any, plot: Plot, ink: str) -> None:
     for label, line in plot.series.items():
-        number = plot.look(label)
-        colour = COLOURS[number % len(COLOURS)]
+        look = plot.look(label)
         every = max(1, len(line["x"]) // 12)
         axes.plot(
-            line["x"], [_number(y) for y in line["y"]], color=colour, linestyle=DASHES[number % len(DASHES)],
-            marker=MARKERS[number % len(MARKERS)], markevery=every, markersize=5, linewidth=1.6, label=label,
+            line["x"], [_number(y) for y in line["y"]], color=look.colour, linestyle=look.dash,
+            marker=look.marker, markevery=every, markersize=5, linewidth=1.6, label=label,
         )  # fmt: skip
         if "low" in line and any(low != high for low, high in zip(line["low"], line["high"], strict=True)):
             low, high = [_number(y) for y in line["low"]], [_number(y) for y in line["high"]]
-            axes.fill_between(line["x"], low, high, color=colour, alpha=min(0.15, 0.6 / len(plot.series)), linewidth=0)
-    if all(isinstance(x, int) for line in plot.series.values() for x in line["x"]):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+            if len(line["x"]) == 1:  # a band of one point has no width
+                axes.vlines(line["x"], low, high, color=look.colour, linewidth=1.2)
+            axes.fill_between(
+                line["x"], low, high, color=look.colour, alpha=min(0.15, 0.6 / len(plot.series)), linewidth=0
+            )
+    places = [x for line in plot.series.values() for x in line["x"]]
+    margin = 0.04 * (max(places) - min(places)) or 0.5
+    axes.set_xlim(min(places) - margin, max(places) + margin)  # those of no number too
+    if all(isinstance(x, int) for x in places):
+        _whole_numbers(axes)
 
 
 def _bars(axes: Any, plot: Plot, ink: str) -> None:
@@ -111,11 +133,11 @@ def _bars(axes: Any, plot: Plot, ink: str) -> None:
         names.sort()
     width = 0.8 / len(plot.series)
     for place, (label, line) in enumerate(plot.series.items()):
-        number = plot.look(label)
+        look = plot.look(label)
         places = [names.index(x) + (place - (len(plot.series) - 1) / 2) * width for x in line["x"]]
         axes.bar(
-            places, [_number(y) for y in line["y"]], width=0.9 * width, color=COLOURS[number % len(COLOURS)],
-            hatch=HATCHES[number % len(HATCHES)], edgecolor="white", linewidth=0.5, label=label,
+            places, [_number(y) for y in line["y"]], width=0.9 * width, color=look.colour,
+            hatch=look.hatch, edgecolor="white", linewidth=0.5, label=label,
         )  # fmt: skip
     axes.set_xticks(range(len(names)), [str(name) for name in names])
     axes.grid(visible=False, axis="x")
@@ -139,22 +161,33 @@ def _points(axes: Any, plot: Plot, ink: str) -> None:
     step = min(0.6 / max(there.values()), 0.025 * max(10 if in_rows else 1, max(places) - min(places)))
     put: Counter[Any] = Counter()
     for label, line in plot.series.items():
-        number = plot.look(label)
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        look = plot.look(label)
         at = []
         for x in line["x"]:
             at.append((names.index(x) if in_rows else x) + step * (put[x] - (there[x] - 1) / 2))
             put[x] += 1
         values, low, high = ([_number(y) for y in line[key]] for key in ("y", "low", "high"))
         axes.plot(
-            *((values, at) if in_rows else (at, values)), color=colour, linestyle="none", marker=marker, label=label
+            *((values, at) if in_rows else (at, values)),
+            color=look.colour,
+            linestyle="none",
+            marker=look.marker,
+            label=label,
         )
-        (axes.hlines if in_rows else axes.vlines)(at, low, high, color=colour, linewidth=1.2)
+        (axes.hlines if in_rows else axes.vlines)(at, low, high, color=look.colour, linewidth=1.2)
     if in_rows:
         axes.set_yticks(range(len(names)), names, fontsize=9)
         axes.set_ylim(len(names) - 0.5, -0.5)
     else:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_numbers(axes)
+
+
+def _whole_numbers(axes: Any) -> None:
+    """Ticks at whole numbers alone, and room for one where all x are the same."""
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    low, high = axes.get_xlim()
+    if high - low < 1:
+        axes.set_xlim((low + high - 1) / 2, (low + high + 1) / 2)
 
 
 def _names(plot: Plot) -> list[Any]:
@@ -185,7 +218,7 @@ def _number(value: Any) -> float:
 def svg(plot: Plot) -> str:
     """As SVG that takes the colour of the text around it; the same numbers give the same text."""
     out = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dtrp", "font.family": "sans-serif"}):
+    with mpl.rc_context(_AS_IT_STANDS | {"svg.fonttype": "none", "svg.hashsalt": "dtrp", "font.family": "sans-serif"}):
         canvas: Any = FigureCanvasSVG(draw(plot))
         canvas.print_svg(out, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
@@ -204,8 +237,9 @@ def on_white(picture: str) -> str:
 def png(plot: Plot) -> bytes:
     """As PNG on white, for a document: sharp on paper too."""
     out = io.BytesIO()
-    figure = draw(plot, "#111111", "white")
-    figure.set_dpi(220)
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.print_png(out)
+    with mpl.rc_context(_AS_IT_STANDS):
+        figure = draw(plot, "#111111", "white")
+        figure.set_dpi(220)
+        canvas: Any = FigureCanvasAgg(figure)
+        canvas.print_png(out)
     return out.getvalue()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jinja2
 import yaml
@@ -30,25 +34,32 @@ def write_report(folders: list[str], out: str, figures: str | None = None) -> Co
     """Write one HTML file about some runs; with ``figures`` each figure as SVG and PNG to that folder too.
 
     Raises:
-        ValueError, OSError: folders that hold no runs, or a place that cannot be written; nothing is half-written.
+        ValueError: folders that hold no runs, or a place that cannot be written; the file is there whole or not at all.
     """
     collection = collect(folders)
-    plots = make_plots(collection)
-    drawn = [(plot, svg(plot)) for plot in plots]
-    page = render(collection, drawn)
-    if figures is not None:
-        place = Path(figures)
-        place.mkdir(parents=True, exist_ok=True)
-        for plot, picture in drawn:
-            _write(place / f"{plot.name}.svg", on_white(picture).encode())
-            _write(place / f"{plot.name}.png", png(plot))
-    _write(Path(out), page.encode())
+    with _written(Path(out)) as file:
+        plots = make_plots(collection)
+        drawn = [(plot, svg(plot)) for plot in plots]
+        file.write(render(collection, drawn).encode())
+        for plot, picture in drawn if figures is not None else ():
+            for ending, content in (("svg", on_white(picture).encode()), ("png", png(plot))):
+                with _written(Path(str(figures)) / f"{plot.name}.{ending}") as figure:
+                    figure.write(content)
     return collection
 
 
-def _write(path: Path, content: bytes) -> None:
-    with whole_file(path) as file:
-        file.write(content)
+@contextmanager
+def _written(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, in a folder that is made if need be; one that cannot be written is known before there is work."""
+    path = path.expanduser()
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            yield file
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror or error}); choose another place") from error
 
 
 def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
@@ -83,7 +94,13 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
         schedules_open=_SCHEDULES_OPEN,
         shared=yaml.safe_dump(shared, sort_keys=False) if shared else "",
         commands=[_command(run) for run in collection.runs],
-        environments=sorted({json.dumps(run.summary["environment"]) for run in collection.runs if run.summary}),
+        environments=sorted(
+            {
+                ", ".join(f"{name} {value}" for name, value in run.summary["environment"].items() if value is not None)
+                for run in collection.runs
+                if run.summary
+            }
+        ),
         version=__version__,
         data=Markup(json.dumps(_plain(data)).replace("<", "\\u003c")),
     )

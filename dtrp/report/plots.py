@@ -73,7 +73,7 @@ def make_plots(collection: Collection) -> list[Plot]:
             (_over_time(own, name + suffix, title + where, y_label, value_of, note) for suffix, where, own in facets),
             from_zero=True,
         )
-    traced = [(label, run) for label, runs in finished.items() for run in runs[:1] if run.trace]
+    traced = [(label, run) for label, runs in finished.items() for run in [r for r in runs if r.is_traced][:1]]
     plots += [_timeline(label, run) for label, run in traced[:_TIMELINES]]
     shorts = (collection.label(run, short=True) for runs in groups.values() for run in runs)
     looks = tuple(dict.fromkeys([*groups, *shorts] if len(facets) < 2 else [*shorts, *groups]))
@@ -134,12 +134,21 @@ def _flushes(run: Run) -> bool:
 def _curve(groups: Groups, name: str, title: str, y_label: str, value: Callable[[dict[str, Any]], float]) -> Plot:
     series: dict[str, dict[str, list[Any]]] = {}
     for label, runs in groups.items():
-        epochs = min(len(run.metrics) for run in runs)
-        points = [mean_and_spread([value(run.metrics[i]) for run in runs]) for i in range(epochs)]
-        series[label] = {"x": [int(runs[0].metrics[i]["epoch"]) for i in range(epochs)], **_band(points)}
+        count = min(len(run.metrics) for run in runs)
+        points = [mean_and_spread([value(run.metrics[i]) for run in runs]) for i in range(count)]
+        series[label] = {"x": [int(runs[0].metrics[i]["epoch"]) for i in range(count)], **_band(points)}
     several = any(len(runs) > 1 for runs in groups.values())
-    note = "Bands: one standard deviation over seeds." if several else ""
-    return Plot(name, title, "epoch", y_label, series, note=note, section=LEARNING)
+    notes = ["Bands: one standard deviation over seeds."] if several else []
+    if gaps := [f"{label} ({epochs})" for label, line in series.items() if (epochs := _gaps(line))]:
+        notes.append(f"Not finite, and so not drawn: {', '.join(gaps)}.")
+    return Plot(name, title, "epoch", y_label, series, note=" ".join(notes), section=LEARNING)
+
+
+def _gaps(line: dict[str, list[Any]]) -> str:
+    """The epochs that have no number."""
+    epochs = [str(x) for x, y in zip(line["x"], line["y"], strict=True) if y is None]
+    more = f" and {len(epochs) - 3} more" if len(epochs) > 3 else ""
+    return f"epoch{'s' if len(epochs) > 1 else ''} {', '.join(epochs[:3])}{more}" if epochs else ""
 
 
 def _by_stage(
@@ -241,12 +250,13 @@ def _over_time(
 def _timeline(label: str, run: Run) -> Plot:
     """What ran when, for some mini-batches from the middle of the run; milliseconds. Of replicas the first."""
     lanes: dict[tuple[int, int], str] = {}
-    for e in run.trace:
+    trace = run.read_trace()
+    for e in trace:
         if e.get("name") == "thread_name" and e["args"]["name"].startswith("stage "):
             first = next((pid for (pid, _), lane in lanes.items() if lane == e["args"]["name"]), e["pid"])
             if first == e["pid"]:
                 lanes[e["pid"], e["tid"]] = e["args"]["name"]
-    spans = [e for e in run.trace if e.get("ph") == "X" and (e["pid"], e["tid"]) in lanes]
+    spans = [e for e in trace if e.get("ph") == "X" and (e["pid"], e["tid"]) in lanes]
     spans.sort(key=lambda e: float(e["ts"]))
     length = 1e3 * MINIBATCHES_SHOWN * 1e3 * float(of(run)["minibatch_s"])
     begin = float(spans[len(spans) // 2]["ts"]) if spans else 0.0
