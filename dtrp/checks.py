@@ -31,6 +31,10 @@ def check_settings(config: TrainConfig) -> None:
         value = getattr(config, field)
         if isinstance(value, int) and value < least:
             raise ValueError(f"{option_name(field)} {value}: at least {least}")
+    if isinstance(config.prediction_error_every, str) and config.prediction_error_every != "auto":
+        raise ValueError(
+            f"--prediction-error-every {config.prediction_error_every}: a whole number of at least 0, or auto"
+        )
     SaveEvery.of(config.save_every)
     check_workers(config)
     if takes_text(config.model) != (config.data == "text"):

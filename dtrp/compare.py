@@ -78,7 +78,7 @@ def grid(
         microbatches: every A; ``"K"`` is the number of stages.
         seeds: of the runs.
         predictions: for methods that predict, in place of their own.
-        once: run a method that flushes at one K for each A, since its accuracy is the same at every K.
+        once: run a method that flushes at one K for each A, since its accuracy is the same at every K; its time and memory are not.
 
     Raises:
         ValueError: a word that is no number.
@@ -262,14 +262,38 @@ def peak_bytes(summary: dict[str, Any]) -> list[int]:
 
 
 def megabytes_by_stage(summaries: Sequence[dict[str, Any]]) -> list[str]:
-    """The most that each stage held in any of these runs."""
-    most = [max(sizes) / 1e6 for sizes in zip(*map(peak_bytes, summaries), strict=True)]
-    return [f"{size:.1f}" if size < 100 else f"{size:.0f}" for size in most]
+    """The most that each stage held: the mean of these runs, and their deviation where it shows."""
+    return [_shown_megabytes([size / 1e6 for size in sizes]) for sizes in zip(*map(peak_bytes, summaries), strict=True)]
+
+
+def _shown_megabytes(sizes: Sequence[float]) -> str:
+    mean, deviation = mean_and_deviation(sizes)
+    digits = 0 if mean >= 100 else 1 if mean >= 1 else 2
+    spread = f"{deviation:.{digits}f}"
+    return f"{mean:.{digits}f}" + (f"±{spread}" if deviation > 0 and float(spread) > 0 else "")
 
 
 def largest_delay(summary: dict[str, Any]) -> int:
     """Of any micro-batch at any stage, in updates."""
     return max(int(delay) for stage in summary["stages"] for delay in stage["delays"])
+
+
+def shown_delay(summaries: Sequence[dict[str, Any]]) -> str:
+    """The largest delay of these runs: one number, or where they differ mean and deviation."""
+    delays = [largest_delay(summary) for summary in summaries]
+    if len(set(delays)) == 1:
+        return str(delays[0])
+    mean, deviation = mean_and_deviation(delays)
+    return f"{mean:.1f} ± {deviation:.1f}"
+
+
+def weight_distance(summary: dict[str, Any]) -> float:
+    """The mean, over the micro-batches and stages that were looked at, of |read - true| / |true|; nan of none.
+
+    How far the weights that a forward read, predicted or not, were from those of its backward.
+    """
+    distances = [read for stage in summary["stages"] for _, _, read, _ in stage["prediction_errors"]]
+    return statistics.fmean(known) if (known := [one for one in distances if math.isfinite(one)]) else math.nan
 
 
 def prediction_error(summary: dict[str, Any]) -> float:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
 from rich.live import Live
@@ -16,12 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 from .compare import Group as Cells
-from .compare import largest_delay, megabytes_by_stage, prediction_error
+from .compare import megabytes_by_stage, prediction_error, shown_delay, weight_distance
 from .planning import Choice, Plan, Simulation
 from .results import EpochMetrics, TrainResult, describe_layers, summarize_delays
 from .train import Reporter, Trainer
 
 _LINE_EVERY_S = 30.0
+_MEMORY = "memory by stage, MB"
+_ONE_TABLE = 150  # columns of text that a comparison takes
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -38,7 +41,8 @@ class ConsoleReporter(Reporter):
         self.console.print(
             f"{config.model} on {config.data}: {len(data.train_y)} training and {len(data.test_y)} test "
             f"{'windows' if config.data == 'text' else 'images'}; "
-            f"{config.method}, {pipe.num_stages} stages{_processes(trainer)}, mini-batches of {config.batch_size} in "
+            f"{config.method}, {pipe.num_stages} stage{'s' if pipe.num_stages > 1 else ''}{_processes(trainer)}, "
+            f"mini-batches of {config.batch_size} in "
             f"{pipe.num_microbatches} micro-batch{'es' if pipe.num_microbatches > 1 else ''}, "
             f"{trainer.total_updates} updates",
             highlight=False,
@@ -199,11 +203,14 @@ def curve(values: Sequence[float], width: int = 10) -> str:
 
 
 def make_reporter(*, table: bool = True, quiet: bool = False) -> LiveReporter | PlainReporter:
-    """The reporter that suits standard output; ``quiet``: plain lines on a terminal too."""
+    """The reporter that suits standard output; ``quiet``: plain lines on a terminal too.
+
+    Only a terminal that can refresh lines gets such; a log file does not, whatever colours the environment forces.
+    """
     console = Console(soft_wrap=False)
-    if console.is_terminal and not quiet:
+    if console.is_terminal and console.file.isatty() and not console.is_dumb_terminal and not quiet:
         return LiveReporter(console, table=table)
-    return PlainReporter(Console(width=140), table=table)
+    return PlainReporter(_wide_console(), table=table)
 
 
 def _processes(trainer: Trainer) -> str:
@@ -323,13 +330,21 @@ def show_simulations(rows: Sequence[tuple[str, Simulation]]) -> None:
 
 
 def _wide_console() -> Console:
-    return Console() if Console().is_terminal else Console(width=140)
+    """As wide as the terminal; a log has room for every column."""
+    console = Console()
+    return console if console.file.isatty() else Console(width=220)
 
 
 def _seconds(seconds: float, spread: float = math.nan) -> str:
     unit, factor = ("s", 1.0) if seconds >= 1 else ("ms", 1e3)
-    about = "" if math.isnan(spread) else f" ± {factor * spread:.2g}"
-    return f"{factor * seconds:.3g}{about} {unit}"
+    if math.isnan(spread):
+        return f"{factor * seconds:.3g} {unit}"
+    return _mean((factor * seconds, factor * spread), _digits(factor * seconds), f" {unit}")
+
+
+def _digits(value: float) -> int:
+    """Decimals that show three digits of a number."""
+    return max(0, 2 - math.floor(math.log10(value))) if 0 < value < math.inf else 2
 
 
 def _shares(shares: Sequence[float]) -> str:
@@ -341,38 +356,59 @@ def _few(words: Sequence[str]) -> str:
 
 
 def show_comparison(groups: Sequence[Cells]) -> None:
-    """Runs of several methods, a row for those that differ in their seed alone; mean and standard deviation."""
-    table = Table(title="side by side (mean ± standard deviation over seeds)", title_justify="left")
-    table.add_column("method")
-    for heading in (
-        "K", "A", "seeds", "accuracy", "test loss", "time a mini-batch", "memory by stage, MB", "delay", "prediction error",
-    ):  # fmt: skip
-        table.add_column(heading, justify="right")
-    for group in groups:
-        cell = group.cell
-        seconds, spread = group.mean(lambda summary: float(summary["minibatch_s"]))
-        error = group.mean(prediction_error)
-        table.add_row(
-            cell.title,
-            str(cell.stages),
-            str(cell.num_microbatches),
-            str(len(group.seeds)),
-            _mean(group.mean(lambda summary: 100 * float(summary["test_accuracy"])), 2, " %"),
-            _mean(group.mean(lambda summary: float(summary["test_loss"])), 3),
-            _seconds(seconds, spread),
-            _few(megabytes_by_stage(group.summaries)),
-            str(max(map(largest_delay, group.summaries))),
-            "-" if math.isnan(error[0]) else _mean(error, 2),
+    """Runs of several methods, a row for those that differ in their seed alone; mean and standard deviation.
+
+    On a narrow terminal in two tables.
+    """
+    console = _wide_console()
+    columns: list[tuple[str, Callable[[Cells], str]]] = [
+        ("seeds", lambda group: str(len(group.seeds))),
+        ("accuracy", lambda group: _mean(group.mean(lambda summary: 100 * float(summary["test_accuracy"])), 2, " %")),
+        ("test loss", lambda group: _mean(group.mean(lambda summary: float(summary["test_loss"])), 3)),
+        ("time a mini-batch", lambda group: _seconds(*group.mean(lambda summary: float(summary["minibatch_s"])))),
+        (_MEMORY, lambda group: _few(megabytes_by_stage(group.summaries))),
+        ("delay", lambda group: shown_delay(group.summaries)),
+        ("distance of weights, %", lambda group: _percent(group.mean(weight_distance))),
+        ("prediction error", lambda group: _ratio(group.mean(prediction_error))),
+    ]
+    narrow = console.width < _ONE_TABLE
+    for shown in (columns[:4], columns[4:]) if narrow else (columns,):
+        title = "side by side (mean ± standard deviation over seeds)" if shown[0] is columns[0] else None
+        table = Table(
+            title=title, title_justify="left", pad_edge=not narrow, box=box.SIMPLE_HEAD if narrow else box.HEAVY_HEAD
         )
-    _wide_console().print(table)
-    if any(not math.isnan(group.mean(prediction_error)[0]) for group in groups):
-        _wide_console().print(
-            "prediction error: distance of the weights a forward read from those of its backward, over that of the weights as they "
-            "were (below 1: prediction helps)",
-            highlight=False,
-        )
+        table.add_column("method", min_width=max((len(group.cell.method) for group in groups), default=0))
+        for heading in ("K", "A"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for heading, of in shown:
+            cells = [of(group) for group in groups]
+            whole = (
+                0 if heading == _MEMORY else max(map(len, cells), default=0)
+            )  # a list of sizes may have several lines
+            table.add_column(heading, justify="right", min_width=whole)
+        for group in groups:
+            cell = group.cell
+            table.add_row(cell.title, str(cell.stages), str(cell.num_microbatches), *(of(group) for _, of in shown))
+        console.print(table)
+    if any(not math.isnan(group.mean(weight_distance)[0]) for group in groups):
+        for line in (
+            "distance of weights: of those that a forward read, predicted or not, from those of its backward, over their norm",
+            "prediction error: this over the distance without prediction (below 1: prediction helps)",
+        ):
+            console.print(line, highlight=False)
 
 
 def _mean(mean_and_deviation: tuple[float, float], digits: int, unit: str = "") -> str:
     mean, deviation = mean_and_deviation
     return f"{mean:.{digits}f}{unit}" if math.isnan(deviation) else f"{mean:.{digits}f} ± {deviation:.{digits}f}{unit}"
+
+
+def _percent(mean_and_deviation: tuple[float, float]) -> str:
+    """Of a number that only runs with a delay have."""
+    mean, deviation = (100 * value for value in mean_and_deviation)
+    return "-" if math.isnan(mean) else _mean((mean, deviation), _digits(mean))
+
+
+def _ratio(mean_and_deviation: tuple[float, float]) -> str:
+    """The same."""
+    return "-" if math.isnan(mean_and_deviation[0]) else _mean(mean_and_deviation, 2)

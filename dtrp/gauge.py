@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_PRIMES = (17, 13, 11, 7, 5, 3)
+
 
 class PredictionError(NamedTuple):
     """One micro-batch at one stage; distances are Euclidean over all trained weights, over the norm of the true ones.
@@ -63,6 +65,18 @@ class Gauge:
     def drop(self) -> None:
         """Forget the micro-batches under way."""
         self._pending.clear()
+
+
+def look_every(num_total: int, num_microbatches: int) -> int:
+    """The n of every n-th micro-batch to look at, so that a run has a few looks at least, at little cost.
+
+    A prime that A has not, so that micro-batches at every place in a mini-batch are looked at.
+
+    Args:
+        num_total: micro-batches of the run.
+        num_microbatches: A.
+    """
+    return next((n for n in _PRIMES if num_total >= 4 * n and num_microbatches % n), 1)
 
 
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

@@ -68,7 +68,7 @@ class TrainConfig:
     dtype: str = "float32"
     threads: int | None = None
     seed: int = 0
-    prediction_error_every: int = 0
+    prediction_error_every: int | str = 0
     trace: bool = False
     tensorboard: bool = False
     save_every: int | str | None = None

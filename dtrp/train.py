@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from .checks import check_parts, check_settings, check_shards
 from .data import batches
 from .events import Events, StageScalars
+from .gauge import look_every
 from .making import (
     class_loss,
     example,
@@ -194,8 +195,11 @@ class Trainer:
             on_nonfinite=config.on_nonfinite,  # type: ignore[arg-type]
             trace=config.trace,
         )
-        if config.prediction_error_every:
-            self.pipe.watch_prediction(config.prediction_error_every)
+        look = config.prediction_error_every
+        if isinstance(look, str):
+            look = look_every(self.total_updates * config.num_microbatches, config.num_microbatches)
+        if look:
+            self.pipe.watch_prediction(look)
         if launched() and world_size == 1:
             watch_launcher(lambda: None, lambda: False)  # on ranks, the engine does
         self.reports = self.pipe.is_last and self.replica == 0

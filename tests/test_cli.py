@@ -312,9 +312,22 @@ def test_a_log_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "\r" not in shown
     assert [line[:9] for line in shown.splitlines()[1:3]] == ["epoch   1", "epoch   2"]
     assert type(make_reporter()) is PlainReporter
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal
-    assert type(make_reporter()) is LiveReporter
-    assert type(make_reporter(quiet=True)) is PlainReporter
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert type(make_reporter()) is PlainReporter, "colours make no terminal of a log"
+
+
+def test_a_terminal_gets_the_live_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(ours), os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "70")
+        assert type(make_reporter()) is LiveReporter
+        quiet = make_reporter(quiet=True)
+        assert type(quiet) is PlainReporter
+        assert quiet.console.width == 70, "and not that of a log"
+        monkeypatch.setenv("TERM", "dumb")
+        assert type(make_reporter()) is PlainReporter
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -17,10 +18,25 @@ import pytest
 import torch
 import yaml
 from helpers import minibatches, network, pipeline, sgd
+from rich.console import Console
 
 import dtrp
 from dtrp.cli import Stopped, run
-from dtrp.compare import Cell, Comparison, grid, group_cells, largest_delay, peak_bytes, prediction_error, read_summary
+from dtrp.compare import (
+    Cell,
+    Comparison,
+    grid,
+    group_cells,
+    largest_delay,
+    megabytes_by_stage,
+    peak_bytes,
+    prediction_error,
+    read_summary,
+    shown_delay,
+    weight_distance,
+)  # fmt: skip
+from dtrp.console import show_comparison
+from dtrp.gauge import look_every
 from dtrp.train import TrainConfig
 
 SMALL = [
@@ -67,7 +83,7 @@ def test_the_command_runs_the_grid_and_repeats_nothing(tmp_path: Path, capsys: p
     assert run(command(out, "--prediction-error-every", "1")) == 0
     shown = capsys.readouterr().out
     assert "cell 4 of 4: dtrp-K2-A1-seed1" in shown
-    for word in ("accuracy", "±", "memory by stage, MB", "prediction error"):
+    for word in ("accuracy", "±", "memory by stage, MB", "distance of weights, %", "prediction error"):
         assert word in shown
     folders = sorted(path.name for path in out.iterdir())
     assert folders == ["bp-K2-A1-seed0", "bp-K2-A1-seed1", "compare.yaml", "dtrp-K2-A1-seed0", "dtrp-K2-A1-seed1"]
@@ -85,14 +101,22 @@ def test_what_it_does_unless_it_is_told_otherwise(tmp_path: Path, monkeypatch: p
     seen: list[Comparison] = []
     monkeypatch.setattr(Comparison, "run", lambda self, work, say: seen.append(self) or [])
     arguments = ["compare", "--methods", "bp,dtrp", "--stages", "2,4", "--seeds", "1", "--out", str(tmp_path / "grid")]
-    for options in ([], ["--workers"], ["--every-k"], ["--workers", "--once"]):
+    for options in ([], ["--workers"], ["--once"], ["--workers", "--once"]):
         assert run([*arguments, *options]) == 0
     flushing = [[cell.stages for cell in comparison.cells if cell.method == "bp"] for comparison in seen]
-    assert flushing == [[2], [2, 4], [2, 4], [2]], "on workers time and memory are those of a K"
-    every = seen[0].base.prediction_error_every
+    assert flushing == [[2, 4], [2, 4], [2], [2]], "all of the grid: time and memory are those of a K"
+    assert seen[0].base.prediction_error_every == "auto"
+
+
+def test_where_predictions_are_looked_at() -> None:
     for parts in range(1, 17):
-        places = {microbatch % parts for microbatch in range(0, parts * every, every)}
-        assert places == set(range(parts)), "every place in a mini-batch is looked at"
+        for total in (*range(1, 80), 1000):
+            every = look_every(total, parts)
+            assert every == 1 or total // every >= 4, "a short run has looks too"
+            places = {microbatch % parts for microbatch in range(0, parts * every, every)}
+            assert places == set(range(parts)), "every place in a mini-batch is looked at"
+        assert look_every(1000, parts) == 17
+    assert look_every(1000, 17) == 13
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -242,6 +266,10 @@ def test_in_workers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--stages", "0"], "--stages 0: at least 1"),
         (["--num-microbatches", "k"], "--num-microbatches k"),
         (["--predictions", "cubic"], "cubic"),
+        (
+            ["--prediction-error-every", "often"],
+            "--prediction-error-every often: a whole number of at least 0, or auto",
+        ),
         (["--lr", "-1"], "--lr -1.0"),
     ],
 )
@@ -275,6 +303,61 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest
     assert run(command(tmp_path)) == 2
     assert "is no comparison" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_short_run_has_every_number_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*command(tmp_path / "grid"), "--methods", " bp, dtrp", "--stages", "1, 2"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    assert [row[:4] for row in rows] == [[m, k, "1", "2"] for k in "12" for m in ("bp", "dtrp")]
+    summaries = [read_summary(tmp_path / "grid" / f"dtrp-K2-A1-seed{seed}") for seed in range(2)]
+    assert all(summaries)
+    for row in rows[:3]:
+        assert row[8:] == ["0", "-", "-"], "without a delay weights are those of then"
+    for cell, number, factor in ((rows[3][9], weight_distance, 100), (rows[3][10], prediction_error, 1)):
+        each = [factor * number(summary) for summary in summaries if summary]
+        shown = [float(word) for word in cell.split(" ± ")]
+        assert shown == pytest.approx([statistics.fmean(each), statistics.stdev(each)], abs=0.01)
+    assert rows[3][8] == "1"
+
+
+@pytest.mark.parametrize("width", [80, 220])
+def test_the_table_fits_the_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = {"weights": 10**7, "optimizer": 0, "predicted": 0, "gradients": 0, "gradients_peak": 0}
+    stages = [
+        {"memory": memory, "activations_peak": 0, "delays": {"5": 1}, "prediction_errors": [[1, 5, 0.00123, 0.01]]}
+    ] * 4
+    summary = {"stages": stages, "test_accuracy": 0.6543, "test_loss": 1.234, "minibatch_s": 0.1234}
+    cells = [
+        (Cell("dtrp-1f1b", 4, 2, seed, "rollout"), {**summary, "minibatch_s": 0.1234 + 0.01 * seed})
+        for seed in range(3)
+    ]
+    monkeypatch.setattr("dtrp.console._wide_console", lambda: Console(width=width))
+    show_comparison(group_cells(cells))
+    lines = capsys.readouterr().out.splitlines()
+    text = " ".join(lines)
+    assert max(map(len, lines)) <= width
+    assert "…" not in text
+    accuracy_and_time = ("65.43 ± 0.00 %", "1.234 ± 0.000", "133 ± 10 ms")
+    for words in ("(rollout)", *accuracy_and_time, " 0.123 ± 0.000", "0.12 ± 0.00"):
+        assert words in text
+    assert text.count("10.0") == 4
+    assert text.count("dtrp-1f1b") == (2 if width == 80 else 1)
+
+
+def test_memory_and_delay_have_a_spread_where_seeds_differ() -> None:
+    def summary(weights: int, delay: str) -> dict[str, Any]:
+        memory = {"weights": weights, "optimizer": 0, "predicted": 0, "gradients": 0, "gradients_peak": 0}
+        stage = {"memory": memory, "activations_peak": 40_000, "delays": {"0": 1, delay: 1}, "prediction_errors": []}
+        return {"stages": [stage, {**stage, "memory": {**memory, "weights": 123_000_000}}]}
+
+    same = [summary(10_000, "3")] * 2
+    assert (megabytes_by_stage(same), shown_delay(same)) == (["0.05", "123"], "3")
+    assert (megabytes_by_stage(same[:1]), shown_delay(same[:1])) == (["0.05", "123"], "3")
+    other = [summary(1_000_000, "3"), summary(3_000_000, "6")]
+    assert (megabytes_by_stage(other), shown_delay(other)) == (["2.0±1.4", "123"], "4.5 ± 2.1")
 
 
 def test_means_and_deviations() -> None:
@@ -342,6 +425,8 @@ def test_numbers_of_a_summary() -> None:
     assert peak_bytes(summary) == [50, 42]
     assert largest_delay(summary) == 10
     assert prediction_error(summary) == pytest.approx(0.75)
+    assert weight_distance(summary) == pytest.approx(0.2)
+    assert math.isnan(weight_distance({"stages": []}))
     assert math.isnan(prediction_error({"stages": []}))
 
 

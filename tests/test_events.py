@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ SMALL = ["train", "--model", "mlp", "--limit-train", "500", "--limit-test", "100
          "--num-microbatches", "2", "--warmup-updates", "4", "--prediction-error-every", "1", "--tensorboard"]  # fmt: skip
 
 
-def scalars(folder: Path) -> dict[str, dict[int, float]]:
+def scalars(folder: Path, inside: str = "tensorboard") -> dict[str, dict[int, float]]:
     """Every scalar's values by step; each step is there once."""
-    accumulator = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    accumulator = EventAccumulator(str(folder / inside), size_guidance={"scalars": 0})
     accumulator.Reload()
     found: dict[str, dict[int, float]] = {}
     for tag in accumulator.Tags()["scalars"]:
@@ -121,6 +122,30 @@ def test_cells_of_a_comparison_have_theirs(tmp_path: Path) -> None:
     assert run(arguments) == 0
     for cell in ("bp-K2-A1-seed0", "dtr-K2-A1-seed0"):
         assert list(scalars(out / cell)["accuracy/test"]) == [8]
+
+
+def test_a_report_writes_those_of_its_runs(whole: Path, tmp_path: Path) -> None:
+    """Of runs that have none of their own; the second report voids the first."""
+    pytest.importorskip("matplotlib")
+    for folder in ("a", "b"):
+        shutil.copytree(whole, tmp_path / folder / "run", ignore=shutil.ignore_patterns("tensorboard", "saves"))
+    arguments = ["report", *(str(tmp_path / folder / "run") for folder in ("a", "b")), "--tensorboard"]
+    for _ in range(2):
+        assert run([*arguments, "--out", str(tmp_path / "out" / "report.html")]) == 0
+    own = scalars(whole)
+    for name in ("run", "run-2"):
+        found = scalars(tmp_path / "out", f"tensorboard/{name}")
+        for tag in ("loss/train", "loss/test", "accuracy/test"):
+            assert found[tag] == own[tag]
+        for k, stage in enumerate(json.loads((whole / "summary.json").read_text())["stages"]):
+            assert found[f"memory_bytes/stage{k}"] == {24: own[f"memory_bytes/stage{k}"][24]}
+            assert found[f"delay/stage{k}"][24] == pytest.approx(sum(own[f"delay/stage{k}"].values()) / 3)
+            ratios: dict[int, list[float]] = {}
+            for minibatch, _, read, stale in stage["prediction_errors"]:
+                if stale > 0:
+                    ratios.setdefault(int(minibatch), []).append(read / stale)
+            means = {minibatch: pytest.approx(statistics.fmean(own)) for minibatch, own in ratios.items()}
+            assert found.get(f"prediction_error/stage{k}", {}) == means
 
 
 def test_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

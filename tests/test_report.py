@@ -70,6 +70,7 @@ def test_the_page_holds_what_the_files_hold(tmp_path: Path, made: Callable[[list
     assert "70.00 ± 10.00" in bp
     assert "50.00 ± 0.00" in dtrp_
     assert "0.40 ± 0.00" in dtrp_
+    assert dtrp_[header.index("distance of weights, %") + 1] == "40.000 ± 0.000"
 
 
 def test_the_page_needs_nothing_beside_it(tmp_path: Path, made: Callable[[list[Path]], Page]) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from rich.console import Console
 
 from ..compare import Comparison, grid
-from ..console import PlainReporter, show_comparison
+from ..console import make_reporter, show_comparison
 from ..methods import list_methods
 from ..settings import CHOICES, TrainConfig
 from ..train import Trainer
-from .option_types import Names, Numbers
+from .option_types import Count, Names, Numbers
 from .options import train_options
 from .running import train_in_workers
 
@@ -22,8 +21,6 @@ _OF_A_CELL = (
     "memory_limit", "keep",
 )  # fmt: skip
 _OF_SAVES = ("save_every", "keep_last")  # a cell that is broken off begins again
-# A prime, so that micro-batches at every place in a mini-batch are looked at, whatever A is (but for its multiples).
-_LOOK_EVERY = 17
 
 
 @click.command()
@@ -40,17 +37,15 @@ _LOOK_EVERY = 17
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each, with seeds 0, 1, ...")
 @click.option(
     "--once/--every-k",
-    default=None,
-    help="Run a method that flushes at one K for each A: its accuracy is the same at every K, its time and memory are not (once; "
-    "with --workers at every K).",
+    default=False,
+    help="Run a method that flushes at one K for each A: its accuracy is the same at every K, its time and memory are not.",
 )
 @click.option("--workers/--one-process", default=False, help="A process for each stage.")
 @click.option(
     "--prediction-error-every",
-    type=int,
-    default=_LOOK_EVERY,
-    help="Compare predicted with true weights at every n-th micro-batch (0: never); a multiple of A looks at the first ones of "
-    "mini-batches alone.",
+    type=Count("auto"),
+    default="auto",
+    help="Compare predicted with true weights at every n-th micro-batch (0: never); auto: the 17th, in a short run sooner.",
 )
 @click.option(
     "--out", type=click.Path(), required=True, help="Folder of the comparison; one that is there is gone on with."
@@ -62,7 +57,7 @@ def compare(
     num_microbatches: str,
     predictions: tuple[str, ...] | None,
     seeds: int,
-    once: bool | None,
+    once: bool,
     workers: bool,
     out: str,
     **options: Any,
@@ -74,8 +69,14 @@ def compare(
     """
     base = TrainConfig(**options, workers=1 if workers else None)
     try:
-        once = not workers if once is None else once
-        cells = grid(methods, stages, num_microbatches.split(","), range(seeds), predictions or (), once=once)
+        cells = grid(
+            methods,
+            stages,
+            [word.strip() for word in num_microbatches.split(",")],
+            range(seeds),
+            predictions or (),
+            once=once,
+        )
         comparison = Comparison(base, cells, out)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
@@ -85,7 +86,7 @@ def compare(
             train_in_workers(config)
             return
         trainer = Trainer(config)
-        with PlainReporter(Console(width=140), table=False) as reporter:
+        with make_reporter(table=False, quiet=True) as reporter:
             trainer.run(reporter)
 
     try:
@@ -106,7 +107,12 @@ def compare(
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 @click.option("--out", type=click.Path(dir_okay=False), default="report.html", help="The file to write.")
 @click.option("--figures", type=click.Path(file_okay=False), help="Folder for each figure as SVG and PNG.")
-def report(runs: tuple[str, ...], out: str, figures: str | None) -> None:
+@click.option(
+    "--tensorboard",
+    is_flag=True,
+    help="Write events of each run too, to tensorboard/ beside --out (tensorboard --logdir).",
+)
+def report(runs: tuple[str, ...], out: str, figures: str | None, *, tensorboard: bool) -> None:
     """One HTML file about runs and comparisons: curves, memory, time, delays, prediction error, schedules, settings.
 
     RUNS are folders that 'dtrp train --out' or 'dtrp compare --out' has written. The file needs nothing beside it.
@@ -116,7 +122,7 @@ def report(runs: tuple[str, ...], out: str, figures: str | None) -> None:
     except ImportError as error:
         raise click.ClickException(f"{error}; install the extra: pip install 'dtrp[report]'") from error
     try:
-        collection = write_report(list(runs), out, figures)
+        collection = write_report(list(runs), out, figures, tensorboard=tensorboard)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{len(collection.runs)} runs; written to {out}" + (f", figures to {figures}" if figures else ""))

@@ -48,7 +48,7 @@ class Names(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         self.names = names
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        words = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+        words = tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else tuple(value)
         for word in words:
             if word not in self.names:
                 self.fail(unknown(self.name, word, self.names), param, ctx)

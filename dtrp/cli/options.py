@@ -204,9 +204,9 @@ _TRAIN_OPTIONS = [
     ),
     click.option(
         "--prediction-error-every",
-        type=int,
+        type=Count("auto"),
         default=DEFAULTS.prediction_error_every,
-        help="Compare predicted with true weights at every n-th micro-batch (0: never).",
+        help="Compare predicted with true weights at every n-th micro-batch (0: never); auto: the 17th, in a short run sooner.",
     ),
     click.option(
         "--out", type=click.Path(), help="Folder for config, metrics.jsonl, model.pt and, at the end, summary.json."

@@ -47,7 +47,7 @@ class Run:
 
 Groups = dict[str, list[Run]]  # runs that differ in their seed alone, by a name for them
 
-_OF_AN_EPOCH = {"epoch", "train_loss", "test_loss", "test_accuracy"}  # what a line of metrics.jsonl has at least
+_OF_AN_EPOCH = {"epoch", "update", "samples_per_s", "train_loss", "test_loss", "test_accuracy"}  # at least
 # Settings that a cell has, and those that change nothing of what a run comes to.
 _OF_A_CELL = ("method", "prediction", "stages", "num-microbatches", "seed")
 _OF_NO_MATTER = (

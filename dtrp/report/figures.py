@@ -24,7 +24,7 @@ DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)),
 MARKERS = "osD^vPX*<>hd"
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--", "||", "**", "OO", "/.")
 _INK = "#123456"  # stands for the page's own colour of text in an SVG
-_AS_IT_STANDS = {"text.parse_math": False}  # a label may hold two dollar signs
+_AS_IT_STANDS: Any = {"text.parse_math": False}  # a label may hold two dollar signs
 
 
 class Look(NamedTuple):

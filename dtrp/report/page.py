@@ -17,21 +17,24 @@ import yaml
 from markupsafe import Markup
 
 from .. import __version__
-from ..compare import largest_delay, megabytes_by_stage, prediction_error
+from ..compare import megabytes_by_stage, prediction_error, shown_delay, weight_distance
 from ..files import whole_file
 from ..making import make_method
 from ..methods import Method
 from ..schedule import Schedule
 from ..settings import TrainConfig, config_text
 from .collect import Collection, Run, collect, mean_and_spread
+from .events import write_events
 from .figures import Plot, on_white, png, svg
 from .plots import MINIBATCHES_SHOWN, SECTIONS, make_plots
 
 _SCHEDULES_OPEN = 12  # the others are a touch away
 
 
-def write_report(folders: list[str], out: str, figures: str | None = None) -> Collection:
+def write_report(folders: list[str], out: str, figures: str | None = None, *, tensorboard: bool = False) -> Collection:
     """Write one HTML file about some runs; with ``figures`` each figure as SVG and PNG to that folder too.
+
+    With ``tensorboard`` also events of each run, to ``tensorboard`` beside the file.
 
     Raises:
         ValueError: folders that hold no runs, or a place that cannot be written; the file is there whole or not at all.
@@ -45,6 +48,8 @@ def write_report(folders: list[str], out: str, figures: str | None = None) -> Co
             for ending, content in (("svg", on_white(picture).encode()), ("png", png(plot))):
                 with _written(Path(str(figures)) / f"{plot.name}.{ending}") as figure:
                     figure.write(content)
+        if tensorboard:
+            write_events(collection, Path(out).expanduser().absolute().parent / "tensorboard")
     return collection
 
 
@@ -117,8 +122,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-HEADINGS = ("", "accuracy, %", "test loss", "ms a mini-batch", "memory by stage, MB", "delay, at most", "prediction error",
-            "epochs", "seeds")  # fmt: skip
+HEADINGS = ("", "accuracy, %", "test loss", "ms a mini-batch", "memory by stage, MB", "delay, at most",
+            "distance of weights, %", "prediction error", "epochs", "seeds")  # fmt: skip
 
 
 def _table(collection: Collection) -> list[list[str]]:
@@ -126,7 +131,10 @@ def _table(collection: Collection) -> list[list[str]]:
     for label, runs in collection.groups().items():
         last = [run.metrics[min(len(other.metrics) for other in runs) - 1] for run in runs]
         finished = [run.summary for run in runs if run.summary]
-        error = [value for value in map(prediction_error, finished) if math.isfinite(value)]
+        distance, error = (
+            [value for value in map(of, finished) if math.isfinite(value)]
+            for of in (_percent_of_weights, prediction_error)
+        )
         rows.append(
             [
                 label,
@@ -134,13 +142,18 @@ def _table(collection: Collection) -> list[list[str]]:
                 _shown([line["test_loss"] for line in last], 3),
                 _shown([1e3 * s["minibatch_s"] for s in finished], 1) if finished else "-",
                 " ".join(megabytes_by_stage(finished)) if finished else "-",
-                str(max(map(largest_delay, finished))) if finished else "-",
+                shown_delay(finished) if finished else "-",
+                _shown(distance, 3) if distance else "-",
                 _shown(error, 2) if error else "-",
                 str(max(int(line["epoch"]) for line in last)),
                 ", ".join(str(run.cell.seed) for run in runs),
             ]
         )
     return rows
+
+
+def _percent_of_weights(summary: dict[str, Any]) -> float:
+    return 100 * weight_distance(summary)
 
 
 def _shown(values: list[float], digits: int) -> str:
