@@ -498,6 +498,13 @@ def test_epochs_without_a_number_are_named_and_have_their_place(tmp_path: Path) 
     assert low < 1 < 5 < high
 
 
+def test_ticks_are_whole_numbers_and_no_differences() -> None:
+    picture = svg(Plot("p", "loss", "epoch", "", {"bp": {"x": [1, 2], "y": [2.3021, 2.3024]}}))
+    ticks = [float(text) for text in re.findall(r"<text[^>]*>(2\.[\d]+)</text>", picture)]
+    assert len(ticks) >= 3
+    assert all(2.302 <= tick <= 2.3025 for tick in ticks)
+
+
 def test_a_name_with_dollars_is_no_formula() -> None:
     plot = Plot("p", "a $^ b$", "", "y", {"$x_1$": {"x": [1, 2], "y": [1.0, 2.0]}, "b": {"x": [1, 2], "y": [1.0, 2.0]}})
     assert "a $^ b$" in svg(plot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -125,4 +126,8 @@ def report(runs: tuple[str, ...], out: str, figures: str | None, *, tensorboard:
         collection = write_report(list(runs), out, figures, tensorboard=tensorboard)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"{len(collection.runs)} runs; written to {out}" + (f", figures to {figures}" if figures else ""))
+    click.echo(
+        f"{len(collection.runs)} run{'s' if len(collection.runs) > 1 else ''}; written to {out}"
+        + (f", figures to {figures}" if figures else "")
+        + (f", events to {Path(out).parent / 'tensorboard'}" if tensorboard else "")
+    )

@@ -24,7 +24,8 @@ DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)),
 MARKERS = "osD^vPX*<>hd"
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--", "||", "**", "OO", "/.")
 _INK = "#123456"  # stands for the page's own colour of text in an SVG
-_AS_IT_STANDS: Any = {"text.parse_math": False}  # a label may hold two dollar signs
+# A label may hold two dollar signs, and a tick says its whole number.
+_AS_IT_STANDS: Any = {"text.parse_math": False, "axes.formatter.useoffset": False}
 
 
 class Look(NamedTuple):
@@ -83,6 +84,8 @@ def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
     height = 3.1 + 0.17 * legend_rows
     if plot.kind == "rows" or _in_rows(plot):
         height = 0.9 + 0.26 * len(_names(plot)) + 0.17 * legend_rows
+    elif plot.kind == "timeline":
+        height = 1.2 + 0.3 * (1 + max(y for line in plot.series.values() for y in line["y"])) + 0.17 * legend_rows
     figure = Figure(figsize=(5.2, height), layout="constrained", facecolor=background)
     axes = figure.add_subplot(facecolor=background)
     for side in ("top", "right"):

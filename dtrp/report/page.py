@@ -83,7 +83,7 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
     }  # fmt: skip
     shared = collection.shared()
     return environment.get_template("page.html").render(
-        title=" and ".join(str(shared[key]) for key in ("model", "data") if key in shared) or "runs",
+        title=" on ".join(str(shared[key]) for key in ("model", "data") if key in shared) or "runs",
         sections=[
             (section, own)
             for section in SECTIONS
