@@ -390,6 +390,14 @@ class Transport:
                 text += f"; rank {control.peer} is in {name}() meanwhile"
         return text + ". Every rank must call step() the same number of times, and all else in the same order"
 
+    def check_steps(self, steps: Sequence[int]) -> None:
+        """Refuse what cannot be: mini-batches that each rank of the chain has stepped, and not the same number."""
+        if len(set(steps)) > 1:
+            counts = ", ".join(f"{n} on rank {rank}" for rank, n in zip(self.ranks.all, steps, strict=True))
+            raise RuntimeError(
+                f"step() was called {counts} times; every rank must call step() the same number of times"
+            )
+
     def _check_done(self, peer: int, what: Callable[[], str]) -> None:
         """A neighbour that has closed its links is done, or has failed and says so."""
         assert self._watch is not None
@@ -412,6 +420,7 @@ class Transport:
 
         Raises:
             StageError, WorkerError: another rank has failed meanwhile.
+            RuntimeError: the ranks have not stepped the same number of mini-batches.
         """
         if self.closed or os.getpid() != self._process:
             return
@@ -440,6 +449,9 @@ class Transport:
             self._at_exit.cancel()
         if not failed:
             self._sigterm.restore()
+            if watch is not None:  # who runs ahead of a gradient that it never needs has not waited for it
+                done = {**watch.done, self.ranks.rank: self.num_updates}
+                self.check_steps([done[rank] for rank in self.ranks.all])
         elif not board.raised:
             board.check()
 

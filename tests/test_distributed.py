@@ -545,6 +545,7 @@ def test_a_rank_that_is_told_to_end_at_the_start_names_who_is_missed(
         ("steps: more on the last", 2, ["the same number of times"]),
         ("steps: more on the last", 3, ["the same number of times"]),
         ("steps: more on the first", 3, ["the same number of times"]),
+        ("one more step, and no flush", 2, [r"called 7 on rank 0, 6 on rank 1 times"]),
     ],
 )
 def test_wrong_use_is_an_error_on_every_rank(
