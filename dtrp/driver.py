@@ -351,6 +351,9 @@ class Driver:
 
         Each rank waits until all others have closed theirs, or have ended; what needs all ranks, `save_model` too, comes
         before.
+
+        Raises:
+            RuntimeError: another rank has failed meanwhile, or has stepped another number of mini-batches.
         """
         if not self._closed:
             self._closed = True

@@ -311,9 +311,8 @@ class Landing:
     def __init__(self, room: Tensor, known: tuple[bytes, ...] = ()) -> None:
         self.known = known
         self._room, self._memory = room, memory_of(room)
-        self._ready: list[
-            tuple[bytes, Tensor]
-        ] = []  # what a header would say of a tensor, and that tensor, on the room
+        # What a header would say of a tensor, and that tensor, on the room.
+        self._ready: list[tuple[bytes, Tensor]] = []
         for about in known:
             words = _words(about)
             number, _, span, shift, flags = words[:5]
