@@ -397,7 +397,7 @@ def test_a_folder_of_folders_and_one_given_twice(tmp_path: Path, made: Callable[
     assert page.data["failed"] == [["fdg-K2-A1-seed0", "no luck"]]
 
 
-@pytest.mark.parametrize("damage", ["half a line", "no epoch's line", "no settings", "settings"])
+@pytest.mark.parametrize("damage", ["half a line", "no epoch's line", "no settings", "settings", "summary"])
 def test_a_run_that_cannot_be_read_loses_nothing_of_the_others(
     tmp_path: Path, made: Callable[[list[Path]], Page], damage: str
 ) -> None:
@@ -407,6 +407,8 @@ def test_a_run_that_cannot_be_read_loses_nothing_of_the_others(
     if "line" in damage:
         with open(broken / "metrics.jsonl", "a") as file:
             file.write('{"epoch": 4, "upd' if damage == "half a line" else '{"epoch": 4}\n')
+    elif damage == "summary":
+        (broken / "summary.json").write_text('{"stages": [{"stage": 0, "delays": {"0": 1}, "memory": {}}]}')
     else:
         (broken / "config").write_text("" if damage == "no settings" else "method: dtrp\nseed: soon\n")
     page = made([tmp_path / "grid"])

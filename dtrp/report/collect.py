@@ -6,12 +6,21 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..compare import Cell, mean_and_deviation, read_failure, read_summary
+from ..compare import (
+    Cell,
+    largest_delay,
+    mean_and_deviation,
+    peak_bytes,
+    prediction_error,
+    read_failure,
+    read_summary,
+)
 from ..methods import list_methods
 
 
@@ -89,9 +98,14 @@ class Collection:
     def differing(self, run: Run) -> dict[str, Any]:
         """Settings that are not the same in all runs, beside those of a cell; workers are as many as stages, or none."""
         own = _comparable(run)
-        others = [_comparable(other) for other in self.runs]
-        keys = dict.fromkeys(key for other in others for key in other)
-        return {key: own.get(key, "default") for key in keys if any(other.get(key) != own.get(key) for other in others)}
+        return {key: own.get(key, "default") for key in self._varying}
+
+    @cached_property
+    def _varying(self) -> tuple[str, ...]:
+        """The names of these settings."""
+        first, *others = map(_comparable, self.runs)
+        keys = dict.fromkeys(key for config in (first, *others) for key in config)
+        return tuple(key for key in keys if any(config.get(key) != first.get(key) for config in others))
 
     def shared(self) -> dict[str, Any]:
         """The settings that all runs have in common."""
@@ -166,6 +180,8 @@ def _read_run(folder: Path) -> Run:
     if not all(isinstance(line, dict) and line.keys() >= _OF_AN_EPOCH for line in metrics):
         raise ValueError(f"{folder} is no whole run: a line of its metrics.jsonl is not that of an epoch")
     summary = read_summary(folder)
+    if summary is not None:
+        _check_summary(folder, summary)
     try:
         cell = Cell(
             str(config.get("method", "?")), _stages(config, summary), int(config.get("num-microbatches", 1)),
@@ -174,6 +190,25 @@ def _read_run(folder: Path) -> Run:
     except (TypeError, ValueError):
         raise ValueError(f"{folder} is no whole run: its number of micro-batches or its seed is none") from None
     return Run(folder, cell, config, tuple(metrics), summary)
+
+
+def _check_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: it lacks something that is shown.
+    """
+    try:
+        for number in (largest_delay, prediction_error):
+            number(summary)
+        for name in ("minibatch_s", "test_accuracy"):
+            float(summary[name])
+        for stage, _ in zip(summary["stages"], peak_bytes(summary), strict=True):
+            stage["stage"] + stage["busy"]["busy"] + stage["busy"]["elapsed"]
+        summary["environment"].items()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{folder} is no whole run: its summary.json, of another version perhaps, has not all that is shown ({error!r})"
+        ) from None
 
 
 def _stages(config: dict[str, Any], summary: dict[str, Any] | None) -> int:
