@@ -1,4 +1,4 @@
-"""What the documents say of results/small.jsonl and results/wide.jsonl."""
+"""What the documents say of results/small.jsonl, wide.jsonl and resnet20.jsonl."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ HEAD = ("K", "A", "method", "seeds", "accuracy, %", "less than bp's with that A,
 
 def small() -> str:
     return _grid(ROWS)
+
+
+def wide() -> str:
+    return _grid(rows("accuracy/results/wide.jsonl"))
+
+
+def resnet20() -> str:
+    return _grid(rows("accuracy/results/resnet20.jsonl"))
 
 
 def _grid(rows: list[dict[str, Any]]) -> str:

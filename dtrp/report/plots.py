@@ -119,8 +119,8 @@ def one_scale(plots: Iterable[Plot], *, from_zero: bool = False) -> list[Plot]:
     if not highs or (len(plots) < 2 and not from_zero):
         return plots
     zero = from_zero or plots[0].kind == "bars"
-    low = 0.0 if zero else min(lows) - 0.03 * (max(highs) - min(lows))
-    high = max(highs) + 0.03 * (max(highs) - low)
+    low = 0.0 if zero else min(lows) - 0.05 * (max(highs) - min(lows))
+    high = max(highs) + 0.05 * (max(highs) - low)
     return [dataclasses.replace(plot, limits=(low, high if high > low else low + 1)) for plot in plots]
 
 
