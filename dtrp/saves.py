@@ -192,6 +192,8 @@ class Saves:
             try:
                 found = glance(path)
                 position = Position.read(found.extra.get("position") if isinstance(found.extra, dict) else None)
+                if path != self._path(found.num_updates):
+                    raise ValueError(f"it says that it is of update {found.num_updates}")
                 check(position)
             except ValueError as error:
                 notes.append(f"{path.name} is left aside: {error}")

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import adamw, assert_same, minibatches, network, pipeline, saved_both_ways
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_hostile import FIXED, answer
 from test_safety import Payload, forge
@@ -277,6 +277,7 @@ def broken_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(FIXED, max_examples=100)
+@example(mutations=[lose(manifest.NAME, False), edit([16], 0, True)])  # its number of updates
 @given(mutations=st.lists(MUTATIONS, min_size=1, max_size=3))
 def test_resuming(broken_off: Path, seen: Counter[str], mutations: list[Mutation]) -> None:
     """One to three of the run's saves, the newest first, are not what they were."""
