@@ -26,6 +26,7 @@ from .footprint import held_at_most
 from .pipeline import Pipeline
 from .results import EpochMetrics
 
+OF_AN_EPOCH = {"loss/train": "train_loss", "loss/test": "test_loss", "accuracy/test": "test_accuracy"}  # scalar: metric
 _TOGETHER = 20  # updates whose losses are read from the device at once
 
 
@@ -72,7 +73,7 @@ class Events:
     def epoch(self, metrics: EpochMetrics, scalars: Sequence[Mapping[str, float]]) -> None:
         """An epoch is through; ``scalars`` are each rank's, of its stages."""
         self.flush()
-        own = {"loss/train": metrics.train_loss, "loss/test": metrics.test_loss, "accuracy/test": metrics.test_accuracy}
+        own = {name: getattr(metrics, metric) for name, metric in OF_AN_EPOCH.items()}
         for name, value in itertools.chain.from_iterable(each.items() for each in [own, *scalars]):
             self._writer.add_scalar(name, value, metrics.update)
         self._writer.flush()

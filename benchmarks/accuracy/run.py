@@ -126,9 +126,8 @@ def finished(part: str) -> list[dict[str, Any]]:
 def run(part: str, model: str, cell: Cell, data_dir: str, device: str) -> None:
     """Train one cell, and add its line."""
     own = OWN.get(part, {})
-    if (
-        part == "wide" and cell.method == "dgl"
-    ):  # else the last of eight micro-batches would have one sample, and dgl needs two
+    if part == "wide" and cell.method == "dgl":
+        # Else the last of eight micro-batches would have one sample, and dgl needs two.
         own = own | {"limit-train": "4992"}
     settings = COMMON | own | {
         "data-dir": data_dir, "model": model, "method": cell.method, "seed": str(cell.seed), "stages": str(cell.stages),

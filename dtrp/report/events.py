@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compare import peak_bytes
-from ..events import check_tensorboard
+from ..events import OF_AN_EPOCH, check_tensorboard
 from .collect import Collection, Run
 
 
@@ -44,8 +44,7 @@ def _scalars(run: Run) -> Iterator[tuple[str, float, int]]:
     last = 0
     for line in run.metrics:
         last = int(line["update"])
-        for tag, key in (("loss/train", "train_loss"), ("loss/test", "test_loss"), ("accuracy/test", "test_accuracy"),
-                         ("samples_per_s", "samples_per_s")):  # fmt: skip
+        for tag, key in [*OF_AN_EPOCH.items(), ("samples_per_s", "samples_per_s")]:
             yield tag, float(line[key]), last
     if run.summary is None:
         return
