@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
+from .alike import method_values
 from .arguments import whole
-from .distributed import method_values
 from .engine import Engine
 from .gauge import Gauge, PredictionError
 from .methods import Keep, Method

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .alike import agree
 from .arguments import (
     as_method,
     check_callables,
@@ -21,7 +22,7 @@ from .arguments import (
     whole,
 )
 from .auxiliary import Auxiliary, WithAux, aux_of_stages
-from .distributed import DistributedEngine, agree
+from .distributed import DistributedEngine
 from .driver import Driver
 from .gradients import Clip, GradientRule, OnNonfinite
 from .local import LocalEngine

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .. import saving
 from ..aligned import aligned_clone
+from ..alike import backend_for, check_same, method_values, place_of
 from ..arguments import (
     as_method,
     check_callables,
@@ -27,7 +28,6 @@ from ..arguments import (
     keeping,
     whole,
 )
-from ..distributed import backend_for, check_settings, method_values, place_of
 from ..driver import Driver
 from ..gradients import Clip, GradientRule, OnNonfinite
 from ..methods import Keep, Method
@@ -154,7 +154,7 @@ class ScheduleDTRP(Driver):
             )
             facts = transport.exchange("ScheduleDTRP", own)
             for rank, theirs in zip(ranks.all, facts, strict=True):
-                check_settings(rank, theirs[0], facts[0][0], _SAME)
+                check_same(rank, theirs[0], facts[0][0], _SAME)
             if not any(fact[2] for fact in facts):
                 raise ValueError("no stage has a parameter that requires a gradient; there is nothing to train")
             transport.connect(device, backend_for([fact[1] for fact in facts]))

@@ -1,0 +1,149 @@
+"""What must be the same on every rank of a pipeline, and who says so when it is not.
+
+When the pipeline is made: the settings, the method, and the names, shapes and dtypes of all stages' tensors. In every
+mini-batch: the targets, which the first and the last rank may both be given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import zlib
+from collections.abc import Sequence
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import on_cpu
+from .messages import Note, memory_of
+from .methods import Method
+from .predict import BuiltInPredictor
+from .ties import Tie
+from .transport import Transport
+from .trees import flatten, num_samples
+
+NCCL_VARIABLE = "DTRP_NCCL"
+_CHECKED_BYTES = 4 * 2**20  # of a mini-batch's targets; of larger ones every n-th value
+
+
+def agree(
+    transport: Transport,
+    modules: Sequence[nn.Module],
+    device: torch.device,
+    settings: dict[str, Any],
+    seed: int,
+    ties: Sequence[Tie] = (),
+) -> int:
+    """Make all ranks one pipeline: what must be the same is, the first rank's initial values are taken, and links made.
+
+    Args:
+        transport: the connections made so far.
+        modules: of all stages, with their auxiliary networks.
+        device: of this rank's stage.
+        settings: what else must be the same on every rank, by the name of its argument.
+        seed: the first rank's is everyone's.
+        ties: parameters that several stages hold.
+
+    Returns:
+        The seed.
+
+    Raises:
+        ValueError: a rank differs from the first.
+    """
+    ranks = transport.ranks
+    settings = {**settings, "method": method_values(settings["method"]), "tied parameters": [str(tie) for tie in ties]}
+    own = {"settings": settings, "stages": [_fingerprint(module) for module in modules]}
+    facts = transport.exchange("Pipeline", (own, place_of(device)))
+    for rank, (theirs, _) in zip(ranks.all, facts, strict=True):
+        _check_alike(rank, theirs, facts[0][0])
+    values = [_tensors(module) for module in modules] * ranks.num_replicas
+    given = transport.scatter("Pipeline", on_cpu(values) if ranks.rank == ranks.all[0] else None)
+    with torch.no_grad():
+        for name, tensor in _tensors(modules[ranks.stage]).items():
+            tensor.copy_(given[name])
+    seed = transport.spread("Pipeline", seed)
+    backend = backend_for([place for _, place in facts])
+    transport.connect(device, backend, [tie for tie in ties if tie.trained])
+    return int(seed)
+
+
+def backend_for(places: Sequence[str]) -> str:
+    """What carries tensors between the ranks' devices; NCCL where each has a GPU to itself, and it is asked for."""
+    apart = len(set(places)) == len(places) and all(place.startswith("cuda") for place in places)
+    return "nccl" if apart and os.environ.get(NCCL_VARIABLE) == "1" else "gloo"
+
+
+def place_of(device: torch.device) -> str:
+    """One device of one machine, whatever number it goes by in this process."""
+    if device.type == "cuda":
+        device_id = getattr(torch.cuda.get_device_properties(device), "uuid", device)
+        return f"cuda {socket.gethostname()} {device_id}"
+    return str(device)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict([*module.named_parameters(), *module.named_buffers()])
+
+
+def _fingerprint(module: nn.Module) -> dict[str, str]:
+    """What a stage's tensors are, by name."""
+    return {
+        name: f"shape {tuple(t.shape)}, {t.dtype}, {'trained' if t.requires_grad else 'not trained'}"
+        for name, t in _tensors(module).items()
+    }
+
+
+def method_values(method: Method) -> dict[str, Any]:
+    """A method as values that can be compared; a predictor object by its name or its type."""
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    if not isinstance(method.predict, (str, NoneType)):
+        built_in = isinstance(method.predict, BuiltInPredictor)
+        values["predict"] = method.predict.name if built_in else type(method.predict).__name__
+    return values
+
+
+def check_same(rank: int, theirs: dict[str, Any], first: dict[str, Any], same: str) -> None:
+    """Refuse a rank whose settings differ from the first's; ``same`` says what to make the same."""
+    for name, value in first.items():
+        if theirs[name] != value:
+            raise ValueError(f"rank {rank} has {name}={theirs[name]}, rank 0 has {value}; {same}")
+
+
+def _check_alike(rank: int, theirs: dict[str, Any], first: dict[str, Any]) -> None:
+    same = "make the same Pipeline on every rank"
+    check_same(rank, theirs["settings"], first["settings"], same)
+    for stage, (a, b) in enumerate(zip(theirs["stages"], first["stages"], strict=True)):
+        for name in dict.fromkeys([*b, *a]):
+            if a.get(name) != b.get(name):
+                raise ValueError(
+                    f"the models differ: {name} of stage {stage} is {a.get(name, 'missing')} on rank {rank}, "
+                    f"{b.get(name, 'missing')} on rank 0; {same}"
+                )
+
+
+def checksum_of(y: Any) -> int:
+    """Of the targets' values, shapes and dtypes; -1 where looking at them would hold up an accelerator."""
+    tensors, form = flatten(y)
+    if any(t.device.type != "cpu" for t in tensors):
+        return -1
+    checksum = zlib.crc32(repr((form, [(tuple(t.shape), t.dtype) for t in tensors])).encode())
+    for t in tensors:
+        values = t.detach().reshape(-1)
+        values = values[:: max(1, values.nbytes // _CHECKED_BYTES)].contiguous()
+        checksum = zlib.crc32(memory_of(values), checksum)
+    return checksum
+
+
+def check_targets(note: Note, y: Any) -> None:
+    seed = "seed the sampler, so that every rank sees the same mini-batches"
+    if num_samples(y) != note.total:
+        raise ValueError(
+            f"the first rank was given {note.total} samples and the last rank {num_samples(y)} targets; {seed}"
+        )
+    if note.checksum != -1 and checksum_of(y) not in (-1, note.checksum):
+        raise ValueError(
+            f"the first and the last rank were given different targets for mini-batch {note.minibatch}; {seed}"
+        )
