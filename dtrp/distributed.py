@@ -128,7 +128,7 @@ class DistributedEngine:
         if loss is not None and self._mean_loss is not None:
             loss = loss.new_tensor(self._mean_loss)
         if self._loss_on == "all":
-            loss = self._transport.spread_back("step", loss).to(self._stage.device)
+            loss = self._transport.chain.spread_back("step", loss).to(self._stage.device)
         return loss
 
     def _first_note(self, x: Any, y: Any) -> Note:
@@ -161,7 +161,7 @@ class DistributedEngine:
 
     def flush(self) -> None:
         self._begin(f"in flush() after {self.num_updates} steps")
-        self._transport.check_steps(self._transport.exchange("flush", self.num_updates))
+        self._transport.check_steps(self._transport.chain.exchange("flush", self.num_updates))
         for slot in self._order.flush():
             for action in slot:
                 self._do(action)
@@ -192,7 +192,7 @@ class DistributedEngine:
         for each of its backwards, and this stage has taken as many as it has had of its own: the rest are on their way.
         """
         ranks = self._transport.ranks
-        backwards = self._transport.exchange(method, (self.num_updates, self._order.next_backward))
+        backwards = self._transport.chain.exchange(method, (self.num_updates, self._order.next_backward))
         self._transport.check_steps([steps for steps, _ in backwards])
         if ranks.after is not None:
             sent = backwards[ranks.all.index(ranks.after)][1]
@@ -210,11 +210,11 @@ class DistributedEngine:
 
     def infer(self, x: Any) -> Any:
         self._begin("in infer()")
-        return self._transport.hand_over("infer", x, self._stage.infer)
+        return self._transport.chain.hand_over("infer", x, self._stage.infer)
 
     def gather(self, method: str, value: T) -> list[T]:
         self._begin(f"in {method}()")
-        return self._transport.exchange(method, value)
+        return self._transport.chain.exchange(method, value)
 
     def spans(self) -> list[Span]:
         self._begin("in save_trace()")
@@ -228,7 +228,7 @@ class DistributedEngine:
 
     def of_stages_to_first(self, method: str, part: Callable[[Stage], T]) -> list[T] | None:
         self._begin(f"in {method}()")
-        values = self._transport.collect(method, self._own(part))
+        values = self._transport.chain.collect(method, self._own(part))
         return None if values is None else values[: self._transport.ranks.num_stages]
 
     def all_or_none(self, method: str, job: Callable[[], T]) -> T:
@@ -354,7 +354,7 @@ class DistributedEngine:
             loss = self._losses.sum() if self.takes_y else 0.0
             try:
                 with self.working_times[0].waiting("replicas"):
-                    self._mean_loss, word = self._transport.average(
+                    self._mean_loss, word = self._transport.replicas.average(
                         self._stage.gradients,
                         self._stage.parameters,
                         samples,
@@ -370,7 +370,7 @@ class DistributedEngine:
         if self._stage.rule.together:
             norm = self._stage.gradient_norm()
             with self.working_times[0].waiting("gradient"):  # replicas have the same gradient by now
-                norms = self._transport.exchange("step", norm)[: self._transport.ranks.num_stages]
+                norms = self._transport.chain.exchange("step", norm)[: self._transport.ranks.num_stages]
         with naming(self._stage.index, action, self._stage.version):
             self._stage.update(norms)
         if ties:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from .failure import SigtermListener, WorkerError
-from .starting import Presence, Start, first_holds_store
+from .starting import ABSENT, SILENT, Presence, Start, first_holds_store
 
 LAUNCHER_VARIABLE = "DTRP_LAUNCHER"  # the process that has started the launcher, or is it
 _MOST_WAIT_S = 5.0  # for a process whose launcher is gone to end by itself
@@ -233,7 +233,7 @@ def _interruptibly(job: Callable[[_Progress], None], timeout_s: float) -> None:
     if errors and not isinstance(errors[0], (TimeoutError, RuntimeError)):
         raise errors[0]
     if at.presence is not None and (missing := missing or at.presence.missing()):
-        reason = f" (rank {', '.join(map(str, missing))} came and is not heard of any more)"
+        reason = f" (rank {', '.join(map(str, missing))} {SILENT})"
     elif errors and str(errors[0]):
         lost = isinstance(errors[0], dist.DistError) and first_holds_store()
         reason = f" ({'rank 0 cannot be reached: ' if lost else ''}{str(errors[0]).splitlines()[0]})"
@@ -258,7 +258,7 @@ def _missed(at: _Progress) -> BaseException:
         missing = []
     if not missing:
         return SystemExit(128 + signal.SIGTERM)
-    how = "came and is not heard of any more" if at.presence is not None else "has not come"
+    how = SILENT if at.presence is not None else ABSENT
     return WorkerError(
         f"rank {os.environ.get('RANK', '?')} was told to end (SIGTERM) while it waited for rank "
         f"{', '.join(map(str, missing))}, which {how}"

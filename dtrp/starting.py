@@ -21,6 +21,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+ABSENT = "has not come"  # of a rank that is missed
+SILENT = "came and is not heard of any more"
 _POLL_S = 0.02
 _TOLD_S = 0.7  # until all have heard who is missed: longer than they take from one `Presence.beat` to the next
 _SILENCE_S = 1.5  # of a rank that is missed
@@ -81,7 +83,7 @@ class Start:
             elif rank == 0:  # whose store it may be
                 store.set(absent, json.dumps(missing))
                 time.sleep(_TOLD_S)
-            raise TimeoutError(f"rank {', '.join(map(str, missing))} has not come")
+            raise TimeoutError(f"rank {', '.join(map(str, missing))} {ABSENT}")
 
     def missing(self) -> list[int]:
         """Who has not come until now."""

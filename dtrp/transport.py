@@ -25,26 +25,25 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .agreeing import NUM_BITS, bits_of, word_of
+from .averaging import Averaging
+from .chain import Chain
 from .errors import StageError
 from .failure import GRACE_S, Board, Failure, Helper, SigtermHandler, WorkerError
 from .groups import Meeting
 from .links import Link, Receiver, Sender, Wire
-from .messages import Kind, Message, Note, object_tensor
+from .messages import Kind, Message, Note
 from .ranks import Ranks, watch_launcher
+from .starting import ABSENT, SILENT
 from .ties import Tie
 from .trace import Tracer
-from .trees import map_tensors
 from .watch import Watch
 
-_BUCKET_BYTES = 25 * 2**20
 LATENCY_VARIABLE = "DTRP_MESSAGE_LATENCY_S"
 
 
@@ -60,11 +59,13 @@ class Transport:
 
     Attributes:
         board: where the main thread waits.
+        chain: through all ranks.
+        replicas: of this stage; only where there are several, once connected.
         forward_in, forward_out, backward_in, backward_out: links to the neighbours; None at the ends.
         num_updates: mini-batches stepped, for the last word.
     """
 
-    handing = "infer"  # the method that hands tensors from stage to stage, for messages
+    replicas: Averaging
     forward_in: Receiver | None
     forward_out: Sender | None
     backward_in: Receiver | None
@@ -78,7 +79,6 @@ class Transport:
         self._process = os.getpid()
         self._tracer = tracer
         self._links: list[Link] = []
-        self._replicas: Any = None
         self._tied: dict[int, tuple[Sender, Receiver]] = {}  # by the stage that shares a parameter with this one
         self._watch: Watch | None = None
         self._meeting = Meeting(ranks.all, ranks.rank)
@@ -100,10 +100,14 @@ class Transport:
         left = ranks.all[place - 1] if place else None
         right = ranks.all[place + 1] if place + 1 < len(ranks.all) else None
         wire = (torch.device("cpu"), "gloo")
-        self._from_left = self._receiver("control", control, left, *wire)
-        self._to_left = self._sender("control", control, left, *wire)
-        self._from_right = self._receiver("control", control, right, *wire)
-        self._to_right = self._sender("control", control, right, *wire)
+        self.chain = Chain(
+            ranks,
+            self,
+            self._receiver("control", control, left, *wire),
+            self._sender("control", control, left, *wire),
+            self._receiver("control", control, right, *wire),
+            self._sender("control", control, right, *wire),
+        )
 
     def connect(self, device: torch.device, backend: str, ties: Sequence[Tie] = ()) -> None:
         """Make the connections for training.
@@ -120,7 +124,8 @@ class Transport:
         if ties:  # in both directions between two ranks, so two groups
             wanted += [("tied gradients", ranks.all, backend), ("tied values", ranks.all, backend)]
         forward, backward, *others = self._make_groups(*wanted)
-        self._replicas = others[0] if ranks.num_replicas > 1 else None
+        if ranks.num_replicas > 1:
+            self.replicas = Averaging(ranks, others[0], self.board, self._helper)
         latency_s = float(os.environ.get(LATENCY_VARIABLE, "0"))
         self.forward_in = self._receiver("forward", forward, ranks.before, device, backend)
         self.forward_out = self._sender("forward", forward, ranks.after, device, backend, latency_s)
@@ -173,7 +178,7 @@ class Transport:
         return f"{self._missed(missing).format('in vain')} (it was told to end, by SIGTERM)" if missing else ""
 
     def _missed(self, missing: list[int]) -> str:
-        how = "has not come" if set(missing) <= set(self._meeting.missing) else "came and is not heard of any more"
+        how = ABSENT if set(missing) <= set(self._meeting.missing) else SILENT
         named = f"rank {', '.join(map(str, missing))}, which {how}"
         return (
             f"rank {self.ranks.rank} has waited {{}} for {named if missing else 'the other ranks, none of which is missed'}, to "
@@ -211,64 +216,6 @@ class Transport:
 
         return self.board.wait(take, lambda: self._describe(link, what()), (link.peer,))
 
-    def average(
-        self, gradients: list[Tensor | None], like: Sequence[Tensor], samples: int, loss: float, word: int
-    ) -> tuple[float, int]:
-        """Average gradients over the replicas of this stage, weighted by samples, in buckets, in place.
-
-        Args:
-            gradients: of this replica's shard of the mini-batch; None where there is none.
-            like: the parameters they belong to.
-            samples: in the shard.
-            loss: the shard's mean loss.
-            word: what this rank proposes.
-
-        Returns:
-            The mean loss of the whole mini-batch, and what any of the replicas proposes.
-        """
-        if any(g is not None and g.layout is not torch.strided for g in gradients):
-            raise TypeError("sparse gradients cannot be averaged over replicas; make the embedding with sparse=False")
-        device = like[0].device if like else torch.device("cpu")
-        sums = torch.tensor(
-            [samples, samples * loss, *bits_of(word), *(g is not None for g in gradients)],
-            dtype=torch.float64,
-            device=device,
-        )
-        # On an accelerator the helper works on the main thread's stream, which waits for it.
-        module = torch.get_device_module(device) if device.type != "cpu" else None
-        stream = module.current_stream(device) if module is not None else None
-
-        def all_reduce() -> tuple[float, int]:
-            with module.stream(stream) if module is not None else nullcontext():
-                return average()
-
-        def average() -> tuple[float, int]:
-            self._replicas.allreduce([sums]).wait()
-            all_samples, all_losses, *rest = sums.tolist()
-            share = samples / all_samples
-            present = [i for i, count in enumerate(rest[NUM_BITS:]) if count]
-            for i in present:
-                gradient = gradients[i]
-                gradients[i] = gradient * share if gradient is not None else torch.zeros_like(like[i])
-            for bucket in _buckets([g for g in (gradients[i] for i in present) if g is not None]):
-                flat = torch.cat([g.reshape(-1) for g in bucket])
-                self._replicas.allreduce([flat]).wait()
-                for gradient, part in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
-                    gradient.copy_(part.view(gradient.shape))
-            return all_losses / all_samples, word_of(rest[:NUM_BITS])
-
-        others = [rank for rank in self.ranks.replicas if rank != self.ranks.rank]
-        result: tuple[float, int] = self._helper.run(
-            all_reduce,
-            lambda: (
-                f"rank {self.ranks.rank}, {self.board.doing}, has waited {{}} for rank {', '.join(map(str, others))}: the "
-                f"gradients of stage {self.ranks.stage} in the other replicas, for its update. Every rank must call step() the "
-                "same number of times"
-            ),
-            awaited=others,
-        )
-        return result
-
     def give_tied(self, stage: int, tensor: Tensor | None) -> None:
         """Send ``stage`` of this replica a gradient, or the values, of a parameter that both hold; never waits."""
         self._tied[stage][0].send(Kind.of(tensor), Note(), tensor)
@@ -290,61 +237,6 @@ class Transport:
             [link.peer for link in senders],
         )
 
-    # -- what all ranks do together -----------------------------------------------------------------------
-
-    def exchange(self, method: str, value: Any) -> list[Any]:
-        """Every rank's value, by place in the chain, on every rank."""
-        values = self._pass_on(self._from_left, self._to_right, method, lambda sofar: [*(sofar or []), value])
-        everything: list[Any] = self._pass_on(
-            self._from_right, self._to_left, method, lambda whole: values if whole is None else whole
-        )
-        return everything
-
-    def collect(self, method: str, value: Any) -> list[Any] | None:
-        """Every rank's value, on the first rank of the chain; None elsewhere."""
-        values = self._pass_on(self._from_right, self._to_left, method, lambda sofar: [value, *(sofar or [])])
-        return values if self._to_left is None else None
-
-    def spread(self, method: str, value: Any) -> Any:
-        """The first rank's value, on every rank."""
-        return self._pass_on(
-            self._from_left, self._to_right, method, lambda given: (value,) if given is None else given
-        )[0]
-
-    def scatter(self, method: str, values: Sequence[Any] | None) -> Any:
-        """The place's own of the first rank's ``values``."""
-        mine: list[Any] = []
-
-        def split(rest: list[Any] | None) -> list[Any]:
-            rest = list(values or ()) if rest is None else rest
-            mine.append(rest[0])
-            return rest[1:]
-
-        self._pass_on(self._from_left, self._to_right, method, split)
-        return mine[0]
-
-    def spread_back(self, method: str, value: Any) -> Any:
-        """The last stage's value, on every rank of its replica."""
-        last, first = self.ranks.after is None, self.ranks.before is None
-        into = None if last else self._from_right
-        return self._pass_on(into, None if first else self._to_left, method, lambda v: (value,) if v is None else v)[0]
-
-    def hand_over(self, method: str, x: Any, work: Callable[[Any], Any]) -> Any:
-        """``work`` of each stage in turn on what the one before made of ``x``; the result on the last, None elsewhere."""
-        if self.ranks.before is not None:
-            assert self._from_left is not None
-            message = self._next_control(self._from_left, method)
-            x = message.tensor
-        out = work(x)
-        if self.ranks.after is None:
-            return out
-        link = self._to_right
-        assert link is not None
-        self.wait_for_room(link)  # a stage that is faster than the next one would pile up a whole data set here
-        out = map_tensors(Tensor.cpu, out)
-        link.send(Kind.of(out), Note(), out)
-        return None
-
     def wait_for_room(self, link: Sender) -> None:
         """Wait while messages pile up before the other end."""
         self.board.wait(
@@ -355,39 +247,9 @@ class Transport:
             (link.peer,),
         )
 
-    def _pass_on(self, into: Receiver | None, out: Sender | None, method: str, work: Callable[[Any], Any]) -> Any:
-        """Take the neighbour's value (None at the chain's end), and send on what ``work`` makes of it."""
-        given = None
-        if into is not None:
-            name, given = self._next_control(into, method).object()
-            if name != method:
-                raise self._out_of_step(into.peer, name, method)
-        result = work(given)
-        if out is not None:
-            out.send(Kind.OBJECT, Note(), object_tensor((method, result)))
-        return result
-
-    def _next_control(self, link: Receiver, method: str) -> Message:
-        message = self.receive(link, lambda: f"its part in {method}()")
-        if (message.kind is not Kind.OBJECT) != (method == self.handing):
-            other = self.handing if message.kind is not Kind.OBJECT else message.object()[0]
-            raise self._out_of_step(link.peer, other, method)
-        return message
-
-    def _out_of_step(self, peer: int, theirs: str, ours: str) -> WorkerError:
-        return WorkerError(
-            f"rank {peer} has called {theirs}() where this rank has called {ours}(); every rank must call the same methods "
-            "in the same order"
-        )
-
     def _describe(self, link: Receiver, what: str) -> str:
         text = f"rank {self.ranks.rank}, {self.board.doing}, has waited {{}} for rank {link.peer}: {what}"
-        for control in (self._from_left, self._from_right):
-            message = control.peek() if control is not None else None
-            if message is not None:
-                assert control is not None
-                name = message.object()[0] if message.kind is Kind.OBJECT else self.handing
-                text += f"; rank {control.peer} is in {name}() meanwhile"
+        text += self.chain.meanwhile()
         return text + ". Every rank must call step() the same number of times, and all else in the same order"
 
     def check_steps(self, steps: Sequence[int]) -> None:
@@ -499,16 +361,3 @@ class Transport:
         self._helper.finish()
         for link in self._links:
             link.end()
-
-
-def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Groups of one dtype and of about `_BUCKET_BYTES`, in order."""
-    buckets: list[list[Tensor]] = []
-    size = 0
-    for gradient in gradients:
-        if not buckets or gradient.dtype != buckets[-1][0].dtype or size + gradient.nbytes > _BUCKET_BYTES:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(gradient)
-        size += gradient.nbytes
-    return buckets

@@ -126,7 +126,7 @@ class ScheduleDTRP(Driver):
         self._output_merge_spec = output_merge_spec
         self._is_traced = hasattr(stage, "pipe_info")
         transport = Transport(ranks, timeout_s, self._tracer)
-        transport.handing = "eval"
+        transport.chain.handing = "eval"
         try:  # from here on the other ranks hear of what does not fit on this one
             module = _checked_module(stage, ranks)
             device = _device_of(stage)
@@ -152,7 +152,7 @@ class ScheduleDTRP(Driver):
                 list(module.state_dict()),
                 _drawn_seed() if seed is None else seed,
             )
-            facts = transport.exchange("ScheduleDTRP", own)
+            facts = transport.chain.exchange("ScheduleDTRP", own)
             for rank, theirs in zip(ranks.all, facts, strict=True):
                 check_same(rank, theirs[0], facts[0][0], _SAME)
             if not any(fact[2] for fact in facts):
