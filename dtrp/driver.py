@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -19,7 +20,6 @@ from .arguments import whole
 from .engine import Engine
 from .gauge import Gauge, PredictionError
 from .methods import Keep, Method
-from .rng import microbatch_seed, seeded
 from .saving import CheckpointError, session
 from .trace import Tracer, write_chrome_trace
 
@@ -82,7 +82,7 @@ class Driver:
             raise ValueError(f"stage={stage}: the pipeline has stages 0..{self.num_stages - 1}")
         # The stage's own device and replica, or those of this rank's stage.
         near = next((own for own in self._engine.stages if own.index == stage), self._engine.stages[0])
-        return seeded(microbatch_seed(self.seed, near.replica, stage, microbatch), near.device)
+        return replace(near.draws, stage=stage).region(microbatch)
 
     # -- what it holds ------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import hashlib
 import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -32,6 +33,30 @@ def generator(*key: int | str) -> torch.Generator:
 def epoch_order(num: int, *, seed: int, epoch: int) -> torch.Tensor:
     """The order in which an epoch visits ``num`` samples, (num,), int64, on the CPU."""
     return torch.randperm(num, generator=generator("order", seed, epoch), device="cpu")
+
+
+@dataclass
+class Draws:
+    """The random draws of one stage.
+
+    Args:
+        seed: of the pipeline.
+        replica, stage: whose draws they are.
+        device: where the stage works.
+    """
+
+    seed: int
+    replica: int
+    stage: int
+    device: torch.device
+
+    def seed_of(self, microbatch: int) -> int:
+        """The seed of those for one micro-batch; it is remembered."""
+        return microbatch_seed(self.seed, self.replica, self.stage, microbatch)
+
+    def region(self, microbatch: int) -> AbstractContextManager[None]:
+        """Within it the stage draws for ``microbatch``."""
+        return seeded(self.seed_of(microbatch), self.device)
 
 
 def seeded(seed: int, device: torch.device) -> AbstractContextManager[None]:

@@ -29,8 +29,8 @@ import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from contextlib import nullcontext
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -38,26 +38,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.optim import Optimizer
 
-from .aligned import aligned_clone, enter
+from .aligned import aligned_clone
 from .auxiliary import WithAux
-from .buffers import Met, marks
 from .compiling import compiled
-from .exchange import Places
 from .footprint import StageSizes, footprint, optimizer_bytes
 from .gauge import Gauge
 from .gradients import GradientRule, gradient_norm
 from .methods import Keep, Method
-from .modes import in_mode, in_modes, modes_of
+from .modes import in_modes, modes_of
 from .predict import BuiltInPredictor, as_predictor
-from .rng import microbatch_seed, seeded
+from .repeatable import Buffers, LossFn, Repeatable
+from .rng import Draws
 from .schedule import lead
 from .stash import AutocastState, Held, MicroBatch, WeightVersion, stash_bytes, states_bytes, tensor_bytes, value_bytes
 from .ties import Tie
 from .trees import flatten, map_tensors, tensors_of, unflatten
 from .updates import Updates
-
-LossFn = Callable[[Any, Any], Tensor]
-Buffers = Literal["own", "discarded", "returned"]
 
 
 class Stage:
@@ -119,12 +115,19 @@ class Stage:
         self.whole: nn.Module = module if aux is None else WithAux(module, *aux)  # what is trained here
         # Compiled code reads the parameters that are in their places when it runs, as the module itself does.
         self.compiles = compile is not None
-        self._call: Callable[[Any], Any] = call or (module if compile is None else compiled(module, compile))
-        self._call_aux = self.aux if compile is None or self.aux is None else compiled(self.aux, compile)
+        self.draws = Draws(seed, replica, index, device)
+        self.repeatable = Repeatable(
+            self.whole,
+            module,
+            call or (module if compile is None else compiled(module, compile)),
+            self.aux if compile is None or self.aux is None else compiled(self.aux, compile),
+            loss_fn,
+            is_last=index == num_stages - 1,
+            draws=self.draws,
+        )
         self.method = method
         self.device = device
         self.loss_fn = loss_fn
-        self.seed, self.replica = seed, replica
         self.distance = num_stages - 1 - index
         self.needs_input_grad = needs_input_grad
         named = [(name, p) for name, p in self.whole.named_parameters() if p.requires_grad]
@@ -175,18 +178,14 @@ class Stage:
         self._predicted: WeightVersion | None = None
         self._prepared: WeightVersion | None = None  # made ahead of its F, which finds it among _versions
         self._predicted_for: tuple[int, int] | None = None  # (version, horizon) of what _predicted holds
-        self._places = Places(self.whole)
-        self._changes_input: bool | None = None  # does the module write its input? None: not seen yet
         self._graph_bytes: dict[Any, int] = {}
         self._wanting: dict[Any, list[bool]] = {}  # which tensors of an output have a gradient, by its form
-        self._moving: set[str] = set()  # buffers that the module has been seen to move
-        self._looked: set[tuple[bool, ...]] = set()  # for them, in these modes
 
     # -- F ------------------------------------------------------------------------------------------
 
     def prepare(self, microbatch: int, minibatch: int) -> None:
         """The part of the next F that needs no input: the weights it is going to read, and the seed of its draws."""
-        microbatch_seed(self.seed, self.replica, self.index, microbatch)  # which is remembered
+        self.draws.seed_of(microbatch)
         if self.predictor is None or self.predicts_alike:
             self._prepared = self._weights(microbatch, minibatch - self.version)
 
@@ -257,7 +256,7 @@ class Stage:
     def _decide(self, micro: MicroBatch, leaf: Any, target: Any) -> None:
         """Keep graphs if they fit the memory limit, inputs if those do; what a graph takes is seen on a trial run."""
         trial = Held(micro, self.version, self._autocast_now(), leaf, value_bytes(leaf), target)
-        if self._changes_input is None:  # the first run ever is on a copy of the input, which is not to be weighed
+        if self.repeatable.changes_input is None:  # the first run is on a copy of the input, not to be weighed
             self._graph(trial, "discarded")
         out, graph_bytes = self._graph(trial, "discarded")
         sizes = StageSizes(
@@ -404,7 +403,7 @@ class Stage:
         for leaf, gradient in zip(leaves, self.gradients, strict=True):
             leaf.grad = gradient
         # An activation checkpoint inside the module runs a part of it again: at the same weights.
-        with self._places.hold(self._tensors(held.weights)), held.autocast._replace(enabled=False).region():
+        with self.repeatable.at(self._tensors(held.weights)), held.autocast._replace(enabled=False).region():
             torch.autograd.backward([root for root, _ in starts], [gradient for _, gradient in starts])  # type: ignore[arg-type]
         for i, leaf in enumerate(leaves):
             self.gradients[i], leaf.grad = leaf.grad, None
@@ -446,7 +445,7 @@ class Stage:
             else:  # weigh the graph, once for each kind of input
                 known = [*self.whole.parameters(), *self.whole.buffers(), *inputs]
                 known += held.weights.leaves if held.weights else []
-                first = self._changes_input is None
+                first = self.repeatable.changes_input is None
                 seen = {t.untyped_storage().data_ptr() for t in known}
                 sizes: dict[int, int] = {}
 
@@ -481,111 +480,14 @@ class Stage:
     # -- the module -----------------------------------------------------------------------------------
 
     def _run(self, held: Held, weights: WeightVersion | None, *, buffers: Buffers = "own") -> tuple[Any, Tensor | None]:
-        """The module's forward and the loss, where there is one, as micro-batch m must see them every time.
-
-        At the last stage the loss is the output too.
-
-        What it does to buffers happens to the module's ``own``; or to copies that are ``discarded``, or that are
-        ``returned`` to the module afterwards, so that nobody writes what a graph that is kept has saved.
-        """
-        tensors = self._tensors(weights)
-        own = dict(self.whole.named_buffers()) if buffers != "own" else {}
-        copies = {name: buffer.clone() for name, buffer in own.items()}
-        if held.met is not None and own:  # the second time
-            copies.update((name, met.clone()) for name, met in held.met.moved.items())
-        tensors.update(copies)
-        # A module that writes its input (an in-place ReLU at its front) would write the stash, or what the stage
-        # before has saved. The first run, on a copy, shows whether it does; one that does gets a copy every time.
-        inputs, form = flatten(held.leaf)
-        entered = self._entered(held, inputs, copy=self._changes_input is not False)
-        x = unflatten(form, iter(entered))
-        before = [t._version for t in entered]
-        with self.rng(held.micro.index), held.autocast.region():
-            with self._places.hold(tensors):
-                out = self._call(x)
-                judged = out if self._call_aux is None else self._judged(out)
-            loss = None if self.loss_fn is None else self._loss(judged, held)
-            if self.distance == 0:
-                out = loss
-            elif not isinstance(out, Tensor):
-                flatten(out)  # refuses what cannot be passed on
-        if buffers == "returned" and own:
-            self._return(held, own, copies, tensors)
-        if [t._version for t in entered] == before:
-            self._changes_input = bool(self._changes_input)
-        elif self._changes_input is False:
-            raise RuntimeError(
-                "the stage changed its input in place, and did not when it was first tried; make its first operation "
-                "out of place (inplace=False)"
-            )
-        else:
-            self._changes_input = True
-        return out, loss
-
-    def _judged(self, out: Any) -> Any:
-        """What the auxiliary network makes of the output."""
-        assert self._call_aux is not None
-        before = [t._version for t in tensors_of(out)]
-        judged = self._call_aux(out)
-        if [t._version for t in tensors_of(out)] != before:
-            raise RuntimeError(
-                "the auxiliary network changed its input in place, which is the next stage's too; make its first operation "
-                "out of place (inplace=False)"
-            )
-        return judged
-
-    @torch.no_grad()
-    def _return(self, held: Held, own: dict[str, Tensor], copies: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-        """Give the module its buffers as a forward on ``copies`` has left them, and keep what it has met."""
-        if held.modes not in self._looked:  # some operations, batch norm among them, write without counting
-            self._moving |= {name for name, buffer in own.items() if not torch.equal(buffer, after[name])}
-            self._looked.add(held.modes)
-        met = Met(before=marks(own))
-        for name, buffer in own.items():
-            if after[name] is not copies[name] or after[name]._version or name in self._moving:
-                met.moved[name] = buffer.clone()
-            buffer.copy_(after[name])
-        met.after = marks(own)
-        held.met = met
-
-    def _entered(self, held: Held, inputs: list[Tensor], *, copy: bool) -> list[Tensor]:
-        """The tensors of the input, as the module is given them."""
-        if not torch.is_grad_enabled():
-            return [aligned_clone(t) if copy else t for t in inputs]
-        held.input_gradients = [[] for _ in inputs]
-        return [
-            enter(t, gradients, copy=copy) if t.requires_grad else aligned_clone(t) if copy else t
-            for t, gradients in zip(inputs, held.input_gradients, strict=True)
-        ]
+        return self.repeatable.run(held, self._tensors(weights), buffers)
 
     def _tensors(self, weights: WeightVersion | None) -> dict[str, Tensor]:
         return {} if weights is None else dict(zip(self.names, weights.leaves, strict=True))
 
-    def _loss(self, out: Any, held: Held) -> Tensor:
-        assert self.loss_fn is not None
-        place = out.device if isinstance(out, Tensor) else self.device
-        loss = self.loss_fn(out, map_tensors(lambda t: t.to(place), held.target))
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"loss_fn returned a {type(loss).__name__}; it returns a scalar tensor, the mean over samples"
-            )
-        if loss.dim():
-            raise ValueError(
-                f"loss_fn returned a tensor of shape {tuple(loss.shape)}; it returns a scalar, the mean over samples "
-                "(reduction='mean')"
-            )
-        return loss * held.micro.share
-
-    def rng(self, microbatch: int) -> AbstractContextManager[None]:
-        """The context in which this stage draws for ``microbatch``."""
-        return seeded(microbatch_seed(self.seed, self.replica, self.index, microbatch), self.device)
-
-    @torch.no_grad()
     def infer(self, x: Any) -> Any:
         """The output in eval mode, at the weights of now."""
-        x = map_tensors(lambda t: _moved(t, self.device), x)
-        with in_mode(self.module, training=False), self.rng(-1), self._autocast_now().region():
-            return self._call(x if self._changes_input is False else map_tensors(aligned_clone, x))
+        return self.repeatable.infer(map_tensors(lambda t: _moved(t, self.device), x))
 
     # -- U ------------------------------------------------------------------------------------------
 

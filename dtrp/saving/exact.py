@@ -37,7 +37,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
     Raises:
         CheckpointError: it holds what no checkpoint can.
     """
-    key = f"stage{stage.index}.replica{stage.replica}"
+    key = f"stage{stage.index}.replica{stage.draws.replica}"
 
     def encode(value: Any, name: str) -> Any:
         return encoder.encode(value, f"{key}.{name}")
@@ -49,7 +49,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
     part: dict[str, Any] = {
         "version": stage.version,
         "keep": stage.method.keep if stage.has_decided else None,
-        "changes_input": stage._changes_input,
+        "changes_input": stage.repeatable.changes_input,
         "skipped": list(stage.updates.skipped),
         "delays": encode(stage.delays, "delays"),
         "peaks": [stage.stash_peak, stage.activations_peak],
@@ -73,7 +73,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
         "arrived": encode(progress.gradients, "arrived"),
         "keywords": encode(progress.keywords, "keywords"),
     }
-    if stage.replica == 0:
+    if stage.draws.replica == 0:
         part["parameters"] = encode({name: p.detach() for name, p in parameters.items()}, "parameter")
         part["optimizer"] = encode(stage.optimizer.state_dict() if stage.optimizer else None, "optimizer")
         part["optimizer_type"] = type(stage.optimizer).__name__
@@ -305,7 +305,7 @@ class StageParts:
         """Make the stage what it was."""
         stage = self.stage
         stage.drop()
-        stage.seed = seed
+        stage.draws.seed = seed
         for name, p in stage.whole.named_parameters():
             p.copy_(self.parameters[name])
         for name, buffer in dict(stage.whole.named_buffers()).items():
@@ -334,7 +334,7 @@ class StageParts:
         stage.delays = self.delays
         stage.updates.skipped = list(self.part["skipped"])
         stage.stash_peak, stage.activations_peak = self.part["peaks"]
-        stage._changes_input = self.part["changes_input"]
+        stage.repeatable.changes_input = self.part["changes_input"]
         stage.gradients = self.gradients
         if self.predictor is not None:
             stage.predictor.load_state_dict(self.predictor)  # type: ignore[union-attr]

@@ -1,0 +1,164 @@
+"""A stage's forward, which a backward may repeat: every time the same for a micro-batch.
+
+The weights are those it is told, its random draws begin in the same place, the autocast settings are those of the first
+time, what it does to buffers goes where it should, and its input is not written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .aligned import aligned_clone, enter
+from .buffers import Met, marks
+from .exchange import Exchange, Places
+from .modes import in_mode
+from .rng import Draws
+from .stash import AutocastState, Held
+from .trees import flatten, map_tensors, tensors_of, unflatten
+
+LossFn = Callable[[Any, Any], Tensor]
+Buffers = Literal["own", "discarded", "returned"]
+
+
+class Repeatable:
+    """The module of a stage, and the loss of one that has one.
+
+    Args:
+        whole: the module, with its auxiliary network where it has one: what has the stage's parameters and buffers.
+        module: without.
+        call: runs ``module`` on an input.
+        call_aux: runs the auxiliary network on the output; None: there is none.
+        loss_fn: None: the stage has no loss.
+        is_last: the loss is the output too.
+        draws: the stage's random numbers, on the device where it works.
+
+    Attributes:
+        changes_input: whether the module writes its input; None: not seen yet.
+    """
+
+    def __init__(
+        self,
+        whole: nn.Module,
+        module: nn.Module,
+        call: Callable[[Any], Any],
+        call_aux: Callable[[Any], Any] | None,
+        loss_fn: LossFn | None,
+        *,
+        is_last: bool,
+        draws: Draws,
+    ) -> None:
+        self.changes_input: bool | None = None
+        self._whole, self._module = whole, module
+        self._call, self._call_aux, self._loss_fn = call, call_aux, loss_fn
+        self._is_last, self._draws = is_last, draws
+        self._places = Places(whole)
+        self._moving: set[str] = set()  # buffers that the module has been seen to move
+        self._looked: set[tuple[bool, ...]] = set()  # for them, in these modes
+
+    def at(self, weights: dict[str, Tensor]) -> Exchange:
+        """Within it the module has these for its own."""
+        return self._places.hold(weights)
+
+    def run(self, held: Held, weights: dict[str, Tensor], buffers: Buffers = "own") -> tuple[Any, Tensor | None]:
+        """The module's forward and the loss, where there is one, as micro-batch m must see them every time.
+
+        At the last stage the loss is the output too.
+
+        What it does to buffers happens to the module's ``own``; or to copies that are ``discarded``, or that are
+        ``returned`` to the module afterwards, so that nobody writes what a graph that is kept has saved.
+        """
+        tensors = dict(weights)
+        own = dict(self._whole.named_buffers()) if buffers != "own" else {}
+        copies = {name: buffer.clone() for name, buffer in own.items()}
+        if held.met is not None and own:  # the second time
+            copies.update((name, met.clone()) for name, met in held.met.moved.items())
+        tensors.update(copies)
+        # A module that writes its input (an in-place ReLU at its front) would write the stash, or what the stage
+        # before has saved. The first run, on a copy, shows whether it does; one that does gets a copy every time.
+        inputs, form = flatten(held.leaf)
+        entered = self._entered(held, inputs, copy=self.changes_input is not False)
+        x = unflatten(form, iter(entered))
+        before = [t._version for t in entered]
+        with self._draws.region(held.micro.index), held.autocast.region():
+            with self._places.hold(tensors):
+                out = self._call(x)
+                judged = out if self._call_aux is None else self._judged(out)
+            loss = None if self._loss_fn is None else self._loss(judged, held)
+            if self._is_last:
+                out = loss
+            elif not isinstance(out, Tensor):
+                flatten(out)  # refuses what cannot be passed on
+        if buffers == "returned" and own:
+            self._return(held, own, copies, tensors)
+        if [t._version for t in entered] == before:
+            self.changes_input = bool(self.changes_input)
+        elif self.changes_input is False:
+            raise RuntimeError(
+                "the stage changed its input in place, and did not when it was first tried; make its first operation "
+                "out of place (inplace=False)"
+            )
+        else:
+            self.changes_input = True
+        return out, loss
+
+    def _judged(self, out: Any) -> Any:
+        """What the auxiliary network makes of the output."""
+        assert self._call_aux is not None
+        before = [t._version for t in tensors_of(out)]
+        judged = self._call_aux(out)
+        if [t._version for t in tensors_of(out)] != before:
+            raise RuntimeError(
+                "the auxiliary network changed its input in place, which is the next stage's too; make its first operation "
+                "out of place (inplace=False)"
+            )
+        return judged
+
+    @torch.no_grad()
+    def _return(self, held: Held, own: dict[str, Tensor], copies: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+        """Give the module its buffers as a forward on ``copies`` has left them, and keep what it has met."""
+        if held.modes not in self._looked:  # some operations, batch norm among them, write without counting
+            self._moving |= {name for name, buffer in own.items() if not torch.equal(buffer, after[name])}
+            self._looked.add(held.modes)
+        met = Met(before=marks(own))
+        for name, buffer in own.items():
+            if after[name] is not copies[name] or after[name]._version or name in self._moving:
+                met.moved[name] = buffer.clone()
+            buffer.copy_(after[name])
+        met.after = marks(own)
+        held.met = met
+
+    def _entered(self, held: Held, inputs: list[Tensor], *, copy: bool) -> list[Tensor]:
+        """The tensors of the input, as the module is given them."""
+        if not torch.is_grad_enabled():
+            return [aligned_clone(t) if copy else t for t in inputs]
+        held.input_gradients = [[] for _ in inputs]
+        return [
+            enter(t, gradients, copy=copy) if t.requires_grad else aligned_clone(t) if copy else t
+            for t, gradients in zip(inputs, held.input_gradients, strict=True)
+        ]
+
+    def _loss(self, out: Any, held: Held) -> Tensor:
+        assert self._loss_fn is not None
+        place = out.device if isinstance(out, Tensor) else self._draws.device
+        loss = self._loss_fn(out, map_tensors(lambda t: t.to(place), held.target))
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"loss_fn returned a {type(loss).__name__}; it returns a scalar tensor, the mean over samples"
+            )
+        if loss.dim():
+            raise ValueError(
+                f"loss_fn returned a tensor of shape {tuple(loss.shape)}; it returns a scalar, the mean over samples "
+                "(reduction='mean')"
+            )
+        return loss * held.micro.share
+
+    @torch.no_grad()
+    def infer(self, x: Any) -> Any:
+        """The output in eval mode, at the weights of now."""
+        autocast = AutocastState.now(self._draws.device.type).region()
+        with in_mode(self._module, training=False), self._draws.region(-1), autocast:
+            return self._call(x if self.changes_input is False else map_tensors(aligned_clone, x))
