@@ -30,8 +30,9 @@ from .methods import Keep, Method
 from .modes import follow
 from .plan_file import Plan, as_plan
 from .ranks import Ranks, find_ranks
+from .repeatable import LossFn
 from .splitting import Stages, into_stages, stage_device
-from .stage import LossFn, Stage
+from .stage import Stage
 from .ties import check_ties, find_ties
 from .trace import Tracer
 from .transport import Transport

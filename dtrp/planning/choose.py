@@ -27,9 +27,9 @@ from torch.optim import Optimizer
 
 from ..methods import Keep, Method, get_method
 from ..plan_file import Choice, Plan, PlanError, describe_model, method_options
+from ..repeatable import LossFn
 from ..schedule import steady_delay
 from ..splitting import equal_cuts, layers_of
-from ..stage import LossFn
 from ..trees import num_samples
 from .link import LinkSpeed, measure_link
 from .profile import Profiler, checked_example, device_of

@@ -28,8 +28,8 @@ from ..footprint import StageSizes
 from ..methods import Keep, Method
 from ..plan_file import PlanError
 from ..predict import BuiltInPredictor, as_predictor
+from ..repeatable import LossFn
 from ..splitting import called, layers_of, stage_device
-from ..stage import LossFn
 from ..stash import states_bytes, tensor_bytes
 from ..trees import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
 from .neighbours import busy_neighbours

@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 
 from ..local import LocalEngine
 from ..methods import Keep, Method
+from ..repeatable import LossFn
 from ..schedule import lead
 from ..splitting import stage_of
-from ..stage import LossFn, Stage
+from ..stage import Stage
 from ..trace import Tracer
 from ..trees import tensors_of
 from .neighbours import busy_neighbours
