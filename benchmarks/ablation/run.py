@@ -78,10 +78,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, help="where cifar-10-batches-py lies")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--share", type=int, nargs=2, default=[1, 1], metavar=("I", "N"),
+                        help="the I-th of N shares of the variants, for N processes at once")  # fmt: skip
     options = parser.parse_args()
+    share, shares = options.share
+    if not 1 <= share <= shares:
+        parser.error(f"--share {share} {shares}: the first number is one of 1..{shares}")
     done = {(row["question"], row["change"], row["seed"]) for row in read()}
     RESULTS.parent.mkdir(exist_ok=True)
-    for seed, (question, change, settings) in itertools.product(options.seeds, VARIANTS):
+    for seed, (question, change, settings) in itertools.product(options.seeds, VARIANTS[share - 1 :: shares]):
         if (question, change, seed) in done:
             continue
         row = train(question, change, settings, seed, options.data_dir)
