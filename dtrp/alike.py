@@ -1,14 +1,13 @@
 """What must be the same on every rank of a pipeline, and who says so when it is not.
 
-When the pipeline is made: the settings, the method, and the names, shapes and dtypes of all stages' tensors. In every
-mini-batch: the targets, which the first and the last rank may both be given.
+When the pipeline is made: the settings, the method, and the names, shapes and dtypes of all stages' tensors, which are
+compared, and the initial values and the seed, which are the first rank's. In every mini-batch: the targets, which the first
+and the last rank may both be given.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import socket
 import zlib
 from collections.abc import Sequence
 from types import NoneType
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import on_cpu
+from .groups import backend_for, place_of
 from .messages import Note, memory_of
 from .methods import Method
 from .predict import BuiltInPredictor
@@ -25,11 +25,10 @@ from .ties import Tie
 from .transport import Transport
 from .trees import flatten, num_samples
 
-NCCL_VARIABLE = "DTRP_NCCL"
 _CHECKED_BYTES = 4 * 2**20  # of a mini-batch's targets; of larger ones every n-th value
 
 
-def agree(
+def unite(
     transport: Transport,
     modules: Sequence[nn.Module],
     device: torch.device,
@@ -68,20 +67,6 @@ def agree(
     backend = backend_for([place for _, place in facts])
     transport.connect(device, backend, [tie for tie in ties if tie.trained])
     return int(seed)
-
-
-def backend_for(places: Sequence[str]) -> str:
-    """What carries tensors between the ranks' devices; NCCL where each has a GPU to itself, and it is asked for."""
-    apart = len(set(places)) == len(places) and all(place.startswith("cuda") for place in places)
-    return "nccl" if apart and os.environ.get(NCCL_VARIABLE) == "1" else "gloo"
-
-
-def place_of(device: torch.device) -> str:
-    """One device of one machine, whatever number it goes by in this process."""
-    if device.type == "cuda":
-        device_id = getattr(torch.cuda.get_device_properties(device), "uuid", device)
-        return f"cuda {socket.gethostname()} {device_id}"
-    return str(device)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -138,6 +123,7 @@ def checksum_of(y: Any) -> int:
 
 
 def check_targets(note: Note, y: Any) -> None:
+    """Refuse targets on the last rank that are not those that the first one was given."""
     seed = "seed the sampler, so that every rank sees the same mini-batches"
     if num_samples(y) != note.total:
         raise ValueError(

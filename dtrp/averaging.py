@@ -17,7 +17,7 @@ _BUCKET_BYTES = 25 * 2**20
 
 
 class Averaging:
-    """The replicas of a stage, as one of them sees them.
+    """Averages the gradients of a stage over its replicas.
 
     Args:
         ranks: who hosts what.

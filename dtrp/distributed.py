@@ -354,7 +354,7 @@ class DistributedEngine:
             loss = self._losses.sum() if self.takes_y else 0.0
             try:
                 with self.working_times[0].waiting("replicas"):
-                    self._mean_loss, word = self._transport.replicas.average(
+                    self._mean_loss, word = self._transport.averaging.average(
                         self._stage.gradients,
                         self._stage.parameters,
                         samples,

@@ -1,4 +1,4 @@
-"""The process groups that messages go over.
+"""The process groups that messages go over, and what carries them.
 
 Each is a set of connections of its own: a message meets only receives of its group. They are made beside
 `torch.distributed.new_group`, which numbers groups by how many a rank has seen, and so finds no common name where
@@ -9,16 +9,19 @@ ranks came before.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from .starting import Presence
 
+NCCL_VARIABLE = "DTRP_NCCL"
 _FOREVER = timedelta(days=365)  # a receive that is posted ahead waits as long as the user pleases
 _made: Counter[tuple[int, ...]] = Counter()  # Pipelines so far, by their ranks: the same on each of these
 
@@ -82,3 +85,17 @@ class Meeting:
                 else [dist.ProcessGroupGloo.create_default_device()]
             )
         return self._gloo
+
+
+def backend_for(places: Sequence[str]) -> str:
+    """What carries tensors between the ranks' devices; NCCL where each has a GPU to itself, and it is asked for."""
+    apart = len(set(places)) == len(places) and all(place.startswith("cuda") for place in places)
+    return "nccl" if apart and os.environ.get(NCCL_VARIABLE) == "1" else "gloo"
+
+
+def place_of(device: torch.device) -> str:
+    """One device of one machine, whatever number it goes by in this process."""
+    if device.type == "cuda":
+        device_id = getattr(torch.cuda.get_device_properties(device), "uuid", device)
+        return f"cuda {socket.gethostname()} {device_id}"
+    return str(device)

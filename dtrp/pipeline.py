@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .alike import agree
+from .alike import unite
 from .arguments import (
     as_method,
     check_callables,
@@ -238,7 +238,7 @@ class Pipeline(Driver):
                     module if own is None else WithAux(module, *own)
                     for module, own in zip(modules, aux_networks, strict=True)
                 ]
-                self.seed = agree(transport, wholes, place, settings, self.seed, ties)
+                self.seed = unite(transport, wholes, place, settings, self.seed, ties)
                 stage = make_stage(ranks.stage, place, ranks.replica, at_once=place.type == "cpu")
                 self._engine = DistributedEngine(stage, self.method, num_microbatches, transport, self._tracer, loss_on)
             except BaseException as error:

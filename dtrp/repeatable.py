@@ -64,19 +64,23 @@ class Repeatable:
         return self._places.hold(weights)
 
     def run(self, held: Held, weights: dict[str, Tensor], buffers: Buffers = "own") -> tuple[Any, Tensor | None]:
-        """The module's forward and the loss, where there is one, as micro-batch m must see them every time.
+        """The module's forward and the loss, where there is one.
 
-        At the last stage the loss is the output too.
+        Args:
+            held: the micro-batch: its input and target, and what was noted the first time. Where autograd is on, it is told
+                where the input's gradients will be.
+            weights: what the module reads, by the names of its parameters; those that are left out are its own.
+            buffers: what the module does to buffers happens to its ``own``; or to copies that are ``discarded``, or that are
+                ``returned`` to it afterwards, so that nobody writes what a graph that is kept has saved.
 
-        What it does to buffers happens to the module's ``own``; or to copies that are ``discarded``, or that are
-        ``returned`` to the module afterwards, so that nobody writes what a graph that is kept has saved.
+        Returns:
+            The output, and the loss or None. At the last stage the loss is the output too.
         """
-        tensors = dict(weights)
         own = dict(self._whole.named_buffers()) if buffers != "own" else {}
         copies = {name: buffer.clone() for name, buffer in own.items()}
         if held.met is not None and own:  # the second time
             copies.update((name, met.clone()) for name, met in held.met.moved.items())
-        tensors.update(copies)
+        tensors = {**weights, **copies}
         # A module that writes its input (an in-place ReLU at its front) would write the stash, or what the stage
         # before has saved. The first run, on a copy, shows whether it does; one that does gets a copy every time.
         inputs, form = flatten(held.leaf)
@@ -156,9 +160,8 @@ class Repeatable:
             )
         return loss * held.micro.share
 
-    @torch.no_grad()
     def infer(self, x: Any) -> Any:
-        """The output in eval mode, at the weights of now."""
+        """The output in eval mode, at the weights of now; called without autograd."""
         autocast = AutocastState.now(self._draws.device.type).region()
         with in_mode(self._module, training=False), self._draws.region(-1), autocast:
             return self._call(x if self.changes_input is False else map_tensors(aligned_clone, x))

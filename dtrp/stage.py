@@ -31,7 +31,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +45,7 @@ from .gauge import Gauge
 from .gradients import GradientRule, gradient_norm
 from .methods import Keep, Method
 from .modes import in_modes, modes_of
-from .predict import BuiltInPredictor, as_predictor
+from .predict import as_predictor
 from .repeatable import Buffers, LossFn, Repeatable
 from .rng import Draws
 from .schedule import lead
@@ -54,6 +53,7 @@ from .stash import AutocastState, Held, MicroBatch, WeightVersion, stash_bytes, 
 from .ties import Tie
 from .trees import flatten, map_tensors, tensors_of, unflatten
 from .updates import Updates
+from .versions import Versions
 
 
 class Stage:
@@ -113,8 +113,8 @@ class Stage:
         self.module = module
         self.aux = None if aux is None else aux[1]
         self.whole: nn.Module = module if aux is None else WithAux(module, *aux)  # what is trained here
-        # Compiled code reads the parameters that are in their places when it runs, as the module itself does.
         self.compiles = compile is not None
+        self.replica = replica
         self.draws = Draws(seed, replica, index, device)
         self.repeatable = Repeatable(
             self.whole,
@@ -154,18 +154,13 @@ class Stage:
         self.has_decided = memory_limit_bytes is None or not self.trains
         # Whether another F may come before a graph's B.
         self.holds_graphs = method.forward_all or lead(method, num_stages, index) > 0
-        self.predictor = as_predictor(method.predict) if self.distance > 0 and self.parameters else None
-        if isinstance(self.predictor, BuiltInPredictor) and self.optimizer is not None:
-            self.predictor.check(self.optimizer)
-        self.uses_gradients = bool(getattr(self.predictor, "uses_gradients", False))
-        # Whether micro-batches of one version and horizon read the same, which may be made ahead of its time.
-        self.predicts_alike = isinstance(self.predictor, BuiltInPredictor) and not self.uses_gradients
-
         self.rule = rule or GradientRule()
         self.updates = Updates(
             index, dict(named), self.optimizer, self.lr_scheduler, self.rule,
             lr_factor=method.lr_shrink**self.distance, device=device, at_once=at_once,
         )  # fmt: skip
+        predictor = as_predictor(method.predict) if self.distance > 0 and self.parameters else None
+        self.versions = Versions(index, self.parameters, self.optimizer, predictor, self.updates.shrunk_lr)
 
         self.version = 0  # updates made, those that were left out counted
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
@@ -174,10 +169,7 @@ class Stage:
         self.gauge: Gauge | None = None  # of the distance from the weights read to the true ones
         self._spent: list[Tensor | None] = []  # the gradients of the last update
         self._stash: deque[Held] = deque()
-        self._versions: WeakValueDictionary[tuple[int, int], WeightVersion] = WeakValueDictionary()
-        self._predicted: WeightVersion | None = None
-        self._prepared: WeightVersion | None = None  # made ahead of its F, which finds it among _versions
-        self._predicted_for: tuple[int, int] | None = None  # (version, horizon) of what _predicted holds
+        self._prepared: WeightVersion | None = None  # made ahead of its F, which finds it among the shared ones
         self._graph_bytes: dict[Any, int] = {}
         self._wanting: dict[Any, list[bool]] = {}  # which tensors of an output have a gradient, by its form
 
@@ -185,8 +177,8 @@ class Stage:
 
     def prepare(self, microbatch: int, minibatch: int) -> None:
         """The part of the next F that needs no input: the weights it is going to read, and the seed of its draws."""
-        self.draws.seed_of(microbatch)
-        if self.predictor is None or self.predicts_alike:
+        self.draws.seed_of(microbatch)  # which is remembered
+        if self.versions.alike:
             self._prepared = self._weights(microbatch, minibatch - self.version)
 
     def forward(self, micro: MicroBatch, x: Any, target: Any = None) -> Any:
@@ -212,12 +204,12 @@ class Stage:
         held = Held(micro, self.version, self._autocast_now(), leaf, value_bytes(leaf), target)
         if not self.trains:
             with torch.no_grad():
-                out, _ = self._run(held, None)
+                out, _ = self.repeatable.run(held, {})
             held.leaf, held.nbytes, held.has_graph = None, 0, True
         elif self.recomputes:
             held.weights = weights if self.method.backward_at == "stashed" else None
             with torch.no_grad():
-                out, _ = self._run(held, weights, buffers="discarded")
+                out, _ = self.repeatable.run(held, self._tensors(weights), "discarded")
             held.modes = modes_of(self.module)  # of those too that the first forward has made
         else:
             held.weights = weights
@@ -303,7 +295,7 @@ class Stage:
 
     def _is_weight(self, out: Tensor) -> bool:
         """Whether an output is (a view of) a tensor that will be written while a later stage keeps it."""
-        weights = itertools.chain(self.parameters, self._predicted.tensors if self._predicted else ())
+        weights = itertools.chain(self.parameters, self.versions.tensors())
         place = out.untyped_storage().data_ptr()
         return any(t.untyped_storage().data_ptr() == place for t in weights)
 
@@ -311,61 +303,16 @@ class Stage:
         """What F reads; None for the weights of now, where no update can come before B."""
         if not self.trains or delay == 0:
             return None
-        if self.recomputes and self.method.backward_at == "current":
-            return self._prediction(microbatch, delay)
-        return self._version(microbatch, delay)
+        in_buffer = self.recomputes and self.method.backward_at == "current"
+        read = self.versions.predicted if in_buffer else self.versions.copied
+        return read(microbatch, self.version, delay, self._known_gradients)
 
-    def _prediction(self, microbatch: int, horizon: int) -> WeightVersion | None:
-        """The predicted weights, in the stage's one buffer for them; None where nothing is predicted."""
-        if self.predictor is None:
-            return None
-        if self._predicted is None:
-            self._predicted = WeightVersion(self.parameters)
-        key = (self.version, horizon)
-        if self._predicted_for != key or not self.predicts_alike:
-            self._predict_into(self._predicted, microbatch, horizon)
-            self._predicted_for = key
-        return self._predicted
-
-    def _version(self, microbatch: int, horizon: int) -> WeightVersion | None:
-        """A copy of the weights that F reads, shared by the micro-batches that read the same."""
-        if not self.parameters:
-            return None
-        shared = self.predictor is None or self.predicts_alike
-        key = (self.version, 0 if self.predictor is None else horizon)
-        version = self._versions.get(key) if shared else None
-        if version is None:
-            version = WeightVersion(self.parameters)
-            if self.predictor is None:
-                version.copy_from(self.parameters)
-            else:
-                self._predict_into(version, microbatch, horizon)
-            if shared:
-                self._versions[key] = version
-        return version
-
-    def _predict_into(self, version: WeightVersion, microbatch: int, horizon: int) -> None:
-        assert self.predictor is not None
-        assert self.optimizer is not None
-        if not isinstance(self.predictor, BuiltInPredictor):
-            version.copy_from(self.parameters)  # a weight that it leaves out is predicted to stay
-        more: dict[str, Any] = {}
-        if self.uses_gradients:
-            # A forward with a delay is of a later mini-batch than this version's, so all of its forwards are through.
-            waiting = sum(held.micro.share for held in self._stash if held.micro.minibatch == self.version)
-            known = any(gradient is not None for gradient in self.gradients)
-            more = {"gradients": self.gradients, "share": max(0.0, 1.0 - waiting) if known else 0.0}
-        with torch.no_grad(), self.updates.shrunk_lr():
-            self.predictor(
-                self.parameters,
-                self.optimizer,
-                horizon,
-                version.tensors,
-                stage=self.index,
-                microbatch=microbatch,
-                version=self.version,
-                **more,
-            )
+    def _known_gradients(self) -> dict[str, Any]:
+        """What a predictor is told that uses gradients."""
+        # A forward with a delay is of a later mini-batch than this version's, so all of its forwards are through.
+        waiting = sum(held.micro.share for held in self._stash if held.micro.minibatch == self.version)
+        known = any(gradient is not None for gradient in self.gradients)
+        return {"gradients": self.gradients, "share": max(0.0, 1.0 - waiting) if known else 0.0}
 
     # -- B ------------------------------------------------------------------------------------------
 
@@ -441,7 +388,7 @@ class Stage:
         nbytes = self._graph_bytes.get(key)
         with torch.enable_grad():
             if nbytes is not None:
-                out, loss = self._run(held, held.weights, buffers=buffers)
+                out, loss = self.repeatable.run(held, self._tensors(held.weights), buffers)
             else:  # weigh the graph, once for each kind of input
                 known = [*self.whole.parameters(), *self.whole.buffers(), *inputs]
                 known += held.weights.leaves if held.weights else []
@@ -456,7 +403,7 @@ class Stage:
                     return t
 
                 with torch.autograd.graph.saved_tensors_hooks(weigh, lambda t: t):
-                    out, loss = self._run(held, held.weights, buffers=buffers)
+                    out, loss = self.repeatable.run(held, self._tensors(held.weights), buffers)
                 nbytes = sum(sizes.values())
                 if nbytes and not first:  # hooks of the caller's inside the module hide the graph from these
                     self._graph_bytes[key] = nbytes
@@ -477,14 +424,10 @@ class Stage:
             raise ValueError("the loss has no gradient; loss_fn must not detach it or compute it under no_grad")
         return out, nbytes
 
-    # -- the module -----------------------------------------------------------------------------------
-
-    def _run(self, held: Held, weights: WeightVersion | None, *, buffers: Buffers = "own") -> tuple[Any, Tensor | None]:
-        return self.repeatable.run(held, self._tensors(weights), buffers)
-
     def _tensors(self, weights: WeightVersion | None) -> dict[str, Tensor]:
         return {} if weights is None else dict(zip(self.names, weights.leaves, strict=True))
 
+    @torch.no_grad()
     def infer(self, x: Any) -> Any:
         """The output in eval mode, at the weights of now."""
         return self.repeatable.infer(map_tensors(lambda t: _moved(t, self.device), x))
@@ -538,8 +481,8 @@ class Stage:
 
     def forget_predictions(self) -> None:
         """What was predicted from other weights than those of now."""
-        self._predicted_for = self._prepared = None
-        self._versions.clear()
+        self._prepared = None
+        self.versions.forget()
 
     def drop(self) -> None:
         """Forget what is in flight."""
@@ -548,8 +491,8 @@ class Stage:
         self._stash.clear()
         if self.gauge is not None:
             self.gauge.drop()
-        self._predicted = None
-        self.forget_predictions()
+        self._prepared = None
+        self.versions.drop()
         self.gradients = [None] * len(self.parameters)
 
     def _note_peak(self, graph_bytes: int) -> None:
@@ -568,7 +511,7 @@ class Stage:
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         return {
             "weights": self._weights_bytes(),
-            "predicted": self._predicted.nbytes if self._predicted is not None else 0,
+            "predicted": self.versions.nbytes,
             "optimizer": states_bytes(states),
             "gradients": self._gradients_bytes(),
             "gradients_peak": self.gradients_peak,

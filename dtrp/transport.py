@@ -1,4 +1,4 @@
-"""The connections of a rank; with its parts `dtrp.links` and `dtrp.watch`, all that sends or receives tensors.
+"""The connections of a rank; with its parts (`dtrp.links`, `chain`, `averaging`, `watch`), all that sends or receives tensors.
 
 ::
 
@@ -60,12 +60,12 @@ class Transport:
     Attributes:
         board: where the main thread waits.
         chain: through all ranks.
-        replicas: of this stage; only where there are several, once connected.
+        averaging: of gradients over the replicas of this stage; only where there are several, once connected.
         forward_in, forward_out, backward_in, backward_out: links to the neighbours; None at the ends.
         num_updates: mini-batches stepped, for the last word.
     """
 
-    replicas: Averaging
+    averaging: Averaging
     forward_in: Receiver | None
     forward_out: Sender | None
     backward_in: Receiver | None
@@ -125,7 +125,7 @@ class Transport:
             wanted += [("tied gradients", ranks.all, backend), ("tied values", ranks.all, backend)]
         forward, backward, *others = self._make_groups(*wanted)
         if ranks.num_replicas > 1:
-            self.replicas = Averaging(ranks, others[0], self.board, self._helper)
+            self.averaging = Averaging(ranks, others[0], self.board, self._helper)
         latency_s = float(os.environ.get(LATENCY_VARIABLE, "0"))
         self.forward_in = self._receiver("forward", forward, ranks.before, device, backend)
         self.forward_out = self._sender("forward", forward, ranks.after, device, backend, latency_s)

@@ -114,15 +114,15 @@ def search(begin: Cuts, num_layers: int, trial: Callable[[Cuts], float]) -> dict
         best = min(tried, key=tried.__getitem__)
 
 
-def known(options: Options, contender: Contender) -> dict[Cuts, float]:
-    """``{cuts: seconds}`` as the last run in the file tried them; the best ones are taken without another trial."""
-    own = (options.model, options.batch, contender.name, contender.num_microbatches)
+def known(options: Options, contender: Contender) -> tuple[str, dict[Cuts, float]]:
+    """The run that last tried cuts for this contender, and its ``{cuts: seconds}``."""
+    own = (options.model, options.batch, contender.name, contender.num_microbatches, dist.get_world_size())
     for line in reversed(options.out.read_text().splitlines() if options.out.exists() else []):
         row = json.loads(line)
-        if (row["model"], row["batch"], row["contender"], row["num_microbatches"]) == own:
-            return {tuple(cuts): ms / 1e3 for cuts, ms in row["tried_ms"]}
+        if tuple(row[name] for name in ("model", "batch", "contender", "num_microbatches", "stages")) == own:
+            return str(row.get("cuts_of", row["run"])), {tuple(cuts): ms / 1e3 for cuts, ms in row["tried_ms"]}
     raise ValueError(
-        f"{options.out} has no cuts of {contender.name} A={own[-1]} on {own[0]}; leave out --known-cuts once"
+        f"{options.out} has no cuts of {contender.name} A={own[3]} on {own[0]}; leave out --known-cuts once"
     )
 
 
@@ -153,14 +153,15 @@ def compute(options: Options) -> None:
     all_turns: dict[Contender, Turns] = {}
     for contender in chosen(contenders(options.microbatches), options.only):
         tried: dict[Cuts, float] = {(): 0.0}
+        tried_by = str(options.run["run"])
         if contender.engine != "plain" and options.known_cuts:
-            tried = known(options, contender)
+            tried_by, tried = known(options, contender)
         elif contender.engine != "plain":
             num_stages = dist.get_world_size() * contender.stages_per_rank()
             first = balanced(times, contender, num_stages)
             tried = search(first, len(times), partial(trial, contender))
         cuts = min(tried, key=tried.__getitem__)
-        all_turns[contender] = Turns(configuration(contender, cuts, tried, times, options))
+        all_turns[contender] = Turns(configuration(contender, cuts, tried, tried_by, times, options))
         say(f"{options.model}: {contender.name} A={contender.num_microbatches}: cuts {list(cuts)}")
     for number in range(options.rounds):
         for contender, turns in all_turns.items():
@@ -172,7 +173,12 @@ def compute(options: Options) -> None:
 
 
 def configuration(
-    contender: Contender, cuts: Cuts, tried: dict[Cuts, float], times: list[tuple[float, float]], options: Options
+    contender: Contender,
+    cuts: Cuts,
+    tried: dict[Cuts, float],
+    tried_by: str,
+    times: list[tuple[float, float]],
+    options: Options,
 ) -> dict[str, object]:
     world = dist.get_world_size()
     return {
@@ -186,6 +192,7 @@ def configuration(
         "num_microbatches": contender.num_microbatches,
         "delay": contender.delay(world),
         "cuts": list(cuts),
+        "cuts_of": tried_by,
         "tried_ms": [[list(c), 1e3 * seconds] for c, seconds in tried.items() if c],
         "layer_ms": [[1e3 * f, 1e3 * b] for f, b in times],
         "warmup": WARMUP,

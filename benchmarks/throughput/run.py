@@ -45,7 +45,9 @@ def main() -> None:
             part.add_argument("--batch", type=int, default=128)
             part.add_argument("--microbatches", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers to try, A")
             part.add_argument("--trial", type=int, default=6, help="mini-batches timed for a candidate cut")
-            part.add_argument("--known-cuts", action="store_true", help="those that the last run in --out found best")
+            part.add_argument(
+                "--known-cuts", action="store_true", help="those that were found best before, as --out has them"
+            )
     options = parser.parse_args()
     run = {"run": time.strftime("%Y-%m-%dT%H:%M:%S"), "load_before": os.getloadavg()[0]}
     if os.getloadavg()[0] > 0.5:

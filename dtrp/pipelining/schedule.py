@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .. import saving
 from ..aligned import aligned_clone
-from ..alike import backend_for, check_same, method_values, place_of
+from ..alike import check_same, method_values
 from ..arguments import (
     as_method,
     check_callables,
@@ -30,6 +30,7 @@ from ..arguments import (
 )
 from ..driver import Driver
 from ..gradients import Clip, GradientRule, OnNonfinite
+from ..groups import backend_for, place_of
 from ..methods import Keep, Method
 from ..ranks import Ranks
 from ..stage import Stage

@@ -37,14 +37,14 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
     Raises:
         CheckpointError: it holds what no checkpoint can.
     """
-    key = f"stage{stage.index}.replica{stage.draws.replica}"
+    key = f"stage{stage.index}.replica{stage.replica}"
 
     def encode(value: Any, name: str) -> Any:
         return encoder.encode(value, f"{key}.{name}")
 
     versions = {id(held.weights): held.weights for held in stage._stash if held.weights is not None}
     numbers = {number: i for i, number in enumerate(versions)}
-    shared = {id(version): k for k, version in stage._versions.items()}
+    shared = {id(version): k for k, version in stage.versions.shared.items()}
     parameters, buffers = dict(stage.whole.named_parameters()), dict(stage.whole.named_buffers())
     part: dict[str, Any] = {
         "version": stage.version,
@@ -73,7 +73,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
         "arrived": encode(progress.gradients, "arrived"),
         "keywords": encode(progress.keywords, "keywords"),
     }
-    if stage.draws.replica == 0:
+    if stage.replica == 0:
         part["parameters"] = encode({name: p.detach() for name, p in parameters.items()}, "parameter")
         part["optimizer"] = encode(stage.optimizer.state_dict() if stage.optimizer else None, "optimizer")
         part["optimizer_type"] = type(stage.optimizer).__name__
@@ -125,7 +125,7 @@ def _extra_state(module: nn.Module) -> dict[str, Any]:
 
 
 def _predictor_state(stage: Stage) -> Any:
-    own = stage.predictor
+    own = stage.versions.predictor
     if own is None or isinstance(own, BuiltInPredictor):
         return None
     state = getattr(own, "state_dict", None)
@@ -337,10 +337,10 @@ class StageParts:
         stage.repeatable.changes_input = self.part["changes_input"]
         stage.gradients = self.gradients
         if self.predictor is not None:
-            stage.predictor.load_state_dict(self.predictor)  # type: ignore[union-attr]
+            stage.versions.predictor.load_state_dict(self.predictor)  # type: ignore[union-attr]
         for key, version in self.versions:
             if key is not None:
-                stage._versions[key] = version
+                stage.versions.shared[key] = version
         for held, had_graph in self.stash:
             if had_graph and stage.trains:
                 with in_modes(stage.module, held.modes):

@@ -81,14 +81,14 @@ def _save(
         if kind == "exact":
             parts = [exact.encode_stage(encoder, *own) for own in zip(engine.stages, progress, strict=True)]
         else:  # replicas agree, so the first speaks for all
-            parts = [portable.encode_part(encoder, stage) for stage in engine.stages if stage.draws.replica == 0]
+            parts = [portable.encode_part(encoder, stage) for stage in engine.stages if stage.replica == 0]
         if engine.is_first:
             replacement.begin()
-        stages = [(stage.index, stage.draws.replica) for stage in engine.stages]
+        stages = [(stage.index, stage.replica) for stage in engine.stages]
         return {"head": head, "parts": parts, "stages": stages, "tensors": encoder.specs}
 
     everything = _together(engine, target, take_apart)
-    here = [(stage.index, stage.draws.replica) for stage in engine.stages]
+    here = [(stage.index, stage.replica) for stage in engine.stages]
     place = next(i for i, other in enumerate(everything) if other["stages"] == here)
     # A tensor without elements is all in its description.
     tensors = {key: tensor for key, tensor in encoder.tensors.items() if tensor.numel()}
@@ -294,7 +294,7 @@ def _exact(engine: Engine, found: Checkpoint, settings: dict[str, Any]) -> Calla
     checks.in_flight(said, [lead(own, said["num_stages"], k) for k in range(said["num_stages"])])
     parts = []
     for stage in engine.stages:
-        part, common = said["state"][f"{stage.index}.{stage.draws.replica}"], said["state"][f"{stage.index}.0"]
+        part, common = said["state"][f"{stage.index}.{stage.replica}"], said["state"][f"{stage.index}.0"]
         if part["predictor"] is not None and here != said["engine"]:
             raise CheckpointError(
                 f"{found.folder} holds the state of a predictor in a {said['engine']} run, where each process has its own; load "
@@ -385,4 +385,4 @@ def settings_of(
 
 def describe_stage(stage: Stage) -> tuple[int, list[str], str]:
     """Its replica, the names of its layers, and the type of its device."""
-    return stage.draws.replica, [name for name, _ in stage.module.named_children()], stage.device.type
+    return stage.replica, [name for name, _ in stage.module.named_children()], stage.device.type
