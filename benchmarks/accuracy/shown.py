@@ -28,10 +28,9 @@ def resnet20() -> str:
 def resnet20_less() -> list[str]:
     """Points less than bp's with the same seed, mean and standard error: of spectrain, dtrp and fdg."""
     own = rows("accuracy/results/resnet20.jsonl")
-    backprop = {row["seed"]: _accuracy(row) for row in own if row["method"] == "bp"}
     shown = []
     for method in ("spectrain", "dtrp", "fdg"):
-        less = [backprop[row["seed"]] - _accuracy(row) for row in own if row["method"] == method]
+        less = _less([row for row in own if row["method"] == method], own)
         assert len(less) == 3
         shown += [f"{statistics.fmean(less):.2f}", f"{statistics.stdev(less) / math.sqrt(3):.2f}"]
     return shown
@@ -39,14 +38,13 @@ def resnet20_less() -> list[str]:
 
 def _grid(rows: list[dict[str, Any]]) -> str:
     """Accuracies with their standard deviation, differences with their standard error."""
-    backprop = {(row["num_microbatches"], row["seed"]): _accuracy(row) for row in rows if row["method"] == "bp"}
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         key = (row["stages"], row["num_microbatches"], row["method"], row["prediction"] or "")
         groups.setdefault(key, []).append(row)
     lines = []
     for (stages, parts, method, prediction), runs in sorted(groups.items()):
-        less = [backprop[parts, row["seed"]] - _accuracy(row) for row in runs if (parts, row["seed"]) in backprop]
+        less = _less(runs, rows)
         errors = [row["prediction_error"] for row in runs if row["prediction_error"] is not None]
         lines.append(
             [
@@ -56,6 +54,13 @@ def _grid(rows: list[dict[str, Any]]) -> str:
             ]
         )  # fmt: skip
     return table(HEAD, lines)
+
+
+def _less(runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[float]:
+    """Points less than bp's with the same seed and as many micro-batches, of the runs that have such a one among ``rows``."""
+    backprop = {(row["num_microbatches"], row["seed"]): _accuracy(row) for row in rows if row["method"] == "bp"}
+    keyed = [((row["num_microbatches"], row["seed"]), _accuracy(row)) for row in runs]
+    return [backprop[key] - accuracy for key, accuracy in keyed if key in backprop]
 
 
 def readme() -> list[str]:
