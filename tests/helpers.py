@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,6 +20,12 @@ from dtrp.splitting import equal_cuts, into_stages
 from dtrp.trees import tensors_of
 
 WIDTH = 5
+DEVICE_VARIABLE = "DTRP_TEST_DEVICE"
+
+
+def device_under_test() -> torch.device:
+    """Where `pipeline` puts its stages: the CPU, but for the tests of a GPU."""
+    return torch.device(os.environ.get(DEVICE_VARIABLE, "cpu"))
 
 
 class Scale(nn.Module):
@@ -163,6 +170,8 @@ def with_aux(method: Any, num_classes: int = 5) -> dict[str, Any]:
 def pipeline(model: Any, make_optimizer: Any = sgd, **options: Any) -> dtrp.Pipeline:
     if "aux" not in options:
         options.update(with_aux(options.get("method", "dtrp")))
+    if DEVICE_VARIABLE in os.environ:
+        options.setdefault("devices", device_under_test())
     return dtrp.Pipeline(model, make_optimizer, nn.functional.cross_entropy, lr_scheduler=scheduler, seed=7, **options)
 
 

@@ -185,7 +185,7 @@ def shared_folder(folder: Path) -> Path:
 
 
 def results_of_cases(
-    server: Server, folder: Path, num_ranks: int, program: str, names: Sequence[str]
+    server: Server, folder: Path, num_ranks: int, program: str, names: Sequence[str], **environment: str
 ) -> dict[str, list[Any]]:
     """What ``program`` came to for each of ``names`` on each rank, launched by whoever asks first for this ``folder``."""
     import torch
@@ -195,13 +195,13 @@ def results_of_cases(
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            torch.save(_launch_cases(server, folder, num_ranks, program, names), path)
+            torch.save(_launch_cases(server, folder, num_ranks, program, names, **environment), path)
     results: dict[str, list[Any]] = torch.load(path, weights_only=False)
     return results
 
 
 def _launch_cases(
-    server: Server, folder: Path, num_ranks: int, program: str, names: Sequence[str]
+    server: Server, folder: Path, num_ranks: int, program: str, names: Sequence[str], **environment: str
 ) -> dict[str, list[Any]]:
     """The results of cases by rank, a text in place of what failed; what came after that has a launch of its own."""
     import torch
@@ -209,7 +209,7 @@ def _launch_cases(
     done: dict[str, list[Any]] = {}
     while rest := [name for name in names if name not in done]:
         where = folder / str(len(done))
-        with start_ranks(server, where, num_ranks, program, *rest) as ranks:
+        with start_ranks(server, where, num_ranks, program, *rest, **environment) as ranks:
             try:
                 outcomes = ranks.wait(240)
             except AssertionError as error:

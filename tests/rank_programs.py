@@ -32,7 +32,20 @@ import torch
 import torch.distributed as dist
 import unsplit
 from drop_in_programs import PROGRAMS as DROP_IN_PROGRAMS
-from helpers import WIDTH, Prophet, adamw, cut, minibatches, network, pipeline, scheduler, sgd, with_aux
+from helpers import (
+    WIDTH,
+    Prophet,
+    adamw,
+    block,
+    cut,
+    device_under_test,
+    minibatches,
+    network,
+    pipeline,
+    scheduler,
+    sgd,
+    with_aux,
+)
 from split_models import MODELS as SPLIT_MODELS
 from test_models_in_stages import MODELS, Tokens
 from tied_models import TIED
@@ -70,6 +83,8 @@ CASES: dict[str, Case] = {}
 
 def run_case(name: str) -> Result:
     torch.manual_seed(0)
+    if device_under_test().type == "cuda":  # bits are compared
+        torch.use_deterministic_algorithms(True)
     try:
         return CASES[name].run()
     finally:
@@ -362,6 +377,12 @@ def _no_stage_piles_up_messages_before_a_slower_one() -> Result:
         return result(pipe, losses)
 
 
+@special(2, "dtrp", "fdg")
+def _everything_is_on_the_device(method: str) -> Result:
+    batches = [(x.to(device_under_test()), y.to(device_under_test())) for x, y in minibatches(6)]
+    return train(network().to(device_under_test()), [batches], num_stages=2, method=method, num_microbatches=2)
+
+
 class Column(nn.Module):
     """Its output is a column of a wider tensor: mostly holes."""
 
@@ -426,7 +447,7 @@ def _autocast(method: str) -> Result:
         num_stages=2,
         method=method,
         num_microbatches=2,
-        around=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        around=lambda: torch.autocast(device_under_test().type, dtype=torch.bfloat16),
     )
 
 
@@ -685,10 +706,14 @@ SHARDS = {
 }
 
 
-def replicas(method: str, num_microbatches: int, shards: str, optimizer: str = "sgd", tied: bool = False) -> Result:
+def replicas(
+    method: str, num_microbatches: int, shards: str, optimizer: str = "sgd", tied: bool = False, synced: bool = False
+) -> Result:
     """Two replicas of two stages, or one process whose micro-batches are the replicas' ones put together."""
     torch.set_default_dtype(torch.float64)
     model = without_noise()
+    if synced:  # BatchNorm, and no dropout
+        model = nn.Sequential(*(block(WIDTH, WIDTH)[:3] for _ in range(3)), nn.Linear(WIDTH, 3))
     if tied:
         model[2][0].weight = model[0][0].weight
     batches = []
@@ -711,6 +736,8 @@ def replicas(method: str, num_microbatches: int, shards: str, optimizer: str = "
         join()
         options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "stage"))
         options["ends"] = (rank() // 2 * 2, rank() // 2 * 2 + 1)
+        if synced:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model, options["mesh"].get_group("replica"))
     return train(model, [batches[:4], batches[4:]], OPTIMIZERS[optimizer], **options)
 
 
@@ -752,7 +779,11 @@ REPLICAS: dict[str, tuple[Any, ...]] = {
 REPLICAS |= {
     f"replicas, bp, {shards}, tied": ("bp", 2, shards, "adamw", True) for shards in ("unequal", "fewer than A")
 }
-CASES.update({name: Case(4, lambda cell=cell: replicas(*cell)) for name, cell in REPLICAS.items()})
+SYNCED: dict[str, tuple[Any, ...]] = {  # on a GPU only
+    f"replicas, {method}, {shards}, SyncBatchNorm": (method, 2, shards, "sgd", False, True)
+    for method, shards in itertools.product(("bp", "dtrp", "fdg"), ("equal", "unequal"))
+}
+CASES.update({name: Case(4, lambda cell=cell: replicas(*cell)) for name, cell in (REPLICAS | SYNCED).items()})
 
 # -- programs -------------------------------------------------------------------------------------------------
 

@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("part", choices=[*GRIDS, "figures"])
     parser.add_argument("--data-dir", help="where cifar-10-batches-py lies")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--models", help="some of the part's, as resnet20,resnet56")
     parser.add_argument("--stages", help="some of the part's, as 4,8")
     parser.add_argument("--methods", help="some of the part's, as bp,dtrp,fdg")
     parser.add_argument("--predictions", default=",".join(BOTH), help="for the methods that predict")
@@ -77,7 +78,7 @@ def main() -> None:
         parser.error("--data-dir: say where cifar-10-batches-py lies")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for model, cell in cells(options.part, range(options.seeds), options.stages):
-        if wanted(cell, options) and key(model, cell) not in {
+        if wanted(model, cell, options) and key(model, cell) not in {
             key(row["model"], cell_of(row)) for row in finished(options.part)
         }:
             print(model, cell.name, flush=True)
@@ -85,7 +86,7 @@ def main() -> None:
     figures()
 
 
-def wanted(cell: Cell, options: argparse.Namespace) -> bool:
+def wanted(model: str, cell: Cell, options: argparse.Namespace) -> bool:
     """Whether the options leave it in."""
 
     def names(words: str | None, *own: str) -> bool:
@@ -93,7 +94,8 @@ def wanted(cell: Cell, options: argparse.Namespace) -> bool:
 
     parts = [str(cell.num_microbatches), *(["K"] if cell.num_microbatches == cell.stages else [])]
     predicts = cell.prediction is None or names(options.predictions, cell.prediction)
-    return names(options.methods, cell.method) and names(options.microbatches, *parts) and predicts
+    chosen = names(options.models, model) and names(options.methods, cell.method)
+    return chosen and names(options.microbatches, *parts) and predicts
 
 
 def cells(part: str, seeds: range, only: str | None) -> Iterator[tuple[str, Cell]]:

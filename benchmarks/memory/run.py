@@ -37,7 +37,9 @@ from dtrp.train import environment
 
 HERE = Path(__file__).parent
 METHODS = ("bp", "gpipe", "ddg", "fr", "fdg", "dtrp", "spectrain")
-SIZES = {"resnet56": 8, "resnet110": 8, "resnet1202": 2}  # samples of a mini-batch; bytes of activations go with it
+# Samples of a mini-batch; bytes of activations go with it.
+SIZES = {"resnet56": 8, "resnet110": 8, "resnet1202": 2}
+DEVICE_SIZES = {"resnet56": 128, "resnet110": 128, "resnet1202": 16}  # of a GPU, which has room
 STAGES = (2, 4, 8)
 PARTS = {
     "local": [(m, k, a) for a, k, m in itertools.product((1, "K"), STAGES, METHODS)],
@@ -46,11 +48,11 @@ PARTS = {
 RANKS = {"resnet110": 16}
 
 
-def cells(part: str, models: list[str]) -> list[dict[str, Any]]:
+def cells(part: str, models: list[str], device: str) -> list[dict[str, Any]]:
     """Every cell: of all methods at K = 1 one is enough, and no micro-batch is smaller than a sample."""
     found = []
     for model in models:
-        size = (SIZES if part == "local" else RANKS)[model]
+        size = (RANKS if part == "ranks" else SIZES if device == "cpu" else DEVICE_SIZES)[model]
         alone = [("bp", 1, 1)] if part == "local" else []
         for method, stages, word in [*alone, *PARTS[part]]:
             cell = {"model": model, "method": method, "stages": stages, "num_microbatches": stages if word == "K" else word,
@@ -179,7 +181,7 @@ def main() -> None:
     done = [{key: row[key] for key in ("model", "method", "stages", "num_microbatches", "batch_size", "device")}
             for row in read(options.part)]  # fmt: skip
     models = options.models or list(SIZES if options.part == "local" else RANKS)
-    wanted = [cell for cell in cells(options.part, models) if cell["stages"] in options.stages]
+    wanted = [cell for cell in cells(options.part, models, options.device) if cell["stages"] in options.stages]
     left = [cell for cell in wanted if {**cell, "device": options.device} not in done]
     results(options.part).parent.mkdir(exist_ok=True)
     for cell in left:
