@@ -14,9 +14,10 @@ forward reads a buffer that moves (spectral norm, a codebook), it must meet then
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 Mark = tuple[Tensor, int]  # a buffer, and how often it has been written
@@ -38,6 +39,21 @@ class Met:
     moved: dict[str, Tensor] = field(default_factory=dict)
     before: dict[str, Mark] = field(default_factory=dict)
     after: dict[str, Mark] = field(default_factory=dict)
+
+
+def copies_of(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of each; on an accelerator in one launch, and not one a buffer."""
+    copies = {name: torch.empty_like(buffer) for name, buffer in buffers.items()}
+    copy_all(copies.values(), buffers.values())
+    return copies
+
+
+@torch.no_grad()
+def copy_all(to: Iterable[Tensor], source: Iterable[Tensor]) -> None:
+    """Write the values of ``source`` into the tensors of ``to``, one into one."""
+    targets, sources = list(to), list(source)
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 def marks(buffers: Mapping[str, Tensor]) -> dict[str, Mark]:

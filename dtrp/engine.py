@@ -155,6 +155,9 @@ class Losses:
 
     def check(self) -> None:
         """Refuse a loss that is not finite."""
+        if not self._unseen or torch.isfinite(torch.stack([loss for _, loss in self._unseen])).all():
+            self._unseen.clear()
+            return
         for micro, loss in self._unseen:
             if not torch.isfinite(loss):
                 cause = FloatingPointError(
@@ -162,7 +165,6 @@ class Losses:
                     f"the data of this mini-batch (stage {self._last_stage}, the last)"
                 )
                 raise StageError(self._last_stage, Action("F", micro.index), micro.minibatch, cause) from cause
-        self._unseen.clear()
 
     def drop(self) -> None:
         self._terms.clear()

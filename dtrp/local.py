@@ -53,8 +53,8 @@ class LocalEngine:
         self._micros: dict[int, MicroBatch] = {}
         self._targets: dict[int, Any] = {}
         rule = stages[0].rule
-        one_device = len({stage.device for stage in stages}) == 1
-        self._losses = Losses(num - 1, at_once=one_device, stops=rule.on_nonfinite == "stop")
+        at_once = stages[-1].device.type == "cpu"
+        self._losses = Losses(num - 1, at_once=at_once, stops=rule.on_nonfinite == "stop")
         self._together = rule.together
         # A stage owns what it shares with later ones.
         self._ties = [tie for stage in stages for tie in stage.ties if tie.trained and tie.owner == stage.index]

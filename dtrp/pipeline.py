@@ -88,8 +88,8 @@ class Pipeline(Driver):
             on. In a method that flushes all stages then leave it out. In the others each stage decides by its own gradient:
             one that is not finite at a stage is mostly not finite at those before it, and those after it have made their
             update; a loss that is not finite makes it so at every stage. Buffers have moved with the forward.
-            `skipped_updates` counts. On accelerators ``"stop"`` without clipping does not wait for the answer where that
-            would keep them from overlapping: the run then ends at the stage's next update, and nothing is saved meanwhile.
+            `skipped_updates` counts. On an accelerator ``"stop"`` without clipping does not wait for the answer, which would
+            keep it from being given work: the run ends at the stage's next update, and nothing is saved meanwhile.
         keep: what stages keep between F and B, in place of what the method says: ``"graph"`` or ``"input"``, for all
             stages or one for each. A stage of an asynchronous method that keeps its graph evaluates it, and
             differentiates, at the weights its forward read (predicted ones, if the method predicts), and recomputes
@@ -182,7 +182,7 @@ class Pipeline(Driver):
         self._schedules_lr = lr_scheduler is not None
         self._tracer = Tracer(bool(trace))
 
-        def make_stage(index: int, place: torch.device, replica: int = 0, *, at_once: bool) -> Stage:
+        def make_stage(index: int, place: torch.device, replica: int = 0) -> Stage:
             own = aux_networks[index]
             return Stage(
                 index,
@@ -201,21 +201,19 @@ class Pipeline(Driver):
                 num_microbatches=num_microbatches,
                 memory_limit_bytes=limit,
                 rule=rule,
-                at_once=at_once,
                 compile=compiling,
                 ties=ties,
             )
 
         if ranks is None:
             places = _places(modules, devices)
-            one_device = len(set(places)) == 1
-            if ties and not one_device:
+            if ties and len(set(places)) > 1:
                 raise ValueError(
                     f"{ties[0]} are one tensor, which cannot be on {' and '.join(map(str, dict.fromkeys(places)))}; pass one "
                     "device, give each stage its own, or start a rank for each stage, where each has a copy"
                 )
             _move(aux_networks, places)
-            stages = [make_stage(index, place, at_once=one_device) for index, place in enumerate(places)]
+            stages = [make_stage(index, place) for index, place in enumerate(places)]
             self._engine = LocalEngine(stages, self.method, num_microbatches, self._tracer)
         else:
             _check_world(len(modules), ranks)
@@ -239,7 +237,7 @@ class Pipeline(Driver):
                     for module, own in zip(modules, aux_networks, strict=True)
                 ]
                 self.seed = unite(transport, wholes, place, settings, self.seed, ties)
-                stage = make_stage(ranks.stage, place, ranks.replica, at_once=place.type == "cpu")
+                stage = make_stage(ranks.stage, place, ranks.replica)
                 self._engine = DistributedEngine(stage, self.method, num_microbatches, transport, self._tracer, loss_on)
             except BaseException as error:
                 transport.fail(error)

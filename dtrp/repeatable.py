@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .aligned import aligned_clone, enter
-from .buffers import Met, marks
+from .buffers import Met, copies_of, copy_all, marks
 from .exchange import Exchange, Places
 from .modes import in_mode
 from .rng import Draws
@@ -77,9 +77,8 @@ class Repeatable:
             The output, and the loss or None. At the last stage the loss is the output too.
         """
         own = dict(self._whole.named_buffers()) if buffers != "own" else {}
-        copies = {name: buffer.clone() for name, buffer in own.items()}
-        if held.met is not None and own:  # the second time
-            copies.update((name, met.clone()) for name, met in held.met.moved.items())
+        copies = copies_of({**own, **held.met.moved} if held.met is not None and own else own)  # met: the second time
+        unwritten = {name: copy._version for name, copy in copies.items()} if buffers == "returned" else {}
         tensors = {**weights, **copies}
         # A module that writes its input (an in-place ReLU at its front) would write the stash, or what the stage
         # before has saved. The first run, on a copy, shows whether it does; one that does gets a copy every time.
@@ -97,7 +96,10 @@ class Repeatable:
             elif not isinstance(out, Tensor):
                 flatten(out)  # refuses what cannot be passed on
         if buffers == "returned" and own:
-            self._return(held, own, copies, tensors)
+            moved = {
+                name for name in own if tensors[name] is not copies[name] or tensors[name]._version != unwritten[name]
+            }
+            self._return(held, own, moved, tensors)
         if [t._version for t in entered] == before:
             self.changes_input = bool(self.changes_input)
         elif self.changes_input is False:
@@ -122,16 +124,14 @@ class Repeatable:
         return judged
 
     @torch.no_grad()
-    def _return(self, held: Held, own: dict[str, Tensor], copies: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-        """Give the module its buffers as a forward on ``copies`` has left them, and keep what it has met."""
+    def _return(self, held: Held, own: dict[str, Tensor], moved: set[str], after: dict[str, Tensor]) -> None:
+        """Give the module its buffers as a forward on copies has left them, and keep what it has met where it ``moved``."""
         if held.modes not in self._looked:  # some operations, batch norm among them, write without counting
             self._moving |= {name for name, buffer in own.items() if not torch.equal(buffer, after[name])}
             self._looked.add(held.modes)
         met = Met(before=marks(own))
-        for name, buffer in own.items():
-            if after[name] is not copies[name] or after[name]._version or name in self._moving:
-                met.moved[name] = buffer.clone()
-            buffer.copy_(after[name])
+        met.moved = copies_of({name: buffer for name, buffer in own.items() if name in moved or name in self._moving})
+        copy_all(own.values(), [after[name] for name in own])
         met.after = marks(own)
         held.met = met
 

@@ -61,7 +61,13 @@ class Draws:
 
 def seeded(seed: int, device: torch.device) -> AbstractContextManager[None]:
     """Within it torch draws from ``seed``, on the CPU and on ``device``; after it, from where it was before."""
-    return _Seeded(seed) if device.type == "cpu" else _seeded_on(seed, device)
+    if device.type == "cpu":
+        return _Seeded(seed)
+    # Empty until the device has been used, and a stage's has.
+    generators = getattr(torch.get_device_module(device), "default_generators", ())
+    if device.index is not None and device.index < len(generators):
+        return _SeededOn(seed, generators[device.index])
+    return _seeded_by_name(seed, device)
 
 
 class _Seeded:
@@ -80,8 +86,27 @@ class _Seeded:
         torch.default_generator.set_state(self._before)
 
 
+class _SeededOn:
+    """On the CPU and on an accelerator, whose generator is asked itself: `torch.random.fork_rng` takes longer than some layers."""
+
+    __slots__ = ("_before", "_cpu", "_generator", "_seed")
+
+    def __init__(self, seed: int, generator: torch.Generator) -> None:
+        self._cpu, self._seed, self._generator = _Seeded(seed), seed, generator
+
+    def __enter__(self) -> None:
+        self._cpu.__enter__()
+        self._before = self._generator.get_state()
+        self._generator.manual_seed(self._seed)
+
+    def __exit__(self, *error: object) -> None:
+        self._generator.set_state(self._before)
+        self._cpu.__exit__(*error)
+
+
 @contextmanager
-def _seeded_on(seed: int, device: torch.device) -> Iterator[None]:
+def _seeded_by_name(seed: int, device: torch.device) -> Iterator[None]:
+    """On the CPU and on an accelerator that does not show its generators."""
     module = torch.get_device_module(device)
     with torch.random.fork_rng([device], device_type=device.type), _Seeded(seed):
         with module.device(device):

@@ -80,8 +80,6 @@ class Stage:
         compile: arguments of `torch.compile` for the module; None: it runs as it is.
         ties: parameters that other stages hold too; those that an earlier one owns have no part in this one's optimizer.
         call: runs the module on a stage's input; None: the module is called with it.
-        at_once: whether to wait for the answer to "is the gradient finite?" before the update; else, since an accelerator
-            would stand still meanwhile, it is heard at the next.
     """
 
     def __init__(
@@ -102,7 +100,6 @@ class Stage:
         num_microbatches: int = 1,
         memory_limit_bytes: int | None = None,
         rule: GradientRule | None = None,
-        at_once: bool = True,
         compile: Mapping[str, Any] | None = None,
         ties: Sequence[Tie] = (),
         call: Callable[[Any], Any] | None = None,
@@ -157,7 +154,7 @@ class Stage:
         self.rule = rule or GradientRule()
         self.updates = Updates(
             index, dict(named), self.optimizer, self.lr_scheduler, self.rule,
-            lr_factor=method.lr_shrink**self.distance, device=device, at_once=at_once,
+            lr_factor=method.lr_shrink**self.distance, device=device,
         )  # fmt: skip
         predictor = as_predictor(method.predict) if self.distance > 0 and self.parameters else None
         self.versions = Versions(index, self.parameters, self.optimizer, predictor, self.updates.shrunk_lr)

@@ -27,7 +27,6 @@ class Updates:
         rule: what is done with gradients that are too long or not finite.
         lr_factor: of every learning rate, out of the scheduler's sight.
         device: where the gradients are.
-        at_once: as of `Stage`.
 
     Attributes:
         skipped: mini-batches whose update was left out.
@@ -43,13 +42,13 @@ class Updates:
         *,
         lr_factor: float,
         device: torch.device,
-        at_once: bool,
     ) -> None:
         self.skipped: list[int] = []
         self._stage, self._names, self._parameters = stage, list(parameters), list(parameters.values())
         self._optimizer, self._lr_scheduler, self._rule = optimizer, lr_scheduler, rule
         self._lr_factor, self._device = lr_factor, device
-        self._at_once = at_once or rule.max_norm is not None or rule.on_nonfinite == "skip"
+        # An accelerator would have nothing to do while its answer is waited for: it is heard at the next update.
+        self._at_once = device.type == "cpu" or rule.max_norm is not None or rule.on_nonfinite == "skip"
         self._unseen = Unseen()
 
     def step(self, minibatch: int, gradients: Sequence[Tensor | None], norms: Sequence[float] | None) -> None:

@@ -172,6 +172,7 @@ def pipeline(model: Any, make_optimizer: Any = sgd, **options: Any) -> dtrp.Pipe
         options.update(with_aux(options.get("method", "dtrp")))
     if DEVICE_VARIABLE in os.environ:
         options.setdefault("devices", device_under_test())
+        options["timeout_s"] = 60.0  # a device takes its time to wake up
     return dtrp.Pipeline(model, make_optimizer, nn.functional.cross_entropy, lr_scheduler=scheduler, seed=7, **options)
 
 

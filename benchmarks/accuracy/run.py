@@ -3,13 +3,15 @@
     python benchmarks/accuracy/run.py small --data-dir DIR       # ResNet-14 of width 8, 20,000 images, 8 epochs
     python benchmarks/accuracy/run.py wide --data-dir DIR        # every method, K and A on it: 5,000 images, 6 epochs
     python benchmarks/accuracy/run.py resnet20 --data-dir DIR    # ResNet-20, K = 4, four methods: 10,000 images, 6 epochs
-    python benchmarks/accuracy/run.py long --data-dir DIR --device cuda    # ResNet-20, 56 and 18, 30 epochs, all images
+    python benchmarks/accuracy/run.py long --data-dir DIR --device cuda    # ResNet-20, K = 4: 30 epochs, all images
+    python benchmarks/accuracy/run.py long56 --data-dir DIR --device cuda  # ResNet-56, K = 2, one micro-batch
+    python benchmarks/accuracy/run.py long18 --data-dir DIR --device cuda  # ResNet-18, K = 4, bfloat16
     python benchmarks/accuracy/run.py figures                    # the figures, from the lines that are there
     python benchmarks/shown.py --write                           # puts the table into README.md
 
 All but the last two are grids of runs, seed after seed and what is checked first. A finished run is a line of results/<part>.jsonl
 and is not repeated: break it off, start it again, elsewhere too; several may work on different --stages at the same time, or on
-different --methods and --predictions.
+different --methods and --predictions, or --seeds.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,15 @@ COMMON = {
     "data": "cifar10", "threads": "1", "warmup-updates": "100", "prediction-error-every": "64", "limit-train": "20000",
     "epochs": "8", "batch-size": "128", "lr": "0.1",
 }  # fmt: skip
-OWN = {  # of a part; None: all images
+LONG = {"limit-train": None, "epochs": "30", "batch-size": "256", "lr": "0.2", "warmup-updates": "400"}
+OWN: dict[str, dict[str, str | None]] = {  # of a part; None: all images
     "wide": {"limit-train": "5000", "epochs": "6", "warmup-updates": "50"},
     "resnet20": {"limit-train": "10000", "epochs": "6", "warmup-updates": "50"},
-    "long": {"limit-train": None, "epochs": "30"},
-}
+    **dict.fromkeys(("long", "long56"), LONG), "long18": LONG | {"dtype": "bfloat16"},
+}  # fmt: skip
 MODELS = {
-    "small": ["resnet14-8"], "wide": ["resnet14-8"], "resnet20": ["resnet20"], "long": ["resnet20", "resnet56", "resnet18"],
+    "small": ["resnet14-8"], "wide": ["resnet14-8"], "resnet20": ["resnet20"], "long": ["resnet20"], "long56": ["resnet56"],
+    "long18": ["resnet18"],
 }  # fmt: skip
 BOTH = ("linear", "rollout")
 # Methods, stages, micro-batches, predictions: in the order in which they run, for each seed. fdg and adl are one row.
@@ -55,7 +59,9 @@ GRIDS: dict[str, list[tuple[str, str, str, tuple[str, ...]]]] = {
         ("dtrp", "8,4,2", "K,1", ("rollout",)),
     ],
     "resnet20": [("bp,spectrain,dtrp,fdg", "4", "4", ("linear",))],
-    "long": [("bp,spectrain,dtrp,fdg", "4", "4", BOTH)],
+    "long": [("bp,spectrain,dtrp,fdg", "4", "4", ("linear",))],
+    "long56": [("bp,spectrain,dtrp,fdg", "2", "1", ("linear",))],
+    "long18": [("bp,spectrain,dtrp,fdg", "4", "4", ("linear",))],
 }
 
 
@@ -63,8 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*GRIDS, "figures"])
     parser.add_argument("--data-dir", help="where cifar-10-batches-py lies")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--models", help="some of the part's, as resnet20,resnet56")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--stages", help="some of the part's, as 4,8")
     parser.add_argument("--methods", help="some of the part's, as bp,dtrp,fdg")
     parser.add_argument("--predictions", default=",".join(BOTH), help="for the methods that predict")
@@ -77,8 +82,8 @@ def main() -> None:
     if not options.data_dir:
         parser.error("--data-dir: say where cifar-10-batches-py lies")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for model, cell in cells(options.part, range(options.seeds), options.stages):
-        if wanted(model, cell, options) and key(model, cell) not in {
+    for model, cell in cells(options.part, options.seeds, options.stages):
+        if wanted(cell, options) and key(model, cell) not in {
             key(row["model"], cell_of(row)) for row in finished(options.part)
         }:
             print(model, cell.name, flush=True)
@@ -86,7 +91,7 @@ def main() -> None:
     figures()
 
 
-def wanted(model: str, cell: Cell, options: argparse.Namespace) -> bool:
+def wanted(cell: Cell, options: argparse.Namespace) -> bool:
     """Whether the options leave it in."""
 
     def names(words: str | None, *own: str) -> bool:
@@ -94,11 +99,10 @@ def wanted(model: str, cell: Cell, options: argparse.Namespace) -> bool:
 
     parts = [str(cell.num_microbatches), *(["K"] if cell.num_microbatches == cell.stages else [])]
     predicts = cell.prediction is None or names(options.predictions, cell.prediction)
-    chosen = names(options.models, model) and names(options.methods, cell.method)
-    return chosen and names(options.microbatches, *parts) and predicts
+    return names(options.methods, cell.method) and names(options.microbatches, *parts) and predicts
 
 
-def cells(part: str, seeds: range, only: str | None) -> Iterator[tuple[str, Cell]]:
+def cells(part: str, seeds: Sequence[int], only: str | None) -> Iterator[tuple[str, Cell]]:
     """(network, cell), each once. A method that flushes comes to the same at every K, so one K stands for all with its A."""
     known: set[Any] = set()
     for seed, model, (methods, stages, microbatches, predictions) in itertools.product(
@@ -163,6 +167,7 @@ def described(folder: Path) -> dict[str, Any]:
         "minibatch_s": summary["minibatch_s"],
         **{name: summary["environment"][name] for name in ("torch", "dtrp")},
         **({} if summary["config"]["device"] == "cpu" else {"gpu": summary["environment"]["gpu"]}),
+        **({} if summary["config"]["dtype"] == "float32" else {"dtype": summary["config"]["dtype"]}),
     }
 
 

@@ -1,13 +1,15 @@
 """What the engine itself costs, in one process: against a plain PyTorch loop, side by side in one run.
 
     python benchmarks/engine/run.py            # about 10 minutes on one core
+    python benchmarks/engine/run.py --device cuda --model resnet18
 
 Two ratios of medians, ResNet-20 (CIFAR form), batch 128, SGD with momentum, one thread:
 
     bp     Pipeline(method="bp", num_stages=1)  /  the plain loop
     dtrp   Pipeline(method="dtrp", num_stages=4)  /  (the plain loop + one no-grad forward of stages 0..2)
 
-The contestants take turns, a step each, so that a slow moment of the machine hits all of them.
+The contestants take turns, a step each, so that a slow moment of the machine hits all of them. A GPU is through with a
+step before its time is taken.
 """
 
 from __future__ import annotations
@@ -33,10 +35,10 @@ def sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.01, momentum=0.9, weight_decay=5e-4)
 
 
-def contestants(batch: int) -> dict[str, Callable[[], None]]:
+def contestants(name: str, batch: int, device: str) -> dict[str, Callable[[], None]]:
     """A step of each, on its own copy of the model."""
-    model = get_model("resnet20")
-    x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    model = get_model(name).to(device)
+    x, y = torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
     plain = copy.deepcopy(model)
     optimizer = sgd(list(plain.parameters()))
 
@@ -63,14 +65,17 @@ def contestants(batch: int) -> dict[str, Callable[[], None]]:
     }
 
 
-def measure(rounds: int, batch: int) -> dict[str, list[float]]:
+def measure(name: str, rounds: int, batch: int, device: str) -> dict[str, list[float]]:
     """Seconds a step, after a warm-up past dtrp's start-up."""
-    steps = contestants(batch)
+    steps = contestants(name, batch, device)
+    finish = torch.cuda.synchronize if device != "cpu" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 10):
         for name, step in steps.items():
+            finish()
             start = time.perf_counter()
             step()
+            finish()
             if number >= 10:
                 times[name].append(time.perf_counter() - start)
     return times
@@ -83,13 +88,15 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    times = measure(options.rounds, options.batch)
+    times = measure(options.model, options.rounds, options.batch, options.device)
     record = {
         "ratios": ratios(times),
         "median_s": {name: statistics.median(values) for name, values in times.items()},
@@ -101,6 +108,8 @@ def main() -> None:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "dtrp": dtrp.__version__,
+        **({} if options.model == "resnet20" else {"model": options.model}),
+        **({} if options.device == "cpu" else {"gpu": torch.cuda.get_device_name()}),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with open(options.out, "a") as file:

@@ -2,7 +2,7 @@
 
 from shown import rows, table
 
-RECORD = rows("engine/results/engine.jsonl")[-1]
+RECORD = next(row for row in reversed(rows("engine/results/engine.jsonl")) if "gpu" not in row and "model" not in row)
 
 
 def cost() -> list[str]:

@@ -178,7 +178,6 @@ class ScheduleDTRP(Driver):
                 num_microbatches=self.num_microbatches,
                 memory_limit_bytes=limit,
                 rule=rule,
-                at_once=device.type == "cpu",
                 call=call,
             )
             total = self.num_microbatches if scale_grads else 1
