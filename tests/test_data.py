@@ -167,7 +167,22 @@ def test_digits_do_not_depend_on_the_seed():
     assert torch.equal(first.test_y, second.test_y)
 
 
+@pytest.mark.parametrize("own_file", [True, False])
+def test_digits_are_those_of_scikit_learn(monkeypatch, own_file):
+    from sklearn.datasets import load_digits
+
+    if not own_file:  # a release that keeps it elsewhere
+        monkeypatch.setattr(Path, "is_file", lambda path: False)
+    want, data = load_digits(), load_data("digits")
+    images = torch.cat([data.train_x, data.test_x]).flatten(1) * 16
+    known = {tuple(image): digit for image, digit in zip(want.data.tolist(), want.target.tolist(), strict=True)}
+    classes = torch.cat([data.train_y, data.test_y]).tolist()
+    assert {tuple(image): digit for image, digit in zip(images.tolist(), classes, strict=True)} == known
+    assert data.train_x[0].flatten().tolist() == (want.data[0] / 16).tolist()
+
+
 def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"data 'digits' needs scikit-learn, .* pip install 'dtrp\[cli\]'"):
         load_data("digits")

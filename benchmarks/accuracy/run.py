@@ -36,6 +36,7 @@ COMMON = {
     "epochs": "8", "batch-size": "128", "lr": "0.1",
 }  # fmt: skip
 LONG = {"limit-train": None, "epochs": "30", "batch-size": "256", "lr": "0.2", "warmup-updates": "400"}
+LONG_PARTS = ("long", "long56", "long18")
 OWN: dict[str, dict[str, str | None]] = {  # of a part; None: all images
     "wide": {"limit-train": "5000", "epochs": "6", "warmup-updates": "50"},
     "resnet20": {"limit-train": "10000", "epochs": "6", "warmup-updates": "50"},
@@ -177,6 +178,9 @@ def figures() -> None:
     from dtrp.report.plots import add_point, one_scale
 
     for part, models in MODELS.items():
+        if part in LONG_PARTS:
+            curves(part)
+            continue
         rows = sorted(finished(part), key=lambda row: (list_methods().index(row["method"]), row["prediction"] or ""))
         looks = tuple(dict.fromkeys(cell_of(row).title for row in rows))
         plots: list[Plot] = []
@@ -194,6 +198,23 @@ def figures() -> None:
             plots.append(Plot(f"{name}-frontier-K{stages}", title, delay, label, by_delay, "points", looks=looks))
         for plot in one_scale(plots):
             (HERE / "results" / f"{plot.name}.svg").write_text(on_white(svg(plot)))
+
+
+def curves(part: str) -> None:
+    """Accuracy epoch by epoch, also of runs that were stopped on the way (results/<part>_stopped.jsonl)."""
+    from dtrp.report.figures import Plot, on_white, svg
+
+    rows = [*finished(part), *finished(f"{part}_stopped")]
+    seeds = {row["seed"] for row in rows}
+    series: dict[str, dict[str, list[Any]]] = {}
+    for row in sorted(rows, key=lambda row: (list_methods().index(row["method"]), row["seed"])):
+        name = cell_of(row).title + (f", seed {row['seed']}" if len(seeds) > 1 else "")
+        y = [100 * accuracy for accuracy in row["test_accuracy"]]
+        series[name] = {"x": list(range(1, len(y) + 1)), "y": y}
+    if rows:
+        title = f"{MODELS[part][0]}, K={rows[0]['stages']}, A={rows[0]['num_microbatches']}"
+        picture = on_white(svg(Plot(part, title, "epochs", "accuracy (%)", series)))
+        (HERE / "results" / f"{part}-accuracy.svg").write_text(picture)
 
 
 def comparable(rows: list[dict[str, Any]], model: str, stages: int) -> dict[tuple[str, int], list[dict[str, Any]]]:

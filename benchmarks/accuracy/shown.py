@@ -25,6 +25,18 @@ def resnet20() -> str:
     return _grid(rows("accuracy/results/resnet20.jsonl"))
 
 
+def long() -> str:
+    """Each run's last epoch, beside bp's at the same epoch of the same schedule."""
+    (backprop,) = rows("accuracy/results/long.jsonl")
+    lines = [["`bp`", "30", f"{_accuracy(backprop):.2f}", "", ""]]
+    for row in rows("accuracy/results/long_stopped.jsonl"):
+        epochs = len(row["test_accuracy"])
+        then = 100 * backprop["test_accuracy"][epochs - 1]
+        name = f"`{row['method']}`" + (f" ({row['prediction']})" if row["prediction"] else "")
+        lines.append([name, str(epochs), f"{_accuracy(row):.2f}", f"{then:.2f}", f"{then - _accuracy(row):.2f}"])
+    return table(["", "epochs of 30", "accuracy, %", "`bp` after as many", "points less"], lines)
+
+
 def resnet20_less() -> list[str]:
     """Points less than bp's with the same seed, mean and standard error: of spectrain, dtrp and fdg."""
     own = rows("accuracy/results/resnet20.jsonl")

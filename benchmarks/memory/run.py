@@ -6,7 +6,7 @@
     python benchmarks/memory/run.py figures            # the figures, from the lines that are there
 
 Every cell runs in processes of its own, until each stage has held the most that it ever will: a few mini-batches more than its
-lead. A finished cell is a line of results/<part>.jsonl; one that is there is not repeated.
+lead. A finished cell is a line of results/<part>.jsonl, or of results/gpu.jsonl; one that is there is not repeated.
 """
 
 from __future__ import annotations
@@ -135,25 +135,24 @@ def write_row(cell: dict[str, Any], device: str, path: Path) -> None:
         path.write_text(json.dumps(row))
 
 
-def results(part: str) -> Path:
-    return HERE / "results" / f"{part}.jsonl"
+def results(part: str, device: str) -> Path:
+    return HERE / "results" / f"{part if device == 'cpu' else 'gpu'}.jsonl"
 
 
-def read(part: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in results(part).read_text().splitlines()] if results(part).exists() else []
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def figures() -> None:
     """Peak memory of all stages, and of the largest, against K."""
     from dtrp.report.figures import Plot, on_white, svg
 
-    rows = read("local")
+    rows = read(results("local", "cpu"))
     for model in SIZES:
         for shown, title, of in (("sum", "all stages", sum), ("largest", "the largest stage", max)):
             series: dict[str, dict[str, list[Any]]] = {}
             for method in METHODS:
-                own = [row for row in rows if (row["model"], row["method"], row["device"]) == (model, method, "cpu")]
-                own = [row for row in own if row["num_microbatches"] == 1]
+                own = [row for row in rows if (row["model"], row["method"], row["num_microbatches"]) == (model, method, 1)]
                 if own:
                     own.sort(key=lambda row: row["stages"])
                     series[method] = {"x": [r["stages"] for r in own], "y": [of(r["peak_bytes"]) / 1e6 for r in own]}
@@ -178,15 +177,16 @@ def main() -> None:
     if options.part == "cell":
         write_row(options.cell, options.device, options.row)
         return
+    path = results(options.part, options.device)
     done = [{key: row[key] for key in ("model", "method", "stages", "num_microbatches", "batch_size", "device")}
-            for row in read(options.part)]  # fmt: skip
+            for row in read(path)]  # fmt: skip
     models = options.models or list(SIZES if options.part == "local" else RANKS)
     wanted = [cell for cell in cells(options.part, models, options.device) if cell["stages"] in options.stages]
     left = [cell for cell in wanted if {**cell, "device": options.device} not in done]
-    results(options.part).parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     for cell in left:
         row = run_cell(options.part, cell, options.device)
-        with results(options.part).open("a") as file:
+        with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         shown = " ".join(f"{size / 1e6:.1f}" for size in row["peak_bytes"])
         print(

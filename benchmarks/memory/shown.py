@@ -46,6 +46,38 @@ def resnet1202() -> str:
     return _table("resnet1202", cut=False)
 
 
+def _gpu(model: str) -> str:
+    """The most that the allocator had given out, in MB: one micro-batch, all stages in one process."""
+    own = {(row["method"], row["stages"]): row["processes"][0]["device_peak"] for row in rows("memory/results/gpu.jsonl")
+           if (row["model"], row["num_microbatches"]) == (model, 1)}  # fmt: skip
+    lines = [
+        [f"`{method}`", *(f"{own[method, stages] / 1e6:.0f}" for stages in STAGES)]
+        for method in dict.fromkeys(method for method, _ in own)
+    ]
+    return table([f"one worker: {own['bp', 1] / 1e6:.0f}", *(f"K={stages}" for stages in STAGES)], lines)
+
+
+def gpu_resnet56() -> str:
+    return _gpu("resnet56")
+
+
+def gpu_resnet110() -> str:
+    return _gpu("resnet110")
+
+
+def gpu_resnet1202() -> str:
+    return _gpu("resnet1202")
+
+
+def gpu_said() -> list[str]:
+    """ResNet-1202 in MB: one worker, fdg and dtrp at K=8; the latter two over one worker; and what dtrp's tensors add up to."""
+    own = {(row["method"], row["stages"]): row for row in rows("memory/results/gpu.jsonl")
+           if (row["model"], row["num_microbatches"]) == ("resnet1202", 1)}  # fmt: skip
+    alone, fdg, dtrp = (own[key]["processes"][0]["device_peak"] for key in (("bp", 1), ("fdg", 8), ("dtrp", 8)))
+    every = sum(own["dtrp", 8]["peak_bytes"])
+    return [*(f"{each / 1e6:.0f}" for each in (alone, fdg, dtrp)), f"{fdg / alone:.1f}", f"{dtrp / alone:.2f}", f"{every / 1e6:.0f}"]
+
+
 def ranks() -> str:
     """What the system says that each process took, beyond what it had before the first step, and what its tensors say."""
     lines = []

@@ -152,6 +152,23 @@ def against_torch_56() -> list[str]:
     return [f"{ratio:.2f}" for ratio in [*last, *itertools.chain(*at_4.values())]]
 
 
+def division_56() -> list[str]:
+    """Of the cut that the layers' times say is best: by how many per cent the longer stage is over an even half.
+
+    For dtrp, whose first stage repeats its forward, and for what recomputes nothing.
+    """
+    times = COMPUTE["resnet56"][0]["layer_ms"]
+    shown = []
+    for forwards in (2, 1):
+        stages = [
+            (sum(forwards * f + b for f, b in times[:cut]), sum(f + b for f, b in times[cut:]))
+            for cut in range(1, len(times))
+        ]
+        best = min(stages, key=max)
+        shown.append(f"{100 * (2 * max(best) / sum(best) - 1):.1f}")
+    return shown
+
+
 def one_worker_20() -> list[str]:
     return [f"{_median(COMPUTE['resnet20'], contender='one worker'):.0f}"]
 

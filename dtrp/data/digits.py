@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import torch
+from torch import Tensor
 
 from .dataset import Dataset, channel_stats, required
 
@@ -14,9 +18,9 @@ def load_digits() -> Dataset:
 
     Source: Alpaydin and Kaynak, Optical recognition of handwritten digits (the test part), doi:10.24432/C50P49.
     """
-    bunch = required("sklearn.datasets", "scikit-learn", "digits").load_digits()
-    x = torch.from_numpy(bunch.images).float().div_(16)[:, None]
-    y = torch.from_numpy(bunch.target).long()
+    table = _table()
+    x = table[:, :-1].float().div_(16).view(-1, 1, 8, 8)
+    y = table[:, -1].long()
     position = torch.empty_like(y)  # of an image among those of its class
     for digit in range(10):
         members = (y == digit).nonzero().flatten()
@@ -35,3 +39,18 @@ def load_digits() -> Dataset:
         std=std,
         augment=False,
     )
+
+
+def _table() -> Tensor:
+    """An image a line, its 64 pixels (0 to 16) and its class, (1797, 65), float64.
+
+    From the file that scikit-learn reads, where it is: to import scikit-learn takes longer than a small run.
+    """
+    np = required("numpy", "numpy", "digits")
+    package = importlib.util.find_spec("sklearn")
+    if package is not None and package.origin is not None:
+        path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        if path.is_file():
+            return torch.from_numpy(np.loadtxt(path, delimiter=","))
+    bunch = required("sklearn.datasets", "scikit-learn", "digits").load_digits()
+    return torch.from_numpy(np.column_stack([bunch.data, bunch.target]))
