@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Met:
 
 
 def copies_of(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of each; on an accelerator in one launch, and not one a buffer."""
+    """A copy of each; on an accelerator in a launch for each dtype, and not for each buffer."""
     copies = {name: torch.empty_like(buffer) for name, buffer in buffers.items()}
     copy_all(copies.values(), buffers.values())
     return copies
@@ -51,9 +52,16 @@ def copies_of(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def copy_all(to: Iterable[Tensor], source: Iterable[Tensor]) -> None:
     """Write the values of ``source`` into the tensors of ``to``, one into one."""
-    targets, sources = list(to), list(source)
-    if targets:
-        torch._foreach_copy_(targets, sources)
+    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, value in zip(to, source, strict=True):
+        if (target.dtype, target.device) == (value.dtype, value.device):
+            targets, values = groups.setdefault((target.dtype, target.device), ([], []))
+            targets.append(target)
+            values.append(value)
+        else:
+            target.copy_(value)
+    for targets, values in groups.values():
+        torch._foreach_copy_(targets, values)
 
 
 def marks(buffers: Mapping[str, Tensor]) -> dict[str, Mark]:

@@ -155,11 +155,12 @@ class Losses:
 
     def check(self) -> None:
         """Refuse a loss that is not finite."""
-        if not self._unseen or torch.isfinite(torch.stack([loss for _, loss in self._unseen])).all():
-            self._unseen.clear()
+        unseen, self._unseen = self._unseen, []
+        if not unseen or torch.isfinite(torch.stack([loss for _, loss in unseen])).all():
             return
-        for micro, loss in self._unseen:
+        for micro, loss in unseen:
             if not torch.isfinite(loss):
+                self._unseen = unseen  # to be refused again
                 cause = FloatingPointError(
                     f"the loss of mini-batch {micro.minibatch} is {loss.item()}; lower the learning rate, or look at "
                     f"the data of this mini-batch (stage {self._last_stage}, the last)"

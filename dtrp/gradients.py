@@ -1,7 +1,8 @@
 """What happens to a mini-batch's gradient between its last backward and its update: is it finite, and how long is it.
 
-A gradient that is not finite would spoil weights and optimizer for good, so it is looked at before U: one pass over
-it for its 2-norm, which is not finite where an entry is not. The same norm clips it::
+A gradient that is not finite would spoil weights and optimizer for good, so it is looked at before U (of an accelerator
+the answer is heard at the next): one pass over it for its 2-norm, which is not finite where an entry is not. The same norm
+clips it::
 
     scale = min(1, max_grad_norm / (norm + 1e-6))       as torch.nn.utils.clip_grad_norm_ has it
 
@@ -135,20 +136,22 @@ class Unseen:
 
     def add(self, minibatch: int, gradients: Sequence[Tensor | None], device: torch.device) -> None:
         """Begin to look at the gradient of ``minibatch``."""
-        present = [_values(g) for g in gradients if g is not None]
+        values = [_values(g) for g in gradients if g is not None]
+        present = [each for each in values if each.numel()]
         if not present:
             return
         there = get_total_norm(present, math.inf)  # the largest entry: it leaves no range
-        here = torch.empty((), dtype=there.dtype, pin_memory=True)
+        here = torch.empty((), dtype=there.dtype, pin_memory=there.device.type != "cpu")
         here.copy_(there, non_blocking=True)
         stream = torch.get_device_module(device).current_stream(device)
-        self._norms.append((minibatch, here, stream.record_event()))
+        self._norms.append((minibatch, here, stream.record_event()))  # of a CPU there is no event
 
     def first_bad(self) -> int | None:
         """The first mini-batch whose gradient was not finite, if there was one."""
         while self._norms:
             minibatch, norm, come = self._norms[0]
-            come.synchronize()
+            if come is not None:
+                come.synchronize()
             if not torch.isfinite(norm):
                 return minibatch
             self._norms.popleft()

@@ -11,7 +11,7 @@ from torch import Tensor
 from .agreeing import Proposals
 from .busy import WorkingTime
 from .engine import Losses, Progress
-from .errors import naming
+from .errors import StageError, naming
 from .messages import Note
 from .methods import Method
 from .schedule import Action, StageOrder
@@ -62,7 +62,7 @@ class LocalEngine:
         self._norms: list[float] | None = None  # of its gradient, by stage, where all count for all
 
     def step(self, x: Any, y: Any) -> Tensor:
-        self._losses.check()
+        self._check_losses()
         self._at_update.clear()
         for working_time in self.working_times:
             working_time.begin()
@@ -85,7 +85,7 @@ class LocalEngine:
         for queue, order in zip(self._queues, self._orders, strict=True):
             queue.extend(deque(slot) for slot in order.flush())
         self._run()
-        self._losses.check()
+        self._check_losses()
         for stage in self.stages:
             stage.check_gradients()
             stage.rest()
@@ -110,7 +110,7 @@ class LocalEngine:
         return job()
 
     def progress(self, method: str) -> list[Progress]:
-        self._losses.check()
+        self._check_losses()
         for stage in self.stages:
             stage.check_gradients()
         return [
@@ -136,6 +136,16 @@ class LocalEngine:
             for note in own.notes:  # the first stage's are all there are
                 micro = MicroBatch(note.microbatch, note.minibatch, note.samples / note.total)
                 self._micros[micro.index] = micro
+
+    def _check_losses(self) -> None:
+        """Refuse a loss that is not finite, or the gradient of an earlier mini-batch that has made it so."""
+        try:
+            self._losses.check()
+        except StageError as error:
+            refused = [each for stage in self.stages if (each := _refused(stage)) and each.minibatch < error.minibatch]
+            if refused:  # it goes from stage to stage from the last one on
+                raise min(refused, key=lambda each: (each.minibatch, -each.stage)) from None
+            raise
 
     def fail(self, error: BaseException) -> None:
         self.close()
@@ -213,3 +223,12 @@ class LocalEngine:
                     del self._micros[action.index]
             else:
                 stage.update(self._norms)
+
+
+def _refused(stage: Stage) -> StageError | None:
+    """What `Stage.check_gradients` raises."""
+    try:
+        stage.check_gradients()
+    except StageError as error:
+        return error
+    return None

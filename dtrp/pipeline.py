@@ -89,7 +89,8 @@ class Pipeline(Driver):
             one that is not finite at a stage is mostly not finite at those before it, and those after it have made their
             update; a loss that is not finite makes it so at every stage. Buffers have moved with the forward.
             `skipped_updates` counts. On an accelerator ``"stop"`` without clipping does not wait for the answer, which would
-            keep it from being given work: the run ends at the stage's next update, and nothing is saved meanwhile.
+            keep it from being given work: the run ends at the stage's next update, and for a loss at the next step, or at
+            ``flush()``. That update has spoiled the weights then, and nothing has been saved of them: go on from the last save.
         keep: what stages keep between F and B, in place of what the method says: ``"graph"`` or ``"input"``, for all
             stages or one for each. A stage of an asynchronous method that keeps its graph evaluates it, and
             differentiates, at the weights its forward read (predicted ones, if the method predicts), and recomputes

@@ -442,7 +442,7 @@ class Stage:
             norms: of every stage's gradient, where the rule is about all of them together.
 
         Raises:
-            StageError: a gradient is not finite, and the rule says to stop. Nothing has been updated here.
+            StageError: as of `Updates.step`.
         """
         if self.optimizer is not None:
             self.updates.step(self.version, self.gradients, norms)

@@ -60,7 +60,8 @@ class Updates:
             norms: of every stage's gradient, where the rule is about all of them together.
 
         Raises:
-            StageError: a gradient is not finite, and the rule says to stop. Nothing has been updated.
+            StageError: a gradient is not finite, and the rule says to stop. With it nothing has been updated, but on an
+                accelerator that is not waited for: there it is the gradient of the update before.
         """
         assert self._optimizer is not None
         for p, gradient in zip(self._parameters, gradients, strict=True):

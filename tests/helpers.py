@@ -172,7 +172,7 @@ def pipeline(model: Any, make_optimizer: Any = sgd, **options: Any) -> dtrp.Pipe
         options.update(with_aux(options.get("method", "dtrp")))
     if DEVICE_VARIABLE in os.environ:
         options.setdefault("devices", device_under_test())
-        options["timeout_s"] = 60.0  # a device takes its time to wake up
+        options["timeout_s"] = max(60.0, options.get("timeout_s", 0.0))  # a device takes its time to wake up
     return dtrp.Pipeline(model, make_optimizer, nn.functional.cross_entropy, lr_scheduler=scheduler, seed=7, **options)
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from dtrp import Pipeline, StageError
 from dtrp.cli import run
-from dtrp.gradients import gradient_norm
+from dtrp.gradients import Unseen, gradient_norm
 from dtrp.splitting import equal_cuts
 
 SMALL = ["train", "--data", "digits", "--model", "mlp", "--limit-train", "100", "--limit-test", "50", "--batch-size", "32",
@@ -203,6 +203,55 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(method: str, valu
     assert f"(1.0.weight: {value})" in str(caught.value)
     for p, q in zip(model[1].parameters(), history[-1], strict=True):
         assert torch.equal(p, q)
+
+
+def not_waited_for(pipe: Any) -> Any:
+    """Treat the CPU as an accelerator, whose answers are heard later."""
+    for stage in pipe._engine.stages:
+        stage.updates._at_once = False
+    pipe._engine._losses._at_once = False
+    return pipe
+
+
+@pytest.mark.parametrize("steps", [4, 5, 9])
+@pytest.mark.parametrize("method", ["bp", "gpipe", "dtrp", "dtrp-1f1b", "spectrain", "fdg"])
+def test_where_nothing_waits_for_it_the_same_is_said_later(method: str, steps: int) -> None:
+    """At the next step, or where there is none, by what would keep the spoiled weights."""
+    model = spoiled({3: math.nan})
+    pipe = not_waited_for(pipeline(model, num_stages=3, method=method))
+    with pytest.raises(StageError, match=r"the gradient of mini-batch 3 at stage 1 is not finite") as caught:
+        for x, y in minibatches(steps):
+            pipe.step(x, y)
+        pipe.flush()
+    assert (caught.value.stage, caught.value.minibatch) == (1, 3)
+
+
+def test_where_nothing_waits_for_it_nothing_is_saved_of_it(tmp_path: Path) -> None:
+    pipe = not_waited_for(pipeline(spoiled({3: math.nan}), num_stages=3, method="bp"))
+    for x, y in minibatches(4):
+        pipe.step(x, y)
+    with pytest.raises(StageError, match=r"the gradient of mini-batch 3 at stage 1 is not finite"):
+        pipe.save(tmp_path / "save")
+    assert not (tmp_path / "save").exists()
+
+
+def test_where_nothing_waits_a_loss_is_named_before_the_gradients_that_it_spoils() -> None:
+    pipe = not_waited_for(pipeline(tanh_network(3), num_stages=3, method="dtrp"))
+    with pytest.raises(StageError, match=r"the loss of mini-batch 3 is nan"):
+        for i, (x, y) in enumerate(minibatches(9)):
+            pipe.step(x * math.nan if i == 3 else x, y)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_where_nothing_waits_a_gradient_without_entries_is_finite(sparse: bool) -> None:
+    gradient = torch.empty(0)
+    if sparse:  # of an embedding that no sample has used
+        gradient = torch.sparse_coo_tensor(torch.empty(1, 0), torch.empty(0), (3,), check_invariants=True)
+    unseen = Unseen()
+    unseen.add(0, [gradient, None, torch.ones(2)], torch.device("cpu"))
+    unseen.add(1, [gradient], torch.device("cpu"))
+    unseen.add(2, [gradient, torch.tensor([1.0, -math.inf])], torch.device("cpu"))
+    assert unseen.first_bad() == 2
 
 
 def test_a_norm_that_leaves_its_dtype_is_no_gradient_that_does() -> None:

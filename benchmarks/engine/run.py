@@ -65,9 +65,9 @@ def contestants(name: str, batch: int, device: str) -> dict[str, Callable[[], No
     }
 
 
-def measure(name: str, rounds: int, batch: int, device: str) -> dict[str, list[float]]:
+def measure(model: str, rounds: int, batch: int, device: str) -> dict[str, list[float]]:
     """Seconds a step, after a warm-up past dtrp's start-up."""
-    steps = contestants(name, batch, device)
+    steps = contestants(model, batch, device)
     finish = torch.cuda.synchronize if device != "cpu" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 10):

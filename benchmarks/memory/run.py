@@ -6,7 +6,8 @@
     python benchmarks/memory/run.py figures            # the figures, from the lines that are there
 
 Every cell runs in processes of its own, until each stage has held the most that it ever will: a few mini-batches more than its
-lead. A finished cell is a line of results/<part>.jsonl, or of results/gpu.jsonl; one that is there is not repeated.
+lead. A finished cell is a line of results/<part>.jsonl, or of a GPU's results/gpu.jsonl or gpu_ranks.jsonl; one that is there is
+not repeated.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def write_row(cell: dict[str, Any], device: str, path: Path) -> None:
 
 
 def results(part: str, device: str) -> Path:
-    return HERE / "results" / f"{part if device == 'cpu' else 'gpu'}.jsonl"
+    gpu = {"local": "gpu", "ranks": "gpu_ranks"}
+    return HERE / "results" / f"{part if device == 'cpu' else gpu[part]}.jsonl"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -152,7 +154,9 @@ def figures() -> None:
         for shown, title, of in (("sum", "all stages", sum), ("largest", "the largest stage", max)):
             series: dict[str, dict[str, list[Any]]] = {}
             for method in METHODS:
-                own = [row for row in rows if (row["model"], row["method"], row["num_microbatches"]) == (model, method, 1)]
+                own = [
+                    row for row in rows if (row["model"], row["method"], row["num_microbatches"]) == (model, method, 1)
+                ]
                 if own:
                     own.sort(key=lambda row: row["stages"])
                     series[method] = {"x": [r["stages"] for r in own], "y": [of(r["peak_bytes"]) / 1e6 for r in own]}

@@ -75,7 +75,12 @@ def gpu_said() -> list[str]:
            if (row["model"], row["num_microbatches"]) == ("resnet1202", 1)}  # fmt: skip
     alone, fdg, dtrp = (own[key]["processes"][0]["device_peak"] for key in (("bp", 1), ("fdg", 8), ("dtrp", 8)))
     every = sum(own["dtrp", 8]["peak_bytes"])
-    return [*(f"{each / 1e6:.0f}" for each in (alone, fdg, dtrp)), f"{fdg / alone:.1f}", f"{dtrp / alone:.2f}", f"{every / 1e6:.0f}"]
+    return [
+        *(f"{each / 1e6:.0f}" for each in (alone, fdg, dtrp)),
+        f"{fdg / alone:.1f}",
+        f"{dtrp / alone:.2f}",
+        f"{every / 1e6:.0f}",
+    ]
 
 
 def ranks() -> str:

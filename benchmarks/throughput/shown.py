@@ -153,20 +153,31 @@ def against_torch_56() -> list[str]:
 
 
 def division_56() -> list[str]:
-    """Of the cut that the layers' times say is best: by how many per cent the longer stage is over an even half.
+    """Of the cut that the layers' times say is best: by how many per cent the longer stage is over an even half, in each run.
 
-    For dtrp, whose first stage repeats its forward, and for what recomputes nothing.
+    For dtrp, whose first stage repeats its forward, and then for what recomputes nothing.
     """
-    times = COMPUTE["resnet56"][0]["layer_ms"]
+    runs = {line["run"]: line["layer_ms"] for line in _COMPUTE if line["model"] == "resnet56"}
     shown = []
     for forwards in (2, 1):
-        stages = [
-            (sum(forwards * f + b for f, b in times[:cut]), sum(f + b for f, b in times[cut:]))
-            for cut in range(1, len(times))
-        ]
-        best = min(stages, key=max)
-        shown.append(f"{100 * (2 * max(best) / sum(best) - 1):.1f}")
+        for times in runs.values():
+            stages = [
+                (sum(forwards * f + b for f, b in times[:cut]), sum(f + b for f, b in times[cut:]))
+                for cut in range(1, len(times))
+            ]
+            best = min(stages, key=max)
+            shown.append(f"{100 * (2 * max(best) / sum(best) - 1):.1f}")
     return shown
+
+
+def even_56() -> list[str]:
+    """By the layers' times of the last run, were all divided evenly: dtrp over a synchronous schedule at A = 4 and 8."""
+    times = COMPUTE["resnet56"][0]["layer_ms"]
+    forward, backward = (sum(column) for column in zip(*times, strict=True))
+    # dtrp's first stage has a share s of the layers: s (2F+B) = (1-s) (F+B).
+    whole, again = forward + backward, 2 * forward + backward
+    slot = again * whole / (again + whole)
+    return [f"{whole / 2 * (1 + 1 / parts) / slot:.2f}" for parts in (4, 8)]
 
 
 def one_worker_20() -> list[str]:
