@@ -51,10 +51,10 @@ def _gpu(model: str) -> str:
     own = {(row["method"], row["stages"]): row["processes"][0]["device_peak"] for row in rows("memory/results/gpu.jsonl")
            if (row["model"], row["num_microbatches"]) == (model, 1)}  # fmt: skip
     lines = [
-        [f"`{method}`", *(f"{own[method, stages] / 1e6:.0f}" for stages in STAGES)]
+        [f"`{method}`", *(f"{own[method, stages] / 1e6:.1f}" for stages in STAGES)]
         for method in dict.fromkeys(method for method, _ in own)
     ]
-    return table([f"one worker: {own['bp', 1] / 1e6:.0f}", *(f"K={stages}" for stages in STAGES)], lines)
+    return table([f"one worker: {own['bp', 1] / 1e6:.1f}", *(f"K={stages}" for stages in STAGES)], lines)
 
 
 def gpu_resnet56() -> str:
@@ -76,10 +76,10 @@ def gpu_said() -> list[str]:
     alone, fdg, dtrp = (own[key]["processes"][0]["device_peak"] for key in (("bp", 1), ("fdg", 8), ("dtrp", 8)))
     every = sum(own["dtrp", 8]["peak_bytes"])
     return [
-        *(f"{each / 1e6:.0f}" for each in (alone, fdg, dtrp)),
+        *(f"{each / 1e6:.1f}" for each in (alone, fdg, dtrp)),
         f"{fdg / alone:.1f}",
         f"{dtrp / alone:.2f}",
-        f"{every / 1e6:.0f}",
+        f"{every / 1e6:.1f}",
     ]
 
 
