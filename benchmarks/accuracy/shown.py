@@ -31,11 +31,24 @@ def long() -> str:
     lines = []
     for row in [backprop, *rows("accuracy/results/long_stopped.jsonl")]:
         epochs = len(row["test_accuracy"])
-        own, then = (100 * statistics.fmean(each["test_accuracy"][epochs - 5 : epochs]) for each in (row, backprop))
+        own, then = (_last_five(each, epochs) for each in (row, backprop))
         name = f"`{row['method']}`" + (f" ({row['prediction']})" if row["prediction"] else "")
         beside = ["", ""] if row is backprop else [f"{then:.2f}", f"{then - own:.2f}"]
         lines.append([name, f"{epochs - 4} to {epochs}", f"{own:.2f}", *beside])
     return table(["", "epochs of 30", "accuracy, %, their mean", "`bp`'s", "points less"], lines)
+
+
+def _last_five(row: dict[str, Any], epochs: int) -> float:
+    """The mean accuracy of the five epochs up to this one, in per cent."""
+    return 100 * statistics.fmean(row["test_accuracy"][epochs - 5 : epochs])
+
+
+def long_readme() -> list[str]:
+    """bp and dtrp."""
+    (backprop,) = rows("accuracy/results/long.jsonl")
+    (dtrp,) = (row for row in rows("accuracy/results/long_stopped.jsonl") if row["method"] == "dtrp")
+    assert len(dtrp["test_accuracy"]) == 26
+    return [f"{_last_five(row, 26):.2f}" for row in (backprop, dtrp)]
 
 
 def resnet20_less() -> list[str]:

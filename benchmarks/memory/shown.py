@@ -83,6 +83,11 @@ def gpu_said() -> list[str]:
     ]
 
 
+def gpu_readme() -> list[str]:
+    alone, fdg, dtrp, *_ = gpu_said()
+    return [alone, dtrp, fdg]
+
+
 def ranks() -> str:
     """What the system says that each process took, beyond what it had before the first step, and what its tensors say."""
     lines = []
