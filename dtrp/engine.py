@@ -155,17 +155,14 @@ class Losses:
 
     def check(self) -> None:
         """Refuse a loss that is not finite."""
-        unseen, self._unseen = self._unseen, []
-        if not unseen or torch.isfinite(torch.stack([loss for _, loss in unseen])).all():
-            return
-        for micro, loss in unseen:
-            if not torch.isfinite(loss):
-                self._unseen = unseen  # to be refused again
-                cause = FloatingPointError(
-                    f"the loss of mini-batch {micro.minibatch} is {loss.item()}; lower the learning rate, or look at "
-                    f"the data of this mini-batch (stage {self._last_stage}, the last)"
-                )
-                raise StageError(self._last_stage, Action("F", micro.index), micro.minibatch, cause) from cause
+        if self._unseen and not torch.isfinite(torch.stack([loss for _, loss in self._unseen])).all():
+            micro, loss = next(each for each in self._unseen if not torch.isfinite(each[1]))
+            cause = FloatingPointError(
+                f"the loss of mini-batch {micro.minibatch} is {loss.item()}; lower the learning rate, or look at "
+                f"the data of this mini-batch (stage {self._last_stage}, the last)"
+            )
+            raise StageError(self._last_stage, Action("F", micro.index), micro.minibatch, cause) from cause
+        self._unseen.clear()
 
     def drop(self) -> None:
         self._terms.clear()

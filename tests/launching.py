@@ -200,6 +200,13 @@ def results_of_cases(
     return results
 
 
+def of_ranks(found: list[Any]) -> list[dict[str, Any]]:
+    """What a case came to on the ranks that took part; fails with what they said where it failed."""
+    texts = [result for result in found if isinstance(result, str)]
+    assert not texts, "\n\n".join(texts)
+    return [result for result in found if result]
+
+
 def _launch_cases(
     server: Server, folder: Path, num_ranks: int, program: str, names: Sequence[str], **environment: str
 ) -> dict[str, list[Any]]:

@@ -24,7 +24,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close, assert_same
-from launching import Outcome, Server, results_of_cases, run_ranks, runs, shared_folder, start_ranks, start_torchrun
+from launching import (
+    Outcome,
+    Server,
+    of_ranks,
+    results_of_cases,
+    run_ranks,
+    runs,
+    shared_folder,
+    start_ranks,
+    start_torchrun,
+)
 from rank_programs import (
     CASES,
     HALF_OF_THE_MATRIX,
@@ -63,10 +73,7 @@ def results_of(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 def ranks_and_reference(name: str, results: Results) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(what each rank that took part came to, what one process comes to)."""
-    found = results[name]
-    texts = [result for result in found if isinstance(result, str)]
-    assert not texts, "\n\n".join(texts)
-    return [result for result in found if result], run_case(name)
+    return of_ranks(results[name]), run_case(name)
 
 
 def check_losses(losses: list[list[Tensor | None]], want: list[Tensor], *, on_all: bool = False) -> None:

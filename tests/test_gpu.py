@@ -26,7 +26,7 @@ from helpers import (
     plain_loop,
     sgd,
 )
-from launching import Server, results_of_cases, shared_folder
+from launching import Server, of_ranks, results_of_cases, shared_folder
 from rank_programs import CASES, REPLICAS, SYNCED, matrix_case, run_case
 from torch import Tensor, nn
 
@@ -278,12 +278,6 @@ def one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[st
     return run_case
 
 
-def check_ranks(found: list[Any]) -> list[dict[str, Any]]:
-    texts = [result for result in found if isinstance(result, str)]
-    assert not texts, "\n\n".join(texts)
-    return found
-
-
 def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Where ranks bring their weights together."""
     return {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -295,7 +289,7 @@ def test_ranks_equal_one_process_to_the_bit(
 ) -> None:
     """What goes from rank to rank goes through pinned host memory."""
     together = [other for other in EQUAL_TO_ONE_PROCESS if CASES[other].num_ranks == CASES[name].num_ranks]
-    ranks, want = check_ranks(on_ranks("equal", together)[name]), one_process(name)
+    ranks, want = of_ranks(on_ranks("equal", together)[name]), one_process(name)
     for a, b in zip(ranks[-1]["losses"], want["losses"], strict=True):
         assert torch.equal(a.cpu(), b.cpu())
     for rank in ranks:
@@ -306,7 +300,7 @@ def test_ranks_equal_one_process_to_the_bit(
 def test_replicas_equal_one_process(
     on_ranks: Callable[..., Any], one_process: Callable[[str], dict[str, Any]], name: str
 ) -> None:
-    ranks, want = check_ranks(on_ranks("replicas", [*REPLICAS, *SYNCED])[name]), one_process(name)
+    ranks, want = of_ranks(on_ranks("replicas", [*REPLICAS, *SYNCED])[name]), one_process(name)
     for rank in ranks:
         assert_close(on_cpu(rank["weights"]), on_cpu(want["weights"]), bound=1e-11)
 

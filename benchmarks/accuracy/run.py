@@ -40,11 +40,11 @@ LONG_PARTS = ("long", "long56", "long18")
 OWN: dict[str, dict[str, str | None]] = {  # of a part; None: all images
     "wide": {"limit-train": "5000", "epochs": "6", "warmup-updates": "50"},
     "resnet20": {"limit-train": "10000", "epochs": "6", "warmup-updates": "50"},
-    **dict.fromkeys(("long", "long56"), LONG), "long18": LONG | {"dtype": "bfloat16"},
+    **dict.fromkeys(LONG_PARTS, LONG), "long18": LONG | {"dtype": "bfloat16"},
 }  # fmt: skip
 MODELS = {
-    "small": ["resnet14-8"], "wide": ["resnet14-8"], "resnet20": ["resnet20"], "long": ["resnet20"], "long56": ["resnet56"],
-    "long18": ["resnet18"],
+    "small": "resnet14-8", "wide": "resnet14-8", "resnet20": "resnet20", "long": "resnet20", "long56": "resnet56",
+    "long18": "resnet18",
 }  # fmt: skip
 BOTH = ("linear", "rollout")
 # Methods, stages, micro-batches, predictions: in the order in which they run, for each seed. fdg and adl are one row.
@@ -83,12 +83,10 @@ def main() -> None:
     if not options.data_dir:
         parser.error("--data-dir: say where cifar-10-batches-py lies")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for model, cell in cells(options.part, options.seeds, options.stages):
-        if wanted(cell, options) and key(model, cell) not in {
-            key(row["model"], cell_of(row)) for row in finished(options.part)
-        }:
-            print(model, cell.name, flush=True)
-            run(options.part, model, cell, options.data_dir, options.device)
+    for cell in cells(options.part, options.seeds, options.stages):
+        if wanted(cell, options) and key(cell) not in {key(cell_of(row)) for row in finished(options.part)}:
+            print(MODELS[options.part], cell.name, flush=True)
+            run(options.part, cell, options.data_dir, options.device)
     figures()
 
 
@@ -103,22 +101,20 @@ def wanted(cell: Cell, options: argparse.Namespace) -> bool:
     return names(options.methods, cell.method) and names(options.microbatches, *parts) and predicts
 
 
-def cells(part: str, seeds: Sequence[int], only: str | None) -> Iterator[tuple[str, Cell]]:
-    """(network, cell), each once. A method that flushes comes to the same at every K, so one K stands for all with its A."""
+def cells(part: str, seeds: Sequence[int], only: str | None) -> Iterator[Cell]:
+    """Each once. A method that flushes comes to the same at every K, so one K stands for all with its A."""
     known: set[Any] = set()
-    for seed, model, (methods, stages, microbatches, predictions) in itertools.product(
-        seeds, MODELS[part], GRIDS[part]
-    ):
+    for seed, (methods, stages, microbatches, predictions) in itertools.product(seeds, GRIDS[part]):
         counts = [int(k) for k in stages.split(",") if only is None or k in only.split(",")]
         for cell in grid(methods.split(","), counts, microbatches.split(","), [seed], predictions):
-            if key(model, cell) not in known:
-                known.add(key(model, cell))
-                yield model, cell
+            if key(cell) not in known:
+                known.add(key(cell))
+                yield cell
 
 
-def key(model: str, cell: Cell) -> tuple[Any, ...]:
+def key(cell: Cell) -> tuple[Any, ...]:
     stages = None if get_method(cell.method).flush else cell.stages
-    return model, cell.method, cell.prediction, stages, cell.num_microbatches, cell.seed
+    return cell.method, cell.prediction, stages, cell.num_microbatches, cell.seed
 
 
 def cell_of(row: dict[str, Any]) -> Cell:
@@ -130,14 +126,14 @@ def finished(part: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run(part: str, model: str, cell: Cell, data_dir: str, device: str) -> None:
+def run(part: str, cell: Cell, data_dir: str, device: str) -> None:
     """Train one cell, and add its line."""
     own = OWN.get(part, {})
     if part == "wide" and cell.method == "dgl":
         # Else the last of eight micro-batches would have one sample, and dgl needs two.
         own = own | {"limit-train": "4992"}
     settings = COMMON | own | {
-        "data-dir": data_dir, "model": model, "method": cell.method, "seed": str(cell.seed), "stages": str(cell.stages),
+        "data-dir": data_dir, "model": MODELS[part], "method": cell.method, "seed": str(cell.seed), "stages": str(cell.stages),
         "num-microbatches": str(cell.num_microbatches), "prediction": cell.prediction, "device": device,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
@@ -177,25 +173,25 @@ def figures() -> None:
     from dtrp.report.figures import Plot, on_white, svg
     from dtrp.report.plots import add_point, one_scale
 
-    for part, models in MODELS.items():
+    for part, model in MODELS.items():
         if part in LONG_PARTS:
             curves(part)
             continue
         rows = sorted(finished(part), key=lambda row: (list_methods().index(row["method"]), row["prediction"] or ""))
         looks = tuple(dict.fromkeys(cell_of(row).title for row in rows))
         plots: list[Plot] = []
-        for model, stages in sorted({(row["model"], row["stages"]) for row in rows}):
+        for stages in sorted({row["stages"] for row in rows}):
             by_method: dict[str, Any] = {}
             by_delay: dict[str, Any] = {}
-            for (name, parts), runs in comparable(rows, model, stages).items():
+            for (name, parts), runs in comparable(rows, stages).items():
                 accuracies = [100 * row["test_accuracy"][-1] for row in runs]
                 add_point(by_method, f"A={parts}", name, accuracies)
                 add_point(by_delay, name, max(row["largest_delay"] for row in runs), accuracies)
             title = f"{model}, K={stages}" + (f", {next(iter(by_method))}" if len(by_method) == 1 else "")
-            name, label = f"{part}-{model}" if len(models) > 1 else part, "accuracy (%)"
-            plots.append(Plot(f"{name}-accuracy-K{stages}", title, label, "", by_method, "points"))
+            label = "accuracy (%)"
+            plots.append(Plot(f"{part}-accuracy-K{stages}", title, label, "", by_method, "points"))
             title, delay = title + ": the frontier", "largest delay (updates)"
-            plots.append(Plot(f"{name}-frontier-K{stages}", title, delay, label, by_delay, "points", looks=looks))
+            plots.append(Plot(f"{part}-frontier-K{stages}", title, delay, label, by_delay, "points", looks=looks))
         for plot in one_scale(plots):
             (HERE / "results" / f"{plot.name}.svg").write_text(on_white(svg(plot)))
 
@@ -212,14 +208,13 @@ def curves(part: str) -> None:
         y = [100 * accuracy for accuracy in row["test_accuracy"]]
         series[name] = {"x": list(range(1, len(y) + 1)), "y": y}
     if rows:
-        title = f"{MODELS[part][0]}, K={rows[0]['stages']}, A={rows[0]['num_microbatches']}"
+        title = f"{MODELS[part]}, K={rows[0]['stages']}, A={rows[0]['num_microbatches']}"
         picture = on_white(svg(Plot(part, title, "epochs", "accuracy (%)", series)))
         (HERE / "results" / f"{part}-accuracy.svg").write_text(picture)
 
 
-def comparable(rows: list[dict[str, Any]], model: str, stages: int) -> dict[tuple[str, int], list[dict[str, Any]]]:
+def comparable(rows: list[dict[str, Any]], stages: int) -> dict[tuple[str, int], list[dict[str, Any]]]:
     """The runs at one K by method and A, and with them those of methods that flush, with the same A at whatever K."""
-    rows = [row for row in rows if row["model"] == model]
     sizes = {row["num_microbatches"] for row in rows if row["stages"] == stages}
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:

@@ -35,9 +35,9 @@ def sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.01, momentum=0.9, weight_decay=5e-4)
 
 
-def contestants(name: str, batch: int, device: str) -> dict[str, Callable[[], None]]:
+def contestants(batch: int, model_name: str, device: str) -> dict[str, Callable[[], None]]:
     """A step of each, on its own copy of the model."""
-    model = get_model(name).to(device)
+    model = get_model(model_name).to(device)
     x, y = torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
     plain = copy.deepcopy(model)
     optimizer = sgd(list(plain.parameters()))
@@ -65,9 +65,9 @@ def contestants(name: str, batch: int, device: str) -> dict[str, Callable[[], No
     }
 
 
-def measure(model: str, rounds: int, batch: int, device: str) -> dict[str, list[float]]:
+def measure(rounds: int, batch: int, model: str = "resnet20", device: str = "cpu") -> dict[str, list[float]]:
     """Seconds a step, after a warm-up past dtrp's start-up."""
-    steps = contestants(model, batch, device)
+    steps = contestants(batch, model, device)
     finish = torch.cuda.synchronize if device != "cpu" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 10):
@@ -96,7 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    times = measure(options.model, options.rounds, options.batch, options.device)
+    times = measure(options.rounds, options.batch, options.model, options.device)
     record = {
         "ratios": ratios(times),
         "median_s": {name: statistics.median(values) for name, values in times.items()},

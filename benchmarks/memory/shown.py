@@ -46,10 +46,15 @@ def resnet1202() -> str:
     return _table("resnet1202", cut=False)
 
 
+def _gpu_rows(model: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """Those with one micro-batch, by method and K."""
+    own = [row for row in rows("memory/results/gpu.jsonl") if (row["model"], row["num_microbatches"]) == (model, 1)]
+    return {(row["method"], row["stages"]): row for row in own}
+
+
 def _gpu(model: str) -> str:
     """The most that the allocator had given out, in MB: one micro-batch, all stages in one process."""
-    own = {(row["method"], row["stages"]): row["processes"][0]["device_peak"] for row in rows("memory/results/gpu.jsonl")
-           if (row["model"], row["num_microbatches"]) == (model, 1)}  # fmt: skip
+    own = {key: row["processes"][0]["device_peak"] for key, row in _gpu_rows(model).items()}
     lines = [
         [f"`{method}`", *(f"{own[method, stages] / 1e6:.1f}" for stages in STAGES)]
         for method in dict.fromkeys(method for method, _ in own)
@@ -71,8 +76,7 @@ def gpu_resnet1202() -> str:
 
 def gpu_said() -> list[str]:
     """ResNet-1202 in MB: one worker, fdg and dtrp at K=8; the latter two over one worker; and what dtrp's tensors add up to."""
-    own = {(row["method"], row["stages"]): row for row in rows("memory/results/gpu.jsonl")
-           if (row["model"], row["num_microbatches"]) == ("resnet1202", 1)}  # fmt: skip
+    own = _gpu_rows("resnet1202")
     alone, fdg, dtrp = (own[key]["processes"][0]["device_peak"] for key in (("bp", 1), ("fdg", 8), ("dtrp", 8)))
     every = sum(own["dtrp", 8]["peak_bytes"])
     return [
