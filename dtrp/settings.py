@@ -34,6 +34,7 @@ class TrainConfig:
     width: int | None = None
     heads: int | None = None
     context: int | None = None
+    channels_last: bool = False
     method: str = "dtrp"
     stages: int | str | None = None
     workers: int | str | None = None

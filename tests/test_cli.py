@@ -121,6 +121,7 @@ def test_max_updates_ends_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
         ["--optimizer", "nadam", "--lr-schedule", "constant", "--dtype", "float64"],
         ["--dtype", "bfloat16", "--prediction", "none"],
         ["--data", "random", "--model", "resnet20", "--max-updates", "1"],
+        ["--model", "resnet14-8", "--channels-last"],
     ],
 )
 def test_options(options: list[str], tmp_path: Path) -> None:
@@ -178,6 +179,7 @@ def written(text: str, name: str = "c.yaml") -> Callable[[Path], list[str]]:
         (["--device", "tpu9"], "--device tpu9: torch cannot use 'tpu9'"),
         (["--device", "cuda:99"], "torch cannot use 'cuda:99'"),
         (["--device", "cpu,cpu", "--stages", "3"], "devices has 2 entries for 3 stages"),
+        (["--model", "mlp", "--channels-last"], "--channels-last with --model mlp, which has no convolutions"),
         (["--model", "vgg11"], "image_size=8 but vgg11 halves the image 5 times"),
         (["--data", "cifar10"], "download cifar-10-python.tar.gz"),
         (["--data", "cifar10", "--data-dir", "{tmp}/none"], "cifar-10-python.tar.gz"),

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from unsplit import check_recomputed_under_autocast
 
 import dtrp
+from dtrp.models import cifar_resnet
 
 
 class Mixer(nn.Module):
@@ -76,6 +77,11 @@ class Checkpointed(nn.Module):
         return checkpoint(self.body, x, use_reentrant=False) if self.on else self.body(x)
 
 
+def residual() -> list[nn.Module]:
+    model = cifar_resnet(8, width=4, num_classes=3).to(memory_format=torch.channels_last)
+    return [model[:2], *model[2:]]
+
+
 def images() -> Tensor:
     return torch.randn(12, 3, 6, 6).to(memory_format=torch.channels_last)
 
@@ -92,6 +98,7 @@ MODELS: dict[str, tuple[Callable[[], list[nn.Module]], Callable[[], Tensor]]] = 
     "channels last": (
         lambda: [nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)),
                  nn.Sequential(nn.Flatten(), nn.Linear(64, 6)), nn.Linear(6, 3)], images),
+    "resnet, channels last": (residual, lambda: torch.randn(12, 3, 6, 6)),
     "mixer": (lambda: [Mixer(6), Mixer(6), Mixer(6), nn.Sequential(Mean(), nn.Linear(6, 3))], sequences),
     "attention": (lambda: [Attention(), Attention(), nn.LayerNorm(6), nn.Sequential(Mean(), nn.Linear(6, 3))], sequences),
     "lstm": (lambda: [Lstm(), nn.Tanh(), Lstm(), nn.Sequential(Mean(), nn.Linear(6, 3))], sequences),

@@ -38,11 +38,18 @@ def left_over(mark: str) -> list[str]:
     return subprocess.run(["pgrep", "-af", mark], capture_output=True, text=True, check=False).stdout.splitlines()
 
 
-@pytest.mark.parametrize("method", ["dtrp", pytest.param("dgl", marks=pytest.mark.full)])
-def test_workers_print_the_losses_of_one_process(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "dtrp"],
+        pytest.param(["--method", "dgl"], marks=pytest.mark.full),
+        pytest.param(["--model", "resnet14-8", "--channels-last"], marks=pytest.mark.full),
+    ],
+)
+def test_workers_print_the_losses_of_one_process(tmp_path: Path, options: list[str]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run([*SMALL, "--method", method, "--stages", "2", "--threads", "1", "--out", str(one)]) == 0
-    done = dtrp(*SMALL, "--method", method, "--workers", "2", "--out", str(two))
+    assert run([*SMALL, *options, "--stages", "2", "--threads", "1", "--out", str(one)]) == 0
+    done = dtrp(*SMALL, *options, "--workers", "2", "--out", str(two))
     assert done.returncode == 0, done.stderr
     assert "2 stages in a process each" in done.stdout
     assert done.stdout.count("train loss") == 2, "progress on one rank"

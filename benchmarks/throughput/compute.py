@@ -37,6 +37,7 @@ class Options:
     microbatches: tuple[int, ...]
     only: tuple[str, ...]
     known_cuts: bool
+    channels_last: bool
     out: Path
     run: dict[str, object]  # when, and the load of the machine before
 
@@ -45,10 +46,11 @@ def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.01, momentum=0.9, weight_decay=5e-4)
 
 
-def new_model(name: str) -> nn.Sequential:
+def new_model(options: Options) -> nn.Sequential:
     """The same weights every time and on every rank."""
     torch.manual_seed(0)
-    return get_model(name, 3, 10, image_size=32)
+    model = get_model(options.model, 3, 10, image_size=32)
+    return model.to(memory_format=torch.channels_last) if options.channels_last else model
 
 
 def contenders(microbatches: Sequence[int]) -> list[Contender]:
@@ -116,10 +118,12 @@ def search(begin: Cuts, num_layers: int, trial: Callable[[Cuts], float]) -> dict
 
 def known(options: Options, contender: Contender) -> tuple[str, dict[Cuts, float]]:
     """The run that last tried cuts for this contender, and its ``{cuts: seconds}``."""
-    own = (options.model, options.batch, contender.name, contender.num_microbatches, dist.get_world_size())
+    world = dist.get_world_size()
+    own = (options.model, options.batch, contender.name, contender.num_microbatches, world, options.channels_last)
     for line in reversed(options.out.read_text().splitlines() if options.out.exists() else []):
         row = json.loads(line)
-        if tuple(row[name] for name in ("model", "batch", "contender", "num_microbatches", "stages")) == own:
+        names = ("model", "batch", "contender", "num_microbatches", "stages")
+        if (*(row[name] for name in names), row.get("channels_last", False)) == own:
             return str(row.get("cuts_of", row["run"])), {tuple(cuts): ms / 1e3 for cuts, ms in row["tried_ms"]}
     raise ValueError(
         f"{options.out} has no cuts of {contender.name} A={own[3]} on {own[0]}; leave out --known-cuts once"
@@ -139,10 +143,10 @@ def compute(options: Options) -> None:
         )
         for _ in range(4)
     ]
-    times = layer_times(new_model(options.model), data[0][0])
+    times = layer_times(new_model(options), data[0][0])
 
     def turn(contender: Contender, cuts: Cuts, timed: int) -> Turn:
-        layers = list(new_model(options.model))
+        layers = list(new_model(options))
         stages = [nn.Sequential(*layers[first:end]) for first, end in itertools.pairwise([0, *cuts, len(layers)])]
         begin = partial(start, contender, stages, optimizer, cross_entropy, data[0][0])
         return take_turn(begin, data, warmup=WARMUP, timed=timed)
@@ -185,6 +189,7 @@ def configuration(
         "part": "compute",
         "model": options.model,
         "batch": options.batch,
+        "channels_last": options.channels_last,
         "contender": contender.name,
         "engine": contender.engine,
         "stages": 1 if contender.engine == "plain" else world,

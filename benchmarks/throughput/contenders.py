@@ -99,6 +99,20 @@ class _Dtrp:
         self.pipe.close()
 
 
+class _Sent(nn.Module):
+    """A stage whose input and output go over gloo, which takes contiguous tensors only, in the format of its weights inside."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        out: Tensor = self.stage(x)
+        return out.contiguous()
+
+
 class _Torch:
     works = True
 
@@ -108,7 +122,8 @@ class _Torch:
         rank, world = dist.get_rank(), dist.get_world_size()
         parts = contender.num_microbatches
         hosted, h = {}, torch.tensor_split(x, parts)[0]
-        for index, stage in enumerate(stages):  # what goes between stages, by example
+        for index, each in enumerate(stages):  # what goes between stages, by example
+            stage = each if all(p.is_contiguous() for p in each.parameters()) else _Sent(each)
             out = stage(h).detach().requires_grad_()
             if index % world == rank:
                 device = torch.device("cpu")

@@ -44,6 +44,7 @@ def main() -> None:
             part.add_argument("--models", nargs="+", default=["resnet20", "resnet56"])
             part.add_argument("--batch", type=int, default=128)
             part.add_argument("--microbatches", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers to try, A")
+            part.add_argument("--channels-last", action="store_true", help="networks in that memory format")
             part.add_argument("--trial", type=int, default=6, help="mini-batches timed for a candidate cut")
             part.add_argument(
                 "--known-cuts", action="store_true", help="those that were found best before, as --out has them"
@@ -66,6 +67,7 @@ def main() -> None:
                     microbatches=tuple(options.microbatches),
                     only=tuple(options.only),
                     known_cuts=options.known_cuts,
+                    channels_last=options.channels_last,
                     out=options.out,
                     run=run,
                 ),

@@ -90,6 +90,11 @@ _TRAIN_OPTIONS = [
     click.option("--width", type=int, help="Features of a token in gpt, a multiple of --heads (128)."),
     click.option("--heads", type=int, help="Heads of each attention in gpt (4)."),
     click.option("--context", type=int, help="Characters that gpt reads at once (64)."),
+    click.option(
+        "--channels-last/--no-channels-last",
+        default=DEFAULTS.channels_last,
+        help="Convolutions in torch's channels_last memory format, which is often the faster one.",
+    ),
     click.option("--method", type=METHODS, default=DEFAULTS.method, help="Training method; see 'dtrp methods'."),
     click.option(
         "--stages",

@@ -18,7 +18,7 @@ from .options import CHOICE_TYPES, DATA, DEFAULTS, train_options
 @click.command()
 @click.option("--data", type=DATA, default=DEFAULTS.data, help="Data set, for the shape of a batch.")
 @click.option("--data-dir", type=click.Path(), help="Where the data set lies.")
-@train_options("image_size", "model", "layers", "width", "heads", "context", "method")
+@train_options("image_size", "model", "layers", "width", "heads", "context", "channels_last", "method")
 @click.option("--workers", type=click.IntRange(min=1), required=True, help="K: how many there are.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=DEFAULTS.batch_size, help="The base mini-batch.")
 @click.option(
@@ -75,6 +75,7 @@ def plan(**options: Any) -> None:
         "width",
         "heads",
         "context",
+        "channels_last",
         "method",
         "batch_size",
         "optimizer",
@@ -112,6 +113,7 @@ def plan(**options: Any) -> None:
             for name in ("data-dir", "image-size", "layers", "width", "heads", "context", "optimizer", "momentum",
                          "weight-decay", "dtype")
             if options[name.replace("-", "_")] != getattr(DEFAULTS, name.replace("-", "_"))]  # fmt: skip
+    told.append("--channels-last" if config.channels_last else "")
     told.append(f"--workers {options['workers']}" if options["workers"] > 1 else "")
     command = " ".join(
         filter(None, [f"dtrp train --data {config.data} --model {config.model}", *told, f"--plan {out}"])

@@ -15,7 +15,9 @@ def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> n
 def conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> OrderedDict[str, nn.Module]:
     """Convolution, BatchNorm, ReLU, by name, for an `nn.Sequential`."""
     return OrderedDict(
-        conv=conv(in_channels, out_channels, kernel, stride), norm=nn.BatchNorm2d(out_channels), relu=nn.ReLU()
+        conv=conv(in_channels, out_channels, kernel, stride),
+        norm=nn.BatchNorm2d(out_channels),
+        relu=nn.ReLU(inplace=True),
     )
 
 

@@ -41,6 +41,12 @@ def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     )
 
 
+def add_relu(residual: Tensor, shortcut: Tensor) -> Tensor:
+    """relu(residual + shortcut), written over ``residual``."""
+    residual += shortcut
+    return F.relu(residual, inplace=True)
+
+
 class BasicBlock(nn.Module):
     """relu(x + norm(conv(relu(norm(conv(x)))))), the convolutions 3x3.
 
@@ -56,8 +62,8 @@ class BasicBlock(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
+        out = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        return add_relu(self.norm2(self.conv2(out)), self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
@@ -79,9 +85,9 @@ class Bottleneck(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.norm1(self.conv1(x)))
-        out = F.relu(self.norm2(self.conv2(out)))
-        return F.relu(self.norm3(self.conv3(out)) + self.shortcut(x))
+        out = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        out = F.relu(self.norm2(self.conv2(out)), inplace=True)
+        return add_relu(self.norm3(self.conv3(out)), self.shortcut(x))
 
 
 def cifar_resnet(depth: int, *, width: int = 16, in_channels: int = 3, num_classes: int = 10) -> nn.Sequential:

@@ -27,10 +27,11 @@ class PreActivationBlock(nn.Module):
         self.projection = None if same else conv(in_channels, out_channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(x))
+        y = F.relu(self.norm1(x), inplace=True)
         shortcut: Tensor = x if self.projection is None else self.projection(y)
-        residual: Tensor = self.conv2(F.relu(self.norm2(self.conv1(y))))
-        return shortcut + residual
+        residual: Tensor = self.conv2(F.relu(self.norm2(self.conv1(y)), inplace=True))
+        residual += shortcut
+        return residual
 
 
 def wide_resnet(depth: int, widening: int, *, in_channels: int = 3, num_classes: int = 10) -> nn.Sequential:
