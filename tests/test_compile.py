@@ -38,7 +38,9 @@ def check(method: Any, compile: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["bp", "dtrp", "spectrain", "fdg", "dgl"])
+@pytest.mark.parametrize(
+    "method", ["dtrp", "spectrain", *(pytest.param(method, marks=pytest.mark.full) for method in ("bp", "fdg", "dgl"))]
+)
 def test_compiled_stages_train_as_others_do(method: str) -> None:
     check(method, {"backend": "aot_eager"})
 
@@ -50,7 +52,7 @@ def test_with_the_default_compiler(method: str) -> None:
     check(method, True)
 
 
-@pytest.mark.parametrize("method", ["spectrain", "dtrp"])
+@pytest.mark.parametrize("method", [pytest.param("spectrain", marks=pytest.mark.full), "dtrp"])
 def test_a_traced_gpt(method: str) -> None:
     """Stages of `dtrp.split`, attention and trees between them, at predicted weights."""
     torch._dynamo.reset()

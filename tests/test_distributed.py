@@ -37,12 +37,13 @@ from launching import (
 )
 from rank_programs import (
     CASES,
-    HALF_OF_THE_MATRIX,
     HUGGING_FACE,
     KINDS,
     MATRIX,
     ORACLES,
+    OTHER_KINDS,
     REPLICAS,
+    SOME_OF_THE_MATRIX,
     SPECIAL,
     SPLITS,
     SUBSETS,
@@ -108,11 +109,11 @@ def check_matrix(results_of: Callable[..., Results], cell: tuple[str, int, int, 
     assert len(ranks) == cell[1]
 
 
-@pytest.mark.parametrize("cell", HALF_OF_THE_MATRIX, ids=lambda cell: matrix_case(*cell))
+@pytest.mark.parametrize("cell", SOME_OF_THE_MATRIX, ids=lambda cell: matrix_case(*cell))
 def test_it_equals_the_local_engine_to_the_bit(
     results_of: Callable[..., Results], cell: tuple[str, int, int, str]
 ) -> None:
-    check_matrix(results_of, cell, HALF_OF_THE_MATRIX)
+    check_matrix(results_of, cell, SOME_OF_THE_MATRIX)
 
 
 @pytest.mark.full
@@ -142,15 +143,23 @@ def test_every_kind_of_model_equals_the_local_engine(one_by_one: Callable[[str],
     check_equal(name, one_by_one(name))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_and_by_the_other_method(results_of: Callable[..., Results], name: str) -> None:
+    check_equal(name, results_of("other kinds", OTHER_KINDS))
+
+
 @pytest.mark.parametrize("name", SPLITS)
 def test_every_split_model_equals_the_local_engine(results_of: Callable[..., Results], name: str) -> None:
     check_equal(name, results_of("splits", SPLITS))
 
 
-@pytest.mark.parametrize("name", HUGGING_FACE)
+@pytest.mark.parametrize(
+    "name", [HUGGING_FACE[0], *(pytest.param(name, marks=pytest.mark.full) for name in HUGGING_FACE[1:])]
+)
 def test_transformers_equal_the_local_engine(results_of: Callable[..., Results], name: str) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed; pip install 'dtrp[transformers]'")
-    check_equal(name, results_of("hugging face", HUGGING_FACE))
+    check_equal(name, results_of(name, [name]))
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_from_four_ranks_to_any_number_of_stages(server: Server, tmp_path: Path,
 # -- replicas -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "parts"), [("dtrp", 2), ("fdg", 1), ("bp", 2)])
+@pytest.mark.parametrize(("method", "parts"), [("dtrp", 2), pytest.param("fdg", 1, marks=pytest.mark.full), ("bp", 2)])
 def test_replicas_go_on_to_the_bit(server: Server, tmp_path: Path, method: str, parts: int) -> None:
     launch(server, tmp_path, 4, "save_replicas", method, parts)
     found = inspect(tmp_path / "portable")

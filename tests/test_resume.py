@@ -61,7 +61,7 @@ def saves(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "saves").iterdir())
 
 
-@pytest.mark.parametrize("update", [3, 11])
+@pytest.mark.parametrize("update", [pytest.param(3, marks=pytest.mark.full), 11])
 def test_a_killed_run_goes_on_to_the_bit(whole: Path, tmp_path: Path, update: int) -> None:
     folder = tmp_path / "run"
     process = start(folder)
@@ -73,6 +73,7 @@ def test_a_killed_run_goes_on_to_the_bit(whole: Path, tmp_path: Path, update: in
     check_same(folder, whole)
 
 
+@pytest.mark.full
 def test_on_workers_too(tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
     command = ["train", "--model", "mlp", "--batch-size", "64", "--limit-train", "500", "--num-microbatches", "2", "--quiet",
@@ -89,7 +90,9 @@ def test_on_workers_too(tmp_path: Path) -> None:
     check_same(folder, whole)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)]
+)
 def test_asked_to_stop_it_saves(whole: Path, tmp_path: Path, number: int, code: int) -> None:
     folder = tmp_path / "run"
     process = start(folder)

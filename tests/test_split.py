@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict, UserDict
 from typing import Any
 
@@ -34,6 +35,12 @@ CASES = [(kind, how) for kind in MODELS for how in (2, 4, "points")]
 
 
 def make(kind: str, how: int | str) -> tuple[nn.Module, Any, dtrp.Stages]:
+    """The model, what it is called with, and its stages; tracing takes its time, so tests get copies of the first."""
+    return copy.deepcopy(_traced(kind, how, torch.get_default_dtype()))
+
+
+@functools.cache
+def _traced(kind: str, how: int | str, _: torch.dtype) -> tuple[nn.Module, Any, dtrp.Stages]:
     build, data, points = MODELS[kind]
     model, x = build(), data()
     stages = dtrp.split(model, example=x, **({"points": points} if how == "points" else {"num_stages": how}))

@@ -59,7 +59,7 @@ def later(name: str, stages: int) -> dtrp.Method:
     return dtrp.get_method(name, ahead=row.ahead + 1 / (stages - 1))
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("stages", [2, pytest.param(3, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize(("name", "momentum"), CASES)
 def test_rate(name: str, momentum: float, stages: int) -> None:
     """Every weight on the way is that of the recursion, and the factor it shrinks by is the recursion's largest root."""
@@ -76,7 +76,13 @@ def test_floor(name: str, momentum: float, stages: int) -> None:
 
 
 @pytest.mark.parametrize("stages", [pytest.param(2, marks=pytest.mark.full), 4])
-@pytest.mark.parametrize(("name", "momentum"), CASES)
+@pytest.mark.parametrize(
+    ("name", "momentum"),
+    [
+        case if case[0] in ("fdg", "dtrp", "spectrain") else pytest.param(*case, marks=pytest.mark.full)
+        for case in CASES
+    ],
+)
 def test_a_delay_of_one_more_or_less_is_seen(name: str, momentum: float, stages: int) -> None:
     """What the tests above allow is far less than what one update of delay does."""
     theory = problem(name, stages, momentum)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -32,6 +33,12 @@ CASES = [(kind, how) for kind in MODELS for how in (2, 4, "points")]
 
 
 def make(kind: str, how: int | str) -> tuple[Any, Any, dtrp.Stages]:
+    """The model, what it is called with, and its stages; tracing takes seconds, so tests get copies of the first."""
+    return copy.deepcopy(_traced(kind, how, torch.get_default_dtype()))
+
+
+@functools.cache
+def _traced(kind: str, how: int | str, _: torch.dtype) -> tuple[Any, Any, dtrp.Stages]:
     build, data, block = MODELS[kind]
     model, x = build().train(), data()
     how_to: dict[str, Any] = (
@@ -75,7 +82,10 @@ def test_they_train_as_the_model(kind: str, how: int | str) -> None:
 @pytest.mark.parametrize("how", [pytest.param(2, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=pytest.mark.full) if kind in ("gpt2", "gpt2, mask", "t5") else kind for kind in MODELS],
+    [
+        pytest.param(kind, marks=pytest.mark.full) if kind in ("gpt2", "gpt2, mask") or "t5" in kind else kind
+        for kind in MODELS
+    ],
 )
 def test_a_pipeline_of_them_trains_as_the_model(kind: str, how: int) -> None:
     check_pipeline(*make(kind, how), 3, tied=kind.endswith("tied"))
@@ -95,7 +105,9 @@ def test_masks_that_follow_from_sizes_do_not_travel(kind: str, num: int) -> None
         assert all(isinstance(value, torch.Tensor) for value in passed)
 
 
-@pytest.mark.parametrize("kind", ["gpt2, mask", pytest.param("bert", marks=pytest.mark.full), "llama", "vit", "t5"])
+@pytest.mark.parametrize(
+    "kind", ["gpt2, mask", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("bert", "t5")), "llama", "vit"]
+)
 def test_recomputed_under_autocast(kind: str) -> None:
     _, x, stages = make(kind, 4)
     y = torch.zeros(len(next(iter(x.values())) if isinstance(x, dict) else x), dtype=torch.int64)

@@ -115,30 +115,30 @@ def test_what_native_code_says_before_it_aborts_is_shown(
     assert last == "dtrp: rank 0 was killed by signal 6 (SIGABRT)"
 
 
-def test_a_killed_worker_and_ctrl_c(tmp_path: Path) -> None:
-    for number in (signal.SIGKILL, signal.SIGINT):
-        command = [sys.executable, "-m", "dtrp", *SMALL, "--workers", "3", "--epochs", "100000"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        try:
-            assert process.stdout is not None
-            while "epoch   2" not in process.stdout.readline():
-                pass
-            workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-            pids = [int(pid) for pid in workers.stdout.split()]
-            os.kill(pids[-1] if number == signal.SIGKILL else process.pid, number)
-            _, error = process.communicate(timeout=60)
-        finally:
-            process.kill()
-        if number == signal.SIGKILL:
-            assert process.returncode == 2
-            assert "was killed by signal 9 (SIGKILL)" in error
-        else:
-            assert process.returncode == 130
-            assert error.strip() == "dtrp: interrupted"
-        deadline = time.monotonic() + 15
-        while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not any(Path(f"/proc/{pid}").exists() for pid in pids), "a worker is left"
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.full), signal.SIGINT])
+def test_a_killed_worker_and_ctrl_c(number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "dtrp", *SMALL, "--workers", "3", "--epochs", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        while "epoch   2" not in process.stdout.readline():
+            pass
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+        pids = [int(pid) for pid in workers.stdout.split()]
+        os.kill(pids[-1] if number == signal.SIGKILL else process.pid, number)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    if number == signal.SIGKILL:
+        assert process.returncode == 2
+        assert "was killed by signal 9 (SIGKILL)" in error
+    else:
+        assert process.returncode == 130
+        assert error.strip() == "dtrp: interrupted"
+    deadline = time.monotonic() + 15
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids), "a worker is left"
 
 
 @pytest.mark.parametrize(
