@@ -99,18 +99,19 @@ class _Dtrp:
         self.pipe.close()
 
 
-class _Sent(nn.Module):
-    """A stage whose input and output go over gloo, which takes contiguous tensors only, in the format of its weights inside."""
+class _ChannelsLast(nn.Module):
+    """A stage of channels_last images between others: gloo sends contiguous tensors only, so they travel as (N, H, W, C).
 
-    def __init__(self, stage: nn.Module) -> None:
+    That is how they lie, so nothing is copied.
+    """
+
+    def __init__(self, stage: nn.Module, *, is_first: bool) -> None:
         super().__init__()
-        self.stage = stage
+        self.stage, self.is_first = stage, is_first
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        out: Tensor = self.stage(x)
-        return out.contiguous()
+        out: Tensor = self.stage(x if self.is_first or x.dim() != 4 else x.permute(0, 3, 1, 2))
+        return out.permute(0, 2, 3, 1).contiguous() if out.dim() == 4 else out
 
 
 class _Torch:
@@ -122,8 +123,9 @@ class _Torch:
         rank, world = dist.get_rank(), dist.get_world_size()
         parts = contender.num_microbatches
         hosted, h = {}, torch.tensor_split(x, parts)[0]
-        for index, each in enumerate(stages):  # what goes between stages, by example
-            stage = each if all(p.is_contiguous() for p in each.parameters()) else _Sent(each)
+        if not all(p.is_contiguous() for stage in stages for p in stage.parameters()):
+            stages = [_ChannelsLast(stage, is_first=index == 0) for index, stage in enumerate(stages)]
+        for index, stage in enumerate(stages):  # what goes between stages, by example
             out = stage(h).detach().requires_grad_()
             if index % world == rank:
                 device = torch.device("cpu")
