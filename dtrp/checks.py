@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .events import check_tensorboard
-from .models import takes_text
+from .models import has_convolutions, takes_text
 from .names import unknown
 from .saves import SaveEvery
 from .settings import CHOICES, TrainConfig, option_name
@@ -43,6 +43,8 @@ def check_settings(config: TrainConfig) -> None:
             + ("it reads text; pass --data text --data-dir FILE" if takes_text(config.model)
                else "it reads images; pass --model gpt")
         )  # fmt: skip
+    if config.channels_last and not has_convolutions(config.model):
+        raise ValueError(f"--channels-last with --model {config.model}, which has no convolutions; leave it out")
     if config.memory_limit is not None and config.memory_limit < 1:
         raise ValueError(f"--memory-limit {config.memory_limit}: a number of bytes of at least 1")
     keeps = (config.keep or "graph").split(",")

@@ -54,21 +54,15 @@ def example(config: TrainConfig, dataset: Dataset | TextDataset, samples: int) -
 
 
 def make_model(config: TrainConfig, dataset: Dataset | TextDataset) -> nn.Sequential:
-    """The network that the configuration names, for its data.
-
-    Raises:
-        ValueError: options that the network has no use for.
-    """
+    """The network that the configuration names, for its data."""
     make = partial(get_model, config.model, layers=config.layers, width=config.width, heads=config.heads)
     if isinstance(dataset, TextDataset):
         model = make(num_classes=dataset.num_classes, context=dataset.context)
     else:
         model = make(dataset.in_channels, dataset.num_classes, image_size=dataset.image_size, context=config.context)
-    if not config.channels_last:
-        return model
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        raise ValueError(f"--channels-last with --model {config.model}, which has no convolutions; leave it out")
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def class_loss(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import checkpoint
 from .files import whole_file
 from .ranks import launch_name
+from .settings import with_defaults
 
 _ABOUT_SAVES = ("save-every", "keep-last")  # settings that do not change what is trained
 
@@ -58,7 +59,9 @@ def _settings(config: str) -> Any:
         values = yaml.safe_load(config)
     except yaml.YAMLError:
         return None
-    return {k: v for k, v in values.items() if k not in _ABOUT_SAVES} if isinstance(values, dict) else None
+    if not isinstance(values, dict):
+        return None
+    return {k: v for k, v in with_defaults(values).items() if k not in _ABOUT_SAVES}
 
 
 class RunFolder:

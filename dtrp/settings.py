@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -100,6 +102,13 @@ def config_text(config: TrainConfig) -> str:
             values[field.name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
     text: str = yaml.safe_dump(values, sort_keys=False)
     return text
+
+
+def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a file, and the defaults of those that it does not name, since it is of an older version."""
+    import yaml
+
+    return {**yaml.safe_load(config_text(TrainConfig())), **values}
 
 
 def option_name(field: str) -> str:

@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -189,12 +189,6 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], bound: float = 1e-1
     for name in a:
         difference, size = (a[name] - b[name]).abs().max(), b[name].abs().max()
         assert difference <= bound * size, f"{name}: {difference} against {size}"
-
-
-def by_turns(form: str, kinds: Iterable[str]) -> list[list[str]]:
-    """Each kind by dtrp, which repeats forwards, or by fdg, which keeps graphs, in turn; and each by the other of them."""
-    methods = ("dtrp", "fdg")
-    return [[form.format(kind, methods[(n + i) % 2]) for n, kind in enumerate(kinds)] for i in (0, 1)]
 
 
 def batches_of(make: Callable[[], Any]) -> list[tuple[Any, Tensor]]:

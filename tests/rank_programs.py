@@ -37,7 +37,6 @@ from helpers import (
     Prophet,
     adamw,
     block,
-    by_turns,
     cut,
     device_under_test,
     minibatches,
@@ -246,7 +245,11 @@ def _expanded(method: str) -> Result:
     return train(model, [batches], num_stages=4, method=method, num_microbatches=2)
 
 
-KINDS, OTHER_KINDS = by_turns("{}, {}", [*MODELS, *TREES, "expanded output"])
+# Each kind by dtrp, which repeats forwards, or by fdg, which keeps graphs, in turn; and each by the other of them.
+KINDS, OTHER_KINDS = (
+    [f"{kind}, {('dtrp', 'fdg')[(n + i) % 2]}" for n, kind in enumerate([*MODELS, *TREES, "expanded output"])]
+    for i in (0, 1)
+)
 for _name in [*KINDS, *OTHER_KINDS]:
     _kind_of, _, _method = _name.rpartition(", ")
     CASES[_name] = Case(

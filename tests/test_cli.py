@@ -21,6 +21,7 @@ from rich.console import Console
 from dtrp import Schedule
 from dtrp.cli import cli, run
 from dtrp.console import LiveReporter, PlainReporter, curve, make_reporter
+from dtrp.making import load_dataset, make_model
 from dtrp.models import get_model
 from dtrp.train import EpochMetrics, TrainConfig, Trainer, lr_factor, summarize_delays
 
@@ -127,6 +128,13 @@ def test_max_updates_ends_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
 def test_options(options: list[str], tmp_path: Path) -> None:
     assert run([*SMALL, *options, "--out", str(tmp_path / "run")]) == 0
     assert all(m["train_loss"] < 5 for m in lines(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_channels_last() -> None:
+    config = TrainConfig(model="resnet14-8", channels_last=True)
+    weights = [p for p in make_model(config, load_dataset(config)).parameters() if p.dim() == 4]
+    assert len(weights) == 13
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
 
 def no_classes(path: Path) -> list[str]:

@@ -98,8 +98,8 @@ MODELS: dict[str, tuple[Callable[[], list[nn.Module]], Callable[[], Tensor]]] = 
     "channels last": (
         lambda: [nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)),
                  nn.Sequential(nn.Flatten(), nn.Linear(64, 6)), nn.Linear(6, 3)], images),
-    "resnet, channels last": (residual, lambda: torch.randn(12, 3, 6, 6)),
     "mixer": (lambda: [Mixer(6), Mixer(6), Mixer(6), nn.Sequential(Mean(), nn.Linear(6, 3))], sequences),
+    "resnet, channels last": (residual, lambda: torch.randn(12, 3, 6, 6)),
     "attention": (lambda: [Attention(), Attention(), nn.LayerNorm(6), nn.Sequential(Mean(), nn.Linear(6, 3))], sequences),
     "lstm": (lambda: [Lstm(), nn.Tanh(), Lstm(), nn.Sequential(Mean(), nn.Linear(6, 3))], sequences),
     "embedding": (lambda: [nn.Embedding(9, 6), Lstm(), nn.Identity(), nn.Sequential(Mean(), nn.Linear(6, 3))],

@@ -815,6 +815,14 @@ WRONG = (
 )  # fmt: skip
 
 
+def test_the_command_that_a_plan_prints_has_the_memory_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["plan", "--data", "digits", "--model", "resnet14-8", "--channels-last", "--workers", "2", "--batch-size", "16",
+                "--latency", "0", "--repeats", "1", "--neighbours", "0", "--out", str(tmp_path / "plan.json")]) == 0  # fmt: skip
+    assert "--channels-last --workers 2 --plan" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_command_line_plans_and_trains_by_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     command = [

@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from dtrp.cli import run
+from dtrp.runs import left_by
 from dtrp.saves import Saves
 from dtrp.saving import manifest, read_state
+from dtrp.settings import TrainConfig, config_text
 
 SMALL = ["train", "--model", "resnet14-8", "--batch-size", "64", "--limit-train", "500", "--limit-test", "100", "--augment",
          "--num-microbatches", "2", "--threads", "1", "--quiet", "--stages", "3", "--epochs", "3", "--save-every", "3"]  # fmt: skip
@@ -43,6 +45,15 @@ def check_same(folder: Path, whole: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert metrics(folder) == metrics(whole)
     assert (folder / "summary.json").is_file()
+
+
+def test_a_run_of_an_older_version_with_fewer_settings_is_gone_on_with(tmp_path: Path) -> None:
+    now = config_text(TrainConfig())
+    (tmp_path / "saves" / "update-00000003").mkdir(parents=True)
+    (tmp_path / "config").write_text(now.replace("channels-last: false\n", ""))
+    assert (tmp_path / "config").read_text() != now
+    assert left_by(str(tmp_path), now, overwrite=False) == "unfinished"
+    assert left_by(str(tmp_path), config_text(TrainConfig(channels_last=True)), overwrite=False) is None
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -73,7 +84,6 @@ def test_a_killed_run_goes_on_to_the_bit(whole: Path, tmp_path: Path, update: in
     check_same(folder, whole)
 
 
-@pytest.mark.full
 def test_on_workers_too(tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
     command = ["train", "--model", "mlp", "--batch-size", "64", "--limit-train", "500", "--num-microbatches", "2", "--quiet",

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dtrp
 from dtrp.data import batches, load_data
+from dtrp.models import cifar_resnet
 from dtrp.saving import inspect, read_state
 
 OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
@@ -144,8 +145,13 @@ def hidden() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 5), Hidden(), nn.Tanh(), nn.Linear(5, 3))
 
 
+def channels_last() -> nn.Sequential:
+    images = nn.Sequential(nn.Linear(5, 108), nn.Unflatten(1, (3, 6, 6)))
+    return nn.Sequential(images, *cifar_resnet(8, width=4, num_classes=3).to(memory_format=torch.channels_last))
+
+
 @pytest.mark.parametrize("method", ["dtrp", "fdg", "bp"])
-@pytest.mark.parametrize("model", [in_place, frozen, hidden], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("model", [in_place, frozen, hidden, channels_last], ids=lambda make: make.__name__)
 def test_models_of_other_kinds(tmp_path: Path, model: Any, method: str) -> None:
     cell = (method, 3, 2, "sgd")
     check_equal(run(*cell, tmp_path / "saved", (1, 4, 8), model), run(*cell, tmp_path, model=model))

@@ -36,11 +36,13 @@ CASES = [(kind, how) for kind in MODELS for how in (2, 4, "points")]
 
 def make(kind: str, how: int | str) -> tuple[nn.Module, Any, dtrp.Stages]:
     """The model, what it is called with, and its stages; tracing takes its time, so tests get copies of the first."""
-    return copy.deepcopy(_traced(kind, how, torch.get_default_dtype()))
+    with torch.random.fork_rng():
+        return copy.deepcopy(_traced(kind, how, torch.get_default_dtype()))
 
 
 @functools.cache
 def _traced(kind: str, how: int | str, _: torch.dtype) -> tuple[nn.Module, Any, dtrp.Stages]:
+    torch.manual_seed(0)
     build, data, points = MODELS[kind]
     model, x = build(), data()
     stages = dtrp.split(model, example=x, **({"points": points} if how == "points" else {"num_stages": how}))

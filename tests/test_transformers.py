@@ -34,11 +34,13 @@ CASES = [(kind, how) for kind in MODELS for how in (2, 4, "points")]
 
 def make(kind: str, how: int | str) -> tuple[Any, Any, dtrp.Stages]:
     """The model, what it is called with, and its stages; tracing takes seconds, so tests get copies of the first."""
-    return copy.deepcopy(_traced(kind, how, torch.get_default_dtype()))
+    with torch.random.fork_rng():
+        return copy.deepcopy(_traced(kind, how, torch.get_default_dtype()))
 
 
 @functools.cache
 def _traced(kind: str, how: int | str, _: torch.dtype) -> tuple[Any, Any, dtrp.Stages]:
+    torch.manual_seed(0)
     build, data, block = MODELS[kind]
     model, x = build().train(), data()
     how_to: dict[str, Any] = (

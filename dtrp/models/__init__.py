@@ -22,7 +22,7 @@ from .resnet import STEMS, cifar_resnet, resnet
 from .vgg import vgg
 from .wide_resnet import wide_resnet
 
-__all__ = ["auxiliary", "cifar_resnet", "get_model", "gpt", "list_models", "takes_text"]
+__all__ = ["auxiliary", "cifar_resnet", "get_model", "gpt", "has_convolutions", "list_models", "takes_text"]
 
 _WITH_STEM: dict[str, Callable[..., nn.Sequential]] = {
     f"resnet{depth}": partial(resnet, depth) for depth in (18, 34, 50)
@@ -44,6 +44,11 @@ _OF_TEXT = {"gpt": gpt}
 def list_models() -> list[str]:
     """The names that `get_model` knows."""
     return [*_BUILDERS, *_OF_TEXT]
+
+
+def has_convolutions(name: str) -> bool:
+    """Whether this model has any."""
+    return name != "mlp" and not takes_text(name)
 
 
 def takes_text(name: str) -> bool:

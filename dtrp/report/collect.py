@@ -22,6 +22,7 @@ from ..compare import (
     read_summary,
 )
 from ..methods import list_methods
+from ..settings import with_defaults
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,9 @@ def _is_run(path: Path) -> bool:
 
 
 def _comparable(run: Run) -> dict[str, Any]:
-    config = {key: value for key, value in run.config.items() if key not in (*_OF_A_CELL, *_OF_NO_MATTER)}
+    config = {
+        key: value for key, value in with_defaults(run.config).items() if key not in (*_OF_A_CELL, *_OF_NO_MATTER)
+    }
     return {**config, "workers": "yes"} if config.get("workers") else config
 
 
