@@ -29,7 +29,7 @@ from .checks import check_settings
 from .files import whole_file
 from .footprint import held_at_most
 from .methods import get_method
-from .settings import TrainConfig, config_text
+from .settings import TrainConfig, config_text, with_defaults
 
 _SETTINGS = "compare.yaml"
 _OWN = ("method", "prediction", "stages", "cuts", "num_microbatches", "seed", "out", "overwrite")  # of a cell
@@ -128,14 +128,13 @@ class Comparison:
 
     def _differing(self, known: Path) -> str:
         """What a file says otherwise than these settings; one that it does not name, since it is older, has its default."""
-        defaults = yaml.safe_load(config_text(dataclasses.replace(TrainConfig(), **dict.fromkeys(_OWN))))  # type: ignore[arg-type]
         try:
             theirs = yaml.safe_load(known.read_text())
         except yaml.YAMLError:
             theirs = None
         if not isinstance(theirs, dict):
             return "no settings"
-        theirs, ours = {**defaults, **theirs}, {**defaults, **yaml.safe_load(self._settings)}
+        theirs, ours = with_defaults(theirs), with_defaults(yaml.safe_load(self._settings))
         keys = dict.fromkeys([*theirs, *ours])
         return ", ".join(
             f"{key} {theirs.get(key)} and not {ours.get(key)}" for key in keys if theirs.get(key) != ours.get(key)

@@ -95,20 +95,22 @@ def config_text(config: TrainConfig) -> str:
     """The configuration as a YAML file that ``--config`` reads."""
     import yaml
 
+    text: str = yaml.safe_dump(_written(config), sort_keys=False)
+    return text
+
+
+def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of such a file, and the defaults of those that it does not name, since it is of an older version."""
+    return {**_written(TrainConfig()), **values}
+
+
+def _written(config: TrainConfig) -> dict[str, Any]:
     values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value is not None and field.name not in ("out", "overwrite", "resume", "max_restarts"):
             values[field.name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
-    text: str = yaml.safe_dump(values, sort_keys=False)
-    return text
-
-
-def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a file, and the defaults of those that it does not name, since it is of an older version."""
-    import yaml
-
-    return {**yaml.safe_load(config_text(TrainConfig())), **values}
+    return values
 
 
 def option_name(field: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections import OrderedDict, UserDict
 from typing import Any
 
@@ -20,6 +19,7 @@ from unsplit import (
     chain,
     check_outputs,
     check_pipeline,
+    copied_from_the_first,
     logits,
     loss_fn,
     minibatches,
@@ -34,15 +34,9 @@ from dtrp.exchange import Places
 CASES = [(kind, how) for kind in MODELS for how in (2, 4, "points")]
 
 
+@copied_from_the_first
 def make(kind: str, how: int | str) -> tuple[nn.Module, Any, dtrp.Stages]:
-    """The model, what it is called with, and its stages; tracing takes its time, so tests get copies of the first."""
-    with torch.random.fork_rng():
-        return copy.deepcopy(_traced(kind, how, torch.get_default_dtype()))
-
-
-@functools.cache
-def _traced(kind: str, how: int | str, _: torch.dtype) -> tuple[nn.Module, Any, dtrp.Stages]:
-    torch.manual_seed(0)
+    """The model, what it is called with, and its stages."""
     build, data, points = MODELS[kind]
     model, x = build(), data()
     stages = dtrp.split(model, example=x, **({"points": points} if how == "points" else {"num_stages": how}))

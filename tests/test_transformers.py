@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from unsplit import (
     check_outputs,
     check_pipeline,
     check_recomputed_under_autocast,
+    copied_from_the_first,
     logits,
     loss_fn,
     minibatches,
@@ -32,15 +32,9 @@ from transformers import BatchEncoding
 CASES = [(kind, how) for kind in MODELS for how in (2, 4, "points")]
 
 
+@copied_from_the_first
 def make(kind: str, how: int | str) -> tuple[Any, Any, dtrp.Stages]:
-    """The model, what it is called with, and its stages; tracing takes seconds, so tests get copies of the first."""
-    with torch.random.fork_rng():
-        return copy.deepcopy(_traced(kind, how, torch.get_default_dtype()))
-
-
-@functools.cache
-def _traced(kind: str, how: int | str, _: torch.dtype) -> tuple[Any, Any, dtrp.Stages]:
-    torch.manual_seed(0)
+    """The model, what it is called with, and its stages."""
     build, data, block = MODELS[kind]
     model, x = build().train(), data()
     how_to: dict[str, Any] = (

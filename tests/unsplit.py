@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -19,6 +20,22 @@ from dtrp.rng import microbatch_seed, seeded
 from dtrp.splitting import Stages
 
 SEED = 11
+
+
+def copied_from_the_first(make: Callable[..., Any]) -> Callable[..., Any]:
+    """``make``, which traces a model and so takes its time, done once for its arguments; each call gets a copy of its own."""
+
+    @functools.cache
+    def first(dtype: torch.dtype, *arguments: Any) -> Any:
+        torch.manual_seed(0)
+        return make(*arguments)
+
+    @functools.wraps(make)
+    def copied(*arguments: Any) -> Any:
+        with torch.random.fork_rng():
+            return copy.deepcopy(first(torch.get_default_dtype(), *arguments))
+
+    return copied
 
 
 def call(model: nn.Module, x: Any) -> Any:

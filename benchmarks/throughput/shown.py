@@ -166,10 +166,10 @@ def against_torch_56() -> list[str]:
 def runs_56() -> list[str]:
     """At A = 4 in every run, the oldest first, and at the best A where there is A = 8: spectrain, then dtrp."""
     shown = []
-    for parts, least in ((4, 4), (None, 8)):
+    for parts, tried in ((4, 4), (None, 8)):
         for method, _ in AIMS:
             for run in _runs_56():
-                if {least} <= {x["num_microbatches"] for x in run} and any(x["contender"] == method for x in run):
+                if any((x["contender"], x["num_microbatches"]) == (method, tried) for x in run):
                     shown.append(f"{_against_torch(run, method, parts):.2f}")
     return shown
 
@@ -179,11 +179,17 @@ def _runs_56() -> list[list[dict[str, Any]]]:
     return [[line for line in _COMPUTE_56 if line["run"] == name] for name in names]
 
 
+def _of_all_layers(run: list[dict[str, Any]]) -> tuple[float, float]:
+    """F and B, in ms."""
+    forwards, backwards = zip(*run[0]["layer_ms"], strict=True)
+    return sum(forwards), sum(backwards)
+
+
 def forwards_56() -> list[str]:
     """F over F+B of all layers: the least and the largest of the first four runs, and of the others."""
     shares = []
     for run in _runs_56():
-        forward, backward = (sum(column) for column in zip(*run[0]["layer_ms"], strict=True))
+        forward, backward = _of_all_layers(run)
         shares.append(forward / (forward + backward))
     return [f"{share:.2f}" for part in (shares[:4], shares[4:]) for share in (min(part), max(part))]
 
@@ -215,7 +221,7 @@ def division_56() -> list[str]:
 
 def even_56() -> list[str]:
     """By the layers' times of the run of six rounds, were all divided evenly: dtrp over a synchronous schedule at A = 4 and 8."""
-    forward, backward = (sum(column) for column in zip(*SIX_ROUNDS[0]["layer_ms"], strict=True))
+    forward, backward = _of_all_layers(SIX_ROUNDS)
     # dtrp's first stage has a share s of the layers: s (2F+B) = (1-s) (F+B).
     whole, again = forward + backward, 2 * forward + backward
     slot = again * whole / (again + whole)
