@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .modes import members
 
 Mark = tuple[Tensor, int]  # a buffer, and how often it has been written
 
@@ -42,8 +44,18 @@ class Met:
     after: dict[str, Mark] = field(default_factory=dict)
 
 
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """Those of a module as it is now, by name."""
+    for member in members(module):
+        if member._buffers:
+            return dict(module.named_buffers())
+    return {}
+
+
 def copies_of(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A copy of each; on an accelerator in a launch for each dtype, and not for each buffer."""
+    if not buffers:
+        return {}
     copies = {name: torch.empty_like(buffer) for name, buffer in buffers.items()}
     copy_all(copies.values(), buffers.values())
     return copies

@@ -7,53 +7,53 @@ from types import TracebackType
 
 
 class WorkingTime:
-    """Seconds of one stage, by what they went into; `working` and `waiting` are contexts, waits within work or outside it."""
+    """Seconds of one stage, by what they went into.
+
+    Attributes:
+        working: the context in which the stage works.
+    """
 
     WAITS = ("forward", "gradient", "send", "replicas")
 
     def __init__(self) -> None:
-        self._waited = dict.fromkeys(self.WAITS, 0.0)
-        self._worked = 0.0
+        self.working = _Measured(None)
+        self._waits = {name: _Measured(self.working) for name in self.WAITS}
         self._began: float | None = None
-        self._ended = 0.0
-        self._contexts = {name: _Measured(self, name) for name in self.WAITS}
-        self.working = _Measured(self, None)
 
     def waiting(self, what: str) -> _Measured:
-        """Within it the stage waits: for the ``forward`` input, the ``gradient``, to ``send``, for its ``replicas``."""
-        return self._contexts[what]
+        """Within it the stage waits: for the ``forward`` input, the ``gradient``, to ``send``, for its ``replicas``.
+
+        Within work or outside it; a wait within work is not work.
+        """
+        return self._waits[what]
 
     def begin(self) -> None:
         """The run begins, unless it has."""
         if self._began is None:
-            self._began = self._ended = time.perf_counter()
-
-    def add(self, what: str | None, start: float, end: float) -> None:
-        """What lasted from ``start`` to ``end``; waits within work are not work."""
-        if what is None:
-            self._worked += end - start
-        else:
-            self._waited[what] += end - start
-            if self.working.entered:
-                self._worked -= end - start
-        self._ended = end
+            self._began = time.perf_counter()
 
     def seconds(self) -> dict[str, float]:
         """As in `Pipeline.busy`."""
-        elapsed = 0.0 if self._began is None else self._ended - self._began
-        waits = {f"wait_{name}": waited for name, waited in self._waited.items()}
-        rest = elapsed - self._worked - sum(waits.values())
-        return {"elapsed": elapsed, "busy": self._worked, **waits, "outside": max(0.0, rest)}
+        contexts = [self.working, *self._waits.values()]
+        elapsed = 0.0 if self._began is None else max(self._began, *(each.ended for each in contexts)) - self._began
+        waits = {f"wait_{name}": wait.seconds for name, wait in self._waits.items()}
+        rest = elapsed - self.working.seconds - sum(waits.values())
+        return {"elapsed": elapsed, "busy": self.working.seconds, **waits, "outside": max(0.0, rest)}
 
 
 class _Measured:
-    """A context whose time is added up; it may be entered again, but not within itself."""
+    """A context whose time is added up; it may be entered again, but not within itself.
 
-    __slots__ = ("_start", "_time", "_what", "entered")
+    Args:
+        around: the context whose time this one's is not, where it is within that.
+    """
 
-    def __init__(self, working_time: WorkingTime, what: str | None) -> None:
-        self._time, self._what = working_time, what
-        self._start = 0.0
+    __slots__ = ("_around", "_start", "ended", "entered", "seconds")
+
+    def __init__(self, around: _Measured | None) -> None:
+        self._around = around
+        self._start = self.ended = 0.0
+        self.seconds = 0.0
         self.entered = False
 
     def __enter__(self) -> None:
@@ -63,5 +63,9 @@ class _Measured:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._time.add(self._what, self._start, time.perf_counter())
+        self.ended = time.perf_counter()
+        spent = self.ended - self._start
+        self.seconds += spent
+        if self._around is not None and self._around.entered:
+            self._around.seconds -= spent
         self.entered = False

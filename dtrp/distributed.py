@@ -280,8 +280,7 @@ class DistributedEngine:
     # -- one action -----------------------------------------------------------------------------------------
 
     def _do(self, action: Action) -> None:
-        lane = f"stage {self._stage.index}"
-        with self.working_times[0].working, self._tracer.span(f"{action.kind}{action.index}", action.kind, lane):
+        with self.working_times[0].working, self._tracer.action(action, self._stage.index):
             if action.kind == "F":
                 self._forward(action)
             elif action.kind == "B":
@@ -307,7 +306,8 @@ class DistributedEngine:
         if not note.samples:
             self._check_alone(note)
         micro = MicroBatch(m, self.num_updates, note.samples / note.total)
-        self._notes.append(note._replace(minibatch=self.num_updates, word=0))
+        of_old = note.minibatch != self.num_updates or note.word
+        self._notes.append(note._replace(minibatch=self.num_updates, word=0) if of_old else note)
         self._next_microbatch = m + 1
         with naming(self._stage.index, action, micro.minibatch):
             out = self._stage.forward(micro, x, target) if note.samples else None
@@ -343,7 +343,7 @@ class DistributedEngine:
                 gradient = self._stage.backward(gradient)
             word = self.proposals.take() if not self.takes_x else 0
             if not self.takes_x and (word or not self._local):
-                self._send(self._transport.backward_out, note._replace(word=word), gradient)
+                self._send(self._transport.backward_out, note._replace(word=word) if word else note, gradient)
 
     def _update(self, action: Action) -> None:
         samples = self._samples.popleft()
@@ -429,9 +429,11 @@ class DistributedEngine:
 
     def _receive(self, link: Receiver | None, direction: str, m: int) -> Message:
         assert link is not None
-        waits = self.working_times[0].waiting("forward" if direction == "forward" else "gradient")
-        with waits, self._tracer.span(f"wait {direction} {m}", "wait", f"stage {self._stage.index}"):
-            message = self._transport.receive(link, lambda: f"the {direction} message of micro-batch {m}")
+        message = link.take() if not self._tracer.on else None
+        if message is None:
+            waits = self.working_times[0].waiting("forward" if direction == "forward" else "gradient")
+            with waits, self._tracer.wait(direction, m, self._stage.index):
+                message = self._transport.receive(link, lambda: f"the {direction} message of micro-batch {m}")
         assert message.note.microbatch == m, f"expected micro-batch {m}, received {message.note}"
         if direction == "backward" and message.note.word:
             self.proposals.add(message.note.word)

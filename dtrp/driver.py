@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -276,8 +276,7 @@ class Driver:
         except (CheckpointError, TypeError):
             raise
         except BaseException as error:
-            self._broken = str(error) or type(error).__name__
-            self._engine.fail(error)
+            self._break(error)
             raise
 
     def load(self, folder: str | os.PathLike[str]) -> Any:
@@ -384,21 +383,31 @@ class Driver:
         if trains and torch.is_inference_mode_enabled():
             raise RuntimeError("a Pipeline trains outside torch.inference_mode(), whose tensors no backward can use")
 
-    @contextmanager
-    def _breaking(self) -> Iterator[None]:
+    def _breaking(self) -> AbstractContextManager[None]:
         """Half a slot cannot be taken back: what fails in the middle ends the pipeline, on every rank."""
-        try:
-            yield
-        except BaseException as error:
-            self._broken = str(error) or type(error).__name__
-            self._engine.fail(error)
-            raise
+        return _Breaking(self)
 
-    @contextmanager
-    def _shared(self) -> Iterator[None]:
+    def _shared(self) -> AbstractContextManager[None]:
         """What fails before anything has happened is harmless, unless other ranks are in the same call by now."""
-        if self._engine.alone:
-            yield
-        else:
-            with self._breaking():
-                yield
+        return nullcontext() if self._engine.alone else self._breaking()
+
+    def _break(self, error: BaseException) -> None:
+        self._broken = str(error) or type(error).__name__
+        self._engine.fail(error)
+
+
+class _Breaking:
+    """The context in which an error is the pipeline's end."""
+
+    __slots__ = ("_driver",)
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._driver._break(error)

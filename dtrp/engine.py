@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -155,7 +156,10 @@ class Losses:
 
     def check(self) -> None:
         """Refuse a loss that is not finite."""
-        if self._unseen and not torch.isfinite(torch.stack([loss for _, loss in self._unseen])).all():
+        losses = [loss for _, loss in self._unseen]
+        # (Of one, without more launches; a sum of several may leave the range of their dtype.)
+        one = len(losses) == 1
+        if losses and not (math.isfinite(losses[0]) if one else torch.isfinite(torch.stack(losses)).all()):
             micro, loss = next(each for each in self._unseen if not torch.isfinite(each[1]))
             cause = FloatingPointError(
                 f"the loss of mini-batch {micro.minibatch} is {loss.item()}; lower the learning rate, or look at "

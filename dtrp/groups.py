@@ -13,6 +13,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -79,12 +80,20 @@ class Meeting:
             interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
             self._gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             self._gloo._timeout = _FOREVER
-            self._gloo._devices = (
+            self._gloo._devices = _devices_of_the_default_group() or (
                 [make(interface=name) for name in interfaces]
                 if interfaces != [""]
                 else [dist.ProcessGroupGloo.create_default_device()]
             )
         return self._gloo
+
+
+def _devices_of_the_default_group() -> list[Any]:
+    """None where it is not gloo's, or does not show them."""
+    with suppress(RuntimeError):
+        backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        return list(getattr(getattr(backend, "options", None), "_devices", ()))
+    return []
 
 
 def backend_for(places: Sequence[str]) -> str:

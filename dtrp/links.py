@@ -163,16 +163,15 @@ class Sender(Link):
         """Send a message, a tensor or a tree of them; they may be written when this returns."""
         packed, ready = self._wire.out(self._packer.pack(kind, note, tensor))
         job = _Job(kind, note, packed, ready, time.monotonic() + self._latency_s if self._latency_s else 0.0)
-        with self._counting:
-            # A small message is handed over here: waking the thread would cost more than the message.
-            at_once = packed.buffer.numel() <= _SMALL_BYTES and not (
-                self._unsent or job.due or ready or self._wire.full
-            )
-            self._unsent += 1
+        # A small message is handed over here: waking the thread would cost more than the message.
+        small = packed.buffer.numel() <= _SMALL_BYTES
+        at_once = small and not (self._unsent or job.due or ready or self._wire.full)
         if at_once:
             with suppress(RuntimeError):  # the connection is broken: the thread will say so
                 job.works = self._issue(job)
-                self._sent()
+        if job.works is None:
+            with self._counting:
+                self._unsent += 1
         # A message under way must be kept until it is there. Small ones are kept a little longer, since the thread,
         # once awake, would compete with the main one for the interpreter just when the next action begins.
         self.begun += 1

@@ -203,7 +203,7 @@ class LocalEngine:
         with (
             naming(index, action, minibatch),
             self.working_times[index].working,
-            self._tracer.span(f"{action.kind}{action.index}", action.kind, f"stage {index}"),
+            self._tracer.action(action, index),
         ):
             if action.kind == "F":
                 micro = self._micros[action.index]

@@ -8,9 +8,22 @@ from contextlib import contextmanager
 from torch import nn
 
 
+def members(module: nn.Module) -> list[nn.Module]:
+    """``module.modules()``, in the same order, without a generator in a generator for each level."""
+    found: dict[nn.Module, None] = {}
+    left = [module]
+    while left:
+        member = left.pop()
+        if member is not None and member not in found:
+            found[member] = None
+            if member._modules:
+                left.extend(reversed(member._modules.values()))  # type: ignore[arg-type]
+    return list(found)
+
+
 def modes_of(module: nn.Module) -> tuple[bool, ...]:
     """Which of ``module.modules()`` are in train mode."""
-    return tuple(member.training for member in module.modules())
+    return tuple([member.training for member in members(module)])
 
 
 @contextmanager

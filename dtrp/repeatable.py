@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .aligned import aligned_clone, enter
-from .buffers import Met, copies_of, copy_all, marks
+from .buffers import Met, buffers_of, copies_of, copy_all, marks
 from .exchange import Exchange, Places
 from .modes import in_mode
 from .rng import Draws
@@ -76,7 +76,7 @@ class Repeatable:
         Returns:
             The output, and the loss or None. At the last stage the loss is the output too.
         """
-        own = dict(self._whole.named_buffers()) if buffers != "own" else {}
+        own = buffers_of(self._whole) if buffers != "own" else {}
         copies = copies_of({**own, **held.met.moved} if held.met is not None and own else own)  # met: the second time
         unwritten = {name: copy._version for name, copy in copies.items()} if buffers == "returned" else {}
         tensors = {**weights, **copies}

@@ -44,7 +44,7 @@ from .footprint import StageSizes, footprint, optimizer_bytes
 from .gauge import Gauge
 from .gradients import GradientRule, gradient_norm
 from .methods import Keep, Method
-from .modes import in_modes, modes_of
+from .modes import in_modes, members, modes_of
 from .predict import as_predictor
 from .repeatable import Buffers, LossFn, Repeatable
 from .rng import Draws
@@ -130,6 +130,7 @@ class Stage:
         named = [(name, p) for name, p in self.whole.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
+        self._trainable = _trainable(self.whole)
         for p in self.parameters:
             p.grad = None
         self.ties = [tie for tie in ties if index in tie.names]
@@ -347,7 +348,7 @@ class Stage:
         for leaf, gradient in zip(leaves, self.gradients, strict=True):
             leaf.grad = gradient
         # An activation checkpoint inside the module runs a part of it again: at the same weights.
-        with self.repeatable.at(self._tensors(held.weights)), held.autocast._replace(enabled=False).region():
+        with self.repeatable.at(self._tensors(held.weights)), held.autocast.without().region():
             torch.autograd.backward([root for root, _ in starts], [gradient for _, gradient in starts])  # type: ignore[arg-type]
         for i, leaf in enumerate(leaves):
             self.gradients[i], leaf.grad = leaf.grad, None
@@ -383,7 +384,7 @@ class Stage:
         held.modes = held.modes or modes_of(self.module)
         key = (*((t.shape, t.dtype) for t in inputs), held.autocast, held.modes)
         nbytes = self._graph_bytes.get(key)
-        with torch.enable_grad():
+        with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
             if nbytes is not None:
                 out, loss = self.repeatable.run(held, self._tensors(held.weights), buffers)
             else:  # weigh the graph, once for each kind of input
@@ -402,7 +403,7 @@ class Stage:
                 with torch.autograd.graph.saved_tensors_hooks(weigh, lambda t: t):
                     out, loss = self.repeatable.run(held, self._tensors(held.weights), buffers)
                 nbytes = sum(sizes.values())
-                if nbytes and not first:  # hooks of the caller's inside the module hide the graph from these
+                if not first:
                     self._graph_bytes[key] = nbytes
         held.has_graph = True
         if held.met is not None:
@@ -465,6 +466,8 @@ class Stage:
 
     def check_trainable(self) -> None:
         """Refuse parameters that were frozen or freed since the stage was made: its optimizer would not know."""
+        if _trainable(self.whole) == self._trainable:
+            return
         now = [name for name, p in self.whole.named_parameters() if p.requires_grad]
         if now != self.names:
             changed = sorted(set(now) ^ set(self.names))[0]
@@ -515,6 +518,16 @@ class Stage:
             "stash": stash_bytes(self._stash),
             "stash_peak": self.stash_peak,
         }
+
+
+def _trainable(module: nn.Module) -> list[int]:
+    """Which parameters are to be trained, as their objects' ids."""
+    found = []
+    for member in members(module):
+        for p in member._parameters.values():
+            if p is not None and p.requires_grad:
+                found.append(id(p))
+    return found
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:

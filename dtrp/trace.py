@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .files import whole_file
+from .schedule import Action
 
 
 class Span(NamedTuple):
@@ -38,9 +39,13 @@ class Tracer:
         self.spans: deque[Span] = deque(maxlen=_MOST_SPANS)
         self._lock = threading.Lock()
 
-    def span(self, name: str, kind: str, lane: str) -> AbstractContextManager[None]:
-        """A span around what runs within it, and a range of `torch.profiler`."""
-        return self._span(name, kind, lane) if self.on else _NO_SPAN
+    def action(self, action: Action, stage: int) -> AbstractContextManager[None]:
+        """A span around what a stage does within it, and a range of `torch.profiler`."""
+        return self._span(f"{action.kind}{action.index}", action.kind, stage) if self.on else _NO_SPAN
+
+    def wait(self, direction: str, microbatch: int, stage: int) -> AbstractContextManager[None]:
+        """The same around a stage's wait for a message, forward or backward."""
+        return self._span(f"wait {direction} {microbatch}", "wait", stage) if self.on else _NO_SPAN
 
     def add(self, name: str, kind: str, lane: str, begin_ns: int) -> None:
         """A span that ends now."""
@@ -56,11 +61,11 @@ class Tracer:
         return torch.profiler.record_function(name) if self.on else _NO_SPAN
 
     @contextmanager
-    def _span(self, name: str, kind: str, lane: str) -> Iterator[None]:
+    def _span(self, name: str, kind: str, stage: int) -> Iterator[None]:
         begin_ns = time.time_ns()
         with torch.profiler.record_function(name):
             yield
-        self.add(name, kind, lane, begin_ns)
+        self.add(name, kind, f"stage {stage}", begin_ns)
 
 
 def write_chrome_trace(path: str | os.PathLike[str], processes: Sequence[tuple[str, Sequence[Span]]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -120,12 +120,13 @@ class Updates:
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
             self._lr_scheduler.step()
 
+    def shrunk_lr(self) -> AbstractContextManager[None]:
+        """Within it learning rates are lr * lr_shrink**d, out of the scheduler's sight."""
+        return nullcontext() if self._lr_factor == 1 or self._optimizer is None else self._shrunk_lr()
+
     @contextmanager
-    def shrunk_lr(self) -> Iterator[None]:
-        """lr * lr_shrink**d, out of the scheduler's sight."""
-        if self._lr_factor == 1 or self._optimizer is None:
-            yield
-            return
+    def _shrunk_lr(self) -> Iterator[None]:
+        assert self._optimizer is not None
         groups = self._optimizer.param_groups
         rates = [group["lr"] for group in groups]
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -106,7 +106,7 @@ class Versions:
         if not isinstance(self.predictor, BuiltInPredictor):
             out.copy_from(self._parameters)  # a weight that it leaves out is predicted to stay
         more = gradients() if self.uses_gradients else {}
-        with torch.no_grad(), self._lr():
+        with nullcontext() if isinstance(self.predictor, BuiltInPredictor) else torch.no_grad(), self._lr():
             self.predictor(
                 self._parameters,
                 self._optimizer,
