@@ -4,16 +4,19 @@ from typing import Any
 
 from shown import last_run, rows, table
 
-SLEEPING, LINKS, TUN = (last_run(rows(f"throughput/results/{part}.jsonl")) for part in ("sleeping", "links", "tun"))
+_SLEEPING = rows("throughput/results/sleeping.jsonl")
+_WITH_ALL = {line["run"] for line in _SLEEPING if line["contender"] == "torch InterleavedZeroBubble"}
+SLEEPING = last_run([line for line in _SLEEPING if line["run"] in _WITH_ALL])
+LINKS, TUN = (last_run(rows(f"throughput/results/{part}.jsonl")) for part in ("links", "tun"))
 FIFO = last_run(rows("throughput/results/sleeping_fifo.jsonl"))
 _COMPUTE = rows("throughput/results/compute.jsonl")
 COMPUTE_20 = last_run([line for line in _COMPUTE if line["model"] == "resnet20"])
 _COMPUTE_56 = [line for line in _COMPUTE if line["model"] == "resnet56"]
-TABLE_56 = last_run([line for line in _COMPUTE_56 if len(line["rounds_ms"]) < 6])
-SIX_ROUNDS = last_run(_COMPUTE_56)
+TABLE_56 = last_run(_COMPUTE_56)
 CHANNELS_LAST = last_run(rows("throughput/results/channels_last.jsonl"))
 SYNCHRONOUS = ("torch 1F1B", "torch GPipe", "torch InterleavedZeroBubble")
 SIZES = (2, 4, 8)
+TARGET = 1.06  # of the time a mini-batch over the ideal, where stages sleep
 # Times the better of torch's GPipe and 1F1B: at A = 2, at 4, and each at its own best (None).
 AIMS: tuple[tuple[str, dict[int | None, float]], ...] = (
     ("spectrain", {2: 1.2, 4: 1.2, None: 1.05}),
@@ -66,24 +69,58 @@ def _with_spread(line: dict[str, Any], form: str, unit: float = 1.0) -> str:
 
 
 def _over(lines: list[dict[str, Any]], stages: int) -> list[str]:
-    forward, backward = _times()
-    ideals = {"dtrp": 2 * forward + backward, "fdg": forward + backward, "spectrain": forward + backward}
-    over = [_with_spread(_line(lines, contender=name, stages=stages), ".3f", ideal) for name, ideal in ideals.items()]
+    over = [
+        _with_spread(_line(lines, contender=name, stages=stages), ".3f", _ideal(name))
+        for name in ("dtrp", "fdg", "spectrain")
+    ]
     return [str(stages), *over, f"{_faster('dtrp', stages, lines)}, {_faster('fdg', stages, lines)}"]
 
 
 def sleeping() -> str:
+    assert _over_the_target(SLEEPING) == [("spectrain", 8)], "the document says which are over it"
     lines = [[*_over(SLEEPING, stages), _faster("torch InterleavedZeroBubble", stages)] for stages in SIZES]
     return table([*HEAD, "zero bubble against 1F1B"], lines)
 
 
+def _ideal(method: str) -> float:
+    forward, backward = _times()
+    return (2 if method == "dtrp" else 1) * forward + backward
+
+
+def _over_the_target(lines: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    return [
+        (method, stages)
+        for method in ("dtrp", "fdg", "spectrain")
+        for stages in SIZES
+        if _median(lines, contender=method, stages=stages) / _ideal(method) > TARGET
+    ]
+
+
+def runs_sleeping() -> list[str]:
+    """The target; then spectrain at K = 4 in every run, the oldest first, and at K = 8."""
+    runs = [[line for line in _SLEEPING if line["run"] == name] for name in _names(_SLEEPING)]
+    others = {
+        (method, stages) for run in runs[-2:] for method, stages in _over_the_target(run) if method != "spectrain"
+    }
+    assert not others, "the document says that the others are within it"
+    return [
+        str(TARGET),
+        *(
+            f"{_median(run, contender='spectrain', stages=stages) / _ideal('spectrain'):.3f}"
+            for stages in (4, 8)
+            for run in runs
+        ),
+    ]
+
+
 def fifo() -> str:
+    assert not _over_the_target(FIFO), "the document says that all are within it"
     return table(HEAD, [_over(FIFO, stages) for stages in SIZES])
 
 
 def cold() -> list[str]:
     row = rows("throughput/results/cold.jsonl")[-1]
-    return ["1.06", f"{row['at_once_ms']:.2f}", f"{row['after_sleep_ms']:.2f}", f"{row['slept_ms']:g}"]
+    return [f"{row['at_once_ms']:.2f}", f"{row['after_sleep_ms']:.2f}", f"{row['slept_ms']:g}"]
 
 
 def links() -> str:
@@ -122,8 +159,7 @@ def resnet20() -> str:
 
 
 def resnet56() -> str:
-    missed = [("spectrain", 4), ("spectrain", None), ("dtrp", 4), ("dtrp", None)]
-    assert _missed(TABLE_56) == missed, "the document says which are missed"
+    assert not _missed(TABLE_56), "the document says that all are met"
     return _compute(TABLE_56, (1, 2, 4, 8))
 
 
@@ -157,10 +193,8 @@ def _all_against_torch(run: list[dict[str, Any]]) -> list[str]:
 
 
 def against_torch_56() -> list[str]:
-    """In the run of six rounds."""
-    assert not _missed(SIX_ROUNDS), "the document says that all are met"
-    assert {len(line["rounds_ms"]) for line in SIX_ROUNDS} == {6}, "the document says how many rounds"
-    return _all_against_torch(SIX_ROUNDS)
+    assert {len(line["rounds_ms"]) for line in TABLE_56} == {5}, "the document says how many rounds"
+    return _all_against_torch(TABLE_56)
 
 
 def runs_56() -> list[str]:
@@ -175,8 +209,12 @@ def runs_56() -> list[str]:
 
 
 def _runs_56() -> list[list[dict[str, Any]]]:
-    names = dict.fromkeys(line["run"] for line in _COMPUTE_56)
-    return [[line for line in _COMPUTE_56 if line["run"] == name] for name in names]
+    return [[line for line in _COMPUTE_56 if line["run"] == name] for name in _names(_COMPUTE_56)]
+
+
+def _names(lines: list[dict[str, Any]]) -> list[str]:
+    """Of the runs, the oldest first."""
+    return list(dict.fromkeys(line["run"] for line in lines))
 
 
 def _of_all_layers(run: list[dict[str, Any]]) -> tuple[float, float]:
@@ -220,8 +258,8 @@ def division_56() -> list[str]:
 
 
 def even_56() -> list[str]:
-    """By the layers' times of the run of six rounds, were all divided evenly: dtrp over a synchronous schedule at A = 4 and 8."""
-    forward, backward = _of_all_layers(SIX_ROUNDS)
+    """By the layers' times of the last run, were all divided evenly: dtrp over a synchronous schedule at A = 4 and 8."""
+    forward, backward = _of_all_layers(TABLE_56)
     # dtrp's first stage has a share s of the layers: s (2F+B) = (1-s) (F+B).
     whole, again = forward + backward, 2 * forward + backward
     slot = again * whole / (again + whole)
