@@ -45,7 +45,7 @@ class Met:
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:
-    """Those of a module as it is now, by name."""
+    """Those of a module as it is now, by name; where there are none, without the generators of ``named_buffers()``."""
     for member in members(module):
         if member._buffers:
             return dict(module.named_buffers())

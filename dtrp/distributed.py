@@ -306,8 +306,8 @@ class DistributedEngine:
         if not note.samples:
             self._check_alone(note)
         micro = MicroBatch(m, self.num_updates, note.samples / note.total)
-        of_old = note.minibatch != self.num_updates or note.word
-        self._notes.append(note._replace(minibatch=self.num_updates, word=0) if of_old else note)
+        differs = note.minibatch != self.num_updates or note.word
+        self._notes.append(note._replace(minibatch=self.num_updates, word=0) if differs else note)
         self._next_microbatch = m + 1
         with naming(self._stage.index, action, micro.minibatch):
             out = self._stage.forward(micro, x, target) if note.samples else None
@@ -429,10 +429,10 @@ class DistributedEngine:
 
     def _receive(self, link: Receiver | None, direction: str, m: int) -> Message:
         assert link is not None
-        message = link.take() if not self._tracer.on else None
-        if message is None:
-            waits = self.working_times[0].waiting("forward" if direction == "forward" else "gradient")
-            with waits, self._tracer.wait(direction, m, self._stage.index):
+        waits = self.working_times[0].waiting("forward" if direction == "forward" else "gradient")
+        with waits, self._tracer.wait(direction, m, self._stage.index):
+            message = link.take()
+            if message is None:
                 message = self._transport.receive(link, lambda: f"the {direction} message of micro-batch {m}")
         assert message.note.microbatch == m, f"expected micro-batch {m}, received {message.note}"
         if direction == "backward" and message.note.word:

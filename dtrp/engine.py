@@ -157,7 +157,7 @@ class Losses:
     def check(self) -> None:
         """Refuse a loss that is not finite."""
         losses = [loss for _, loss in self._unseen]
-        # (Of one, without more launches; a sum of several may leave the range of their dtype.)
+        # One is looked at as it is. Several are not added up: their sum may leave the range of their dtype.
         one = len(losses) == 1
         if losses and not (math.isfinite(losses[0]) if one else torch.isfinite(torch.stack(losses)).all()):
             micro, loss = next(each for each in self._unseen if not torch.isfinite(each[1]))

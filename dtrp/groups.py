@@ -74,7 +74,10 @@ class Meeting:
         return dist.ProcessGroupNCCL(store, place, len(ranks), options)
 
     def _gloo_options(self) -> Any:
-        """The same for all groups: a device has a thread that wakes a hundred times a second, also when nothing happens."""
+        """The same for all groups, and for the default group where that is gloo's too.
+
+        A device has a thread that wakes a hundred times a second, also when nothing happens.
+        """
         if self._gloo is None:
             make = dist.ProcessGroupGloo.create_device
             interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
@@ -89,7 +92,7 @@ class Meeting:
 
 
 def _devices_of_the_default_group() -> list[Any]:
-    """None where it is not gloo's, or does not show them."""
+    """Empty where it is not gloo's, or does not show them."""
     with suppress(RuntimeError):
         backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
         return list(getattr(getattr(backend, "options", None), "_devices", ()))

@@ -164,18 +164,17 @@ class Sender(Link):
         packed, ready = self._wire.out(self._packer.pack(kind, note, tensor))
         job = _Job(kind, note, packed, ready, time.monotonic() + self._latency_s if self._latency_s else 0.0)
         # A small message is handed over here: waking the thread would cost more than the message.
+        # (Nobody but this thread and `end` raises the count of those before it.)
         small = packed.buffer.numel() <= _SMALL_BYTES
         at_once = small and not (self._unsent or job.due or ready or self._wire.full)
         if at_once:
             with suppress(RuntimeError):  # the connection is broken: the thread will say so
                 job.works = self._issue(job)
-        if job.works is None:
-            with self._counting:
-                self._unsent += 1
         # A message under way must be kept until it is there. Small ones are kept a little longer, since the thread,
         # once awake, would compete with the main one for the interpreter just when the next action begins.
         self.begun += 1
         with self._counting:
+            self._unsent += job.works is None
             self._kept.append(job)
         if not at_once or len(self._kept) >= _MOST_KEPT or self.bounded or self._tracer.on:
             self._hand_over()
@@ -186,10 +185,6 @@ class Sender(Link):
             for job in self._kept:
                 self._jobs.put(job)
             self._kept.clear()
-
-    def _sent(self) -> None:
-        with self._counting:
-            self._unsent -= 1
 
     @property
     def crowded(self) -> bool:
@@ -214,7 +209,8 @@ class Sender(Link):
                 if job.ready is not None:
                     job.ready.synchronize()
                 job.works = self._issue(job)
-                self._sent()
+                with self._counting:
+                    self._unsent -= 1
             with self._tracer.range(f"send {self.name}"):
                 for work in job.works:
                     self._wire.finish(work)

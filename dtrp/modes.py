@@ -29,7 +29,7 @@ def modes_of(module: nn.Module) -> tuple[bool, ...]:
 @contextmanager
 def in_modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
     """Within it each of ``module.modules()`` is in the mode given for it; after it in its own again."""
-    modes = {member: member.training for member in module.modules()}
+    modes = {member: member.training for member in members(module)}
     try:
         for member, mode in zip(modes, training, strict=True):
             member.training = mode
@@ -45,7 +45,7 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
 
     In a module that is in train mode already, submodules that are in eval mode (a frozen BatchNorm) stay so.
     """
-    modes = {member: member.training for member in module.modules()}
+    modes = {member: member.training for member in members(module)}
     try:
         if not training or not module.training:
             module.train(training)

@@ -88,7 +88,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 def num_samples(value: Any) -> int:
     """Samples along dimension 0; of a tree that of its tensors that is not 1, if there is one."""
     if isinstance(value, Tensor):
-        return value.shape[0]
+        return len(value)
     lengths = {len(t) for t in tensors_of(value) if t.dim()}
     return next(iter(lengths - {1}), len(lengths))
 
@@ -99,7 +99,7 @@ def split(value: Any, parts: int) -> Sequence[Any]:
     Constants, tensors without a dimension and, in a tree, tensors of length 1 beside longer ones go to every part whole.
     """
     if isinstance(value, Tensor):
-        return torch.tensor_split(value, parts) if parts > 1 else (value,)
+        return torch.tensor_split(value, parts)
     tensors, form = flatten(value)
     samples = num_samples(value)
     cut = [torch.tensor_split(t, parts) if t.dim() and len(t) == samples else (t,) * parts for t in tensors]

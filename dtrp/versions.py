@@ -103,10 +103,11 @@ class Versions:
     ) -> None:
         assert self.predictor is not None
         assert self._optimizer is not None
-        if not isinstance(self.predictor, BuiltInPredictor):
+        built_in = isinstance(self.predictor, BuiltInPredictor)  # one turns autograd off itself
+        if not built_in:
             out.copy_from(self._parameters)  # a weight that it leaves out is predicted to stay
         more = gradients() if self.uses_gradients else {}
-        with nullcontext() if isinstance(self.predictor, BuiltInPredictor) else torch.no_grad(), self._lr():
+        with nullcontext() if built_in else torch.no_grad(), self._lr():
             self.predictor(
                 self._parameters,
                 self._optimizer,

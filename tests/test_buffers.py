@@ -13,7 +13,8 @@ from test_saving import check_equal, data, run
 from torch import Tensor, nn
 
 import dtrp
-from dtrp.buffers import Met, Overwritten, marks, values_met
+from dtrp.buffers import Met, Overwritten, buffers_of, marks, values_met
+from dtrp.modes import members
 
 
 def spectral() -> nn.Sequential:
@@ -214,3 +215,31 @@ def test_values_met() -> None:
     entries = [forward()]
     with pytest.raises(Overwritten, match="^b$"):
         values_met(entries, {"a": a, "b": clone(b)})
+
+
+def with_shared_parts() -> nn.Module:
+    shared = nn.Sequential(nn.BatchNorm1d(5), nn.Tanh())
+    model = nn.Sequential(shared, nn.Sequential(nn.Linear(5, 5), shared[0]), shared)
+    model.register_module("nothing", None)
+    model.register_module("last", nn.Sequential(nn.Sequential(nn.Dropout())))
+    return model
+
+
+def scripted() -> nn.Module:
+    module: nn.Module = torch.jit.script(nn.Sequential(nn.BatchNorm1d(5), nn.Sequential(nn.Linear(5, 5), nn.Tanh())))
+    return module
+
+
+@pytest.mark.parametrize("make", [with_shared_parts, spectral, network, scripted, nn.Tanh])
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_members_and_buffers_are_those_that_torch_finds(make: Any) -> None:
+    model = make()
+    assert [id(member) for member in members(model)] == [id(member) for member in model.modules()]
+    assert buffers_of(model).keys() == dict(model.named_buffers()).keys()
+
+
+def test_a_buffer_that_is_registered_later_is_found() -> None:
+    model = nn.Sequential(nn.Tanh(), nn.Sequential(nn.Tanh()))
+    assert buffers_of(model) == {}
+    model[1][0].register_buffer("late", torch.ones(2))
+    assert list(buffers_of(model)) == ["1.0.late"]

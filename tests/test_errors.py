@@ -12,10 +12,13 @@ import pytest
 import torch
 from helpers import adamw, assert_same, clone, minibatches, network, pipeline, sgd
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import dtrp
 from dtrp import Pipeline, StageError, get_method
+from dtrp.engine import Losses
 from dtrp.splitting import equal_cuts, into_stages
+from dtrp.stash import MicroBatch
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -296,6 +299,37 @@ def test_parameters_frozen_or_freed_later_are_refused() -> None:
     next(model.parameters()).requires_grad_(False)
     with pytest.raises(RuntimeError, match="requires_grad of block0.0.weight has changed since the pipeline was made"):
         pipe.step(*minibatches(1)[0])
+
+
+@pytest.mark.parametrize("how", ["pruned", "wrapped"])
+def test_parameters_that_go_by_another_name_later_are_refused(how: str) -> None:
+    model = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(4)))
+    pipe = Pipeline(model, sgd, nn.functional.mse_loss, num_stages=2, method="dtrp")
+    x = torch.ones(3, 5)
+    pipe.step(x, x)
+    first = pipe.stages[0]
+    if how == "pruned":
+        prune.l1_unstructured(model[0], "weight", amount=1)
+    else:
+        first[0] = nn.Sequential(first[0])
+    with pytest.raises(RuntimeError, match=r"0\.\S*weight\S* has changed since the pipeline was made"):
+        pipe.step(x, x)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("losses", [1, 3])
+def test_losses_that_are_not_finite_are_found_among_others(losses: int, value: float) -> None:
+    seen = Losses(2, at_once=False)
+    large = torch.tensor(torch.finfo(torch.float16).max, dtype=torch.float16)  # the sum of two is not finite
+    for i in range(losses):
+        seen.add(MicroBatch(i, 5, 1 / losses), large)
+    seen.check()
+    for i in range(losses):
+        seen.add(MicroBatch(i, 6, 1 / losses), torch.tensor(value if i == losses - 1 else 1.0))
+    with pytest.raises(
+        StageError, match=f"stage 2, forward of micro-batch {losses - 1} .mini-batch 6.*loss of mini-batch 6 is"
+    ):
+        seen.check()
 
 
 def test_a_failed_pipeline_lets_go_of_the_batch() -> None:

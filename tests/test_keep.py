@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import adamw, minibatches, network, pipeline, sgd
 from test_pipeline import check_against_oracle
-from torch import nn
+from torch import Tensor, nn
 
 import dtrp
 from dtrp.footprint import Footprint, StageSizes, footprint, optimizer_bytes
@@ -205,6 +205,28 @@ def test_a_predictor_of_ones_own_has_a_copy_for_each_micro_batch() -> None:
         pipe.step(torch.randn(64, 5), torch.randint(5, (64,)))
     for k, stage in enumerate(stages_of(pipe)):
         assert stage.stash_peak == footprint(stage.method, 4, k, 4, sizes_of(stage)).stash, k
+
+
+@pytest.mark.parametrize("method", ["dtrp", "spectrain"])
+def test_a_graph_that_saves_nothing_is_weighed_once_too(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.w
+
+    weighed = []
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", lambda *args: weighed.append(1) or hooks(*args))
+    pipe = dtrp.Pipeline([Shift(), Shift(), Shift()], sgd, nn.functional.mse_loss, num_stages=3, method=method)
+    x = torch.ones(2, 4)
+    for step in range(8):
+        pipe.step(x, x)
+        if step == 5:
+            before = len(weighed)
+    assert 3 <= before == len(weighed)
 
 
 def test_a_footprint_counts_everything_once() -> None:
