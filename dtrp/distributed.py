@@ -306,8 +306,7 @@ class DistributedEngine:
         if not note.samples:
             self._check_alone(note)
         micro = MicroBatch(m, self.num_updates, note.samples / note.total)
-        differs = note.minibatch != self.num_updates or note.word
-        self._notes.append(note._replace(minibatch=self.num_updates, word=0) if differs else note)
+        self._notes.append(note._replace(minibatch=self.num_updates, word=0))
         self._next_microbatch = m + 1
         with naming(self._stage.index, action, micro.minibatch):
             out = self._stage.forward(micro, x, target) if note.samples else None
@@ -343,7 +342,7 @@ class DistributedEngine:
                 gradient = self._stage.backward(gradient)
             word = self.proposals.take() if not self.takes_x else 0
             if not self.takes_x and (word or not self._local):
-                self._send(self._transport.backward_out, note._replace(word=word) if word else note, gradient)
+                self._send(self._transport.backward_out, note._replace(word=word), gradient)
 
     def _update(self, action: Action) -> None:
         samples = self._samples.popleft()
@@ -431,9 +430,7 @@ class DistributedEngine:
         assert link is not None
         waits = self.working_times[0].waiting("forward" if direction == "forward" else "gradient")
         with waits, self._tracer.wait(direction, m, self._stage.index):
-            message = link.take()
-            if message is None:
-                message = self._transport.receive(link, lambda: f"the {direction} message of micro-batch {m}")
+            message = self._transport.receive(link, lambda: f"the {direction} message of micro-batch {m}")
         assert message.note.microbatch == m, f"expected micro-batch {m}, received {message.note}"
         if direction == "backward" and message.note.word:
             self.proposals.add(message.note.word)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -156,10 +155,7 @@ class Losses:
 
     def check(self) -> None:
         """Refuse a loss that is not finite."""
-        losses = [loss for _, loss in self._unseen]
-        # One is looked at as it is. Several are not added up: their sum may leave the range of their dtype.
-        one = len(losses) == 1
-        if losses and not (math.isfinite(losses[0]) if one else torch.isfinite(torch.stack(losses)).all()):
+        if self._unseen and not torch.isfinite(torch.stack([loss for _, loss in self._unseen])).all():
             micro, loss = next(each for each in self._unseen if not torch.isfinite(each[1]))
             cause = FloatingPointError(
                 f"the loss of mini-batch {micro.minibatch} is {loss.item()}; lower the learning rate, or look at "

@@ -40,9 +40,7 @@ class Places:
 
     def hold(self, tensors: dict[str, Tensor]) -> Exchange:
         """Within it the module has ``tensors`` for its own of these names; what it puts in their places, they hold after."""
-        if not tensors:
-            return _AS_IT_IS
-        if isinstance(self._module, torch.jit.ScriptModule):
+        if tensors and isinstance(self._module, torch.jit.ScriptModule):
             raise TypeError(
                 "a scripted module cannot run at other weights than its own; give the module it was made of"
             )
@@ -75,6 +73,3 @@ class Exchange:
                 if changed is not None:
                     self._tensors[name] = changed
                 members[attribute] = next(own)
-
-
-_AS_IT_IS = Exchange([], {})

@@ -44,7 +44,7 @@ from .footprint import StageSizes, footprint, optimizer_bytes
 from .gauge import Gauge
 from .gradients import GradientRule, gradient_norm
 from .methods import Keep, Method
-from .modes import in_modes, members, modes_of
+from .modes import in_modes, modes_of
 from .predict import as_predictor
 from .repeatable import Buffers, LossFn, Repeatable
 from .rng import Draws
@@ -130,7 +130,6 @@ class Stage:
         named = [(name, p) for name, p in self.whole.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
-        self._places_trained = _places_trained(self.whole)
         for p in self.parameters:
             p.grad = None
         self.ties = [tie for tie in ties if index in tie.names]
@@ -348,7 +347,7 @@ class Stage:
         for leaf, gradient in zip(leaves, self.gradients, strict=True):
             leaf.grad = gradient
         # An activation checkpoint inside the module runs a part of it again: at the same weights.
-        with self.repeatable.at(self._tensors(held.weights)), held.autocast.without().region():
+        with self.repeatable.at(self._tensors(held.weights)), held.autocast._replace(enabled=False).region():
             torch.autograd.backward([root for root, _ in starts], [gradient for _, gradient in starts])  # type: ignore[arg-type]
         for i, leaf in enumerate(leaves):
             self.gradients[i], leaf.grad = leaf.grad, None
@@ -466,8 +465,6 @@ class Stage:
 
     def check_trainable(self) -> None:
         """Refuse parameters that were frozen or freed since the stage was made: its optimizer would not know."""
-        if _places_trained(self.whole) == self._places_trained:
-            return
         now = [name for name, p in self.whole.named_parameters() if p.requires_grad]
         if now != self.names:
             changed = sorted(set(now) ^ set(self.names))[0]
@@ -518,20 +515,6 @@ class Stage:
             "stash": stash_bytes(self._stash),
             "stash_peak": self.stash_peak,
         }
-
-
-def _places_trained(module: nn.Module) -> tuple[int, list[tuple[str, int]]]:
-    """How many modules there are, and of each parameter in them that is to be trained its attribute and its id.
-
-    What stays the same where all names do, and takes less to find out. (The stage keeps the parameters, so no id is reused.)
-    """
-    found = []
-    modules = members(module)
-    for member in modules:
-        for name, p in member._parameters.items():
-            if p is not None and p.requires_grad:
-                found.append((name, id(p)))
-    return len(modules), found
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:

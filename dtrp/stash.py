@@ -41,10 +41,6 @@ class AutocastState(NamedTuple):
     def now(cls, device_type: str) -> AutocastState:
         return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
 
-    def without(self) -> AutocastState:
-        """The same, not enabled."""
-        return self._replace(enabled=False) if self.enabled else self
-
     def region(self) -> AbstractContextManager[Any]:
         """Within it these settings hold."""
         if not self.enabled and not torch.is_autocast_enabled(self.device_type):
@@ -92,13 +88,8 @@ class Held:
 
 def stash_bytes(stash: Iterable[Held]) -> int:
     """What the entries hold together; entries may share a copy of the weights."""
-    total, counted = 0, set()
-    for held in stash:
-        total += held.nbytes
-        if held.weights is not None and id(held.weights) not in counted:
-            counted.add(id(held.weights))
-            total += held.weights.nbytes
-    return total
+    versions = {id(held.weights): held.weights.nbytes for held in stash if held.weights is not None}
+    return sum(held.nbytes for held in stash) + sum(versions.values())
 
 
 def value_bytes(value: Any) -> int:

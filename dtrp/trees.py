@@ -112,8 +112,6 @@ def check_samples(label: str, value: Any) -> Any:
     Raises:
         TypeError, ValueError: it is none.
     """
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] and not value.is_inference():
-        return value
     tensors = flatten(value, label)[0] if isinstance(value, (Tensor, tuple, list, Mapping)) else []
     if not tensors:
         raise TypeError(

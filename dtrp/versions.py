@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -103,11 +103,10 @@ class Versions:
     ) -> None:
         assert self.predictor is not None
         assert self._optimizer is not None
-        built_in = isinstance(self.predictor, BuiltInPredictor)  # one turns autograd off itself
-        if not built_in:
+        if not isinstance(self.predictor, BuiltInPredictor):
             out.copy_from(self._parameters)  # a weight that it leaves out is predicted to stay
         more = gradients() if self.uses_gradients else {}
-        with nullcontext() if built_in else torch.no_grad(), self._lr():
+        with torch.no_grad(), self._lr():
             self.predictor(
                 self._parameters,
                 self._optimizer,
