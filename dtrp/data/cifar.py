@@ -5,15 +5,14 @@ Source: Krizhevsky, Learning multiple layers of features from tiny images, Unive
 
 from __future__ import annotations
 
-import io
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..pickles import ForbiddenName, Record, Unpickler
 from .dataset import Dataset, channel_stats
 
 
@@ -149,32 +148,12 @@ def _again(layout: _Layout) -> str:
 # -- pickles --------------------------------------------------------------------------------------------
 
 
-class _ForbiddenGlobal(Exception):
-    """A pickle asks for something by name that is no part of an array."""
+class _NumberType(Record):
+    """Stands for `numpy.dtype`. Its state is byte order and alignment: a byte has neither."""
 
 
-class _NumberType:
-    """Stands for `numpy.dtype`; keeps the code."""
-
-    code: object = None  # also where a forged pickle makes one without __init__
-
-    def __init__(self, code: object, align: object = None, copy: object = None) -> None:
-        self.code = code.decode("latin1") if isinstance(code, bytes) else code
-
-    def __setstate__(self, state: object) -> None:
-        """Byte order and alignment: a byte has neither."""
-
-
-class _Array:
-    """Stands for what NumPy's ``_reconstruct`` returns; keeps the state, which comes next."""
-
-    state: Any = None
-
-    def __init__(self, subtype: object, shape: object, code: object) -> None:
-        """What comes here is that of an empty array."""
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
+class _Array(Record):
+    """Stands for what NumPy's ``_reconstruct`` returns; its arguments are those of an empty array, and its state comes next."""
 
     def bytes_and_shape(self) -> tuple[bytes, tuple[int, int], bool]:
         """Its bytes, its shape, and whether they lie column by column.
@@ -185,57 +164,36 @@ class _Array:
         if not isinstance(self.state, tuple) or len(self.state) != 5:
             raise ValueError("an unfinished array")
         _, shape, number, by_column, raw = self.state
-        code = number.code if isinstance(number, _NumberType) else None
+        code = next(iter(number.arguments), None) if isinstance(number, _NumberType) else None
+        code = code.decode("latin1") if isinstance(code, bytes) else code
         if code != "u1" or not isinstance(raw, bytes):
-            raise ValueError(f"an array of type {code!r}")
-        if not isinstance(shape, tuple) or len(shape) != 2 or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"an array of type {code!r}" if isinstance(code, str) else "an array of no type")
+        if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError("uint8 without a shape")
+        if len(shape) != 2:
             raise ValueError(f"uint8 of shape {shape}")
         if len(raw) != shape[0] * shape[1]:
             raise ValueError(f"uint8 of shape {shape} but {len(raw)} bytes")
         return raw, (shape[0], shape[1]), bool(by_column)
 
 
-# The extension registry, whose objects may come without find_class; bytearrays, made as long as the file says.
-_UNREAD = (*pickle.EXT1, *pickle.EXT2, *pickle.EXT4, *pickle.BYTEARRAY8)
-
-
-class _ArrayUnpickler(pickle._Unpickler):
-    """Reads containers, numbers, strings and arrays.
-
-    A pickle calls what it names. So nothing is looked up: the few names that an array's pickle needs are answered with
-    stand-ins from here, and any other is refused before anything happens. It is the unpickler written in Python: the
-    one in C, and NumPy's reading of an array's state, can crash on a damaged file.
-    """
-
-    dispatch: ClassVar = {code: load for code, load in pickle._Unpickler.dispatch.items() if code not in _UNREAD}
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__(io.BytesIO(content), encoding="bytes")
-
-        def encode(text: str, encoding: str) -> bytes:
-            """For _codecs.encode: how Python 3 writes bytes in protocol 2."""
-            if encoding != "latin1":
-                raise ValueError(f"bytes encoded as {encoding!r}")
-            return text.encode("latin1")
-
-        self._stand_ins = {
-            ("numpy.core.multiarray", "_reconstruct"): _Array,
-            ("numpy._core.multiarray", "_reconstruct"): _Array,
-            ("numpy", "ndarray"): "ndarray",  # an argument of _reconstruct
-            ("numpy", "dtype"): _NumberType,
-            ("_codecs", "encode"): encode,
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._stand_ins:
-            raise _ForbiddenGlobal(f"{module}.{name}")
-        return self._stand_ins[module, name]
-
-
 def _read_pickle(path: Path) -> object:
+    def encode(text: str, encoding: str) -> bytes:
+        """For _codecs.encode, how Python 3 writes bytes in protocol 2; made anew, since BUILD can write its attributes."""
+        if encoding != "latin1":
+            raise ValueError("bytes of another encoding than latin1")
+        return text.encode("latin1")
+
+    stand_ins = {
+        ("numpy.core.multiarray", "_reconstruct"): _Array,
+        ("numpy._core.multiarray", "_reconstruct"): _Array,
+        ("numpy", "ndarray"): "ndarray",  # an argument of _reconstruct
+        ("numpy", "dtype"): _NumberType,
+        ("_codecs", "encode"): encode,
+    }
     try:
-        return _ArrayUnpickler(path.read_bytes()).load()
-    except _ForbiddenGlobal as forbidden:
+        return Unpickler(path.read_bytes(), stand_ins, encoding="bytes").load()
+    except ForbiddenName as forbidden:
         raise ValueError(
             f"{path}: asks for {forbidden}, which no CIFAR file needs; refused, and nothing of it was run. Take the "
             "official file (or write yours with pickle protocol 2, 3 or 4)"

@@ -8,7 +8,6 @@ that a wait can be interrupted and a rank that fails is named. Plain `FileSystem
 from __future__ import annotations
 
 import io
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan
 
-from .coding import Spec
-from .manifest import METADATA, CheckpointError
+from ..pickles import ForbiddenName, Record, Unpickler
+from .coding import DTYPES, Spec
+from .manifest import METADATA, CheckpointError, is_count
 
-# What the pickle of a Metadata refers to; each only builds an object of its own.
-_ALLOWED = {
-    ("torch", "Size"), ("torch.serialization", "_get_layout"), ("torch.storage", "_get_dtype_from_pickle_storage_type"),
-    ("collections", "OrderedDict"),
-    *(("torch.distributed.checkpoint.metadata", name) for name in (
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-}  # fmt: skip
+_METADATA = Metadata.__module__
+# What the pickle of a Metadata refers to, and what stands for it: for classes and functions records, for dtypes their names.
+_STAND_INS: dict[tuple[str, str], Any] = {
+    (module, name): type(name, (Record,), {})
+    for module, name in (
+        ("torch", "Size"), ("torch.serialization", "_get_layout"), (_StorageInfo.__module__, "_StorageInfo"),
+        *((_METADATA, name) for name in (
+            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    )
+} | {("torch", name): name for name in DTYPES}  # fmt: skip
+_MOST_DIMS = 64  # that torch has
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -77,14 +87,6 @@ class Saving:
         self._writer.finish(self._metadata, results)
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = getattr(torch, name, None) if module == "torch" else None
-        if (module, name) not in _ALLOWED and not isinstance(dtype, torch.dtype):
-            raise CheckpointError(f"it refers to {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
 class Reader(FileSystemReader):
     """Reads the tensors of a checkpoint whose files have been checked, and nothing else.
 
@@ -100,28 +102,62 @@ class Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = self._folder / METADATA
         try:
-            metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
-            self._check(metadata)
-        except Exception as error:
-            raise CheckpointError(f"{path} is refused: {error}; use another checkpoint") from None
-        assert isinstance(metadata, Metadata)
-        metadata.storage_meta = StorageMeta()
-        return metadata
+            return self._rebuilt(_state_of(Unpickler(path.read_bytes(), _STAND_INS).load(), "Metadata", dict))
+        except Exception as error:  # a damaged pickle can raise anything
+            reason = f"it refers to {error}, which no checkpoint needs" if isinstance(error, ForbiddenName) else error
+            raise CheckpointError(f"{path} is refused: {reason}; use another checkpoint") from None
 
-    def _check(self, metadata: Any) -> None:
-        if type(metadata) is not Metadata or not isinstance(metadata.state_dict_metadata, dict):
-            raise CheckpointError("it is no metadata of torch.distributed.checkpoint")
-        for key, entry in metadata.state_dict_metadata.items():
-            if not isinstance(key, str) or type(entry) is not TensorStorageMetadata:
+    def _rebuilt(self, said: dict[str, Any]) -> Metadata:
+        """What `Saving` has written, made anew of what a file says: tensors, each whole in one place."""
+        tensors: dict[str, Any] = {}
+        for key, record in _checked(said.get("state_dict_metadata"), dict).items():
+            if type(record) is not _STAND_INS[_METADATA, "TensorStorageMetadata"]:
                 raise CheckpointError(f"{str(key)[:60]!r} is no tensor")
-        for index, info in metadata.storage_data.items():
-            name, start, length = info.relative_path, info.offset, info.length
-            if type(index) is not MetadataIndex or not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-                raise CheckpointError(f"it names the file {str(name)[:60]!r}, which is no plain file name")
+            entry = _state_of(record, "TensorStorageMetadata", dict)
+            size, (chunk,) = _size(entry.get("size")), _checked(entry.get("chunks"), list)
+            place, zeros = _state_of(chunk, "ChunkStorageMetadata", dict), torch.Size([0] * len(size))
+            if _size(place.get("offsets")) != zeros or _size(place.get("sizes")) != size:
+                raise CheckpointError(f"{str(key)[:60]!r} is not in one piece")
+            dtype = DTYPES[_checked(_state_of(entry.get("properties"), "TensorProperties", tuple)[0], str)]
+            piece = ChunkStorageMetadata(zeros, size)
+            tensors[_checked(key, str)] = TensorStorageMetadata(TensorProperties(dtype), size, [piece])
+        places: dict[MetadataIndex, _StorageInfo] = {}
+        for index, record in _checked(said.get("storage_data"), dict).items():
+            key = _checked(_state_of(index, "MetadataIndex", dict).get("fqn"), str)
+            info = _state_of(record, "_StorageInfo", dict)
+            name, start, length = (info.get(field) for field in ("relative_path", "offset", "length"))
+            if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+                shown = name[:60] if isinstance(name, str) else type(name).__name__
+                raise CheckpointError(f"it names the file {shown!r}, which is no plain file name")
             if name not in self._sizes:
                 raise CheckpointError(f"it names the file {name!r}, which is no part of the checkpoint")
-            if not 0 <= start <= start + length <= self._sizes[name] or getattr(info, "transform_descriptors", None):
+            inside = is_count(start) and is_count(length) and start + length <= self._sizes[name]
+            if not inside or info.get("transform_descriptors"):
                 raise CheckpointError(f"it points outside of {name!r}")
+            places[MetadataIndex(key, tensors[key].chunks[0].offsets)] = _StorageInfo(name, start, length)
+        return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+
+
+def _checked(value: Any, kind: type) -> Any:
+    """A value from a file, of this very type."""
+    if type(value) is not kind:
+        found = f"a {type(value).__name__} where a {kind.__name__} is expected"
+        raise CheckpointError(f"it is no metadata of torch.distributed.checkpoint: {found}")
+    return value
+
+
+def _state_of(record: Any, name: str, kind: type) -> Any:
+    """What an object of the class ``name`` was left with, as its stand-in has it."""
+    module = _StorageInfo.__module__ if name == _StorageInfo.__name__ else _METADATA
+    return _checked(_checked(record, _STAND_INS[module, name]).state, kind)
+
+
+def _size(record: Any) -> torch.Size:
+    """What a stand-in for a `torch.Size` stands for."""
+    (sizes,) = _checked(record, _STAND_INS["torch", "Size"]).arguments
+    if len(_checked(sizes, tuple)) > _MOST_DIMS or not all(map(is_count, sizes)):
+        raise CheckpointError("a size in it is no size")
+    return torch.Size(sizes)
 
 
 class _Planner(DefaultLoadPlanner):
@@ -152,9 +188,6 @@ def read_tensors(folder: Path, files: dict[str, Any], specs: dict[str, Spec]) ->
             or entry.properties.dtype != spec.dtype
         ):
             raise CheckpointError(f"{folder / METADATA} does not have the tensor {key!r} as the manifest says")
-        held = sum(chunk.sizes.numel() for chunk in entry.chunks)
-        if held != spec.numel:
-            raise CheckpointError(f"{folder / METADATA} has {held} elements of the tensor {key!r}, not {spec.numel}")
     planner = _Planner(flatten_state_dict=False)
     try:
         planner.set_up_planner({key: tensors[key] for key in specs}, metadata, True)
