@@ -28,7 +28,7 @@ from .alike import check_targets, checksum_of
 from .busy import WorkingTime
 from .checkpoint import on_cpu
 from .engine import Losses, Progress
-from .errors import StageError, naming
+from .errors import StageError, message_of, naming
 from .failure import WorkerError
 from .links import Receiver, Sender
 from .messages import Kind, Message, Note
@@ -238,7 +238,7 @@ class DistributedEngine:
                 result = job()
             except Exception as failed:
                 error = failed
-            errors = self.gather(method, None if error is None else str(error) or type(error).__name__)
+            errors = self.gather(method, None if error is None else message_of(error) or type(error).__name__)
         except BaseException as failed:
             self.fail(failed)
             raise

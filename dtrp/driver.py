@@ -18,6 +18,7 @@ from . import checkpoint
 from .alike import method_values
 from .arguments import whole
 from .engine import Engine
+from .errors import message_of
 from .gauge import Gauge, PredictionError
 from .methods import Keep, Method
 from .saving import CheckpointError, session
@@ -392,7 +393,7 @@ class Driver:
         return nullcontext() if self._engine.alone else self._breaking()
 
     def _break(self, error: BaseException) -> None:
-        self._broken = str(error) or type(error).__name__
+        self._broken = message_of(error) or type(error).__name__
         self._engine.fail(error)
 
 

@@ -7,6 +7,14 @@ from types import TracebackType
 from .schedule import Action
 
 
+def message_of(error: BaseException) -> str:
+    """``str(error)``, whatever a class of the caller's makes of that."""
+    try:
+        return str(error)
+    except Exception as failed:
+        return f"<its message cannot be shown: {type(failed).__name__}>"
+
+
 class StageError(RuntimeError):
     """What went wrong in a stage: which one, at which micro-batch, and (``__cause__``) why.
 
@@ -23,7 +31,9 @@ class StageError(RuntimeError):
             "B": f"backward of micro-batch {action.index}",
             "U": "update",
         }[action.kind]
-        super().__init__(f"stage {stage}, {doing} (mini-batch {minibatch}): {type(cause).__name__}: {cause}")
+        super().__init__(
+            f"stage {stage}, {doing} (mini-batch {minibatch}): {type(cause).__name__}: {message_of(cause)}"
+        )
 
     @classmethod
     def told(cls, text: str, stage: int, microbatch: int | None, minibatch: int) -> StageError:

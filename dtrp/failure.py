@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from .errors import StageError
+from .errors import StageError, message_of
 
 T = TypeVar("T")
 _SLICE_S = 0.5  # the longest that a notice which slipped through goes unseen
@@ -60,21 +60,21 @@ class Failure:
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
         """What ``error``, raised on ``rank``, is for the other ranks."""
-        trace = "".join(traceback.format_exception(error))
+        text, trace = message_of(error), _trace_of(error)
         if isinstance(error, StageError):
-            nonfinite = str(error.__cause__) if isinstance(error.__cause__, FloatingPointError) else ""
-            return cls("stage", rank, str(error), (error.stage, error.microbatch, error.minibatch), trace, nonfinite)
+            nonfinite = message_of(error.__cause__) if isinstance(error.__cause__, FloatingPointError) else ""
+            return cls("stage", rank, text, (error.stage, error.microbatch, error.minibatch), trace, nonfinite)
         if isinstance(error, WorkerError):
-            return cls("timeout" if isinstance(error, TimeoutError) else "ended", rank, str(error))
+            return cls("timeout" if isinstance(error, TimeoutError) else "ended", rank, text)
         if isinstance(error, KeyboardInterrupt):
             return cls("ended", rank, f"rank {rank} was interrupted")
         if isinstance(error, SystemExit):
             # Who reports an error and exits, as torch.multiprocessing.spawn does in its processes, has one in hand.
-            why = f", after {type(error.__context__).__name__}: {error.__context__}" if error.__context__ else ""
-            return cls(
-                "ended", rank, f"rank {rank} has ended (exit code {error.code or 0}){why}", None, trace if why else ""
-            )
-        return cls("ended", rank, f"rank {rank} has ended with {type(error).__name__}: {error}", None, trace)
+            held = error.__context__
+            why = f", after {type(held).__name__}: {message_of(held)}" if held else ""
+            code = text if error.code else 0
+            return cls("ended", rank, f"rank {rank} has ended (exit code {code}){why}", None, trace if why else "")
+        return cls("ended", rank, f"rank {rank} has ended with {type(error).__name__}: {text}", None, trace)
 
     def error(self, doing: str) -> Exception:
         """The exception for a rank that hears of it while it was ``doing`` something."""
@@ -92,6 +92,13 @@ class Failure:
         elif there is not None:
             error.__cause__ = there
         return error
+
+
+def _trace_of(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(error))
+    except Exception:  # an error's class can be anything, and the other ranks must hear all the same
+        return ""
 
 
 class Board:

@@ -128,9 +128,18 @@ class Watch:
 
 
 def _packed(word: dict[str, Any]) -> bytes:
-    """The word as JSON of `_WORD_BYTES`; the traceback's beginning and the text's end give way."""
-    most = _WORD_BYTES // 2
-    while len(packed := json.dumps(word).encode()) > _WORD_BYTES:
-        word = {**word, "trace": "...\n" + word["trace"][-most:], "text": word["text"][:most] + " ..."}
+    """The word as JSON of `_WORD_BYTES`; what is too long for it is cut, and says so: a traceback at its beginning."""
+    most, packed = _WORD_BYTES, json.dumps(word).encode()
+    while len(packed) > _WORD_BYTES:
         most //= 2
+        packed = json.dumps({name: _cut(name, value, most) for name, value in word.items()}).encode()
     return packed.ljust(_WORD_BYTES)
+
+
+def _cut(name: str, value: Any, most: int) -> Any:
+    if isinstance(value, list):
+        return value[:most]
+    if not isinstance(value, str) or len(value) <= most:
+        return value
+    note = f"... ({len(value):,} characters, cut)"
+    return f"{note}\n{value[len(value) - most :]}" if name == "trace" else f"{value[:most]} {note}"

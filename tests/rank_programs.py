@@ -889,6 +889,32 @@ def fail_in_stage(folder: str, where: str, method: str, stage: int, context: boo
             pipe.step(x, y)
 
 
+class MuteError(Exception):
+    """One that cannot even say what it is."""
+
+    def __str__(self) -> str:
+        raise self
+
+
+def fail_at_length(folder: str, how: str) -> None:
+    """Stage 1 raises what is hard to tell; each rank writes what it hears."""
+    model = without_noise(3)
+    errors = {"long": FloatingPointError("overflow in layer 7, " + "\U0001f600" * 35_000), "mute": MuteError("mute")}
+
+    def fail(module: nn.Module, x: Any) -> None:
+        raise errors[how]
+
+    model[1].register_forward_pre_hook(fail)
+    pipe = pipeline(model, num_stages=3, timeout_s=10)
+    try:
+        for x, y in minibatches(12):
+            pipe.step(x, y)
+    except dtrp.StageError as error:
+        Path(folder, f"heard{rank()}.json").write_text(
+            json.dumps([error.stage, str(error)[:120], len(str(error.__cause__.args))])
+        )
+
+
 def nonfinite_gradient(folder: str, stage: int, options: dict[str, Any]) -> None:
     """The gradient of one parameter of ``stage`` is not finite in mini-batch 4; each rank writes what it hears."""
     model = without_noise(3)
@@ -1260,6 +1286,7 @@ PROGRAMS: dict[str, Callable[..., None]] = {
         save_to_a_full_disk,
         train_until_killed,
         fail_in_stage,
+        fail_at_length,
         nonfinite_gradient,
         fail_outside,
         stall,

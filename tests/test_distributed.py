@@ -341,6 +341,18 @@ def test_an_exception_in_a_stage_is_every_ranks(
         assert "raise ValueError" in outcome.err, "the cause's traceback"
 
 
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("long", "FloatingPointError: overflow in layer 7, "), ("mute", "MuteError: <its message cannot be")],
+)
+def test_an_error_that_is_hard_to_tell_is_every_ranks(server: Server, tmp_path: Path, how: str, message: str) -> None:
+    run_ranks(server, tmp_path, 3, "fail_at_length", how, timeout_s=20)
+    for rank in range(3):
+        stage, text, length = json.loads((tmp_path / f"heard{rank}.json").read_text())
+        assert (stage, text.startswith(f"stage 1, forward of micro-batch 0 (mini-batch 0): {message}")) == (1, True)
+        assert 0 < length < 20_000 or rank == 1, "what is long has been cut elsewhere"
+
+
 def kill_a_worker(server: Server, folder: Path, num_ranks: int, method: str, victim: int, after_s: float) -> None:
     with start_ranks(server, folder, num_ranks, "train_until_killed", method) as ranks:
         ranks.await_ready()

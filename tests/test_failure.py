@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dtrp.errors import StageError
 from dtrp.failure import Board, Failure, SigtermHandler, WaitTimeoutError, WorkerError
 from dtrp.ranks import _interruptibly
+from dtrp.schedule import Action
 from dtrp.watch import _WORD_BYTES, _packed
 
 
@@ -32,6 +35,61 @@ def test_a_word_always_fits_and_can_be_read(letter: str, length: int) -> None:
     assert word["trace"].endswith(" ends")
     if length <= 100:
         assert word["text"] == failure.text
+
+
+ANYTHING = st.text(
+    st.characters(exclude_categories=()), max_size=30
+)  # nulls, surrogates, what JSON writes as twelve bytes
+LONG = st.builds(lambda text, times: text * times, ANYTHING, st.sampled_from([1, 1, 100, 3000]))
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=150)
+@given(
+    name=st.text("aZ_", min_size=1).flatmap(lambda name: st.sampled_from([name, name * 20_000])),
+    messages=st.lists(LONG, min_size=1, max_size=4),
+    deep=st.sampled_from([0, 0, 0, 400]),
+    place=st.none() | st.integers(0, 2**62),
+    mute=st.booleans(),
+)
+def test_anything_that_is_raised_can_be_told(
+    name: str, messages: list[str], deep: int, place: int | None, mute: bool
+) -> None:
+    def failing(self: Any) -> str:
+        raise self
+
+    kind = type(name, (FloatingPointError,), {"__str__": failing} if mute else {})
+    error: BaseException | None = None
+    for message in (*messages, *["deep"] * deep, messages[0]):
+        inner, error = error, kind(message)
+        error.__cause__ = inner
+    assert error is not None
+    for raised in (
+        error,
+        StageError(2, Action("U" if place is None else "F", place or 0), 7, error),
+        SystemExit(messages[0]),
+    ):
+        if raised is not error:
+            raised.__cause__ = raised.__context__ = error
+        failure = Failure.of(3, raised)
+        packed = _packed(asdict(failure))
+        assert len(packed) == _WORD_BYTES
+        word = json.loads(packed)
+        told = Failure(**{**word, "place": tuple(word["place"]) if word["place"] else None})
+        assert (told.kind, told.rank, told.place) == (failure.kind, 3, failure.place)
+        for field in ("text", "trace", "nonfinite"):
+            sent, came = (
+                json.loads(json.dumps(getattr(each, field))) for each in (failure, told)
+            )  # halves of a pair are one
+            assert came == sent or " characters, cut)" in came
+            assert len(came) <= len(sent) + 40
+        assert str(told.error("in step()")).startswith(told.text[:50])
+
+
+def test_words_of_any_kind_are_cut() -> None:
+    for word in ({"doing": "x" * 10**6, "awaited": list(range(10**5))}, {"done": 10**9}, {"asks": True}):
+        told = json.loads(_packed(word))
+        assert told.keys() == word.keys()
+        assert all(told[name] == value or len(told[name]) < len(value) for name, value in word.items())
 
 
 def test_the_first_failure_counts() -> None:
