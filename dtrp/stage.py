@@ -48,6 +48,7 @@ from .modes import in_modes, modes_of
 from .predict import as_predictor
 from .repeatable import Buffers, LossFn, Repeatable
 from .rng import Draws
+from .saved_tensors import NOT_WEIGHED, weigh_graph
 from .schedule import lead
 from .stash import AutocastState, Held, MicroBatch, WeightVersion, stash_bytes, states_bytes, tensor_bytes, value_bytes
 from .ties import Tie
@@ -386,22 +387,15 @@ class Stage:
         with torch.enable_grad():
             if nbytes is not None:
                 out, loss = self.repeatable.run(held, self._tensors(held.weights), buffers)
-            else:  # weigh the graph, once for each kind of input; 0 where it saves nothing, or hooks of the caller's hide it
-                known = [*self.whole.parameters(), *self.whole.buffers(), *inputs]
-                known += held.weights.leaves if held.weights else []
+            else:  # once for each kind of input; 0 where it saves nothing, or nobody could look
+                known = [*inputs, *(held.weights.leaves if held.weights else [])]
                 first = self.repeatable.changes_input is None
-                seen = {t.untyped_storage().data_ptr() for t in known}
-                sizes: dict[int, int] = {}
-
-                def weigh(t: Tensor) -> Tensor:
-                    storage = t.untyped_storage()
-                    if storage.data_ptr() not in seen:
-                        sizes[storage.data_ptr()] = storage.nbytes()
-                    return t
-
-                with torch.autograd.graph.saved_tensors_hooks(weigh, lambda t: t):
-                    out, loss = self.repeatable.run(held, self._tensors(held.weights), buffers)
-                nbytes = sum(sizes.values())
+                (out, loss), sizes = weigh_graph(
+                    lambda: self.repeatable.run(held, self._tensors(held.weights), buffers), self.whole, known
+                )
+                if sizes is None and not self.has_decided:
+                    raise ValueError(f"keep='auto' at stage {self.index}: {NOT_WEIGHED}; pass keep='graph' or 'input'")
+                nbytes = sum((sizes or {}).values())
                 if not first:
                     self._graph_bytes[key] = nbytes
         held.has_graph = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import operator
 import statistics
@@ -29,8 +30,9 @@ from ..methods import Keep, Method
 from ..plan_file import PlanError
 from ..predict import BuiltInPredictor, as_predictor
 from ..repeatable import LossFn
+from ..saved_tensors import NOT_WEIGHED, weigh_graph
 from ..splitting import called, layers_of, stage_device
-from ..stash import states_bytes, tensor_bytes
+from ..stash import parts_of, states_bytes, tensor_bytes
 from ..trees import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
 from .neighbours import busy_neighbours
 from .trial import StageTrial, relative_spread, try_stages
@@ -255,13 +257,16 @@ class Profiler:
             graphs: list[tuple[list[list[Tensor]], list[Tensor]]] = []
             h = x
             for place, layer in enumerate(self._layers):
-                saved = _Saved([*layer.parameters(), *layer.buffers()]) if number == -1 else None
                 start = self._now()
-                with saved or nullcontext():
-                    given, gradients, out = self._run_layer(place, h, y)
+                if number == -1:
+                    ran, saved = weigh_graph(functools.partial(self._run_layer, place, h, y), layer)
+                    if saved is None:
+                        raise PlanError(f"layer {self.names[place]}: {NOT_WEIGHED}; make the Pipeline without a plan")
+                    sizes.append(_sizes(saved, ran[0], tensors_of(ran[2])))
+                else:
+                    ran = self._run_layer(place, h, y)
                 forward[place].append(self._now() - start)
-                if saved is not None:
-                    sizes.append(saved.sizes(given, tensors_of(out)))
+                _, gradients, out = ran
                 graphs.append((gradients, tensors_of(out)))
                 h = map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), out)
             incoming: list[Tensor | None] = []
@@ -352,26 +357,12 @@ class Profiler:
         return time.perf_counter()
 
 
-class _Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Within it, what autograd saves is weighed, each storage once; ``known`` ones are not."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        self._known = {t.untyped_storage().data_ptr() for t in known}
-        self._storages: dict[int, int] = {}
-        super().__init__(self._weigh, lambda t: t)
-
-    def _weigh(self, t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self._storages[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    def sizes(self, given: Sequence[Tensor], made: Sequence[Tensor]) -> tuple[int, int, int, bool, bool]:
-        """(graph, input, output bytes; whether the graph saves a part of the input, and of the output)."""
-        places = [{t.untyped_storage().data_ptr() for t in tensors} for tensors in (given, made)]
-        saves = [not own.isdisjoint(self._storages) for own in places]
-        rest = sum(size for place, size in self._storages.items() if place not in places[0] | places[1])
-        return rest, sum(map(tensor_bytes, given)), sum(map(tensor_bytes, made)), saves[0], saves[1]
+def _sizes(saved: dict[int, int], given: Sequence[Tensor], made: Sequence[Tensor]) -> tuple[int, int, int, bool, bool]:
+    """(graph, input, output bytes; whether the graph saves a part of the input, and of the output)."""
+    places = [{part.untyped_storage().data_ptr() for t in tensors for part in parts_of(t)} for tensors in (given, made)]
+    saves = [not own.isdisjoint(saved) for own in places]
+    rest = sum(size for place, size in saved.items() if place not in places[0] | places[1])
+    return rest, sum(map(tensor_bytes, given)), sum(map(tensor_bytes, made)), saves[0], saves[1]
 
 
 def checked_example(example: Any) -> tuple[Any, Any]:
