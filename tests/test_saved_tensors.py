@@ -240,12 +240,13 @@ class Twisted(nn.Module):
 )
 @pytest.mark.filterwarnings("ignore:Sparse", "ignore:The PyTorch API of nested tensors")
 def test_the_first_minibatch_equals_a_plain_loop(make: Callable[[], nn.Module], method: str) -> None:
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Sequential(make(), nn.Linear(WIDTH, WIDTH)), nn.Linear(WIDTH, 3))
+    stages = [nn.Sequential(make(), nn.Linear(WIDTH, WIDTH)) for _ in range(2)]  # copies of buffers, and the buffers
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *stages)
     plain = copy.deepcopy(model)
     optimizer = sgd(list(plain.parameters()))
     pipe = dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, num_stages=3, method=method, keep="graph")
     for samples in (4, 4, 5):  # a new shape too
-        x, y = torch.randn(samples, WIDTH), torch.randint(3, (samples,))
+        x, y = torch.randn(samples, WIDTH), torch.randint(WIDTH, (samples,))
         nn.functional.cross_entropy(plain(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
