@@ -10,6 +10,7 @@ one model neither happens, so it must not happen between stages.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,26 @@ _CPU_LINE_BYTES = 128  # a multiple of every CPU's cache line and vector
 def shift_of(x: Tensor) -> int:
     """Bytes from a line's beginning to the first element of x."""
     return x.data_ptr() % (_CPU_LINE_BYTES if x.device.type == "cpu" else LINE_BYTES)
+
+
+def parts_of(x: Tensor) -> list[Tensor]:
+    """The tensors in which the values of x lie: itself, or those that a sparse tensor or one of a subclass is made of."""
+    if type(x) is Tensor and x.layout is torch.strided:
+        return [x]
+    if x.layout is torch.sparse_coo:
+        return [x._indices(), x._values()]
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [x.crow_indices(), x.col_indices(), x.values()]
+    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [x.ccol_indices(), x.row_indices(), x.values()]
+    if hasattr(x, "__tensor_flatten__"):
+        return [part for name in x.__tensor_flatten__()[0] for part in parts_of(getattr(x, name))]
+    return [] if x.is_mkldnn else [x]  # which tells nobody
+
+
+def sparse_of(indices: Tensor, values: Tensor, shape: Sequence[int], coalesced: bool) -> Tensor:
+    """The sparse COO tensor of these parts, which stand where they are."""
+    return torch.sparse_coo_tensor(indices, values, torch.Size(shape), is_coalesced=coalesced, check_invariants=False)
 
 
 class Layout(NamedTuple):
@@ -86,6 +107,9 @@ def aligned_room(nbytes: int, device: torch.device | None = None, *, pinned: boo
 def aligned_clone(x: Tensor) -> Tensor:
     """``x.detach().clone()`` with the strides of x and its address modulo the line."""
     x = x.detach()
+    if x.layout is torch.sparse_coo:
+        indices, values = map(aligned_clone, parts_of(x))
+        return sparse_of(indices, values, x.shape, x.is_coalesced())
     layout = Layout.of(x)
     if not x.numel() or layout.expanded:
         return x.clone()
@@ -109,7 +133,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradients: list[Tensor], copy: bool) -> Tensor:
         ctx.gradients = gradients
-        return aligned_clone(x) if copy else x.view_as(x)
+        return aligned_clone(x) if copy else x.view_as(x) if x.layout is torch.strided else x.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .aligned import parts_of
 from .checkpoint import on_cpu
 from .groups import backend_for, place_of
 from .messages import Note, memory_of
@@ -115,8 +116,8 @@ def checksum_of(y: Any) -> int:
     if any(t.device.type != "cpu" for t in tensors):
         return -1
     checksum = zlib.crc32(repr((form, [(tuple(t.shape), t.dtype) for t in tensors])).encode())
-    for t in tensors:
-        values = t.detach().reshape(-1)
+    for part in (part for t in tensors for part in parts_of(t.detach())):
+        values = part.reshape(-1)
         values = values[:: max(1, values.nbytes // _CHECKED_BYTES)].contiguous()
         checksum = zlib.crc32(memory_of(values), checksum)
     return checksum

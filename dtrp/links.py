@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .aligned import aligned_room
+from .aligned import aligned_room, parts_of
 from .failure import GRACE_S, Board, Failure
 from .messages import HEADER_BYTES, Kind, Landing, Message, Note, Packed, Packer, decode, read_header
 from .trace import Tracer
@@ -84,9 +84,9 @@ class Wire:
         """What was received is about to be used by the main thread, on its stream."""
         if self._module is None or value is None:
             return
-        for tensor in tensors_of(value):
-            if tensor.device == self.device:
-                tensor.record_stream(self._module.current_stream(self.device))
+        for part in (part for tensor in tensors_of(value) for part in parts_of(tensor)):
+            if part.device == self.device:
+                part.record_stream(self._module.current_stream(self.device))
 
     def own_thread(self) -> None:
         """Work on this device, and the link's stream, in the calling thread."""

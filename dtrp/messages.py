@@ -9,8 +9,9 @@
 Both sides lay a buffer at the beginning of a line, so that the received tensor, which stands on the
 buffer itself, has the strides of the one sent and its address modulo the line: see `dtrp.aligned`.
 
-A tree of tensors is one message too: after the header comes, as JSON, its form and how each tensor lies; then, each from the
-beginning of a line, the tensors. A tensor says whether it wants a gradient back, and says so where it arrives.
+A tree of tensors is one message too, and so is a sparse tensor: after the header comes, as JSON, its form and how each tensor lies,
+of a sparse one its indices and values; then, each from the beginning of a line, the tensors. A tensor says whether it wants a
+gradient back, and says so where it arrives.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .aligned import LINE_BYTES, Layout, aligned_room, shift_of
+from .aligned import LINE_BYTES, Layout, aligned_room, parts_of, shift_of, sparse_of
 from .trees import flatten, unflatten
 
 HEADER_BYTES = LINE_BYTES
-_MAGIC = 0x64747270_0002  # "dtrp", and the version of this layout
+_MAGIC = 0x64747270_0003  # "dtrp", and the version of this layout
 _MOST_DIMS = 24
 _CPU = torch.device("cpu")
 _MOST_FREE = 20  # messages of one layout whose memory is kept; there are seldom more than two under way
@@ -59,7 +60,7 @@ class Kind(IntEnum):
         """The kind that carries a value between stages."""
         if value is None:
             return cls.NOTHING
-        return cls.TENSOR if isinstance(value, Tensor) else cls.TREE
+        return cls.TENSOR if isinstance(value, Tensor) and value.layout is torch.strided else cls.TREE
 
 
 _KINDS = tuple(Kind)  # by value: a call of an enum takes ten times as long
@@ -223,31 +224,37 @@ class Packer:
 
 def _pack_tree(note: Note, value: Any) -> Packed:
     tensors, form = flatten(value)
-    forms = [_Form.of(t) for t in tensors]
-    about = json.dumps([form, [each.words for each in forms]]).encode()
+    sparse = [(t.shape, t.is_coalesced(), t.requires_grad) if t.layout is torch.sparse_coo else None for t in tensors]
+    parts = [part for t, of in zip(tensors, sparse, strict=True) for part in (parts_of(t) if of else [t])]
+    forms = [_Form.of(part) for part in parts]
+    about = json.dumps([form, [each.words for each in forms], sparse]).encode()
     starts, end = [], HEADER_BYTES + _whole_lines(len(about))
     for each in forms:
         starts.append(end)
         end += _whole_lines(each.nbytes - HEADER_BYTES)
     words = (_MAGIC, Kind.TREE, *note, len(about))
-    place = next((t.device for t in tensors if t.device.type != "cpu"), _CPU)
+    place = next((t.device for t in parts if t.device.type != "cpu"), _CPU)
     with torch.inference_mode(False):
         room = aligned_room(end, place)
         room[HEADER_BYTES : HEADER_BYTES + len(about)].copy_(torch.frombuffer(bytearray(about), dtype=torch.uint8))
-        for tensor, each, start in zip(tensors, forms, starts, strict=True):
+        for tensor, each, start in zip(parts, forms, starts, strict=True):
             each.layout.fill(each.layout.over(room, each.dtype, start), tensor.detach())
     return Packed(room, struct.pack(f"<{len(words)}q", *words))
 
 
 def _unpack_tree(room: Tensor, nbytes: int) -> Any:
     about = room[HEADER_BYTES : HEADER_BYTES + nbytes].cpu()
-    form, forms = json.loads(bytes(memory_of(about)))
-    tensors, start = [], HEADER_BYTES + _whole_lines(nbytes)
+    form, forms, sparse = json.loads(bytes(memory_of(about)))
+    parts, start = [], HEADER_BYTES + _whole_lines(nbytes)
     for words in forms:
-        tensor, nbytes = _standing(words, room, start)
-        tensors.append(tensor)
+        part, nbytes = _standing(words, room, start)
+        parts.append(part)
         start += _whole_lines(nbytes)
-    return unflatten(form, iter(tensors))
+    rest = iter(parts)
+    tensors = (
+        next(rest) if of is None else sparse_of(next(rest), next(rest), *of[:2]).requires_grad_(of[2]) for of in sparse
+    )
+    return unflatten(form, tensors)
 
 
 def _whole_lines(nbytes: int) -> int:

@@ -36,7 +36,7 @@ from .stage import Stage
 from .ties import check_ties, find_ties
 from .trace import Tracer
 from .transport import Transport
-from .trees import check_samples, num_samples, tensors_of
+from .trees import check_samples, flatten, num_samples
 
 Device = torch.device | str | int
 
@@ -298,7 +298,7 @@ class Pipeline(Driver):
         """
         self._check_usable()
         with self._shared():
-            if self._engine.takes_x and not tensors_of(x):
+            if self._engine.takes_x and not flatten(x, "x")[0]:
                 raise TypeError(f"x is a {type(x).__name__}; infer takes a tensor with samples along dimension 0")
             return self._engine.infer(x)
 

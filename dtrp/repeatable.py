@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .aligned import aligned_clone, enter
+from .aligned import aligned_clone, enter, parts_of
 from .buffers import Met, buffers_of, copies_of, copy_all, marks
 from .exchange import Exchange, Places
 from .modes import in_mode
@@ -93,7 +93,7 @@ class Repeatable:
             loss = None if self._loss_fn is None else self._loss(judged, held)
             if self._is_last:
                 out = loss
-            elif not isinstance(out, Tensor):
+            else:
                 flatten(out)  # refuses what cannot be passed on
         if buffers == "returned" and own:
             moved = {
@@ -127,7 +127,7 @@ class Repeatable:
     def _return(self, held: Held, own: dict[str, Tensor], moved: set[str], after: dict[str, Tensor]) -> None:
         """Give the module its buffers as a forward on copies has left them, and keep what it has met where it ``moved``."""
         if held.modes not in self._looked:  # some operations, batch norm among them, write without counting
-            self._moving |= {name for name, buffer in own.items() if not torch.equal(buffer, after[name])}
+            self._moving |= {name for name, buffer in own.items() if not _equal(buffer, after[name])}
             self._looked.add(held.modes)
         met = Met(before=marks(own))
         met.moved = copies_of({name: buffer for name, buffer in own.items() if name in moved or name in self._moving})
@@ -165,3 +165,9 @@ class Repeatable:
         autocast = AutocastState.now(self._draws.device.type).region()
         with in_mode(self._module, training=False), self._draws.region(-1), autocast:
             return self._call(x if self.changes_input is False else map_tensors(aligned_clone, x))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one layout have the same values, in the same places of their parts."""
+    pairs = zip(parts_of(a), parts_of(b), strict=True)
+    return a.shape == b.shape and all(torch.equal(x, y) for x, y in pairs)

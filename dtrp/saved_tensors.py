@@ -18,8 +18,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .aligned import parts_of
 from .buffers import buffers_of, copies_of, copy_all
-from .stash import parts_of
 
 T = TypeVar("T")
 NOT_WEIGHED = (

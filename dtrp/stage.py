@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.optim import Optimizer
 
-from .aligned import aligned_clone
+from .aligned import aligned_clone, parts_of
 from .auxiliary import WithAux
 from .compiling import compiled
 from .footprint import StageSizes, footprint, optimizer_bytes
@@ -129,6 +129,8 @@ class Stage:
         self.distance = num_stages - 1 - index
         self.needs_input_grad = needs_input_grad
         named = [(name, p) for name, p in self.whole.named_parameters() if p.requires_grad]
+        for name, t in [*named, *self.whole.named_buffers()]:
+            _check_layout(t, f"{name} of stage {index}")
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
         for p in self.parameters:
@@ -282,11 +284,11 @@ class Stage:
 
     def _own_tensor(self, x: Tensor) -> Tensor:
         leaf = x.detach()
-        if leaf.device != self.device:
-            leaf = _moved(leaf, self.device)
         # Also for a stage that keeps nothing: what it passes on may be a view of its input.
         outlives = self.distance > 0 and not self.method.flush
-        if self.index == 0 and outlives and leaf.data_ptr() == x.data_ptr():
+        if leaf.device != self.device:
+            leaf = _moved(leaf, self.device)
+        elif self.index == 0 and outlives:
             leaf = aligned_clone(leaf)
         # The stage before says which of its outputs have one.
         return leaf.requires_grad_(self.needs_input_grad and x.requires_grad)
@@ -294,8 +296,8 @@ class Stage:
     def _is_weight(self, out: Tensor) -> bool:
         """Whether an output is (a view of) a tensor that will be written while a later stage keeps it."""
         weights = itertools.chain(self.parameters, self.versions.tensors())
-        place = out.untyped_storage().data_ptr()
-        return any(t.untyped_storage().data_ptr() == place for t in weights)
+        places = [part.untyped_storage().data_ptr() for part in parts_of(out)]
+        return any(t.untyped_storage().data_ptr() in places for t in weights)
 
     def _weights(self, microbatch: int, delay: int) -> WeightVersion | None:
         """What F reads; None for the weights of now, where no update can come before B."""
@@ -509,6 +511,15 @@ class Stage:
             "stash": stash_bytes(self._stash),
             "stash_peak": self.stash_peak,
         }
+
+
+def _check_layout(t: Tensor, what: str) -> None:
+    """Refuse a parameter without strides, and a buffer that nothing can copy."""
+    if t.is_nested or t.is_mkldnn or (t.requires_grad and t.layout is not torch.strided):
+        raise TypeError(
+            f"{what} is a {'nested' if t.is_nested else str(t.layout).removeprefix('torch.')} tensor; parameters that are trained "
+            "have strides, and buffers have them or are sparse: make it a dense one"
+        )
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:

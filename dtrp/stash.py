@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .aligned import parts_of
 from .buffers import Met
 from .trees import tensors_of
 
@@ -94,25 +95,12 @@ def stash_bytes(stash: Iterable[Held]) -> int:
 
 def value_bytes(value: Any) -> int:
     """Of the tensors of a tree."""
-    return value.nbytes if isinstance(value, Tensor) else sum(map(tensor_bytes, tensors_of(value)))
+    return tensor_bytes(value) if isinstance(value, Tensor) else sum(map(tensor_bytes, tensors_of(value)))
 
 
 def tensor_bytes(t: Tensor) -> int:
     """``t.nbytes``, for a sparse tensor too."""
     return t.nbytes if t.layout is torch.strided else sum(part.nbytes for part in parts_of(t))
-
-
-def parts_of(t: Tensor) -> list[Tensor]:
-    """The tensors in which the values of ``t`` lie: itself, or those that a sparse tensor or one of a subclass is made of."""
-    if t.layout is torch.sparse_coo:
-        return [t._indices(), t._values()]
-    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [t.crow_indices(), t.col_indices(), t.values()]
-    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [t.ccol_indices(), t.row_indices(), t.values()]
-    if hasattr(t, "__tensor_flatten__"):
-        return [part for name in t.__tensor_flatten__()[0] for part in parts_of(getattr(t, name))]
-    return [t]
 
 
 def states_bytes(states: Iterable[Mapping[str, Any]]) -> int:

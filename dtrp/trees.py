@@ -11,6 +11,7 @@ its tensors, in order, and a form, which is plain data and so can travel in a me
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,12 @@ from torch import Tensor
 Form = list[Any]
 _TENSOR: Form = ["tensor"]
 _CONSTANTS = (type(None), bool, int, float, str)
+# Tensors that no stage can be given, and what makes others of them.
+_CURES = {
+    "nested": "torch.nested.to_padded_tensor()",
+    "quantized": ".dequantize()",
+    "mkldnn": ".to_dense()",
+}
 
 
 def flatten(value: Any, what: str = "its output") -> tuple[list[Tensor], Form]:
@@ -33,14 +40,14 @@ def flatten(value: Any, what: str = "its output") -> tuple[list[Tensor], Form]:
         TypeError: there is something else in it, with its place.
     """
     if isinstance(value, Tensor):
-        return [value], _TENSOR
+        return [checked(value, what)], _TENSOR
     tensors: list[Tensor] = []
     return tensors, _form(value, what, "", tensors)
 
 
 def _form(value: Any, what: str, place: str, tensors: list[Tensor]) -> Form:
     if isinstance(value, Tensor):
-        tensors.append(value)
+        tensors.append(checked(value, f"{what}{place}"))
         return _TENSOR
     if type(value) in _CONSTANTS:
         return ["constant", value]
@@ -56,6 +63,21 @@ def _form(value: Any, what: str, place: str, tensors: list[Tensor]) -> Form:
         raise TypeError(f"{what}{place} is {kind}; pass a plain tuple, tuple(value), or a dict")
     raise TypeError(
         f"{what}{place} is {kind}; between stages go tensors, None, numbers and text, in tuples, lists and dicts"
+    )
+
+
+def checked(t: Tensor, what: str) -> Tensor:
+    """A tensor that can be cut, kept and passed on: with strides, or a sparse COO one.
+
+    Raises:
+        TypeError: it is another.
+    """
+    if t.layout in (torch.strided, torch.sparse_coo) and not (t.is_nested or t.is_quantized):
+        return t
+    kind = next((kind for kind in _CURES if getattr(t, f"is_{kind}")), str(t.layout).removeprefix("torch."))
+    raise TypeError(
+        f"{what} is a {kind} tensor; pass what {_CURES.get(kind, '.to_sparse_coo()')} makes of it: stages take tensors with "
+        "strides, and sparse COO ones"
     )
 
 
@@ -99,11 +121,20 @@ def split(value: Any, parts: int) -> Sequence[Any]:
     Constants, tensors without a dimension and, in a tree, tensors of length 1 beside longer ones go to every part whole.
     """
     if isinstance(value, Tensor):
-        return torch.tensor_split(value, parts)
+        return _cut(value, parts)
     tensors, form = flatten(value)
     samples = num_samples(value)
-    cut = [torch.tensor_split(t, parts) if t.dim() and len(t) == samples else (t,) * parts for t in tensors]
+    cut = [_cut(t, parts) if t.dim() and len(t) == samples else (t,) * parts for t in tensors]
     return [unflatten(form, iter([each[part] for each in cut])) for part in range(parts)]
+
+
+def _cut(t: Tensor, parts: int) -> Sequence[Tensor]:
+    """`torch.tensor_split`, of a sparse tensor too, of which a part is no view."""
+    if t.layout is torch.strided:
+        return torch.tensor_split(t, parts)
+    lengths = [len(rows) for rows in torch.arange(len(t)).tensor_split(parts)]
+    starts = itertools.accumulate(lengths, initial=0)
+    return [torch.narrow_copy(t, 0, start, length) for start, length in zip(starts, lengths, strict=False)]
 
 
 def check_samples(label: str, value: Any) -> Any:

@@ -125,6 +125,10 @@ def plain_loop(
 
 def cut(x: Any, parts: int) -> list[Any]:
     """The parts of a mini-batch, which may be a tree."""
+    if isinstance(x, Tensor) and x.layout is torch.sparse_coo:
+        if len(x) == 1:
+            return [x] * parts
+        return [x.index_select(0, rows) for rows in torch.arange(len(x)).tensor_split(parts)]
     if isinstance(x, Tensor):
         return list(x.tensor_split(parts)) if x.dim() else [x] * parts
     if isinstance(x, dict):

@@ -139,6 +139,26 @@ def _in_place() -> list[nn.Module]:
     ]
 
 
+def _sparse() -> list[nn.Module]:
+    """Sparse: the samples, what is for all of them, and an output that has a gradient."""
+    product = torch.sparse.mm
+    return [
+        Stage(lambda v, f: (product(v["x"], f.weight.t()), v["mix"]), f=linear()),
+        Stage(lambda v, f: (torch.relu(f(v[0])).to_sparse(), v[1]), f=linear()),
+        Stage(lambda v, f: (torch.tanh(product(v[0], f.weight.t())), v[1]), f=linear()),
+        Stage(lambda v, f: f(product(v[1][0], v[0].t()).t()), f=linear(6, 3)),
+    ]
+
+
+def _sparse_alone() -> list[nn.Module]:
+    return [
+        Stage(lambda v, f: torch.relu(torch.sparse.mm(v, f.weight.t())).to_sparse(), f=linear()),
+        Stage(lambda v: v * 0.5),
+        Stage(lambda v, f: torch.tanh(torch.sparse.mm(v, f.weight.t())), f=linear()),
+        Stage(lambda v, f: f(v), f=linear(6, 3)),
+    ]
+
+
 def _pair() -> tuple[Tensor, Tensor]:
     return torch.randn(12, 6), torch.randn(12, 6)
 
@@ -152,4 +172,9 @@ TREES: dict[str, tuple[Callable[[], list[nn.Module]], Callable[[], Any]]] = {
     "adapters": (_adapters, lambda: torch.randn(12, 6)),
     "dead ends": (_dead_ends, lambda: torch.randn(12, 6)),
     "in place": (_in_place, _pair),
+    "sparse": (
+        _sparse,
+        lambda: {"x": torch.randn(12, 6).relu().to_sparse(), "mix": torch.randn(1, 6, 6).relu().to_sparse()},
+    ),
+    "sparse alone": (_sparse_alone, lambda: torch.randn(12, 6).relu().to_sparse()),
 }

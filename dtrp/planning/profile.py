@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..aligned import aligned_clone, enter
+from ..aligned import aligned_clone, enter, parts_of
 from ..footprint import StageSizes
 from ..methods import Keep, Method
 from ..plan_file import PlanError
@@ -32,7 +32,7 @@ from ..predict import BuiltInPredictor, as_predictor
 from ..repeatable import LossFn
 from ..saved_tensors import NOT_WEIGHED, weigh_graph
 from ..splitting import called, layers_of, stage_device
-from ..stash import parts_of, states_bytes, tensor_bytes
+from ..stash import states_bytes, tensor_bytes
 from ..trees import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
 from .neighbours import busy_neighbours
 from .trial import StageTrial, relative_spread, try_stages

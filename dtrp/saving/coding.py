@@ -65,11 +65,12 @@ class Encoder:
         if t.layout is torch.sparse_coo:
             parts = {"indices": t._indices(), "values": t._values()}
             coded = {name: self._tensor(part, f"{key}.{name}") for name, part in parts.items()}
-            return {"sparse": {**coded, "shape": list(t.shape), "coalesced": t.is_coalesced()}}
+            sparse = {"sparse": {**coded, "shape": list(t.shape), "coalesced": t.is_coalesced()}}
+            return {**sparse, "grad": True} if t.requires_grad else sparse
         name = str(t.dtype).removeprefix("torch.")
         if t.layout is not torch.strided or name not in DTYPES:
             raise CheckpointError(
-                f"{key} is a {t.layout} tensor of {t.dtype}; dense ones of ordinary dtypes can be saved"
+                f"{key} is a {t.layout} tensor of {t.dtype}; dense and sparse COO ones of ordinary dtypes can be saved"
             )
         layout = Layout.of(t)
         self.tensors[key] = t.detach()
@@ -153,9 +154,10 @@ class Decoder:
                 return tensor.requires_grad_() if coded.get("grad") else tensor
             if name == "sparse":
                 indices, values = (self.decode(inner[part], device) for part in ("indices", "values"))
-                return torch.sparse_coo_tensor(
+                tensor = torch.sparse_coo_tensor(
                     indices, values, inner["shape"], is_coalesced=inner["coalesced"], check_invariants=True
                 )
+                return tensor.requires_grad_() if coded.get("grad") else tensor
         raise CheckpointError(f"the manifest holds {str(coded)[:60]!r} where a value is expected")
 
 
