@@ -203,7 +203,6 @@ def check_state(
                 stage.lr_scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
                 assert stage.optimizer is not None
                 _reseat(stage.lr_scheduler, stage.optimizer.param_groups)
-            stage.version = state["num_updates"]
             stage.forget_predictions()
 
     return load

@@ -204,6 +204,7 @@ class DistributedEngine:
         self._forget()
         self.num_updates, self._next_microbatch = own.num_updates, own.next_microbatch
         self._order.resume(own.position)
+        self._stage.version = own.position.next_update
         self._notes.extend(own.notes)
         self._samples.extend(own.samples)
         self._arrived.extend(own.gradients)

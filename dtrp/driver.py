@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,11 +18,12 @@ from torch.optim import Optimizer
 from . import checkpoint
 from .alike import method_values
 from .arguments import whole
-from .engine import Engine
+from .engine import Engine, come_to_rest
 from .errors import message_of
 from .gauge import Gauge, PredictionError
 from .methods import Keep, Method
 from .saving import CheckpointError, session
+from .stage import Stage
 from .trace import Tracer, write_chrome_trace
 
 T = TypeVar("T")
@@ -46,6 +48,7 @@ class Driver:
     _tracer: Tracer
     _closed = False
     _broken: str | None = None  # what it has failed with
+    _warned_of_versions = False
 
     def propose(self, word: int) -> None:
         """Propose something to all ranks, at any time, from a signal handler or a thread too: 1, 2, or 3 for both.
@@ -184,21 +187,38 @@ class Driver:
     def model_state_dict(self) -> dict[str, Tensor]:
         """A snapshot of the whole model under the unsplit model's names; it loads into the plain model.
 
-        On every rank; where there are several, its tensors are on the CPU.
+        On every rank; where there are several, its tensors are on the CPU. Flush first: with batches in flight the stages
+        have made different numbers of updates.
+
+        Warns:
+            UserWarning: they have; once a pipeline, whatever returns or writes such a model.
         """
         self._check_names("model_state_dict")
         with self._shared():
-            return checkpoint.merge_model(self._engine.of_stages("model_state_dict", checkpoint.model_part))
+            parts = self._engine.of_stages("model_state_dict", _with_version(checkpoint.model_part))
+        return checkpoint.merge_model(self._of_one_version("model_state_dict", parts))
 
     def model_state_dict_on_first(self) -> dict[str, Tensor] | None:
         """As `model_state_dict`, on the first rank alone, None elsewhere: for the rank that writes files."""
-        return self._model_on_first("model_state_dict_on_first")
+        parts = self._parts_on_first("model_state_dict_on_first")
+        return checkpoint.merge_model(self._of_one_version("model_state_dict_on_first", parts)) if parts else None
 
-    def _model_on_first(self, method: str) -> dict[str, Tensor] | None:
+    def _parts_on_first(self, method: str) -> list[tuple[int, dict[str, Tensor]]] | None:
         self._check_names(method)
         with self._shared():
-            parts = self._engine.of_stages_to_first(method, checkpoint.model_part)
-        return None if parts is None else checkpoint.merge_model(parts)
+            return self._engine.of_stages_to_first(method, _with_version(checkpoint.model_part))
+
+    def _of_one_version(self, method: str, parts: list[tuple[int, T]]) -> list[T]:
+        """The stages' parts, without the updates that each has made; the first rank says once where these differ."""
+        first, last = parts[0][0], parts[-1][0]  # which has made the most
+        if first != last and self._engine.is_first and not self._warned_of_versions:
+            self._warned_of_versions = True
+            warnings.warn(
+                f"{method}() with batches in flight: stage 0 has made {first} updates and stage {len(parts) - 1} has made {last}, "
+                "and together they are no one model; call flush() before it",
+                stacklevel=3,
+            )
+        return [part for _, part in parts]
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot: ``{"model", "optimizer", "scheduler", "num_updates"}``, of no particular K.
@@ -206,11 +226,14 @@ class Driver:
         ``optimizer`` is ``{"state": {name: ...}, "param_groups": [...]}`` by parameter name. Batches in flight
         are not part of it: flush first to have every stage at the same update. Where there are auxiliary networks, ``aux`` is
         ``{"model", "optimizer"}`` of theirs, under ``aux.`` and the name of the layer that each follows.
+
+        Warns:
+            UserWarning: as of `model_state_dict`.
         """
         self._check_names("state_dict")
         with self._shared():
-            parts = self._engine.of_stages("state_dict", checkpoint.state_part)
-            return {**checkpoint.merge_state(parts), "num_updates": self.num_updates}
+            parts = self._engine.of_stages("state_dict", _with_version(checkpoint.state_part))
+        return {**checkpoint.merge_state(self._of_one_version("state_dict", parts)), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned, here or at another K, method or engine.
@@ -226,6 +249,7 @@ class Driver:
 
         with self._shared():
             parts = self._engine.of_stages("load_state_dict", lambda stage: checkpoint.shapes_of(stage.module))
+            next_microbatch = self._engine.progress("load_state_dict")[0].next_microbatch
         shapes = checkpoint.merge_model(parts)
 
         def check() -> Callable[[], None]:
@@ -238,14 +262,19 @@ class Driver:
         load = self._engine.all_or_none("load_state_dict", check)
         with self._shared():
             load()
-        self._engine.num_updates = state["num_updates"]
+            come_to_rest(self._engine, state["num_updates"], next_microbatch)
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
         """Write `model_state_dict` to ``path`` with `torch.save`, on the CPU, whole or not at all; rank 0 writes."""
-        model = self._model_on_first("save_model")
-        self._engine.all_or_none(
-            "save_model", lambda: checkpoint.write_model(model, path) if model is not None else None
-        )
+        parts = self._parts_on_first("save_model")
+
+        def write() -> None:
+            if parts:
+                checkpoint.write_model(checkpoint.merge_model([part for _, part in parts]), path)
+
+        self._engine.all_or_none("save_model", write)
+        if parts:
+            self._of_one_version("save_model", parts)  # after what all ranks do together: a warning may be an error
 
     def save(self, folder: str | os.PathLike[str], *, portable: bool = False, extra: Any = None) -> None:
         """Write a checkpoint into ``folder``, whole or not at all; one that is there stays until the new one is whole.
@@ -395,6 +424,10 @@ class Driver:
     def _break(self, error: BaseException) -> None:
         self._broken = message_of(error) or type(error).__name__
         self._engine.fail(error)
+
+
+def _with_version(part: Callable[[Stage], T]) -> Callable[[Stage], tuple[int, T]]:
+    return lambda stage: (stage.version, part(stage))
 
 
 class _Breaking:

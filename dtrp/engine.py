@@ -109,13 +109,18 @@ class Engine(Protocol):
         """Of this process's stages; every message under way has arrived then, and stays for its backward."""
 
     def resume(self, progress: Sequence[Progress]) -> None:
-        """Go on from there; what was in flight is dropped. `progress` has been called before."""
+        """Go on from there, stages and all; what was in flight is dropped. `progress` has been called before."""
 
     def fail(self, error: BaseException) -> None:
         """An error ends the run: let go of what is in flight, and tell the other ranks."""
 
     def close(self) -> None:
         """Let go of what is in flight, and of the other ranks."""
+
+
+def come_to_rest(engine: Engine, num_updates: int, next_microbatch: int) -> None:
+    """Bring an engine to a state in which so many updates have been made, and nothing is in flight."""
+    engine.resume([Progress.at_rest(num_updates, next_microbatch)] * len(engine.stages))
 
 
 class Losses:

@@ -128,8 +128,9 @@ class LocalEngine:
 
     def resume(self, progress: Sequence[Progress]) -> None:
         self._clear()
-        for order, gradients, own in zip(self._orders, self._gradients, progress, strict=True):
+        for stage, order, gradients, own in zip(self.stages, self._orders, self._gradients, progress, strict=True):
             order.resume(own.position)
+            stage.version = own.position.next_update
             self.num_updates, self._next_microbatch = own.num_updates, own.next_microbatch
             for note, gradient in zip(own.notes, own.gradients, strict=False):
                 gradients[note.microbatch] = gradient

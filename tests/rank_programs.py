@@ -595,8 +595,11 @@ def _state_dicts_and_infer(method: str) -> Result:
     with pipeline(network(), adamw, **options) as pipe:
         losses = feed(pipe, minibatches(5))
         seen["infer"] = [infer(pipe, n) for n in (1, 3, 200)]
-        seen["state in flight"] = pipe.state_dict()
-        seen["model in flight"] = pipe.model_state_dict()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            seen["state in flight"] = pipe.state_dict()
+            seen["model in flight"] = pipe.model_state_dict()
+        assert ["call flush() before it" in str(each.message) for each in told] == [True] * (rank() == 0)
         losses += feed(pipe, minibatches(3, seed=2))
         pipe.flush()
         state = pipe.state_dict()

@@ -11,6 +11,7 @@ from helpers import WIDTH, adamw, minibatches, network, pipeline
 from rank_programs import OPTIMIZERS, PROGRAMS, Batch, Result, join, rank, world_size
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from ways import of_pipelines, of_schedules, spread
 
 import dtrp
 
@@ -221,6 +222,16 @@ def load_in_replicas(folder: str) -> None:
     pipe.close()
 
 
+def save_in_every_way(folder: str, kind: str, cells: list[tuple[str, int]]) -> None:
+    """What `test_states` does in one process, on ranks."""
+    for number, (method, parts) in enumerate(cells):
+        place = Path(folder, str(number))
+        found = (of_pipelines if kind == "Pipeline" else of_schedules)(method, parts, place, world_size())
+        for i, chain in enumerate(spread(number, 16)):
+            found.check(chain, portable=i % 3 == 2)
+    print(f"{len(cells)} cells")
+
+
 PROGRAMS.update(
     (function.__name__, function)
     for function in (
@@ -229,6 +240,7 @@ PROGRAMS.update(
         load_in_replicas,
         next_losses,
         save_at_stops,
+        save_in_every_way,
         save_many,
         save_replicas,
         train_from_a_loader,

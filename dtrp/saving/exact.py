@@ -330,7 +330,6 @@ class StageParts:
             stage.method = stage.method.keeping(keep)
             stage.recomputes = stage.trains and stage.method.recomputes(stage.num_stages, stage.index)
         stage.has_decided = keep is not None
-        stage.version = self.part["version"]
         stage.delays = self.delays
         stage.updates.skipped = list(self.part["skipped"])
         stage.stash_peak, stage.activations_peak = self.part["peaks"]

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from .. import checkpoint
-from ..engine import Engine, Progress
+from ..engine import Engine, come_to_rest
 from ..errors import StageError
 from ..files import whole_file
 from ..gradients import GradientRule
@@ -243,8 +243,7 @@ def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], schedul
             stage.drop()
             stage.draws.seed = found.manifest["seed"]
         write()
-        rest = Progress.at_rest(found.num_updates, found.manifest["next_microbatch"])
-        engine.resume([rest] * len(engine.stages))
+        come_to_rest(engine, found.num_updates, found.manifest["next_microbatch"])
 
     return put
 
