@@ -2,7 +2,7 @@
 
 When the pipeline is made: the settings, the method, and the names, shapes and dtypes of all stages' tensors, which are
 compared, and the initial values and the seed, which are the first rank's. In every mini-batch: the targets, which the first
-and the last rank may both be given.
+and the last rank may both be given; on an accelerator, which would be waited for, in the first few.
 """
 
 from __future__ import annotations
@@ -110,27 +110,30 @@ def _check_alike(rank: int, theirs: dict[str, Any], first: dict[str, Any]) -> No
                 )
 
 
-def checksum_of(y: Any) -> int:
-    """Of the targets' values, shapes and dtypes; -1 where looking at them would hold up an accelerator."""
+def checksum_of(y: Any, *, waits: bool) -> int:
+    """Of the targets' values, shapes and dtypes; -1 where looking at them would hold up an accelerator, unless it ``waits``."""
     tensors, form = flatten(y)
-    if any(t.device.type != "cpu" for t in tensors):
+    if not waits and any(t.device.type != "cpu" for t in tensors):
         return -1
     checksum = zlib.crc32(repr((form, [(tuple(t.shape), t.dtype) for t in tensors])).encode())
     for part in (part for t in tensors for part in parts_of(t.detach())):
         values = part.reshape(-1)
-        values = values[:: max(1, values.nbytes // _CHECKED_BYTES)].contiguous()
+        values = values[:: max(1, values.nbytes // _CHECKED_BYTES)].contiguous().cpu()
         checksum = zlib.crc32(memory_of(values), checksum)
     return checksum
 
 
-def check_targets(note: Note, y: Any) -> None:
-    """Refuse targets on the last rank that are not those that the first one was given."""
-    seed = "seed the sampler, so that every rank sees the same mini-batches"
+def check_targets(note: Note, y: Any, *, waits: bool) -> None:
+    """Refuse targets on the last rank that are not those that the first one was given; ``waits`` as in `checksum_of`."""
+    seed = (
+        "seed the sampler, so that all ranks of a pipeline see the same mini-batches; a DistributedSampler deals samples out to "
+        "ranks, which is for replicas alone: num_replicas=the number of replicas (1 without a mesh), rank=the replica (0)"
+    )
     if num_samples(y) != note.total:
         raise ValueError(
             f"the first rank was given {note.total} samples and the last rank {num_samples(y)} targets; {seed}"
         )
-    if note.checksum != -1 and checksum_of(y) not in (-1, note.checksum):
+    if note.checksum != -1 and checksum_of(y, waits=waits) not in (-1, note.checksum):
         raise ValueError(
             f"the first and the last rank were given different targets for mini-batch {note.minibatch}; {seed}"
         )

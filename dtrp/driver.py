@@ -46,6 +46,7 @@ class Driver:
     _keep: Any  # as the caller gave it
     _schedules_lr: bool
     _tracer: Tracer
+    _watches: list[Callable[[], Any]]  # over the caller's habits; a call ends one
     _closed = False
     _broken: str | None = None  # what it has failed with
     _warned_of_versions = False
@@ -386,6 +387,8 @@ class Driver:
         """
         if not self._closed:
             self._closed = True
+            for end in self._watches:
+                end()
             self._engine.close()
 
     def __enter__(self) -> Self:

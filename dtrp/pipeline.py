@@ -25,6 +25,7 @@ from .auxiliary import Auxiliary, WithAux, aux_of_stages
 from .distributed import DistributedEngine
 from .driver import Driver
 from .gradients import Clip, GradientRule, OnNonfinite
+from .habits import Elsewhere, other_optimizers
 from .local import LocalEngine
 from .methods import Keep, Method
 from .modes import follow
@@ -216,6 +217,7 @@ class Pipeline(Driver):
             _move(aux_networks, places)
             stages = [make_stage(index, place) for index, place in enumerate(places)]
             self._engine = LocalEngine(stages, self.method, num_microbatches, self._tracer)
+            self._watches = [other_optimizers.watch(self._engine)]
         else:
             _check_world(len(modules), ranks)
             place = _places(modules, devices, only=ranks.stage)[ranks.stage]
@@ -240,6 +242,8 @@ class Pipeline(Driver):
                 self.seed = unite(transport, wholes, place, settings, self.seed, ties)
                 stage = make_stage(ranks.stage, place, ranks.replica)
                 self._engine = DistributedEngine(stage, self.method, num_microbatches, transport, self._tracer, loss_on)
+                watch = Elsewhere(modules, ranks.stage, self._engine)
+                self._watches = [other_optimizers.watch(self._engine), watch.close]
             except BaseException as error:
                 transport.fail(error)
                 transport.close()

@@ -51,6 +51,7 @@ from test_models_in_stages import MODELS, Tokens
 from tied_models import TIED
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.data import DataLoader, DistributedSampler
 from tree_models import TREES
 
 import dtrp
@@ -1031,7 +1032,11 @@ def wrong(folder: str, what: str) -> None:
     elif what == "num_microbatches":
         options["num_microbatches"] = 2 if last else 4
     pipe = pipeline(model, **options)
-    for i, (x, y) in enumerate(minibatches(6)):
+    given: Any = minibatches(6)
+    if what == "a DistributedSampler":
+        data = [(x[i], y[i]) for x, y in given for i in range(len(y))]
+        given = DataLoader(data, 16, sampler=DistributedSampler(data, size, rank()))
+    for i, (x, y) in enumerate(given):
         if what == "targets" and last and i == 4:
             y = (y + 1) % 3
         if what == "target shapes" and last and i == 4:

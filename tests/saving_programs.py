@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +235,82 @@ def save_in_every_way(folder: str, kind: str, cells: list[tuple[str, int]]) -> N
     print(f"{len(cells)} cells")
 
 
+class Wide(nn.Module):
+    """With a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.back = (
+            nn.Linear(WIDTH, 6),
+            nn.Sequential(nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(self.front(x))
+
+
+def use_by_habit(folder: str, kind: str) -> None:
+    """A model of which this rank trains a stage, used as if it trained the whole."""
+
+    def told(job: Callable[[], Any]) -> str:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            job()
+        return "; ".join(str(warning.message) for warning in caught)
+
+    x, file = ten()[0][0], Path(folder, f"model{rank()}.pt")
+    for loads in (False, True):
+        layers: Any = [nn.Linear(WIDTH, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 3)]
+        if kind == "tied":
+            layers = [nn.Linear(WIDTH, 3), nn.Sequential(nn.Linear(3, WIDTH), nn.Tanh()), nn.Linear(WIDTH, 3)]
+            layers[2].weight = layers[0].weight
+        model = Wide() if kind == "split" else nn.Sequential(*layers)
+        stages = (
+            dtrp.split(model, points=["back", "back.2"], example=ten()[0][0])
+            if kind == "split"
+            else layers
+            if kind == "list"
+            else model
+        )
+        pipe = pipeline(stages, num_stages=3, method="bp" if kind == "tied" else "dtrp", timeout_s=30.0)
+        hooked = [m for m in model.modules() if m._state_dict_pre_hooks]
+        assert len(hooked) == 2
+        for job in (model.state_dict, lambda model=model: copy.deepcopy(model), lambda model=model: model(x)):
+            job()  # nothing has been trained: a warning would be an error here
+        for mini in ten()[:4]:
+            pipe.step(*given(pipe, *mini))
+        pipe.flush()
+        pipe.save(Path(folder, "saved"))
+        pipe.save(Path(folder, "portable"), portable=True)
+        pipe.load(Path(folder, "saved"))
+        pipe.save_model(Path(folder, "whole.pt"))
+        pipe.infer(x)
+        pipe.load_state_dict(pipe.state_dict())
+        pipe.stages[0].state_dict()
+        copy.deepcopy(pipe.stages[0])
+        if loads:
+            model.load_state_dict(pipe.model_state_dict())
+            model.state_dict()
+            model(x)
+            torch.save(model, file)
+            pipe.step(*given(pipe, *ten()[0]))
+            pipe.flush()
+        mine = f"since this rank trains stage {rank()} alone; call pipe."
+        said = told(lambda model=model: torch.save(model.state_dict(), file))
+        assert said.startswith("model.state_dict() has old values of the stages that other ranks train"), said
+        assert f"{mine}save_model(path) or pipe.model_state_dict(), on every rank" in said
+        assert f"{mine}infer(x), on every rank" in told(lambda model=model: model(x))
+        assert f"{mine}save_model(path), on every rank" in told(lambda model=model: torch.save(model, file))
+        for again in (copy.deepcopy(model), torch.load(file, weights_only=False), model):
+            again.state_dict()
+            again(x)
+            copy.deepcopy(again)
+        pipe.close()
+        assert not any(h for m in hooked for h in (m._state_dict_pre_hooks, m._forward_pre_hooks))
+        assert not any(m._load_state_dict_post_hooks for m in hooked)
+    print("told")
+
+
 PROGRAMS.update(
     (function.__name__, function)
     for function in (
@@ -244,5 +323,6 @@ PROGRAMS.update(
         save_many,
         save_replicas,
         train_from_a_loader,
+        use_by_habit,
     )
 )

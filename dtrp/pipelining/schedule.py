@@ -31,6 +31,7 @@ from ..arguments import (
 from ..driver import Driver
 from ..gradients import Clip, GradientRule, OnNonfinite
 from ..groups import backend_for, place_of
+from ..habits import other_optimizers
 from ..methods import Keep, Method
 from ..ranks import Ranks
 from ..stage import Stage
@@ -184,6 +185,7 @@ class ScheduleDTRP(Driver):
             self._engine: StageEngine = StageEngine(
                 own_stage, self.method, self.num_microbatches, total, transport, self._tracer, call, self._loss
             )
+            self._watches = [other_optimizers.watch(self._engine)]
         except BaseException as error:
             transport.fail(error)
             transport.close()

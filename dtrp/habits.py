@@ -1,0 +1,137 @@
+"""What is written by habit beside a pipeline, and does not do there what it does in a plain loop; each is warned of once."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .engine import Engine
+from .modes import Follower
+
+
+class Elsewhere:
+    """Modules that other ranks train: what this rank holds of them is what they began with.
+
+    Their values are as they should be before the first update, and after `load_state_dict` until the next one. A copy of
+    a module, pickled or not, has a watch that warns of nothing.
+
+    Args:
+        stages: of the pipeline.
+        place: of this rank's among them.
+        engine: counts the updates.
+    """
+
+    def __init__(self, stages: Sequence[nn.Module] = (), place: int = 0, engine: Engine | None = None) -> None:
+        self._engine = weakref.ref(engine) if engine is not None else lambda: None
+        self._warned: set[str] = set()
+        self._since: Any = WeakTensorKeyDictionary()  # of parameters, the updates made when their values came
+        self._handles: list[RemovableHandle] = []
+        here = {id(p) for p in stages[place].parameters()} if stages else ()
+        for module in {module for stage in stages for module in _holders(stage, here)}:
+            self._has_now(module, 0)
+            self._handles += [
+                module.register_state_dict_pre_hook(self._before_state_dict),  # type: ignore[no-untyped-call]
+                module.register_forward_pre_hook(self._before_forward),
+                module.register_load_state_dict_post_hook(self._after_load),  # type: ignore[no-untyped-call]
+            ]
+
+    def close(self) -> None:
+        """Leave the modules alone."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._warn(self._since, "A copy of the model has", "pipe.save_model(path)")
+        return Elsewhere, ()
+
+    def _before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self._warn(
+            module.parameters(False), "model.state_dict() has", "pipe.save_model(path) or pipe.model_state_dict()"
+        )
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        self._warn(module.parameters(False), "The model is run with", "pipe.infer(x)")
+
+    def _after_load(self, module: nn.Module, keys: Any) -> None:
+        engine = self._engine()
+        if engine is not None:
+            self._has_now(module, engine.num_updates)
+
+    def _has_now(self, module: nn.Module, num_updates: int) -> None:
+        self._since.update(dict.fromkeys(module.parameters(False), num_updates))
+
+    def _warn(self, parameters: Iterable[nn.Parameter], what: str, instead: str) -> None:
+        engine = self._engine()
+        if engine is None or what in self._warned:
+            return
+        now = engine.num_updates
+        if any(self._since.get(p, now) != now for p in parameters):
+            self._warned.add(what)
+            warnings.warn(
+                f"{what} old values of the stages that other ranks train, since this rank trains stage {engine.stages[0].index} "
+                f"alone; call {instead}, on every rank",
+                stacklevel=3,
+            )
+
+
+def _holders(stage: nn.Module, here: Container[int]) -> Iterator[nn.Module]:
+    """The modules that hold what a stage trains, and not ``here``; where it was made of another module, that one's too."""
+    trained = [name for name, p in stage.named_parameters() if p.requires_grad and id(p) not in here]
+    for root in (stage, *(stage._leader if isinstance(stage, Follower) else ())):
+        yield from (root.get_submodule(name.rpartition(".")[0]) for name in trained)
+
+
+class _OtherOptimizers:
+    """Hears of every optimizer's step while there is a pipeline, and warns of those that train what a pipeline trains."""
+
+    def __init__(self) -> None:
+        self._engines: dict[int, weakref.ref[Engine]] = {}
+        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # of whose steps there is nothing to say
+        self._handle: RemovableHandle | None = None
+
+    def watch(self, engine: Engine) -> Callable[[], Any]:
+        """Watch over what is trained there; what is returned ends it, as the engine's own end does."""
+        self._known.clear()
+        self._engines[id(engine)] = weakref.ref(engine)
+        if self._handle is None:
+            self._handle = register_optimizer_step_pre_hook(self._before_step)
+        end = weakref.finalize(engine, self._leave, id(engine))
+        end.atexit = False
+        return end
+
+    def _leave(self, number: int) -> None:
+        self._engines.pop(number, None)
+        if not self._engines and self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer in self._known:
+            return
+        self._known.add(optimizer)
+        engines = [engine for reference in list(self._engines.values()) if (engine := reference()) is not None]
+        if any(stage.optimizer is optimizer for engine in engines for stage in engine.stages):
+            return
+        members = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for engine in engines:
+            trained = [p for stage in engine.stages for p in stage.parameters if id(p) in members]
+            # Inside an update, where an optimizer steps another, they have gradients, and so where the caller makes some.
+            if trained and all(p.grad is None for p in trained):
+                self._leave(id(engine))
+                warnings.warn(
+                    f"{type(optimizer).__name__}.step() does nothing: a pipeline trains its parameters, and makes the updates "
+                    "itself, with optimizers of its own; leave it out, and pass a function that makes the optimizer as optimizer=",
+                    stacklevel=3,
+                )
+                return
+
+
+other_optimizers = _OtherOptimizers()
