@@ -18,8 +18,6 @@ from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from ways import bare, batch
 
-from dtrp.alike import checksum_of
-
 NOTHING = r"SGD\.step\(\) does nothing: a pipeline trains its parameters, .* optimizer="
 
 
@@ -179,16 +177,8 @@ def test_a_distributed_sampler_inside_a_pipeline(server: Server, tmp_path: Path)
             assert part in outcome.last_line, outcome.err
 
 
-class Far(Tensor):
-    """On an accelerator, as far as it says."""
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cuda")
-
-
-def test_targets_on_an_accelerator_are_looked_at_where_that_may_take_time() -> None:
-    y = torch.randint(3, (9,))
-    far = y.as_subclass(Far)
-    assert checksum_of(far, waits=False) == -1
-    assert checksum_of(far, waits=True) == checksum_of(y, waits=False) != checksum_of(y + 1, waits=True)
+def test_targets_on_an_accelerator_are_compared_in_the_first_steps(server: Server, tmp_path: Path) -> None:
+    for outcome in run_ranks(server, tmp_path / "first", 2, "wrong", "far targets", timeout_s=60):
+        assert "different targets for mini-batch 2" in outcome.last_line, outcome.err
+    later = run_ranks(server, tmp_path / "later", 2, "wrong", "far targets later", timeout_s=60)
+    assert [outcome.returncode for outcome in later] == [0, 0], later
