@@ -5,7 +5,7 @@ train by; `Schedule` writes a method's order of work down; `linear`, `rollout` a
 `plan` chooses cuts, batch and memory for a model, and `simulate` runs a schedule without one.
 """
 
-from .errors import StageError
+from .errors import StageError, WaitTimeoutError, WorkerError
 from .methods import Method, get_method, list_methods
 from .pipeline import Pipeline
 from .plan_file import Plan, PlanError
@@ -27,6 +27,8 @@ __all__ = [
     "ScheduleError",
     "StageError",
     "Stages",
+    "WaitTimeoutError",
+    "WorkerError",
     "get_method",
     "informed",
     "linear",

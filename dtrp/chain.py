@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .failure import WorkerError
+from .errors import WorkerError
 from .links import Receiver, Sender
 from .messages import Kind, Message, Note, object_tensor
 from .ranks import Ranks

@@ -28,8 +28,7 @@ from .alike import check_targets, checksum_of
 from .busy import WorkingTime
 from .checkpoint import on_cpu
 from .engine import Losses, Progress
-from .errors import StageError, message_of, naming
-from .failure import WorkerError
+from .errors import StageError, WorkerError, message_of, naming
 from .links import Receiver, Sender
 from .messages import Kind, Message, Note
 from .methods import Method

@@ -1,4 +1,4 @@
-"""What went wrong in a stage, and where."""
+"""What went wrong in a stage, and where; or on another rank."""
 
 from __future__ import annotations
 
@@ -42,6 +42,14 @@ class StageError(RuntimeError):
         RuntimeError.__init__(error, text)
         error.stage, error.microbatch, error.minibatch = stage, microbatch, minibatch
         return error
+
+
+class WorkerError(RuntimeError):
+    """Another rank ended the run; the message names it and says why."""
+
+
+class WaitTimeoutError(WorkerError, TimeoutError):
+    """A rank waited longer than ``timeout_s`` for another."""
 
 
 class naming:

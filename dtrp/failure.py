@@ -19,21 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from .errors import StageError, message_of
+from .errors import StageError, WaitTimeoutError, WorkerError, message_of
 
 T = TypeVar("T")
 _SLICE_S = 0.5  # the longest that a notice which slipped through goes unseen
 GRACE_S = 2.0  # for the watch to say whose end broke a connection, and for threads to finish after a failure
 _LAST_WORDS_S = 5.0  # from a SIGTERM that meets a process that is ending anyway to one that is obeyed
 _NEWS_S = 1.0  # from a process's death to the watch's word of it, at most
-
-
-class WorkerError(RuntimeError):
-    """Another rank ended the run; the message names it and says why."""
-
-
-class WaitTimeoutError(WorkerError, TimeoutError):
-    """A rank waited longer than ``timeout_s`` for another."""
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import parent_process
 from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .failure import SigtermListener, WorkerError
+from .errors import WorkerError
+from .failure import SigtermListener
 from .starting import ABSENT, SILENT, Presence, Start, first_holds_store
 
 LAUNCHER_VARIABLE = "DTRP_LAUNCHER"  # the process that has started the launcher, or is it
@@ -266,11 +268,39 @@ def _missed(at: _Progress) -> BaseException:
 
 
 def _end_unless(over: threading.Event) -> None:
-    """At the end of a process that waits no longer: a thread that comes back from the backend after it would abort it."""
+    """At the end of a process that waits no longer."""
     if not over.is_set():
+        end_at_once("it still tries to join the other ranks")
+
+
+def end_at_once(why: str) -> None:
+    """End a process that would be aborted otherwise, by a thread that comes back from the backend, or never end."""
+    print(
+        f"dtrp ends this process with exit code 1, without the exit handlers that are left: {why}, which nothing can stop",
+        file=sys.stderr,
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def end_with_failure() -> None:
+    """Let a process that is ending as one that is through, and is not, end with exit code 1; its exit handlers run before."""
+    if parent_process() is not None:  # a child of multiprocessing: it has no such handlers, and ends here
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+    _LAST.append(_Failed())
+
+
+class _Failed:
+    """Ends the process with exit code 1 when the interpreter clears its modules: no sooner, and nothing of the caller's is left."""
+
+    def __del__(self, end: Callable[[int], None] = os._exit) -> None:
+        end(1)
+
+
+_LAST: list[_Failed] = []
 
 
 def _launcher() -> int:
@@ -280,7 +310,8 @@ def _launcher() -> int:
 
 
 def watch_launcher(on_gone: Callable[[], None], is_over: Callable[[], bool]) -> None:
-    """Call ``on_gone`` when the torchrun agent that started this process is gone, and end the process soon after.
+    """Call ``on_gone`` when the torchrun agent that started this process is gone, and end the process soon after: by a signal
+    that its main thread hears, or else at once.
 
     Args:
         on_gone: must not block.
@@ -296,7 +327,13 @@ def watch_launcher(on_gone: Callable[[], None], is_over: Callable[[], bool]) -> 
                 return
             time.sleep(0.5)
         on_gone()
+        for _ in range(2):  # whoever is about to end by itself does not hear the first
+            time.sleep(_MOST_WAIT_S)
+            heard = callable(signal.getsignal(signal.SIGTERM))
+            os.kill(
+                os.getpid(), signal.SIGTERM if heard else signal.SIGINT
+            )  # its main thread ends it as it ends others
         time.sleep(_MOST_WAIT_S)
-        os._exit(1)
+        end_at_once("the launcher is gone, and the main thread is busy")
 
     threading.Thread(target=watch, name="dtrp launcher", daemon=True).start()

@@ -347,13 +347,15 @@ class Stage:
         if not starts:
             return None
         leaves = self.parameters if held.weights is None else held.weights.leaves
-        for leaf, gradient in zip(leaves, self.gradients, strict=True):
-            leaf.grad = gradient
-        # An activation checkpoint inside the module runs a part of it again: at the same weights.
-        with self.repeatable.at(self._tensors(held.weights)), held.autocast._replace(enabled=False).region():
-            torch.autograd.backward([root for root, _ in starts], [gradient for _, gradient in starts])  # type: ignore[arg-type]
-        for i, leaf in enumerate(leaves):
-            self.gradients[i], leaf.grad = leaf.grad, None
+        try:
+            for leaf, gradient in zip(leaves, self.gradients, strict=True):
+                leaf.grad = gradient
+            # An activation checkpoint inside the module runs a part of it again: at the same weights.
+            with self.repeatable.at(self._tensors(held.weights)), held.autocast._replace(enabled=False).region():
+                torch.autograd.backward([root for root, _ in starts], [gradient for _, gradient in starts])  # type: ignore[arg-type]
+        finally:
+            for i, leaf in enumerate(leaves):
+                self.gradients[i], leaf.grad = leaf.grad, None
         gradients = [each[0] if each else None for each in held.input_gradients]
         if all(gradient is None for gradient in gradients):
             return None

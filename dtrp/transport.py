@@ -33,12 +33,12 @@ from torch import Tensor
 
 from .averaging import Averaging
 from .chain import Chain
-from .errors import StageError
-from .failure import GRACE_S, Board, Failure, Helper, SigtermHandler, WorkerError
+from .errors import StageError, WorkerError
+from .failure import GRACE_S, Board, Failure, Helper, SigtermHandler
 from .groups import Meeting
 from .links import Link, Receiver, Sender, Wire
 from .messages import Kind, Message, Note
-from .ranks import Ranks, watch_launcher
+from .ranks import Ranks, end_at_once, end_with_failure, watch_launcher
 from .starting import ABSENT, SILENT
 from .ties import Tie
 from .trace import Tracer
@@ -342,14 +342,12 @@ class Transport:
         except BaseException:
             unheard = True
             traceback.print_exc()
-        if unheard or self._threads_left:
-            # A thread that comes back from the backend while the interpreter is taken down would abort it, and a run
-            # that lost a rank must not look like one that did not.
+        if self._threads_left:
             if error is not None and error is sys.exc_info()[1]:  # of a multiprocessing child, not printed yet
                 traceback.print_exception(error)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
+            end_at_once("a thread of it is in torch's backend")
+        elif unheard and error is None:  # a run that lost a rank must not look like one that did not
+            end_with_failure()
 
     def _on_failure(self, failure: Failure) -> None:
         if self._watch is not None:

@@ -64,9 +64,9 @@ class Updates:
                 accelerator that is not waited for: there it is the gradient of the update before.
         """
         assert self._optimizer is not None
-        for p, gradient in zip(self._parameters, gradients, strict=True):
-            p.grad = gradient
         try:
+            for p, gradient in zip(self._parameters, gradients, strict=True):
+                p.grad = gradient
             applies = self._admit(minibatch, gradients, norms)
             if applies:
                 with self.shrunk_lr():

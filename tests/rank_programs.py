@@ -890,9 +890,12 @@ def fail_in_stage(folder: str, where: str, method: str, stage: int, context: boo
     recomputes = dtrp.get_method(method).keep == "input" and stage < 3
     model[2 * stage] = nn.Sequential(model[2 * stage], Fails(where, 5, recomputes))
     pipe = pipeline(model, num_stages=4, method=method, timeout_s=10)
-    with pipe if context else contextlib.nullcontext():
-        for _, x, y in endless():
-            pipe.step(x, y)
+    try:
+        with pipe if context else contextlib.nullcontext():
+            for _, x, y in endless():
+                pipe.step(x, y)
+    finally:
+        assert all(p.grad is None for p in model.parameters())
 
 
 class MuteError(Exception):
@@ -1077,8 +1080,8 @@ def wrong(folder: str, what: str) -> None:
     pipe.close()
 
 
-def close_too_early(folder: str, culprit: int) -> None:
-    """One rank closes its pipeline while the others step on."""
+def close_too_early(folder: str, culprit: int, closes: bool) -> None:
+    """One rank closes its pipeline, or ends without, while the others step on."""
     del folder
     pipe = pipeline(network(), num_stages=world_size(), timeout_s=5)
     for x, y in minibatches(6):
@@ -1086,7 +1089,8 @@ def close_too_early(folder: str, culprit: int) -> None:
     if rank() != culprit:
         for x, y in minibatches(20):
             pipe.step(x, y)
-    pipe.close()
+    if closes:
+        pipe.close()
 
 
 def wait_for_nobody(folder: str) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from dtrp.averaging import _BUCKET_BYTES, _buckets
 from dtrp.chain import Chain
-from dtrp.failure import WorkerError
+from dtrp.errors import WorkerError
 from dtrp.links import Receiver, Sender
 from dtrp.messages import Kind, Message, Note
 from dtrp.ranks import Ranks

@@ -587,9 +587,9 @@ def test_wrong_use_is_an_error_on_every_rank(
         assert "StageError" not in outcome.last_line, f"no stage is to blame:\n{outcome.err}"
 
 
-@pytest.mark.parametrize("culprit", [0, 2])
-def test_a_rank_that_closes_early(server: Server, tmp_path: Path, culprit: int) -> None:
-    outcomes = run_ranks(server, tmp_path, 3, "close_too_early", culprit, timeout_s=15)
+@pytest.mark.parametrize(("culprit", "closes"), [(0, True), (2, True), (0, False)])
+def test_a_rank_that_closes_early(server: Server, tmp_path: Path, culprit: int, closes: bool) -> None:
+    outcomes = run_ranks(server, tmp_path, 3, "close_too_early", culprit, closes, timeout_s=15)
     for rank, outcome in enumerate(outcomes):
         assert outcome.returncode == 1, f"rank {rank}: {outcome.returncode}\n{outcome.err}"
         assert re.search(rf"rank {culprit}\b.*same number of times", outcome.last_line), f"rank {rank}: {outcome.err}"

@@ -344,6 +344,48 @@ def test_a_failed_pipeline_lets_go_of_the_batch() -> None:
     assert gone() is None
 
 
+class BreaksBackward(nn.Module):
+    """Its backward fails when it is told to, after what is behind it has had its gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.broken = nn.Linear(5, 5), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(self.check)
+        return self.layer(x)
+
+    def check(self, gradient: Tensor) -> None:
+        if self.broken:
+            raise ValueError("on fire")
+
+
+@pytest.mark.parametrize("where", ["backward", "update"])
+@pytest.mark.parametrize("method", ["bp", "fdg", "dtrp", "spectrain"])
+def test_gradients_are_the_engines_after_a_failure_too(method: str, where: str) -> None:
+    def broken(*args: Any) -> None:
+        raise ValueError("on fire")
+
+    model = nn.Sequential(nn.Linear(5, 5), nn.Sequential(nn.Linear(5, 5), BreaksBackward()), nn.Linear(5, 3))
+    pipe = Pipeline(model, sgd, cross_entropy, num_stages=3, method=method, num_microbatches=2)
+    for x, y in minibatches(7):
+        pipe.step(x, y)
+    copies = [held.weights for stage in pipe._engine.stages for held in stage._stash if held.weights is not None]
+    if where == "backward":
+        model[1][1].broken = True
+    else:
+        assert pipe.optimizers[1] is not None
+        pipe.optimizers[1].register_step_pre_hook(broken)
+    with pytest.raises(StageError, match="on fire"):
+        for x, y in minibatches(7):
+            pipe.step(x, y)
+    leaves = [*model.parameters(), *(leaf for version in copies for leaf in version.leaves)]
+    assert all(p.grad is None for p in leaves)
+    pipe.close()
+    assert all(p.grad is None for p in leaves)
+
+
 def test_a_clean_exit_flushes_and_an_error_does_not() -> None:
     with pipeline(network(), num_stages=4) as pipe:
         for x, y in minibatches(6):

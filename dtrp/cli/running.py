@@ -10,8 +10,7 @@ import click
 
 from ..checks import check_settings
 from ..compare import read_summary
-from ..errors import StageError
-from ..failure import WorkerError
+from ..errors import StageError, WorkerError
 from ..planned import resolved
 from ..results import TrainResult
 from ..runs import RunFolder, left_by
