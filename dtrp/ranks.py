@@ -268,39 +268,34 @@ def _missed(at: _Progress) -> BaseException:
 
 
 def _end_unless(over: threading.Event) -> None:
-    """At the end of a process that waits no longer."""
+    """At the end of a process that waits no longer: its thread may still try to join."""
     if not over.is_set():
-        end_at_once("it still tries to join the other ranks")
+        end_at_once()
 
 
-def end_at_once(why: str) -> None:
-    """End a process that would be aborted otherwise, by a thread that comes back from the backend, or never end."""
-    print(
-        f"dtrp ends this process with exit code 1, without the exit handlers that are left: {why}, which nothing can stop",
-        file=sys.stderr,
-    )
+def end_at_once() -> None:
+    """End a process that nothing else ends well, with exit code 1 and without the exit handlers that are left.
+
+    For one with a thread in the backend, which nothing can stop: where it comes back while the interpreter is taken down,
+    it aborts the process. And for one whose main thread does not hear that it is to end.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
 
 
 def end_with_failure() -> None:
-    """Let a process that is ending as one that is through, and is not, end with exit code 1; its exit handlers run before."""
-    if parent_process() is not None:  # a child of multiprocessing: it has no such handlers, and ends here
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-    _LAST.append(_Failed())
+    """Have a process that is ending as if all were well end with exit code 1, after its exit handlers."""
+    if (
+        parent_process() is not None
+    ):  # a child of multiprocessing: its exit code is decided, and it has no exit handlers
+        end_at_once()
+    sys.__dict__["_dtrp_failed"] = _Failed()  # the interpreter forgets this last
 
 
 class _Failed:
-    """Ends the process with exit code 1 when the interpreter clears its modules: no sooner, and nothing of the caller's is left."""
-
     def __del__(self, end: Callable[[int], None] = os._exit) -> None:
         end(1)
-
-
-_LAST: list[_Failed] = []
 
 
 def _launcher() -> int:
@@ -334,6 +329,6 @@ def watch_launcher(on_gone: Callable[[], None], is_over: Callable[[], bool]) -> 
                 os.getpid(), signal.SIGTERM if heard else signal.SIGINT
             )  # its main thread ends it as it ends others
         time.sleep(_MOST_WAIT_S)
-        end_at_once("the launcher is gone, and the main thread is busy")
+        end_at_once()
 
     threading.Thread(target=watch, name="dtrp launcher", daemon=True).start()

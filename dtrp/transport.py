@@ -345,7 +345,7 @@ class Transport:
         if self._threads_left:
             if error is not None and error is sys.exc_info()[1]:  # of a multiprocessing child, not printed yet
                 traceback.print_exception(error)
-            end_at_once("a thread of it is in torch's backend")
+            end_at_once()
         elif unheard and error is None:  # a run that lost a rank must not look like one that did not
             end_with_failure()
 
