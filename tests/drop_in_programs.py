@@ -321,7 +321,7 @@ def sequential(kind: str, method: str, sizes: tuple[int, ...] = (12,) * 6, parts
         result["weights"] = {
             f"{name}.{key}": t.detach().clone()
             for name, layer in zip(names, flat, strict=True)
-            for key, t in layer.state_dict().items()
+            for key, t in layer.named_parameters()  # its state dict would warn of what other ranks train
         }
         return result
 

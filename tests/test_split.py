@@ -276,6 +276,7 @@ def test_a_sequential_is_cut_between_its_layers() -> None:
     pipe = dtrp.Pipeline(dtrp.split(model, cuts=[1, 2]), sgd, F.mse_loss)
     assert pipe.num_stages == 3
     pipe.step(rows(), rows())
+    pipe.flush()
     assert set(pipe.model_state_dict()) == set(model.state_dict())
 
 
