@@ -312,6 +312,8 @@ class DistributedEngine:
         self._next_microbatch = m + 1
         with naming(self._stage.index, action, micro.minibatch):
             out = self._stage.forward(micro, x, target) if note.samples else None
+            if self._local and out is not None and not self.takes_y and (loss := self._stage.newest_loss()) is not None:
+                self._losses.watch(self._stage.index, micro, loss)
             if not self.takes_y:
                 self._pass_on(note, out, target)
             elif out is not None:
@@ -348,6 +350,7 @@ class DistributedEngine:
 
     def _update(self, action: Action) -> None:
         samples = self._samples.popleft()
+        self._stage.settle()
         ties = [tie for tie in self._stage.ties if tie.trained]
         if ties:
             self._add_up_tied(action, ties)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from .agreeing import Proposals
@@ -137,12 +137,16 @@ class Losses:
         self._at_once = at_once
         self._stops = stops
         self._terms: list[Tensor] = []  # of the current mini-batch
-        self._unseen: list[tuple[MicroBatch, Tensor]] = []
+        self._unseen: list[tuple[int, MicroBatch, Tensor]] = []  # with their stages
 
     def add(self, micro: MicroBatch, loss: Tensor) -> None:
         self._terms.append(loss)
+        self.watch(self._last_stage, micro, loss)
+
+    def watch(self, stage: int, micro: MicroBatch, loss: Tensor) -> None:
+        """A loss that ``stage`` learns from."""
         if self._stops:
-            self._unseen.append((micro, loss))
+            self._unseen.append((stage, micro, loss))
         if self._at_once:
             self.check()
 
@@ -160,13 +164,14 @@ class Losses:
 
     def check(self) -> None:
         """Refuse a loss that is not finite."""
-        if self._unseen and not torch.isfinite(torch.stack([loss for _, loss in self._unseen])).all():
-            micro, loss = next(each for each in self._unseen if not torch.isfinite(each[1]))
-            cause = FloatingPointError(
-                f"the loss of mini-batch {micro.minibatch} is {loss.item()}; lower the learning rate, or look at "
-                f"the data of this mini-batch (stage {self._last_stage}, the last)"
-            )
-            raise StageError(self._last_stage, Action("F", micro.index), micro.minibatch, cause) from cause
+        for stage, micro, loss in self._unseen:
+            if not math.isfinite(value := float(loss)):
+                which = f"stage {stage}, the last" if stage == self._last_stage else f"stage {stage}"
+                cause = FloatingPointError(
+                    f"the loss of mini-batch {micro.minibatch} is {value}; lower the learning rate, or look at "
+                    f"the data of this mini-batch ({which})"
+                )
+                raise StageError(stage, Action("F", micro.index), micro.minibatch, cause) from cause
         self._unseen.clear()
 
     def drop(self) -> None:

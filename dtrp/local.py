@@ -186,6 +186,7 @@ class LocalEngine:
 
     def _may_update(self, stage: int, action: Action) -> bool:
         """Where gradients of several stages count for one, an update waits until all are through with the mini-batch."""
+        self.stages[stage].settle()
         if not (self._together or self._ties) or len(self._at_update) == len(self.stages):
             return True
         self._at_update.add(stage)
@@ -210,6 +211,8 @@ class LocalEngine:
                 micro = self._micros[action.index]
                 target = self._targets[action.index] if index == last or self._local else None
                 out = stage.forward(micro, self._inputs[index].pop(action.index), target)
+                if self._local and index < last and (loss := stage.newest_loss()) is not None:
+                    self._losses.watch(index, micro, loss)
                 if index < last:
                     self._inputs[index + 1][action.index] = out
                 else:

@@ -31,6 +31,7 @@ from .methods import Keep, Method
 from .modes import follow
 from .plan_file import Plan, as_plan
 from .ranks import Ranks, find_ranks
+from .reach import Reach, refuse_gradient
 from .repeatable import LossFn
 from .splitting import Stages, into_stages, stage_device
 from .stage import Stage
@@ -184,6 +185,11 @@ class Pipeline(Driver):
         self._schedules_lr = lr_scheduler is not None
         self._tracer = Tracer(bool(trace))
 
+        wholes = [
+            module if own is None else WithAux(module, *own) for module, own in zip(modules, aux_networks, strict=True)
+        ]
+        reach = Reach(dict(enumerate(wholes)), None if ranks is None else ranks.stage)
+
         def make_stage(index: int, place: torch.device, replica: int = 0) -> Stage:
             own = aux_networks[index]
             return Stage(
@@ -194,6 +200,7 @@ class Pipeline(Driver):
                 checked_optimizer(optimizer),
                 checked_scheduler(lr_scheduler),
                 loss_fn=loss_fn if index == len(modules) - 1 or own is not None else None,
+                reach=reach,
                 aux=own,
                 needs_input_grad=not self.method.local
                 and any(p.requires_grad for module in modules[:index] for p in module.parameters()),
@@ -235,10 +242,6 @@ class Pipeline(Driver):
                     "clip": clip,
                     "on_nonfinite": on_nonfinite,
                 }
-                wholes = [
-                    module if own is None else WithAux(module, *own)
-                    for module, own in zip(modules, aux_networks, strict=True)
-                ]
                 self.seed = unite(transport, wholes, place, settings, self.seed, ties)
                 stage = make_stage(ranks.stage, place, ranks.replica)
                 self._engine = DistributedEngine(stage, self.method, num_microbatches, transport, self._tracer, loss_on)
@@ -288,6 +291,8 @@ class Pipeline(Driver):
             for stage in engine.stages:
                 stage.check_trainable()
                 follow(stage.module)
+            refuse_gradient("x", x, "put what has made it into the first stage's module")
+            refuse_gradient("y", y, "put what has made it into the last stage's module")
             if x is not None and y is not None and num_samples(x) != num_samples(y):
                 raise ValueError(
                     f"x has {num_samples(x)} samples and y has {num_samples(y)}; a mini-batch needs as many targets as inputs"

@@ -7,6 +7,7 @@ time, what it does to buffers goes where it should, and its input is not written
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from .aligned import aligned_clone, enter, parts_of
 from .buffers import Met, buffers_of, copies_of, copy_all, marks
 from .exchange import Exchange, Places
 from .modes import in_mode
+from .reach import Reach
 from .rng import Draws
 from .stash import AutocastState, Held
 from .trees import flatten, map_tensors, tensors_of, unflatten
@@ -35,6 +37,8 @@ class Repeatable:
         loss_fn: None: the stage has no loss.
         is_last: the loss is the output too.
         draws: the stage's random numbers, on the device where it works.
+        reach: what tells whose tensors the stage reads, in the first mini-batch; None: nobody asks.
+        compiles: whether ``call`` is compiled code, into which it does not look.
 
     Attributes:
         changes_input: whether the module writes its input; None: not seen yet.
@@ -50,11 +54,13 @@ class Repeatable:
         *,
         is_last: bool,
         draws: Draws,
+        reach: Reach | None,
+        compiles: bool,
     ) -> None:
         self.changes_input: bool | None = None
         self._whole, self._module = whole, module
         self._call, self._call_aux, self._loss_fn = call, call_aux, loss_fn
-        self._is_last, self._draws = is_last, draws
+        self._is_last, self._draws, self._reach, self._compiles = is_last, draws, reach, compiles
         self._places = Places(whole)
         self._moving: set[str] = set()  # buffers that the module has been seen to move
         self._looked: set[tuple[bool, ...]] = set()  # for them, in these modes
@@ -86,11 +92,19 @@ class Repeatable:
         entered = self._entered(held, inputs, copy=self.changes_input is not False)
         x = unflatten(form, iter(entered))
         before = [t._version for t in entered]
+        reach, stage = self._reach, self._draws.stage
+        if reach is not None and not reach.covers(held.micro.minibatch):
+            reach = None
+        watch = nullcontext() if reach is None else reach.watching(stage, entered, tensors_of(held.target))
         with self._draws.region(held.micro.index), held.autocast.region():
-            with self._places.hold(tensors):
+            with self._places.hold(tensors), nullcontext() if self._compiles else watch:
                 out = self._call(x)
                 judged = out if self._call_aux is None else self._judged(out)
-            loss = None if self._loss_fn is None else self._loss(judged, held)
+            with watch:
+                loss = None if self._loss_fn is None else self._loss(judged, held)
+            if reach is not None:
+                inside = [*self._whole.parameters(), *weights.values(), *inputs]
+                reach.check(stage, (out, judged), loss, inside, self._loss_fn)
             if self._is_last:
                 out = loss
             else:

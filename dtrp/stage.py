@@ -46,6 +46,7 @@ from .gradients import GradientRule, gradient_norm
 from .methods import Keep, Method
 from .modes import in_modes, modes_of
 from .predict import as_predictor
+from .reach import Reach
 from .repeatable import Buffers, LossFn, Repeatable
 from .rng import Draws
 from .saved_tensors import NOT_WEIGHED, weigh_graph
@@ -70,6 +71,7 @@ class Stage:
         optimizer: list of parameters -> optimizer; called when there are trainable parameters.
         lr_scheduler: optimizer -> scheduler, or None.
         loss_fn: the loss, at a stage that has one: the last, or each.
+        reach: what tells whose tensors are whose, in the first mini-batch; None: nobody asks.
         aux: what comes between the output and a loss of the stage's own, as a submodule of the whole; None at the last.
         needs_input_grad: whether any stage before has something to train.
         device: where the stage works.
@@ -93,6 +95,7 @@ class Stage:
         lr_scheduler: Callable[[Optimizer], Any] | None,
         *,
         loss_fn: LossFn | None,
+        reach: Reach | None = None,
         aux: tuple[str, nn.Module] | None = None,
         needs_input_grad: bool,
         device: torch.device,
@@ -122,6 +125,8 @@ class Stage:
             loss_fn,
             is_last=index == num_stages - 1,
             draws=self.draws,
+            reach=reach,
+            compiles=self.compiles,
         )
         self.method = method
         self.device = device
@@ -167,6 +172,7 @@ class Stage:
         self.delays: Counter[int] = Counter()
         self.stash_peak = self.activations_peak = self.gradients_peak = 0  # bytes
         self.gauge: Gauge | None = None  # of the distance from the weights read to the true ones
+        self._spoiled: list[Tensor] = []  # of the mini-batch's micro-batches: whether their loss was not finite
         self._spent: list[Tensor | None] = []  # the gradients of the last update
         self._stash: deque[Held] = deque()
         self._prepared: WeightVersion | None = None  # made ahead of its F, which finds it among the shared ones
@@ -346,6 +352,7 @@ class Stage:
         starts = self._starts(held, grad)
         if not starts:
             return None
+        spoiled = self._spoils(starts) if self.rule.on_nonfinite == "skip" else None
         leaves = self.parameters if held.weights is None else held.weights.leaves
         try:
             for leaf, gradient in zip(leaves, self.gradients, strict=True):
@@ -357,6 +364,11 @@ class Stage:
             for i, leaf in enumerate(leaves):
                 self.gradients[i], leaf.grad = leaf.grad, None
         gradients = [each[0] if each else None for each in held.input_gradients]
+        if spoiled is not None:
+            self._spoiled.append(spoiled)
+            for gradient in gradients:
+                if gradient is not None:
+                    _first(gradient).masked_fill_(spoiled, math.nan)
         if all(gradient is None for gradient in gradients):
             return None
         return gradients[0] if isinstance(held.leaf, Tensor) else gradients
@@ -368,8 +380,6 @@ class Stage:
                 return []
             (root,) = held.roots
             assert isinstance(root, Tensor)
-            if self.rule.on_nonfinite == "skip" and not torch.isfinite(root):
-                return [(root, torch.full_like(root, math.nan))]  # so that every stage's gradient says it
             return [(root, None)]
         starts: list[tuple[Tensor | GradientEdge, Tensor | None]] = []
         for root, gradient in zip(held.roots, grad if isinstance(grad, list) else [grad], strict=False):
@@ -381,6 +391,28 @@ class Stage:
                 gradient = gradient * self.method.grad_shrink
             starts.append((root, gradient))
         return starts
+
+    def _spoils(self, starts: list[tuple[Tensor | GradientEdge, Tensor | None]]) -> Tensor:
+        """Whether the loss of the micro-batch was not finite, which its gradient may not show: a scalar, not waited for.
+
+        A mask or an ignored label hides a nan on its way back, so that of the gradient that is sent the first entry tells.
+        """
+        root, _ = starts[0]
+        if self.loss_fn is not None:
+            assert isinstance(root, Tensor)
+            return ~torch.isfinite(root.detach())
+        return torch.stack([_first(gradient).isnan().any() for _, gradient in starts if gradient is not None]).any()
+
+    def settle(self) -> None:
+        """Make the gradient of a mini-batch that has met a loss that was not finite so as well, all of it."""
+        if self._spoiled and torch.stack(self._spoiled).any():
+            self.gradients = [torch.full_like(p, math.nan) for p in self.parameters]
+        self._spoiled = []
+
+    def newest_loss(self) -> Tensor | None:
+        """Of the last F, at a stage that has a loss."""
+        (root, *_) = self._stash[-1].roots if self.loss_fn is not None else (None,)
+        return root.detach() if isinstance(root, Tensor) else None
 
     def _graph(self, held: Held, buffers: Buffers = "own") -> tuple[Any, int]:
         """Run with a graph and remember where its differentiation starts; (output, bytes of the graph)."""
@@ -452,6 +484,7 @@ class Stage:
 
     def check_gradients(self) -> None:
         """Refuse a gradient that was not finite and has been applied: an accelerator answers when it comes to it."""
+        self.settle()
         self.updates.check()
 
     # -- what it holds ------------------------------------------------------------------------------
@@ -482,6 +515,7 @@ class Stage:
     def drop(self) -> None:
         """Forget what is in flight."""
         self.rest()
+        self._spoiled = []
         self.updates.drop()
         self._stash.clear()
         if self.gauge is not None:
@@ -522,6 +556,11 @@ def _check_layout(t: Tensor, what: str) -> None:
             f"{what} is a {'nested' if t.is_nested else str(t.layout).removeprefix('torch.')} tensor; parameters that are trained "
             "have strides, and buffers have them or are sparse: make it a dense one"
         )
+
+
+def _first(x: Tensor) -> Tensor:
+    """The first entry, in its place, if there is one."""
+    return x[(slice(1),) * x.dim()]
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:

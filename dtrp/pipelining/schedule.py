@@ -34,6 +34,7 @@ from ..groups import backend_for, place_of
 from ..habits import other_optimizers
 from ..methods import Keep, Method
 from ..ranks import Ranks
+from ..reach import Reach, refuse_gradient
 from ..stage import Stage
 from ..trace import Tracer
 from ..transport import Transport
@@ -173,6 +174,7 @@ class ScheduleDTRP(Driver):
                 make_optimizer,
                 checked_scheduler(lr_scheduler),
                 loss_fn=self._loss if ranks.after is None else None,
+                reach=Reach({ranks.stage: module}),
                 needs_input_grad=any(fact[2] for fact in facts[: ranks.stage]),
                 seed=self.seed,
                 device=device,
@@ -226,6 +228,9 @@ class ScheduleDTRP(Driver):
         if not torch.is_grad_enabled():
             raise RuntimeError("step() trains, and torch.no_grad() is on; call it outside, or call eval()")
         with self._shared():
+            inputs = (args if self._engine.takes_x else (), kwargs)
+            refuse_gradient("the input", inputs, "put what has made it into the first stage's module")
+            refuse_gradient("target", (target, loss_kwargs), "put what has made it into the last stage's module")
             arguments, keywords = self._cut(args, kwargs, outlive=True)
             targets = self._cut_target(target, losses, loss_kwargs)
             if self._engine.takes_y and not targets:
