@@ -73,6 +73,12 @@ class Reach:
             self._origins.pop(storage, None)
         return _Watch(self, stage) if self._stages.keys() - {stage} else nullcontext()
 
+    def copied(self, own: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
+        """Buffers have the origins of ``copies`` that a stage has worked on in their places."""
+        for name, buffer in own.items():
+            if (origin := self._origin(copies[name])) is not None:
+                self._origins[_storage(buffer)] = origin
+
     def follow(self, stage: int, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note what ``function``, called at ``stage``, has made of what."""
         made = [*_tensors(result)]

@@ -103,6 +103,7 @@ class Repeatable:
             with watch:
                 loss = None if self._loss_fn is None else self._loss(judged, held)
             if reach is not None:
+                reach.copied(own, tensors)
                 inside = [*self._whole.parameters(), *weights.values(), *inputs]
                 reach.check(stage, (out, judged), loss, inside, self._loss_fn)
             if self._is_last:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import test_loss
 import torch
 import torch.distributed as dist
 import unsplit
@@ -764,16 +765,20 @@ CLIPPING: dict[str, dict[str, Any]] = {
     "each stage, skip, dgl": {"method": "dgl", "max_grad_norm": 0.3, "on_nonfinite": "skip"},
     "skip, bp": {"method": "bp", "on_nonfinite": "skip"},
     "skip, dtrp": {"method": "dtrp", "on_nonfinite": "skip"},
+    "skip, ignored labels, fr": {"method": "fr", "on_nonfinite": "skip"},
+    "skip, ignored labels, dgl": {"method": "dgl", "on_nonfinite": "skip"},
 }
 
 
 @special(3, *CLIPPING)
 def clips_and_leaves_out(variant: str) -> Result:
-    """One mini-batch's input is not finite; its update is left out where the rule says so."""
+    """One mini-batch's input or loss is not finite; its update is left out where the rule says so."""
     options = CLIPPING[variant]
     batches = minibatches(9)
     skips = options.get("on_nonfinite") == "skip"
-    if skips:
+    if "ignored" in variant:
+        batches[5][1].fill_(-100)
+    elif skips:
         batches[5] = (batches[5][0] * math.nan, batches[5][1])
     with pipeline(without_noise(), num_stages=3, num_microbatches=2, timeout_s=10.0, **options) as pipe:
         losses = [pipe.step(x, y) for x, y in batches]
@@ -942,6 +947,34 @@ def nonfinite_gradient(folder: str, stage: int, options: dict[str, Any]) -> None
     except dtrp.StageError as error:
         heard = [error.stage, error.minibatch, type(error.__cause__).__name__, str(error.__cause__)]
         Path(folder, f"heard{rank()}.json").write_text(json.dumps(heard))
+
+
+def refused_loss(folder: str, case: str, method: str) -> None:
+    """A loss that reaches another stage; each rank writes what it hears."""
+    model = test_loss.model_of()
+    loss_fn = test_loss.REACHING[case][0](model)
+    pipe = dtrp.Pipeline(model, sgd, loss_fn, num_stages=3, method=method, num_microbatches=2, timeout_s=10)
+    try:
+        for x, y in test_loss.batches_of():
+            pipe.step(x, y)
+        pipe.flush()
+    except dtrp.StageError as error:
+        Path(folder, f"heard{rank()}.json").write_text(json.dumps(str(error)))
+
+
+def skips_with_replicas(folder: str, method: str) -> None:
+    """In mini-batch 2 the second replica's labels are ignored in a micro-batch; each rank writes what it has left out."""
+    join()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "stage"))
+    options: dict[str, Any] = {"num_microbatches": 2, "on_nonfinite": "skip", "mesh": mesh, "timeout_s": 10}
+    with pipeline(without_noise(), num_stages=2, method=method, **options) as pipe:
+        for n, (x, y) in enumerate(minibatches(5)):
+            if n == 2 and rank() > 1:
+                y[: len(y) // 2] = -100
+            pipe.step(x, y)
+        pipe.flush()
+        (skipped,) = pipe.skipped_updates().values()
+    Path(folder, f"skipped{rank()}.json").write_text(json.dumps(skipped))
 
 
 def fail_outside(folder: str, culprit: int, how: str) -> None:
@@ -1312,6 +1345,8 @@ PROGRAMS: dict[str, Callable[..., None]] = {
         fail_in_stage,
         fail_at_length,
         nonfinite_gradient,
+        refused_loss,
+        skips_with_replicas,
         fail_outside,
         stall,
         end_without_close,

@@ -97,7 +97,7 @@ def test_a_loss_that_is_not_finite_at_one_stage_leaves_out_its_update_alone() ->
     pipe = trained(lambda stages: [Mean(), Spoils(), Mean()], on_nonfinite="skip")
     assert pipe.skipped_updates() == {0: [], 1: [2], 2: [], 3: []}
     with pytest.raises(
-        dtrp.StageError, match="stage 1, update .* the gradient of mini-batch 2 at stage 1 is not finite"
+        dtrp.StageError, match=r"stage 1, forward of micro-batch 2 .* the loss of mini-batch 2 is nan.* \(stage 1\)"
     ):
         trained(lambda stages: [Mean(), Spoils(), Mean()])
 

@@ -1,0 +1,502 @@
+"""What a loss may depend on, and what an update that its loss does not allow comes to."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import means
+from launching import Server, run_ranks
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear, mse_loss
+
+import dtrp
+
+Batch = tuple[Any, Any]
+METHODS = ["bp", "gpipe", "ddg", "fr", "fdg", "dtrp", "spectrain"]
+
+
+class Router(nn.Module):
+    """A layer that leaves a loss of its own in an attribute, and another in a buffer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, width)
+        self.aux: Any = None
+        self.register_buffer("load", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.gate(x).softmax(-1)
+        self.aux = (gates.mean(0) ** 2).sum()
+        if self.training:
+            self.load.copy_(self.aux.detach())
+        return x * gates
+
+
+def model_of(*, routed: int = 1) -> nn.Sequential:
+    """Three stages of two layers; ``routed`` is the layer that routes."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.Tanh(), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)]
+    layers[routed] = Router(8)
+    return nn.Sequential(*layers).double()
+
+
+def batches_of(num: int = 4) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(8, 6, generator=generator, dtype=torch.float64),
+            torch.randint(3, (8,), generator=generator),
+        )
+        for _ in range(num)
+    ]
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def refused(model: nn.Sequential, loss_fn: Any, why: str, **options: Any) -> None:
+    """At the first mini-batch, and nothing has been trained then."""
+    before = copy.deepcopy(model.state_dict())
+    pipe = dtrp.Pipeline(model, sgd, loss_fn, num_stages=3, seed=0, **options)
+    with pytest.raises(dtrp.StageError, match=why):
+        pipe.step(*batches_of(1)[0])
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items() if not name.endswith("load"))
+
+
+# -- losses that reach other stages -----------------------------------------------------------------------------
+
+
+def hooked(model: nn.Sequential) -> Any:
+    features = {}
+    model[2].register_forward_hook(lambda module, args, out: features.__setitem__("h", out))
+    return lambda out, y: cross_entropy(out, y) + (features["h"] ** 2).mean()
+
+
+REACHING: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
+    "penalty": (
+        lambda model: lambda out, y: cross_entropy(out, y) + 1e-4 * sum((p**2).sum() for p in model.parameters()),
+        "loss_fn reads 0.weight of stage 0 and is called at stage 2",
+    ),
+    "norm without a graph": (
+        lambda model: lambda out, y: cross_entropy(out, y) + model[3].bias.detach().abs().sum(),
+        "loss_fn reads 3.bias of stage 1",
+    ),
+    "penalty in place": (
+        lambda model: lambda out, y: cross_entropy(out, y).add_(torch.stack([model[3].weight.norm()]).sum()),
+        "loss_fn reads 3.weight of stage 1",
+    ),
+    "layer": (
+        lambda model: lambda out, y: cross_entropy(out, y) + model[3](torch.ones(1, 8).double()).sum(),
+        "loss_fn reads 3.weight of stage 1",
+    ),
+    "attribute": (
+        lambda model: lambda out, y: cross_entropy(out, y) + model[1].aux,
+        "loss_fn reads 1.aux of stage 0",
+    ),
+    "detached attribute": (
+        lambda model: lambda out, y: cross_entropy(out, y) * (1 + model[1].aux.detach()),
+        "loss_fn reads 1.aux of stage 0",
+    ),
+    "buffer": (
+        lambda model: lambda out, y: cross_entropy(out, y) + model[1].load,
+        "loss_fn reads 1.load of stage 0",
+    ),
+    "hooked feature": (hooked, r"loss_fn reads a tensor of shape \(\d, 8\) that stage 1 has computed"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", REACHING)
+def test_a_loss_that_reaches_another_stage(case: str, method: str) -> None:
+    make, why = REACHING[case]
+    model = model_of()
+    refused(model, make(model), why, method=method, num_microbatches=1 + METHODS.index(method) % 2)
+
+
+@pytest.mark.parametrize("options", [{"keep": "input"}, {"keep": "auto", "memory_limit_bytes": 10**9}])
+def test_whatever_is_kept(options: dict[str, Any]) -> None:
+    model = model_of()
+    refused(
+        model, REACHING["attribute"][0](model), REACHING["attribute"][1], method="gpipe", num_microbatches=3, **options
+    )
+
+
+def test_a_local_loss() -> None:
+    """Of a stage with a loss of its own, which reads the weights of all."""
+    model = model_of()
+    why = "loss_fn reads 3.weight of stage 1 and is called at stage 0"
+    loss_fn = REACHING["penalty in place"][0](model)
+    refused(model, loss_fn, why, method="dgl", aux=functools.partial(means, num_classes=3))
+
+
+class Reads(nn.Module):
+    """A layer that reads something that it does not have for a submodule."""
+
+    def __init__(self, read: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.read = read
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x + self.read()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("place", [2, 4])
+@pytest.mark.parametrize(
+    ("read", "why"),
+    [
+        (lambda model: model[1].aux, "reads 1.aux of stage 0"),
+        (lambda model: linear(model[0].bias, model[0].weight.T).sum(), "reads 0.bias of stage 0"),
+    ],
+)
+def test_a_module_that_reaches_another_stage(
+    read: Callable[[nn.Sequential], Tensor], why: str, place: int, method: str
+) -> None:
+    model = model_of()
+    model[place] = Reads(functools.partial(read, model)).double()
+    refused(model, cross_entropy, f"stage {place // 2} {why}", method=method)
+
+
+# -- what learns outside ----------------------------------------------------------------------------------------
+
+
+class Learned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_var = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(out, y) * torch.exp(-self.log_var) + self.log_var
+
+    def weighted(self, out: Tensor, y: Tensor, *, weight: float) -> Tensor:
+        return weight * self(out, y)
+
+
+def closure() -> Any:
+    criterion = Learned()
+    return lambda out, y: 2 * criterion(out, y)
+
+
+def temperature() -> Any:
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    return lambda out, y: cross_entropy(out * scale, y)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (Learned, "log_var of Learned"),
+        (lambda: functools.partial(Learned().weighted, weight=2.0), "log_var of Learned"),
+        (lambda: Learned().forward, "log_var of Learned"),
+        (closure, "log_var of Learned"),
+        (temperature, "scale"),
+    ],
+)
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_a_loss_that_would_learn(make: Any, name: str, num_stages: int) -> None:
+    for method in ("bp", "dtrp"):
+        model = model_of()
+        pipe = dtrp.Pipeline(model, sgd, make(), num_stages=num_stages, method=method)
+        why = rf"loss_fn would train {name}, which no stage has .* freeze it \(requires_grad_\(False\)\)"
+        with pytest.raises(dtrp.StageError, match=why):
+            pipe.step(*batches_of(1)[0])
+
+
+def test_a_mini_batch_that_requires_a_gradient() -> None:
+    x, y = batches_of(1)[0]
+    made = nn.Linear(6, 6).double()(x)
+    for value in (x.clone().requires_grad_(), made, {"input": made}):
+        pipe = dtrp.Pipeline(model_of(), sgd, cross_entropy, num_stages=3)
+        with pytest.raises(ValueError, match=r"x requires a gradient, .* pass x.detach\(\), or put what has made it"):
+            pipe.step(value, y)
+        pipe.step(x, y)
+    target = torch.randn(8, 3).double().requires_grad_()
+    with pytest.raises(ValueError, match=r"y requires a gradient, .* pass y.detach\(\), or put what has made it"):
+        dtrp.Pipeline(model_of(), sgd, mse_loss, num_stages=3).step(x, {"target": target})
+
+
+def test_an_optimizer_of_the_loss_too() -> None:
+    loss_fn = Learned()
+    with pytest.raises(ValueError, match="holds others; use only those it is called with"):
+        dtrp.Pipeline(model_of(), lambda params: sgd([*params, *loss_fn.parameters()]), loss_fn, num_stages=3)
+
+
+# -- what is right stays ------------------------------------------------------------------------------------------
+
+
+class Distilled:
+    """A frozen teacher in the loss, and one that is not frozen, without a graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.teacher, self.other = copy.deepcopy(model).requires_grad_(False), copy.deepcopy(model)
+        self.x = torch.ones(1, 6).double()
+
+    def __call__(self, out: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            other = self.other(self.x)
+        return cross_entropy(out, y) + mse_loss(out, (self.teacher(self.x) + other).expand_as(out))
+
+
+def logged(model: nn.Sequential) -> Any:
+    """Looks at all weights and at an attribute, and does not let the loss depend on them."""
+    seen: list[Any] = []
+
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        seen.append(torch.stack([p.norm() for p in model.parameters()]).max().item())
+        seen.append(torch.zeros_like(model[1].aux) if model[1].aux is not None else None)
+        return cross_entropy(out, y) * torch.ones_like(model[0].bias).mean()
+
+    return loss_fn
+
+
+CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 2.0]).double()
+RIGHT: dict[str, Callable[[nn.Sequential], Any]] = {
+    "class weights": lambda model: nn.CrossEntropyLoss(CLASS_WEIGHTS, label_smoothing=0.1).double(),
+    "distilled": Distilled,
+    "the last stage's weights": lambda model: (
+        lambda out, y: cross_entropy(out, y) + 0.1 * sum((p**2).sum() for p in model[5].parameters())
+    ),
+    "logged": logged,
+    "a frozen module that is the model's own": lambda model: (
+        lambda out, y: cross_entropy(out, y) + model[3].requires_grad_(False).weight.sum()
+    ),
+}
+
+
+def gradients(model: nn.Sequential, loss_fn: Any, batches: list[Batch], **options: Any) -> list[dict[str, Tensor]]:
+    """Of each mini-batch, with weights that never move."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen: list[dict[str, Tensor]] = [{} for _ in batches]
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer, count = torch.optim.SGD(parameters, lr=0.0), itertools.count()
+
+        def look(*_: Any) -> None:
+            seen[next(count)].update({names[id(p)]: p.grad.clone() for p in parameters if p.grad is not None})
+
+        optimizer.register_step_pre_hook(look)
+        return optimizer
+
+    with dtrp.Pipeline(model, make, loss_fn, num_stages=3, seed=0, **options) as pipe:
+        for x, y in batches:
+            pipe.step(x, y)
+    return seen
+
+
+def plain(model: nn.Sequential, loss_fn: Any, batches: list[Batch]) -> list[dict[str, Tensor]]:
+    result = []
+    for x, y in batches:
+        model.zero_grad()
+        loss_fn(model(x), y).backward()
+        result.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    return result
+
+
+def assert_right(model: nn.Sequential, make: Any, batches: list[Batch], method: str, **options: Any) -> None:
+    other = copy.deepcopy(model)
+    wants = plain(other, make(other), batches)
+    for got, want in zip(gradients(model, make(model), batches, method=method, **options), wants, strict=True):
+        assert got.keys() == want.keys()
+        for name, gradient in want.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", RIGHT)
+def test_losses_that_are_right(case: str, method: str) -> None:
+    model = model_of()
+    if "frozen" in case:
+        model[3].requires_grad_(False)
+    assert_right(model, RIGHT[case], batches_of(), method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_last_stages_attribute(method: str) -> None:
+    assert_right(
+        model_of(routed=4), lambda model: lambda o, y: cross_entropy(o, y) + model[4].aux, batches_of(), method
+    )
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 3])
+@pytest.mark.parametrize("method", ["bp", "gpipe", "dtrp"])
+def test_the_input_is_the_target(method: str, num_microbatches: int) -> None:
+    """Of an autoencoder; and of a next-token task, where one storage has both."""
+    rows = torch.randn(8, 7).double()
+    x, y = rows[:, :-1], rows[:, 1:]
+    model = model_of()
+    model[5] = nn.Linear(8, 6).double()
+    for batches in ([(x, x)] * 3, [(x, {"next": y, "teacher": torch.ones(8, 6).double()})] * 3):
+        loss_fn = (
+            mse_loss if batches[0][1] is x else lambda out, y: mse_loss(out, y["next"]) + mse_loss(out, y["teacher"])
+        )
+        assert_right(
+            copy.deepcopy(model), lambda _, loss_fn=loss_fn: loss_fn, batches, method, num_microbatches=num_microbatches
+        )
+
+
+class Shifted(nn.Module):
+    """Adds a table that the first of its kind makes, and all read."""
+
+    tables: dict[int, Tensor] = {}  # noqa: RUF012
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] not in self.tables:
+            self.tables[x.shape[1]] = torch.arange(x.shape[1], device=x.device).to(x).expand_as(x[:1]) / 10
+        table, _ = torch.broadcast_tensors(self.tables[x.shape[1]], x)
+        return x + table
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_constant_that_stages_share(method: str) -> None:
+    model = model_of()
+    model[2], model[4] = Shifted(), Shifted()
+    Shifted.tables.clear()
+    assert_right(model, lambda model: cross_entropy, batches_of(), method)
+
+
+# -- losses that are not finite ---------------------------------------------------------------------------------
+
+
+class Hides(nn.Module):
+    """Its output depends on its input, and the gradient of that is zero, whatever comes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 1e9, x * self.weight, x.detach())
+
+
+def ignoring(batch: Batch, rows: slice) -> Batch:
+    x, y = batch
+    y = y.clone()
+    y[rows] = -100
+    return x, y
+
+
+def constant(value: float, at: int) -> Any:
+    """Adds it to the loss in the call of that number."""
+    calls = itertools.count()
+    return lambda out, y: cross_entropy(out, y) + (value if next(calls) == at else 0.0)
+
+
+SPOILED: dict[str, tuple[int, Any, slice]] = {
+    "all labels ignored": (1, cross_entropy, slice(None)),
+    "in one micro-batch": (2, cross_entropy, slice(4, None)),
+    "in the first micro-batch": (2, cross_entropy, slice(4)),
+    "nan": (1, functools.partial(constant, math.nan, 1), slice(0)),
+    "inf": (2, functools.partial(constant, math.inf, 3), slice(0)),
+}
+
+
+@pytest.mark.parametrize("hides", [False, True])
+@pytest.mark.parametrize("case", SPOILED)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_is_not_finite_leaves_the_update_out(method: str, case: str, hides: bool) -> None:
+    num_microbatches, loss_fn, rows = SPOILED[case]
+    batches = batches_of(5)
+    batches[1] = ignoring(batches[1], rows)
+    model = model_of()
+    if hides:
+        model[2] = Hides().double()
+    loss_fn = loss_fn() if isinstance(loss_fn, functools.partial) else loss_fn
+    pipe = dtrp.Pipeline(
+        model, functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1), loss_fn, num_stages=3,
+        method=method, num_microbatches=num_microbatches, on_nonfinite="skip",
+    )  # fmt: skip
+    moved = []
+    for batch in batches:
+        pipe.step(*batch)
+        pipe.flush()
+        moved.append([p.clone() for p in model.parameters()])
+    assert pipe.skipped_updates() == {0: [1], 1: [1], 2: [1]}
+    for before, after, later in zip(*moved[:3], strict=True):
+        assert torch.equal(before, after)
+        assert not torch.equal(after, later)
+
+
+@pytest.mark.parametrize("method", ["dtrp", "fdg"])
+def test_while_batches_are_in_flight_and_through_a_save(method: str, tmp_path: Path) -> None:
+    batches = batches_of(7)
+    batches[2] = ignoring(batches[2], slice(4))
+    pipes = [
+        dtrp.Pipeline(
+            model_of(), sgd, cross_entropy, num_stages=3, method=method, num_microbatches=3, on_nonfinite="skip"
+        )
+        for _ in range(2)
+    ]
+    for batch in batches[:3]:
+        pipes[0].step(*batch)
+    pipes[0].save(tmp_path / "saved")
+    pipes[1].load(tmp_path / "saved")
+    for pipe in pipes:
+        for batch in batches[3:]:
+            pipe.step(*batch)
+        pipe.flush()
+        assert pipe.skipped_updates() == {0: [2], 1: [2], 2: [2]}
+    a, b = (pipe.model_state_dict() for pipe in pipes)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_local_losses() -> None:
+    """The third call is stage 0's, of mini-batch 1: it alone leaves it out, or stops there."""
+    options: dict[str, Any] = {"num_stages": 3, "method": "dgl", "aux": functools.partial(means, num_classes=3)}
+    pipe = dtrp.Pipeline(model_of(), sgd, constant(math.nan, 3), on_nonfinite="skip", **options)
+    for batch in batches_of(3):
+        pipe.step(*batch)
+    assert pipe.skipped_updates() == {0: [1], 1: [], 2: []}
+    pipe = dtrp.Pipeline(model_of(), sgd, constant(math.nan, 3), **options)
+    first, second = batches_of(2)
+    pipe.step(*first)
+    before = [p.clone() for p in pipe.stages[0].parameters()]
+    with pytest.raises(dtrp.StageError, match=r"stage 0, .* the loss of mini-batch 1 is nan") as stopped:
+        pipe.step(*second)
+    assert (stopped.value.stage, stopped.value.minibatch) == (0, 1)
+    assert all(torch.equal(p, q) for p, q in zip(before, pipe.stages[0].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stop_names_the_same(method: str) -> None:
+    pipe = dtrp.Pipeline(model_of(), sgd, cross_entropy, num_stages=3, method=method)
+    first, second = batches_of(2)
+    pipe.step(*first)
+    with pytest.raises(dtrp.StageError, match="the loss of mini-batch 1 is nan"):
+        pipe.step(*ignoring(second, slice(None)))
+
+
+# -- on ranks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize(("case", "method"), [("penalty", "bp"), ("norm without a graph", "dtrp"), ("buffer", "dtrp")])
+def test_on_ranks(case: str, method: str, server: Server, tmp_path: Path) -> None:
+    run_ranks(server, tmp_path, 3, "refused_loss", case, method)
+    for rank in range(3):
+        assert REACHING[case][1] in json.loads((tmp_path / f"heard{rank}.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["bp", "dtrp", "dgl"])
+def test_replicas_leave_it_out_together(method: str, server: Server, tmp_path: Path) -> None:
+    """The labels of one replica's micro-batch are ignored."""
+    run_ranks(server, tmp_path, 4, "skips_with_replicas", method)
+    for rank in range(4):
+        assert json.loads((tmp_path / f"skipped{rank}.json").read_text()) == [2]
