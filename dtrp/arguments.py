@@ -69,7 +69,8 @@ def checked_optimizer(make: Callable[[list[nn.Parameter]], Optimizer]) -> Callab
         strange = {id(p) for group in optimizer.param_groups for p in group["params"]} - {id(p) for p in parameters}
         if strange:
             raise ValueError(
-                "optimizer was given a stage's parameters and holds others; use only those it is called with"
+                "optimizer was given a stage's parameters and holds others; use only those it is called with (what a loss would "
+                "train belongs into the last stage's module)"
             )
         return optimizer
 

@@ -59,7 +59,9 @@ class Pipeline(Driver):
             refuse it.
         optimizer: list of parameters -> `torch.optim.Optimizer`; called once for each stage that has
             trainable parameters.
-        loss_fn: (output, target) -> scalar, the mean over the samples.
+        loss_fn: (output, target) -> scalar, the mean over the samples. It may depend on these, on constants and on the last
+            stage's own tensors; the first mini-batch shows whether it reads another stage's, or would train parameters of
+            its own, and is refused then.
         num_stages: K. None: the length of a list, or ``len(cuts) + 1``, or 1. By ``num_stages`` alone a
             Sequential is cut into equal numbers of layers, the first stages taking the remainder.
         cuts: index of the first layer of stages 1..K-1.
@@ -89,7 +91,7 @@ class Pipeline(Driver):
             have gone into. ``"skip"``: that update is left out: weights and optimizer state stay, version and scheduler go
             on. In a method that flushes all stages then leave it out. In the others each stage decides by its own gradient:
             one that is not finite at a stage is mostly not finite at those before it, and those after it have made their
-            update; a loss that is not finite makes it so at every stage. Buffers have moved with the forward.
+            update; a loss that is not finite, be its gradient finite, counts so at every stage that learns from it. Buffers have moved with the forward.
             `skipped_updates` counts. On an accelerator ``"stop"`` without clipping does not wait for the answer, which would
             keep it from being given work: the run ends at the stage's next update, and for a loss at the next step, or at
             ``flush()``. That update has spoiled the weights then, and nothing has been saved of them: go on from the last save.

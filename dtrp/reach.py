@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -47,10 +47,10 @@ class Reach:
             tensors: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
             if here not in (None, k):
                 tensors = [*module.parameters(), *module.buffers()]
-            for storage in map(_storage, tensors):
+            for storage in _storages(tensors):
                 holders.setdefault(id(storage), (storage, set()))[1].add(k)
         for storage, owners in holders.values():
-            if storage is not None and len(owners) == 1:
+            if len(owners) == 1:
                 self._origins[storage] = owners.pop()
 
     def covers(self, minibatch: int) -> bool:
@@ -67,9 +67,9 @@ class Reach:
             entered: its input, which is its own from now on.
             target: the caller's, and no stage's.
         """
-        for storage in map(_storage, entered):
+        for storage in _storages(entered):
             self._origins[storage] = stage
-        for storage in map(_storage, target):
+        for storage in _storages(target):
             self._origins.pop(storage, None)
         return _Watch(self, stage) if self._stages.keys() - {stage} else nullcontext()
 
@@ -77,7 +77,7 @@ class Reach:
         """Buffers have the origins of ``copies`` that a stage has worked on in their places."""
         for name, buffer in own.items():
             if (origin := self._origin(copies[name])) is not None:
-                self._origins[_storage(buffer)] = origin
+                self._origins.update((storage, origin) for storage in _storages([buffer]))
 
     def follow(self, stage: int, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note what ``function``, called at ``stage``, has made of what."""
@@ -99,9 +99,9 @@ class Reach:
         in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__setitem__"))
         if in_place and not made:
             made = [*_tensors(args[:1])]
-        views = () if in_place or "out" in kwargs else {id(_storage(t)) for t in _tensors(args)}
-        for storage in map(_storage, made):
-            if storage is not None and id(storage) not in views:
+        views = [] if in_place or "out" in kwargs else [*_storages(_tensors(args))]
+        for storage in _storages(made):
+            if not any(storage is view for view in views):
                 self._origins[storage] = label
 
     def check(
@@ -145,14 +145,14 @@ class Reach:
             )
 
     def _origin(self, t: Tensor) -> int | str | None:
-        origin: int | str | None = self._origins.get(_storage(t))
-        return origin
+        return next(map(self._origins.get, _storages([t])), None)
 
     def _describe(self, t: Tensor, stage: int) -> str:
         """A tensor of a stage, by the name that the stage has for it."""
+        (lies_in,) = _storages([t])
         for prefix, module in self._stages[stage].named_modules():
             for name, value in {**module._parameters, **module._buffers, **vars(module)}.items():
-                if any(_storage(each) is _storage(t) for each in _tensors(value)):
+                if any(storage is lies_in for storage in _storages(_tensors(value))):
                     return f"{prefix}.{name} of stage {stage}" if prefix else f"{name} of stage {stage}"
         return f"a tensor of shape {tuple(t.shape)} that stage {stage} has computed"
 
@@ -190,12 +190,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def _storage(t: Tensor) -> Any:
-    """What ``t`` lies in; None where it has none of its own (a sparse tensor, one inside `torch.vmap`)."""
-    try:
-        return t.untyped_storage()
-    except (RuntimeError, NotImplementedError):
-        return None
+def _storages(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """What they lie in, but for those that lie in none (a sparse tensor, one inside `torch.vmap`)."""
+    for t in tensors:
+        with suppress(RuntimeError, NotImplementedError):
+            yield t.untyped_storage()
 
 
 def _leaves(tensors: Iterable[Tensor], seen: set[Any]) -> Iterator[Tensor]:
