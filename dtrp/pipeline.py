@@ -90,8 +90,9 @@ class Pipeline(Driver):
         on_nonfinite: ``"stop"``: a loss or a gradient that is not finite ends the run, before the update that it would
             have gone into. ``"skip"``: that update is left out: weights and optimizer state stay, version and scheduler go
             on. In a method that flushes all stages then leave it out. In the others each stage decides by its own gradient:
-            one that is not finite at a stage is mostly not finite at those before it, and those after it have made their
-            update; a loss that is not finite, be its gradient finite, counts so at every stage that learns from it. Buffers have moved with the forward.
+            one that is not finite at a stage is mostly not finite at those before it, and those after it have made their update;
+            a loss that is not finite, be its gradient finite, counts so at every stage that learns from it. Buffers have moved
+            with the forward.
             `skipped_updates` counts. On an accelerator ``"stop"`` without clipping does not wait for the answer, which would
             keep it from being given work: the run ends at the stage's next update, and for a loss at the next step, or at
             ``flush()``. That update has spoiled the weights then, and nothing has been saved of them: go on from the last save.

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, mse_loss
 
 import dtrp
+from dtrp.engine import Losses
+from dtrp.stash import MicroBatch
 
 Batch = tuple[Any, Any]
 METHODS = ["bp", "gpipe", "ddg", "fr", "fdg", "dtrp", "spectrain"]
@@ -466,6 +468,15 @@ def test_local_losses() -> None:
         pipe.step(*second)
     assert (stopped.value.stage, stopped.value.minibatch) == (0, 1)
     assert all(torch.equal(p, q) for p, q in zip(before, pipe.stages[0].parameters(), strict=True))
+
+
+def test_a_loss_that_is_not_waited_for() -> None:
+    """As on an accelerator: it is looked at when the next mini-batch comes."""
+    losses = Losses(2, at_once=False)
+    for stage, value in ((0, 1.0), (1, math.inf), (2, math.nan)):
+        losses.watch(stage, MicroBatch(3, 1, 1.0), torch.tensor(value))
+    with pytest.raises(dtrp.StageError, match=r"stage 1, .* the loss of mini-batch 1 is inf; .* \(stage 1\)"):
+        losses.check()
 
 
 @pytest.mark.parametrize("method", METHODS)
