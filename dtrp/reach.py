@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .aligned import parts_of
+
 _WAY_OUT = "no gradient goes there; return it with that stage's output, through the stages in between"
 
 
@@ -145,14 +147,15 @@ class Reach:
             )
 
     def _origin(self, t: Tensor) -> int | str | None:
-        return next(map(self._origins.get, _storages([t])), None)
+        origins = (self._origins.get(storage) for storage in _storages([t]))
+        return next((origin for origin in origins if origin is not None), None)
 
     def _describe(self, t: Tensor, stage: int) -> str:
         """A tensor of a stage, by the name that the stage has for it."""
-        (lies_in,) = _storages([t])
+        places = [*_storages([t])]
         for prefix, module in self._stages[stage].named_modules():
             for name, value in {**module._parameters, **module._buffers, **vars(module)}.items():
-                if any(storage is lies_in for storage in _storages(_tensors(value))):
+                if any(storage is place for storage in _storages(_tensors(value)) for place in places):
                     return f"{prefix}.{name} of stage {stage}" if prefix else f"{name} of stage {stage}"
         return f"a tensor of shape {tuple(t.shape)} that stage {stage} has computed"
 
@@ -191,10 +194,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """What they lie in, but for those that lie in none (a sparse tensor, one inside `torch.vmap`)."""
+    """What they lie in, but for those that lie in none (one inside `torch.vmap`)."""
     for t in tensors:
         with suppress(RuntimeError, NotImplementedError):
-            yield t.untyped_storage()
+            yield from [part.untyped_storage() for part in parts_of(t)]
 
 
 def _leaves(tensors: Iterable[Tensor], seen: set[Any]) -> Iterator[Tensor]:

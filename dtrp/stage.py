@@ -559,8 +559,8 @@ def _check_layout(t: Tensor, what: str) -> None:
 
 
 def _first(x: Tensor) -> Tensor:
-    """The first entry, in its place, if there is one."""
-    return x[(slice(1),) * x.dim()]
+    """The first entry, in its place, if there is one; of a sparse tensor, which may travel in another order, all."""
+    return x._values() if x.is_sparse else x[(slice(1),) * x.dim()]
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:
