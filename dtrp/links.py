@@ -46,8 +46,6 @@ class Wire:
         self.device = device
         self.full = backend == "nccl"
         self._module: Any = torch.get_device_module(device) if device.type != "cpu" else None
-        if self._module is not None and not hasattr(self._module, "Stream"):
-            raise ValueError(f"stages on {device} cannot work in processes of their own; use the CPU, CUDA or XPU")
         self._stream: Any = self._module.Stream(device) if self._module is not None else None
 
     def out(self, packed: Packed) -> tuple[Packed, Any]:

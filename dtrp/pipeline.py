@@ -33,7 +33,7 @@ from .plan_file import Plan, as_plan
 from .ranks import Ranks, find_ranks
 from .reach import Reach, refuse_gradient
 from .repeatable import LossFn
-from .splitting import Stages, into_stages, stage_device
+from .splitting import Stages, check_device, into_stages, stage_device
 from .stage import Stage
 from .ties import check_ties, find_ties
 from .trace import Tracer
@@ -376,6 +376,8 @@ def _places(
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(f"devices={devices!r}: torch cannot use them ({str(error).splitlines()[0]})") from error
         for index in hosted:
+            check_device(places[index])
+        for index in hosted:
             modules[index].to(places[index])
         return places
     found = [stage_device(module) for module in modules]
@@ -385,6 +387,8 @@ def _places(
     for own in found:
         current = own or current
         result.append(current)
+    for place in result if only is None else [result[only]]:
+        check_device(place)
     return result
 
 

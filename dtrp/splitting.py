@@ -384,3 +384,29 @@ def stage_device(stage: nn.Module) -> torch.device | None:
         where = ", ".join(f"{name} on {device}" for device, name in places.items())
         raise ValueError(f"one stage has its tensors on several devices ({where}); pass devices=, one per stage")
     return next(iter(places), None)
+
+
+def check_device(device: torch.device) -> torch.device:
+    """The device, if stages can work there.
+
+    Raises:
+        ValueError: torch has no streams for it, or no random numbers that can be set and put back (Apple's GPUs, meta).
+    """
+    module = getattr(torch, device.type, None)
+    needed = (
+        "Stream",
+        "stream",
+        "current_stream",
+        "synchronize",
+        "device",
+        "manual_seed",
+        "get_rng_state",
+        "set_rng_state",
+    )
+    missing = next((name for name in needed if not hasattr(module, name)), None)
+    if device.type != "cpu" and missing is not None:
+        raise ValueError(
+            f"a stage cannot work on {device}: torch has no torch.{device.type}.{missing}; put the model on the CPU, or on CUDA "
+            "or XPU devices"
+        )
+    return device

@@ -17,7 +17,8 @@ from torch.nn.utils import prune
 import dtrp
 from dtrp import Pipeline, StageError, get_method
 from dtrp.engine import Losses
-from dtrp.splitting import equal_cuts, into_stages
+from dtrp.planning.profile import Profiler
+from dtrp.splitting import check_device, equal_cuts, into_stages
 from dtrp.stash import MicroBatch
 
 cross_entropy = nn.functional.cross_entropy
@@ -342,6 +343,30 @@ def test_a_failed_pipeline_lets_go_of_the_batch() -> None:
     del x
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize(("kind", "missing"), [("mps", "mps.Stream"), ("meta", "meta.Stream"), ("hpu", "hpu.Stream")])
+def test_devices_without_streams_are_refused(kind: str, missing: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"a stage cannot work on {kind}: torch has no torch.{missing}; put the model on"
+    ):
+        check_device(torch.device(kind))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "cuda:1", "xpu"])
+def test_devices_with_streams_are_not(kind: str) -> None:
+    assert check_device(torch.device(kind)) == torch.device(kind)
+
+
+def test_a_device_is_refused_before_anything_is_moved_there() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="a stage cannot work on meta: "):
+        pipeline(model, num_stages=2, devices=["cpu", "meta"])
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    with pytest.raises(ValueError, match="a stage cannot work on meta: "):
+        Profiler(model, minibatches(1)[0], cross_entropy, device="meta")
+    with pytest.raises(ValueError, match="a stage cannot work on meta: "):
+        Pipeline(model.to("meta"), sgd, cross_entropy, num_stages=2)
 
 
 class BreaksBackward(nn.Module):

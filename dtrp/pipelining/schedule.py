@@ -35,6 +35,7 @@ from ..habits import other_optimizers
 from ..methods import Keep, Method
 from ..ranks import Ranks
 from ..reach import Reach, refuse_gradient
+from ..splitting import check_device
 from ..stage import Stage
 from ..trace import Tracer
 from ..transport import Transport
@@ -402,7 +403,7 @@ def _checked_module(stage: Any, ranks: Ranks) -> nn.Module:
 
 def _device_of(stage: Any) -> torch.device:
     """The stage's device, with its number; the module must be there."""
-    device = torch.empty(0, device=stage.device).device
+    device = check_device(torch.empty(0, device=stage.device).device)
     for name, tensor in [*stage.submod.named_parameters(), *stage.submod.named_buffers()]:
         if tensor.device != device:
             raise ValueError(

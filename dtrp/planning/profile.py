@@ -31,7 +31,7 @@ from ..plan_file import PlanError
 from ..predict import BuiltInPredictor, as_predictor
 from ..repeatable import LossFn
 from ..saved_tensors import NOT_WEIGHED, weigh_graph
-from ..splitting import called, layers_of, stage_device
+from ..splitting import called, check_device, layers_of, stage_device
 from ..stash import states_bytes, tensor_bytes
 from ..trees import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
 from .neighbours import busy_neighbours
@@ -182,7 +182,7 @@ class Profiler:
         self._layers = copy.deepcopy(
             [layer for _, layer in named]
         )  # at once: a tensor that two share, they share again
-        self.device = torch.device(device) if device is not None else device_of(self._layers)
+        self.device = check_device(torch.device(device) if device is not None else device_of(self._layers))
         for layer in self._layers:
             layer.to(self.device)
         self._module: Any = torch.get_device_module(self.device) if self.device.type != "cpu" else None
