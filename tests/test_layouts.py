@@ -298,6 +298,6 @@ def test_a_sparse_tensor_arrives_as_it_was(t: Tensor, wants: bool) -> None:
 
 def test_a_checksum_of_sparse_targets() -> None:
     other = UNSORTED.clone()
-    assert checksum_of(UNSORTED) == checksum_of(other) != -1
+    assert checksum_of(UNSORTED, waits=True) == checksum_of(other, waits=True) != -1
     other._values()[1] += 1
-    assert checksum_of(UNSORTED) != checksum_of(other)
+    assert checksum_of(UNSORTED, waits=True) != checksum_of(other, waits=True)
