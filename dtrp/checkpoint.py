@@ -13,12 +13,14 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .buffers import buffers_of, names_of, put, slot_of
 from .files import whole_file
 from .stage import Stage
 
@@ -52,19 +54,24 @@ def state_part(stage: Stage) -> dict[str, Any]:
                 of_it = [name for name in members if _is_aux(stage, name) == (section is others)]
                 if of_it:
                     section["param_groups"].append({"params": of_it, **options})
-    part = {**own, "scheduler": None, "aux": others if aux else None}
+    part = {**own, "scheduler": None, "aux": others if aux else None, "buffers": _changed_buffers(stage)}
     if stage.lr_scheduler is not None:
         part["scheduler"] = copy.deepcopy(stage.lr_scheduler.state_dict())
     return part
 
 
 def merge_state(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """``{"model", "optimizer", "scheduler"}``, and ``aux`` if any has it, from all stages' parts; their number does not show."""
+    """``{"model", "optimizer", "scheduler"}`` from all stages' parts; their number does not show.
+
+    And ``aux`` and ``buffers`` if any has them.
+    """
     aux = [part["aux"] for part in parts if part["aux"] is not None]
+    buffers = [name for part in parts for name in part["buffers"]]
     return {
         **_merge_section(parts),
         "scheduler": next((part["scheduler"] for part in parts if part["scheduler"] is not None), None),
         **({"aux": _merge_section(aux)} if aux else {}),
+        **({"buffers": buffers} if buffers else {}),
     }
 
 
@@ -105,9 +112,22 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def shapes_of(module: nn.Module) -> dict[str, torch.Size | None]:
-    """The shape of every tensor of the module's state dict; None for what is no tensor."""
-    return {name: value.shape if isinstance(value, Tensor) else None for name, value in module.state_dict().items()}
+def _changed_buffers(stage: Stage) -> list[str]:
+    """The buffers in the model's state dict that are not of the shape, or not there, as when the pipeline was made."""
+    changed = stage.repeatable.changed()
+    return sorted(name for name, persistent in changed.items() if persistent and not _is_aux(stage, name))
+
+
+def shapes_of(stage: Stage) -> dict[str, torch.Size | None]:
+    """The shape of every tensor of the stage's state dict, as when the pipeline was made; None for what is no tensor."""
+    state = stage.module.state_dict()
+    shapes = {name: value.shape if isinstance(value, Tensor) else None for name, value in state.items()}
+    for name in _changed_buffers(stage):
+        shapes.pop(name, None)
+        kind = stage.repeatable.made.get(name)
+        if kind is not None:
+            shapes[name] = kind[0]
+    return shapes
 
 
 def check_state(
@@ -135,7 +155,7 @@ def check_state(
     missing = [key for key in ("model", "optimizer", "scheduler", "num_updates") if key not in state]
     if missing:
         raise ValueError(f"the state dict lacks {', '.join(missing)}; pass what pipe.state_dict() returned")
-    _check_names(shapes, state["model"])
+    _check_names(shapes, state["model"], state.get("buffers", ()))
     _check_ties(stages, state["model"])
     if (state["scheduler"] is None) == scheduler:
         raise ValueError(
@@ -187,6 +207,7 @@ def check_state(
 
     def load() -> None:
         for stage in stages:
+            _fit_buffers(stage, state)
             stage.module.load_state_dict({name: state["model"][name] for name in stage.module.state_dict()})
             aux = known[stage.index]
             if aux is not None and stage.aux is not None:
@@ -206,6 +227,31 @@ def check_state(
             stage.forget_predictions()
 
     return load
+
+
+def _fit_buffers(stage: Stage, state: dict[str, Any]) -> None:
+    """Let the stage have buffers, of the shapes and dtypes, that the state can be loaded into."""
+    module, model, changed = stage.module, state["model"], state.get("buffers", ())
+    own, present = buffers_of(module), module.state_dict().keys()
+    names = names_of(module, own)
+    values, made = dict(own), dict[int, Tensor]()
+    for slot, name in names.items():
+        given, buffer = model.get(name), own[slot]
+        if slot[1] in slot[0]._non_persistent_buffers_set:
+            continue
+        if isinstance(given, Tensor):
+            if buffer is None:
+                values[slot] = torch.empty_like(given, device=stage.device)
+            elif buffer.shape != given.shape or (name in changed and buffer.dtype != given.dtype):
+                values[slot] = made.setdefault(id(buffer), torch.empty_like(given, device=stage.device))
+        elif name in present and name in stage.repeatable.made:
+            values[slot] = None
+        elif name in present:
+            del values[slot]
+    for name in set(changed) & model.keys() - set(names.values()):
+        with suppress(AttributeError):  # another stage's
+            values[slot_of(module, name)] = torch.empty_like(model[name], device=stage.device)
+    put(own, values)
 
 
 def options_of(stage: Stage) -> list[dict[str, Any]]:
@@ -300,7 +346,9 @@ def _snapshot(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def _check_names(own: dict[str, torch.Size | None], given: dict[str, Any]) -> None:
+def _check_names(own: dict[str, torch.Size | None], given: dict[str, Any], changed: Collection[str]) -> None:
+    own = {name: shape for name, shape in own.items() if name not in changed}
+    given = {name: value for name, value in given.items() if name not in changed}
     lost, strange = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if lost or strange:
         parts = [f"lacks {lost[0]}"] if lost else []

@@ -102,9 +102,9 @@ class Driver:
     def memory(self) -> dict[int, dict[str, int]]:
         """Bytes that each stage holds now, measured from its tensors.
 
-        ``weights`` (parameters and buffers, a shared one at each of its stages, an auxiliary
-        network's too), ``predicted`` (the predicted copy that a
-        forward reads), ``optimizer`` (its state), ``gradients`` (those of the last update until the stage's next work) and
+        ``weights`` (parameters and buffers, a shared one at each of its stages, an auxiliary network's too), ``buffers`` (the
+        copies that forwards move whose repetition is still to come), ``predicted`` (the predicted copy that a forward reads),
+        ``optimizer`` (its state), ``gradients`` (those of the last update until the stage's next work) and
         ``gradients_peak``, their maximum so far, ``stash`` (what waits between F and B: inputs, graphs and the
         copies of weights they need) and ``stash_peak``. A graph is weighed by the storages it saves, once for each
         shape of input; one whose saved tensors go through hooks of the caller's weighs nothing.
@@ -226,7 +226,8 @@ class Driver:
 
         ``optimizer`` is ``{"state": {name: ...}, "param_groups": [...]}`` by parameter name. Batches in flight
         are not part of it: flush first to have every stage at the same update. Where there are auxiliary networks, ``aux`` is
-        ``{"model", "optimizer"}`` of theirs, under ``aux.`` and the name of the layer that each follows.
+        ``{"model", "optimizer"}`` of theirs, under ``aux.`` and the name of the layer that each follows. Where buffers have come or
+        gone, or have another shape or dtype, since the pipeline was made, ``buffers`` has their names.
 
         Warns:
             UserWarning: as of `model_state_dict`.
@@ -249,7 +250,7 @@ class Driver:
         self._check_usable(trains=True)
 
         with self._shared():
-            parts = self._engine.of_stages("load_state_dict", lambda stage: checkpoint.shapes_of(stage.module))
+            parts = self._engine.of_stages("load_state_dict", checkpoint.shapes_of)
             next_microbatch = self._engine.progress("load_state_dict")[0].next_microbatch
         shapes = checkpoint.merge_model(parts)
 
@@ -330,7 +331,7 @@ class Driver:
         self._check_usable(trains=True)
         with self._shared():
             settings = self._settings("load")
-            parts = self._engine.of_stages("load", lambda stage: checkpoint.shapes_of(stage.module))
+            parts = self._engine.of_stages("load", checkpoint.shapes_of)
             self._engine.progress("load")
         shapes = checkpoint.merge_model(parts)
         try:

@@ -161,7 +161,8 @@ def _moments(
 def held_at_most(memory: Mapping[str, int], activations_peak: int) -> int:
     """Bytes that a stage has held at most, by what it measured of itself (`Pipeline.memory`, `Pipeline.activations_peak`)."""
     return (
-        sum(memory.get(name, 0) for name in ("weights", "optimizer", "gradients_peak", "predicted")) + activations_peak
+        sum(memory.get(name, 0) for name in ("weights", "buffers", "optimizer", "gradients_peak", "predicted"))
+        + activations_peak
     )
 
 

@@ -75,11 +75,11 @@ class Reach:
             self._origins.pop(storage, None)
         return _Watch(self, stage) if self._stages.keys() - {stage} else nullcontext()
 
-    def copied(self, own: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
-        """Buffers have the origins of ``copies`` that a stage has worked on in their places."""
-        for name, buffer in own.items():
-            if (origin := self._origin(copies[name])) is not None:
-                self._origins.update((storage, origin) for storage in _storages([buffer]))
+    def copied(self, buffers: Mapping[Any, Tensor | None], made: Mapping[Any, Tensor | None]) -> None:
+        """Buffers have the origins of those that a stage has ``made`` in their places."""
+        for slot, buffer in buffers.items():
+            if (origin := next(map(self._origin, _tensors(made.get(slot))), None)) is not None:
+                self._origins.update((storage, origin) for storage in _storages(_tensors(buffer)))
 
     def follow(self, stage: int, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note what ``function``, called at ``stage``, has made of what."""

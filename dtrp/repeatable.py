@@ -7,23 +7,37 @@ time, what it does to buffers goes where it should, and its input is not written
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from .aligned import aligned_clone, enter, parts_of
-from .buffers import Met, buffers_of, copies_of, copy_all, marks
+from .buffers import (
+    ABSENT,
+    Buffers,
+    Elsewhere,
+    Mark,
+    Met,
+    Slot,
+    buffers_of,
+    copies_of,
+    kinds_of,
+    marks,
+    same,
+    slot_of,
+    write,
+)
 from .exchange import Exchange, Places
-from .modes import in_mode
+from .modes import in_mode, members
 from .reach import Reach
 from .rng import Draws
-from .stash import AutocastState, Held
+from .stash import AutocastState, Held, tensor_bytes
 from .trees import flatten, map_tensors, tensors_of, unflatten
 
 LossFn = Callable[[Any, Any], Tensor]
-Buffers = Literal["own", "discarded", "returned"]
+Moves = Literal["own", "ahead", "discarded", "returned"]
 
 
 class Repeatable:
@@ -42,6 +56,8 @@ class Repeatable:
 
     Attributes:
         changes_input: whether the module writes its input; None: not seen yet.
+        ahead: what the next first forward meets, where some are waiting for their repetition.
+        made: shape and dtype of every buffer, by name, as the module came.
     """
 
     def __init__(
@@ -62,30 +78,34 @@ class Repeatable:
         self._call, self._call_aux, self._loss_fn = call, call_aux, loss_fn
         self._is_last, self._draws, self._reach, self._compiles = is_last, draws, reach, compiles
         self._places = Places(whole)
-        self._moving: set[str] = set()  # buffers that the module has been seen to move
+        self.ahead: Elsewhere | None = None
+        self.made = kinds_of(whole)
+        self._started = False
+        self._moving: set[Slot] = set()  # buffers that the module has been seen to move
         self._looked: set[tuple[bool, ...]] = set()  # for them, in these modes
 
     def at(self, weights: dict[str, Tensor]) -> Exchange:
         """Within it the module has these for its own."""
         return self._places.hold(weights)
 
-    def run(self, held: Held, weights: dict[str, Tensor], buffers: Buffers = "own") -> tuple[Any, Tensor | None]:
+    def run(self, held: Held, weights: dict[str, Tensor], buffers: Moves = "own") -> tuple[Any, Tensor | None]:
         """The module's forward and the loss, where there is one.
 
         Args:
             held: the micro-batch: its input and target, and what was noted the first time. Where autograd is on, it is told
                 where the input's gradients will be.
             weights: what the module reads, by the names of its parameters; those that are left out are its own.
-            buffers: what the module does to buffers happens to its ``own``; or to copies that are ``discarded``, or that are
-                ``returned`` to it afterwards, so that nobody writes what a graph that is kept has saved.
+            buffers: what the module does to buffers happens to its ``own``; to those that are ``ahead`` of them; or to copies
+                that are ``discarded``, or that are ``returned`` to it afterwards, so that nobody writes what a graph that is
+                kept has saved.
 
         Returns:
             The output, and the loss or None. At the last stage the loss is the output too.
         """
-        own = buffers_of(self._whole) if buffers != "own" else {}
-        copies = copies_of({**own, **held.met.moved} if held.met is not None and own else own)  # met: the second time
-        unwritten = {name: copy._version for name, copy in copies.items()} if buffers == "returned" else {}
-        tensors = {**weights, **copies}
+        own = buffers_of(self._whole) if buffers != "own" or self.ahead is not None else {}
+        state = self._state(held, own, buffers)
+        met = {} if state is None else dict(state.buffers)
+        unwritten = marks(met) if buffers == "returned" else {}
         # A module that writes its input (an in-place ReLU at its front) would write the stash, or what the stage
         # before has saved. The first run, on a copy, shows whether it does; one that does gets a copy every time.
         inputs, form = flatten(held.leaf)
@@ -97,24 +117,36 @@ class Repeatable:
             reach = None
         watch = nullcontext() if reach is None else reach.watching(stage, entered, tensors_of(held.target))
         with self._draws.region(held.micro.index), held.autocast.region():
-            with self._places.hold(tensors), nullcontext() if self._compiles else watch:
+            with (
+                self._places.hold(weights),
+                self._entered_state(state, own, buffers),
+                nullcontext() if self._compiles else watch,
+            ):
                 out = self._call(x)
                 judged = out if self._call_aux is None else self._judged(out)
             with watch:
                 loss = None if self._loss_fn is None else self._loss(judged, held)
             if reach is not None:
-                reach.copied(own, tensors)
                 inside = [*self._whole.parameters(), *weights.values(), *inputs]
                 reach.check(stage, (out, judged), loss, inside, self._loss_fn)
             if self._is_last:
                 out = loss
             else:
                 flatten(out)  # refuses what cannot be passed on
-        if buffers == "returned" and own:
-            moved = {
-                name for name in own if tensors[name] is not copies[name] or tensors[name]._version != unwritten[name]
-            }
-            self._return(held, own, moved, tensors)
+        made = {} if state is None else dict(state.buffers)
+        if state is None:
+            if self.ahead is not None:
+                self.ahead.seen = marks(buffers_of(self._whole))
+        elif buffers == "ahead":
+            self._started = True
+            # One that the forward has put there may be a part of its input or output.
+            new = {slot: buffer for slot, buffer in made.items() if buffer is not met.get(slot)}
+            state.buffers |= copies_of(new)
+        elif buffers == "returned" and (own or state.buffers):
+            self._return(held, own, unwritten, made)
+        if reach is not None and state is not None:
+            reach.copied(buffers_of(self._whole), made)
+            reach.copied(state.buffers, made)
         if [t._version for t in entered] == before:
             self.changes_input = bool(self.changes_input)
         elif self.changes_input is False:
@@ -125,6 +157,25 @@ class Repeatable:
         else:
             self.changes_input = True
         return out, loss
+
+    def changed(self) -> dict[str, bool]:
+        """The buffers that have come, gone, or another shape or dtype since, and whether they are in state dicts."""
+        now = kinds_of(self._whole)
+        names = [name for name in self.made | now if self.made.get(name) != now.get(name)]
+        slots = [slot_of(self._whole, name) for name in names]
+        persistent = [slot not in module._non_persistent_buffers_set for module, slot in slots]
+        return dict(zip(names, persistent, strict=True))
+
+    def written(self) -> list[Tensor]:
+        """The buffers that the next forward may write, in their parts."""
+        buffers = buffers_of(self._whole) if self.ahead is None else self.ahead.buffers
+        return [part for t in buffers.values() if t is not None for part in parts_of(t)]
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Of the buffers that are ahead of the module's own."""
+        buffers = {} if self.ahead is None else {id(t): t for t in self.ahead.buffers.values() if t is not None}
+        return sum(map(tensor_bytes, buffers.values()))
 
     def _judged(self, out: Any) -> Any:
         """What the auxiliary network makes of the output."""
@@ -138,16 +189,45 @@ class Repeatable:
             )
         return judged
 
+    def _state(self, held: Held, own: Buffers, moves: Moves) -> Elsewhere | None:
+        """What the module is in while it runs; None: in its own state."""
+        if moves == "own" or moves == "ahead":
+            if self.ahead is not None:
+                self.ahead.follow(own)
+            elif moves == "ahead":
+                self.ahead = Elsewhere(copies_of(own), seen=marks(own))
+            return self.ahead if moves == "ahead" else None
+        if moves == "discarded" and held.met is not None:  # the second time
+            values = {**own, **held.met.moved}
+            return Elsewhere(copies_of({slot: value for slot, value in values.items() if value is not ABSENT}))
+        if moves == "discarded" and self.ahead is not None:
+            return Elsewhere(copies_of(self.ahead.buffers), dict(self.ahead.attributes))
+        return Elsewhere(copies_of(own))
+
+    def _entered_state(self, state: Elsewhere | None, own: Buffers, moves: Moves) -> AbstractContextManager[None]:
+        if state is None:
+            return nullcontext()
+        noted: set[nn.Module] = set()
+        if moves != "returned":
+            noted = {module for module, _ in own | state.buffers} if self._started else set(members(self._whole))
+        return state.entered(self._whole, own, noted)
+
     @torch.no_grad()
-    def _return(self, held: Held, own: dict[str, Tensor], moved: set[str], after: dict[str, Tensor]) -> None:
-        """Give the module its buffers as a forward on copies has left them, and keep what it has met where it ``moved``."""
+    def _return(self, held: Held, own: Buffers, unwritten: dict[Slot, Mark], after: Buffers) -> None:
+        """Give the module its buffers as a forward on copies has left them, and keep what it has met where it moved them."""
+        moved = own.keys() - after.keys()
+        moved |= {slot for slot, mark in marks(after).items() if not same(mark, unwritten.get(slot))}
         if held.modes not in self._looked:  # some operations, batch norm among them, write without counting
-            self._moving |= {name for name, buffer in own.items() if not _equal(buffer, after[name])}
+            self._moving |= {
+                slot
+                for slot, buffer in own.items()
+                if buffer is not None and slot not in moved and not _equal(buffer, cast(Tensor, after[slot]))
+            }
             self._looked.add(held.modes)
         met = Met(before=marks(own))
-        met.moved = copies_of({name: buffer for name, buffer in own.items() if name in moved or name in self._moving})
-        copy_all(own.values(), [after[name] for name in own])
-        met.after = marks(own)
+        met.moved |= copies_of({slot: buffer for slot, buffer in own.items() if slot in moved or slot in self._moving})
+        met.moved |= dict.fromkeys(moved - own.keys(), ABSENT)
+        met.after = marks(write(own, after, moved))
         held.met = met
 
     def _entered(self, held: Held, inputs: list[Tensor], *, copy: bool) -> list[Tensor]:

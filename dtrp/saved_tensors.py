@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .aligned import parts_of
-from .buffers import buffers_of, copies_of, copy_all
+from .buffers import buffers_of, copies_of, write
 
 T = TypeVar("T")
 NOT_WEIGHED = (
@@ -56,15 +56,14 @@ def weigh_graph(
                 sizes[storage.data_ptr()] = storage.nbytes()
         return t.detach(), t._version  # which they share
 
-    buffers = buffers_of(module)
-    before = copies_of(buffers)
+    before = copies_of(buffers_of(module))
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             return run(), sizes
     except RuntimeError as error:
         if "saved tensor hooks" not in str(error):
             raise
-    copy_all(buffers.values(), before.values())
+    write(buffers_of(module), before)
     return run(), None
 
 

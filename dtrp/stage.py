@@ -5,7 +5,7 @@ For micro-batch m of mini-batch b, at a stage whose weights have had v updates (
                     keep="graph"                             keep="input"
 
     F(m)     1. weights: those of now; with delay > 0 a copy of them, predicted if the method predicts
-             2. run with a graph on that copy                2. run without a graph, no buffer moves
+             2. run with a graph on that copy                2. run without a graph; moves buffers ahead
              3. keep the graph (and so the copy)             3. keep the input; the copy too for "stashed"
 
     B(m)                                                     4. run again, with a graph, at the weights of
@@ -47,7 +47,7 @@ from .methods import Keep, Method
 from .modes import in_modes, modes_of
 from .predict import as_predictor
 from .reach import Reach
-from .repeatable import Buffers, LossFn, Repeatable
+from .repeatable import LossFn, Moves, Repeatable
 from .rng import Draws
 from .saved_tensors import NOT_WEIGHED, weigh_graph
 from .schedule import lead
@@ -215,7 +215,7 @@ class Stage:
         elif self.recomputes:
             held.weights = weights if self.method.backward_at == "stashed" else None
             with torch.no_grad():
-                out, _ = self.repeatable.run(held, self._tensors(weights), "discarded")
+                out, _ = self.repeatable.run(held, self._tensors(weights), "ahead")
             held.modes = modes_of(self.module)  # of those too that the first forward has made
         else:
             held.weights = weights
@@ -301,9 +301,11 @@ class Stage:
 
     def _is_weight(self, out: Tensor) -> bool:
         """Whether an output is (a view of) a tensor that will be written while a later stage keeps it."""
-        weights = itertools.chain(self.parameters, self.versions.tensors())
+        on_copies = self.trains and not self.recomputes and self.holds_graphs
+        buffers = () if on_copies else self.repeatable.written()
         places = [part.untyped_storage().data_ptr() for part in parts_of(out)]
-        return any(t.untyped_storage().data_ptr() in places for t in weights)
+        written = itertools.chain(self.parameters, self.versions.tensors(), buffers)
+        return any(t.untyped_storage().data_ptr() in places for t in written)
 
     def _weights(self, microbatch: int, delay: int) -> WeightVersion | None:
         """What F reads; None for the weights of now, where no update can come before B."""
@@ -345,6 +347,8 @@ class Stage:
         """
         self.recompute()
         held = self._stash.popleft()
+        if not self._stash:
+            self.repeatable.ahead = None
         assert self.version == held.micro.minibatch, "B(m) happens at version b(m)"
         self.delays[self.version - held.version] += 1
         if self.gauge is not None:
@@ -414,7 +418,7 @@ class Stage:
         (root, *_) = self._stash[-1].roots if self.loss_fn is not None else (None,)
         return root.detach() if isinstance(root, Tensor) else None
 
-    def _graph(self, held: Held, buffers: Buffers = "own") -> tuple[Any, int]:
+    def _graph(self, held: Held, buffers: Moves = "own") -> tuple[Any, int]:
         """Run with a graph and remember where its differentiation starts; (output, bytes of the graph)."""
         inputs = tensors_of(held.leaf)
         held.modes = held.modes or modes_of(self.module)
@@ -436,7 +440,7 @@ class Stage:
                     self._graph_bytes[key] = nbytes
         held.has_graph = True
         if held.met is not None:
-            nbytes += sum(map(tensor_bytes, held.met.moved.values()))
+            nbytes += sum(map(tensor_bytes, filter(torch.is_tensor, held.met.moved.values())))
         if loss is None:
             # Not the output itself: the next stage has it, and this one need not hold it for its backward.
             held.roots = [get_gradient_edge(t) if t.requires_grad else None for t in tensors_of(out)]
@@ -518,6 +522,7 @@ class Stage:
         self._spoiled = []
         self.updates.drop()
         self._stash.clear()
+        self.repeatable.ahead = None
         if self.gauge is not None:
             self.gauge.drop()
         self._prepared = None
@@ -540,6 +545,7 @@ class Stage:
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         return {
             "weights": self._weights_bytes(),
+            "buffers": self.repeatable.ahead_bytes,
             "predicted": self.versions.nbytes,
             "optimizer": states_bytes(states),
             "gradients": self._gradients_bytes(),

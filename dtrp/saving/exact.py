@@ -15,7 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..buffers import Met, Overwritten, marks, values_met
+from ..buffers import (
+    ABSENT,
+    Buffers,
+    Elsewhere,
+    Met,
+    Overwritten,
+    Slot,
+    buffers_of,
+    marks,
+    names_of,
+    slot_of,
+    values_met,
+    write,
+)
 from ..engine import Progress
 from ..messages import Note
 from ..modes import in_modes
@@ -45,7 +58,9 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
     versions = {id(held.weights): held.weights for held in stage._stash if held.weights is not None}
     numbers = {number: i for i, number in enumerate(versions)}
     shared = {id(version): k for k, version in stage.versions.shared.items()}
-    parameters, buffers = dict(stage.whole.named_parameters()), dict(stage.whole.named_buffers())
+    parameters, ahead = dict(stage.whole.named_parameters()), stage.repeatable.ahead
+    if ahead is not None:
+        ahead.follow(buffers_of(stage.whole))
     part: dict[str, Any] = {
         "version": stage.version,
         "keep": stage.method.keep if stage.has_decided else None,
@@ -53,7 +68,9 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
         "skipped": list(stage.updates.skipped),
         "delays": encode(stage.delays, "delays"),
         "peaks": [stage.stash_peak, stage.activations_peak],
-        "buffers": encode(buffers, "buffer"),
+        "buffers": encode(_named_buffers(stage.whole), "buffer"),
+        "changed": stage.repeatable.changed(),
+        "ahead": None if ahead is None else encode(_by_name(stage.whole, ahead.buffers), "ahead"),
         "extra_state": encode(_extra_state(stage.whole), "extra_state"),
         "gradients": encode(list(stage.gradients), "gradient"),
         "versions": [
@@ -61,8 +78,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
             for i, v in enumerate(versions.values())
         ],
         "stash": [
-            _encode_held(held, met, numbers, encode)
-            for held, met in zip(stage._stash, _met(stage, buffers), strict=True)
+            _encode_held(held, met, numbers, encode) for held, met in zip(stage._stash, _met(stage), strict=True)
         ],
         "predictor": encode(_predictor_state(stage), "predictor"),
         "num_updates": progress.num_updates,
@@ -81,7 +97,18 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
     return part
 
 
-def _met(stage: Stage, buffers: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def _named_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Those of a module: a shared one once, and those that are no tensors."""
+    buffers = buffers_of(module)
+    return {**dict(module.named_buffers()), **_by_name(module, {s: None for s, b in buffers.items() if b is None})}
+
+
+def _by_name(module: nn.Module, values: dict[Slot, Any]) -> dict[str, Any]:
+    names = names_of(module, values)
+    return {names[slot]: value for slot, value in values.items()}
+
+
+def _met(stage: Stage) -> list[dict[str, Any]]:
     """What each entry of the stash must meet when its graph is made again, and is not there now."""
     entries = [held.met or Met() for held in stage._stash]
     if not any(held.has_graph and stage.trains for held in stage._stash):
@@ -93,16 +120,17 @@ def _met(stage: Stage, buffers: dict[str, Tensor]) -> list[dict[str, Tensor]]:
             f"checkpoint has only as it is now; {cure}"
         )
     try:
-        return values_met(entries, buffers)
+        return [_by_name(stage.whole, met) for met in values_met(entries, buffers_of(stage.whole))]
     except Overwritten as error:
+        (name,) = names_of(stage.whole, [error.slot]).values()
         raise CheckpointError(
-            f"the buffer {error} of stage {stage.index} has been written between steps, and graphs in flight have met it as it "
+            f"the buffer {name} of stage {stage.index} has been written between steps, and graphs in flight have met it as it "
             f"was; {cure}"
         ) from None
 
 
 def _encode_held(
-    held: Held, met: dict[str, Tensor], numbers: dict[int, int], encode: Callable[[Any, str], Any]
+    held: Held, met: dict[str, Any], numbers: dict[int, int], encode: Callable[[Any, str], Any]
 ) -> dict[str, Any]:
     m = held.micro.index
     return {
@@ -151,12 +179,16 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
 
     parameters, buffers = decode(common["parameters"]), decode(part["buffers"])
     _check_same(f"the parameters of {where}", dict(stage.whole.named_parameters()), parameters)
-    own_buffers = dict(stage.whole.named_buffers())
-    if own_buffers.keys() != buffers.keys():
-        name = sorted(own_buffers.keys() ^ buffers.keys())[0]
-        raise CheckpointError(f"another model's checkpoint: {where} has the buffer {name} only here or only there")
-    for name, buffer in buffers.items():
-        checks.expect(isinstance(buffer, Tensor), f"the buffer {name} of {where} is no tensor")
+    own_buffers = _named_buffers(stage.whole)
+    changed = part.get("changed", {})
+    free = stage.repeatable.changed() | changed
+    for name in sorted(own_buffers.keys() ^ buffers.keys()):
+        if name not in free and (own_buffers.get(name) is not None or buffers.get(name) is not None):
+            raise CheckpointError(f"another model's checkpoint: {where} has the buffer {name} only here or only there")
+    ahead = decode(part.get("ahead"))
+    for name, buffer in [*buffers.items(), *(ahead or {}).items()]:
+        slot_of(stage.whole, name)
+        checks.expect(isinstance(buffer, Tensor | None), f"the buffer {name} of {where} is no tensor")
     if common["optimizer_type"] != type(stage.optimizer).__name__:
         raise CheckpointError(
             f"{where} was trained by {common['optimizer_type']} and this pipeline has {type(stage.optimizer).__name__}; "
@@ -210,7 +242,9 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
             entry["nbytes"],
             target,
             None if entry["weights"] is None else versions[entry["weights"]][1],
-            met=Met(decode(entry["met"])) if entry["has_graph"] else None,
+            met=Met({slot_of(stage.whole, name): value for name, value in decode(entry["met"]).items()})
+            if entry["has_graph"]
+            else None,
         )
         checks.expect(
             len(entry["modes"]) == len(list(stage.module.modules()))
@@ -218,9 +252,8 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
             f"what {where} keeps is not of its modules",
         )
         held.modes = tuple(letter == "T" for letter in entry["modes"])
-        for name, value in held.met.moved.items() if held.met is not None else ():
-            fits = isinstance(value, Tensor) and name in buffers and value.shape == buffers[name].shape
-            checks.expect(fits and value.dtype == buffers[name].dtype, f"a buffer that {where} has met is none")
+        for value in held.met.moved.values() if held.met is not None else ():
+            checks.expect(value is ABSENT or isinstance(value, Tensor | None), f"a buffer that {where} has met is none")
         stash.append((held, bool(entry["has_graph"])))
     forward, backward, update, left = part["position"]
     progress = Progress(
@@ -245,7 +278,7 @@ def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any],
         isinstance(extra_state, dict) and extra_state.keys() == _extra_state(stage.whole).keys(), "extra_state"
     )
     return StageParts(
-        stage, part, parameters, buffers, extra_state, optimizer, scheduler, gradients, versions, stash,
+        stage, part, parameters, buffers, changed, ahead, extra_state, optimizer, scheduler, gradients, versions, stash,
         delays, decode(part["predictor"]), progress,
     )  # fmt: skip
 
@@ -265,6 +298,9 @@ def check_form(where: str, part: dict[str, Any]) -> None:
     checks.counts(part["position"][3], f"the position of {where}")
     checks.expect(part["keep"] in (None, "graph", "input"), f"{where} keeps {str(part['keep'])[:20]!r}")
     checks.expect(part["changes_input"] in (None, True, False), f"{where} may change its input or not")
+    changed = part.get("changed", {})
+    fits = isinstance(changed, dict) and set(map(type, changed.values())) <= {bool}
+    checks.expect(fits, f"the buffers of {where} that have changed")
     for note in part["notes"]:
         fits = isinstance(note, list) and len(note) == len(Note._fields) and all(type(n) is int for n in note)
         checks.expect(fits and note[4] > 0 and is_count(note[1]), f"a note of {where} is none")
@@ -289,7 +325,9 @@ class StageParts:
     stage: Stage
     part: dict[str, Any]
     parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
+    buffers: dict[str, Tensor | None]
+    changed: dict[str, bool]
+    ahead: dict[str, Tensor | None] | None
     extra_state: dict[str, Any]
     optimizer: Any
     scheduler: Any
@@ -308,13 +346,7 @@ class StageParts:
         stage.draws.seed = seed
         for name, p in stage.whole.named_parameters():
             p.copy_(self.parameters[name])
-        for name, buffer in dict(stage.whole.named_buffers()).items():
-            saved = self.buffers[name]
-            if buffer.shape == saved.shape and buffer.dtype == saved.dtype:
-                buffer.copy_(saved)
-            else:
-                owner, _, attribute = name.rpartition(".")
-                stage.whole.get_submodule(owner)._buffers[attribute] = saved
+        self._put_buffers(stage.whole)
         if self.extra_state:
             stage.whole.load_state_dict(self.extra_state, strict=False)
         if stage.optimizer is not None:
@@ -346,10 +378,34 @@ class StageParts:
                     stage._graph(held, "discarded")
             held.has_graph = had_graph
             stage._stash.append(held)
-        now = marks(dict(stage.whole.named_buffers()))
+        own = buffers_of(stage.whole)
         for held, _ in self.stash:
             if held.met is not None:
-                held.met.before = held.met.after = now
+                held.met.before = held.met.after = marks(own)
+        if self.ahead is not None:
+            shared: dict[int, Tensor | None] = {}
+            ahead = {slot_of(stage.whole, name): value for name, value in self.ahead.items()}
+            for slot in ahead.keys() & own.keys():
+                if own[slot] is not None:
+                    ahead[slot] = shared.setdefault(id(own[slot]), ahead[slot])
+            stage.repeatable.ahead = Elsewhere(ahead, seen=marks(own))
+
+    def _put_buffers(self, module: nn.Module) -> None:
+        own = buffers_of(module)
+        names, first = names_of(module, own), dict[int, str]()
+        values: Buffers = {}
+        for slot, name in names.items():
+            shared = name if own[slot] is None else first.setdefault(id(own[slot]), name)  # is saved once
+            if name in self.buffers or shared in self.buffers:
+                values[slot] = self.buffers[name if name in self.buffers else shared]
+            elif own[slot] is None:
+                values[slot] = None
+        for name in self.buffers.keys() - set(names.values()):
+            slot = slot_of(module, name)
+            values[slot] = self.buffers[name]
+            if not self.changed.get(name, True):
+                slot[0]._non_persistent_buffers_set.add(slot[1])
+        write(own, values)
 
 
 def _check_same(what: str, own: dict[str, Any], saved: dict[str, Tensor]) -> None:

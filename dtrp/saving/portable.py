@@ -44,6 +44,7 @@ def encode_part(encoder: Encoder, stage: Stage) -> dict[str, Any]:
         **section(part, "model."),
         "scheduler": encoder.encode(part["scheduler"], f"scheduler.stage{stage.index}"),
         "aux": None if part["aux"] is None else section(part["aux"], ""),
+        "buffers": part["buffers"],
     }
 
 
@@ -113,6 +114,7 @@ def decode(found: Checkpoint, names: set[str] | None = None, device: torch.devic
     return {
         **section(state),
         **({"aux": section(state["aux"])} if "aux" in state else {}),
+        **({"buffers": state["buffers"]} if "buffers" in state else {}),
         "scheduler": decoder.decode(state["scheduler"], device),
         "num_updates": found.num_updates,
     }

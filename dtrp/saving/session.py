@@ -112,6 +112,7 @@ def _save(
             merged = checkpoint.merge_state([part for other in everything for part in other["parts"]])
             flat = [{"model": section["model"], **section["optimizer"]} for section in checkpoint.sections(merged)]
             state = {**flat[0], "scheduler": merged["scheduler"], **({"aux": flat[1]} if len(flat) > 1 else {})}
+            state |= {"buffers": merged["buffers"]} if "buffers" in merged else {}
         specs = {key: spec for other in everything for key, spec in other["tensors"].items()}
         whole = {
             **everything[0]["head"],
@@ -214,7 +215,9 @@ def load(
 def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], scheduler: bool) -> Callable[[], None]:
     names = {name for stage in engine.stages for name in [*stage.whole.state_dict(), *stage.called]}
     names |= {tie.name for stage in engine.stages for tie in stage.ties}
-    state = portable.decode(found, names)
+    changed = found.manifest["state"].get("buffers", [])
+    checks.expect(isinstance(changed, list) and set(map(type, changed)) <= {str}, "the buffers that have changed")
+    state = portable.decode(found, names.union(changed))
     for stage in engine.stages:
         if stage.lr_scheduler is not None:
             checks.alike(stage.lr_scheduler.state_dict(), state["scheduler"], "the scheduler")
