@@ -47,6 +47,9 @@ from helpers import (
     sgd,
     with_aux,
 )
+from moving_models import KINDS as MOVING
+from moving_models import model_of as moving_model
+from moving_models import sequences
 from split_models import MODELS as SPLIT_MODELS
 from test_models_in_stages import MODELS, Tokens
 from tied_models import TIED
@@ -633,10 +636,12 @@ def _saved(
     method: str | dtrp.Method, num_stages: int, parts: int, make_optimizer: Any, stops: list[int], **more: Any
 ) -> Result:
     """Stopped at each of ``stops`` and taken up by another pipeline on ranks; never stopped in one process."""
+    make_model, batches = more.pop("model", network), more.pop("batches", None)
     options = {"num_stages": num_stages, "method": method, "num_microbatches": parts, "timeout_s": 10.0, **more}
-    batches = minibatches(10)
-    batches[3] = (batches[3][0][:11], batches[3][1][:11])
-    pipe = pipeline(network(), make_optimizer, **options)
+    if batches is None:
+        batches = minibatches(10)
+        batches[3] = (batches[3][0][:11], batches[3][1][:11])
+    pipe = pipeline(make_model(), make_optimizer, **options)
     losses: list[Tensor | None] = []
     for i, (x, y) in enumerate(batches):
         if i in stops and world_size() > 1:
@@ -645,7 +650,7 @@ def _saved(
             pipe.close()
             torch.manual_seed(5)  # other initial weights, and another seed
             options["seed"] = 100 + i
-            model = network()
+            model = make_model()
             pipe = dtrp.Pipeline(
                 model,
                 make_optimizer,
@@ -664,6 +669,15 @@ def _saved(
     done = result(pipe, losses, state=pipe.state_dict()["optimizer"]["state"])
     pipe.close()
     return done
+
+
+@special(3, *(f"{kind.__name__} by {method}" for kind in MOVING for method in ("dtrp", "fdg")))
+def _buffers_that_forwards_read_and_move(cell: str) -> Result:
+    """Through checkpoints too, but for one whose state is no buffer alone."""
+    name, _, method = cell.partition(" by ")
+    (kind,) = (each for each in MOVING if each.__name__ == name)
+    stops = [] if name == "Replaced" else [1, 2, 5]
+    return _saved(method, 3, 2, adamw, stops, model=lambda: moving_model(kind), batches=sequences())
 
 
 @special(3, "dtrp", "adl", "gpipe", "ddg", "dgl")  # all of them, between processes, in test_going_on
