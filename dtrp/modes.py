@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 def members(module: nn.Module) -> list[nn.Module]:
@@ -64,17 +66,59 @@ class Follower(nn.Module):
 
     _leader: tuple[nn.Module, ...] = ()  # the other; in a tuple it is no submodule
     _leader_trains = True
+    _known_hooks: set[tuple[str, int]]  # of the other when this was made of it, and those of which was warned
+    _num_handles = -1  # how many hooks there had been, of whatever, when these were last looked at
 
 
-def let_follow(module: Follower, other: nn.Module) -> None:
-    """From now on ``module`` is in the mode of ``other``."""
-    module._leader, module._leader_trains = (other,), other.training
-    module.train(other.training)
+def let_follow(modules: Sequence[Follower], other: nn.Module) -> None:
+    """From now on ``modules`` are in the mode of ``other``."""
+    known = _hooks(other)
+    for module in modules:
+        module._leader, module._known_hooks = (other,), known
+        _take_mode(module, other)
 
 
 def follow(module: nn.Module) -> None:
-    """Take on the mode of the other, if that has changed; of a module without another nothing."""
+    """Take on the mode of the other, if that has changed; of a module without another nothing.
+
+    Warns of hooks that were registered on the other, or inside of the module, since it was made: they are not run.
+    """
     if isinstance(module, Follower):
         for other in module._leader:
             if other.training != module._leader_trains:
-                let_follow(module, other)
+                _take_mode(module, other)
+        if module._num_handles != RemovableHandle.next_id:
+            module._num_handles = RemovableHandle.next_id
+            hooks = {hook for hook in _hooks(module) if hook[0]}
+            for other in module._leader:
+                hooks |= _hooks(other)
+            hooks -= module._known_hooks
+            if hooks:
+                module._known_hooks |= hooks
+                names = ", ".join(sorted({repr(name) if name else "the model itself" for name, _ in hooks}))
+                warnings.warn(
+                    f"hooks were registered after dtrp.split, on {names}: they are not run, since stages run what was traced "
+                    "then; register them on the model before dtrp.split, or on the stages that it returned",
+                    stacklevel=3,
+                )
+
+
+def _take_mode(module: Follower, other: nn.Module) -> None:
+    module._leader_trains = other.training
+    module.train(other.training)
+
+
+def _hooks(module: nn.Module) -> set[tuple[str, int]]:
+    """The hooks of a module and those in it, but for the library's own: of which, and their numbers."""
+    return {
+        (name, number)
+        for name, member in module.named_modules()
+        for hooks in (
+            member._forward_hooks,
+            member._forward_pre_hooks,
+            member._backward_hooks,
+            member._backward_pre_hooks,
+        )
+        for number, hook in hooks.items()
+        if not type(getattr(hook, "__self__", None)).__module__.startswith("dtrp.")
+    }

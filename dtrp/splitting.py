@@ -82,7 +82,8 @@ def split(
       number of samples, and cut at ``points``, or, by ``num_stages``, so that the slowest stage is as fast as
       it can be: between entries of the model's lists of blocks where that costs little, where few values pass, and without a
       parameter on both sides. What a later stage needs travels through those in between. Everything but the number of samples
-      is as in the example: shapes, dtypes, constants, and what the forward decides by them.
+      is as in the example: shapes, dtypes, constants, and what the forward decides by them. What the stages then make of the
+      example is compared with what the model does, where the forward draws no random numbers.
 
     Args:
         model: the model.
@@ -91,8 +92,8 @@ def split(
         points: names of the submodules where stages 1..K-1 begin, as in `named_modules`.
         example: what the model is called with: a tensor; a tuple of positional arguments; or a dict of keyword arguments.
             At least two samples along dimension 0 of every tensor (one of one sample beside them is for all). Its values do not
-            matter, and `Pipeline.step` and `Pipeline.infer` take the like for x. (A Hugging Face model is traced without its
-            cache, ``use_cache=False``.)
+            matter if the model can take them, and `Pipeline.step` and `Pipeline.infer` take the like for x. (A Hugging Face
+            model is traced without its cache, ``use_cache=False``.)
 
     Returns:
         The stages.
@@ -100,7 +101,7 @@ def split(
     Raises:
         TypeError: what cannot be cut, or an example that does not fit.
         ValueError: more than one way to cut, or none; an unknown name (with the nearest right one); a model that cannot be
-            traced (with the place, and the way by hand); stages that do not fit each other.
+            traced (with the place, and the way by hand), or whose stages do something else; stages that do not fit each other.
 
     Example:
         >>> import torch
@@ -154,7 +155,12 @@ def split(
     from .tracing.stage import trace_into_stages  # torch.export is slow to import
 
     traced, points = trace_into_stages(model, example, num_stages=num_stages, points=points)
-    return Stages(traced, points, lambda points: split(model, points=points, example=example))
+
+    def again(points: list[str]) -> Stages:
+        with traced[0]._autocast.region():
+            return split(model, points=points, example=example)
+
+    return Stages(traced, points, again)
 
 
 def _between_layers(model: nn.Module, points: Sequence[str] | None, example: Any) -> bool:

@@ -174,8 +174,11 @@ def _model_of(kind: str) -> tuple[nn.Module, Any, list[tuple[Any, Tensor]]]:
 
 
 def _split(kind: str, method: str, num_stages: int) -> Result:
+    kind, _, lowered = kind.partition(" in ")
     model, x, batches = _model_of(kind)
-    return _trained(dtrp.split(model, num_stages=num_stages, example=x), batches, method)
+    stages = dtrp.split(model, num_stages=num_stages, example=x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(lowered)):
+        return _trained(stages, batches, method)
 
 
 def _trained(
@@ -220,6 +223,8 @@ SPLITS = [
         ("lstm, None", "dtrp"),
         ("siamese", "bp"),
         ("adapters", "dtrp"),
+        ("regions", "fdg"),
+        ("regions in bfloat16", "dtrp"),
     )
 ]
 HUGGING_FACE = ["split gpt2, mask, dtrp", "split t5, dtrp", "split gpt2, tied, bp"]

@@ -129,6 +129,41 @@ class Adapter(nn.Module):
         return self.layer(x) + self.up(self.down(self.drop(x)))
 
 
+class Block(nn.Module):
+    """A norm that is computed in single precision, and a running mean that is assigned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            h = x.type_as(self.mean)
+            h = h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-3)
+        if self.training:
+            with torch.no_grad():
+                self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return x + torch.tanh(self.layer(h * 1.5))
+
+
+class Regions(nn.Module):
+    """A frozen stem under no_grad, and blocks with regions in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.drop, self.head = nn.Dropout(0.1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.drop(x))
+
+
 def frozen_first_half() -> nn.Module:
     model = Residual()
     for module in (model.first, *model.blocks[:3]):
@@ -157,6 +192,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], list[str]]] 
     "siamese": (Siamese, lambda: (rows(), rows()), ["encoder.2", "head", "head.3"]),
     "lstm, None": (Lstm, lambda: torch.randint(20, (5, 4)), ["lstm", "drop", "head"]),
     "dropout": (Residual, rows, ["blocks.1", "blocks.3", "norm"]),
+    "regions": (Regions, rows, ["stem.2", "blocks.1", "blocks.3"]),
     "frozen first half": (frozen_first_half, rows, ["blocks.1", "blocks.3", "norm"]),
     "adapters": (with_adapters, rows, ["blocks.1", "blocks.3.layer", "norm"]),
 }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
+import warnings
 from collections import OrderedDict, UserDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -260,6 +263,414 @@ def test_autocast_reaches_its_operations() -> None:
         out = chain(stages, x)
         assert out.dtype == torch.bfloat16
         assert torch.equal(out, model.eval()(x))
+
+
+# -- regions, casts and buffers ----------------------------------------------------------------------------
+
+
+class Inner(nn.Module):
+    """What is tried, with a layer and a buffer."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.register_buffer("seen", torch.zeros(6))
+        self.count, self.state = 0, None
+        self.what = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.what(self, x)
+
+
+class Around(nn.Module):
+    """It, between two layers."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(6, 6), Inner(forward), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.inner(self.first(x))))
+
+
+def nested(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        a = self.layer(x)
+        with torch.autocast("cpu", enabled=False):
+            b = self.layer(x) + a
+            with torch.enable_grad():
+                c = self.layer(x)
+            d = self.layer(b)
+        e = self.layer(d)
+    return a + b + c + d + e
+
+
+def several_outputs(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        a = self.layer(x)
+        b, c = (a * 2).chunk(2, 1)
+    return self.layer(x) * a + torch.cat([c, b], 1)
+
+
+def inference(self: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        a = self.layer(x)
+        with torch.inference_mode(mode=False):
+            b = self.layer(x)
+    return a + b
+
+
+def switched(self: Any, x: Tensor) -> Tensor:
+    torch.set_grad_enabled(False)
+    a = self.layer(x)
+    torch.set_grad_enabled(True)
+    return self.layer(x) + a
+
+
+@torch.no_grad()
+def decorated(self: Any, x: Tensor) -> Tensor:
+    return self.norm(self.layer(x))
+
+
+def lowered(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        a = self.layer(x)
+        b = self.layer(x + 1).float()
+    return self.layer(x) * a + b
+
+
+def nothing_but_a_buffer(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        self.seen.mul_(0.9).add_(x.mean(0))
+    return self.layer(x)
+
+
+def assigned(self: Any, x: Tensor) -> Tensor:
+    old = self.seen
+    self.seen = 0.9 * self.seen + x.mean(0).detach()
+    y = self.layer(x) * self.seen
+    self.seen = self.seen * 2
+    return y + old
+
+
+def other_constants(self: Any, x: Tensor) -> Tensor:
+    return self.layer(x) * (torch.tensor([1.0, 2.0] * 3) if self.training else torch.tensor([3.0, 4.0] * 3))
+
+
+@pytest.mark.parametrize("point", ["inner.layer", "last"])
+@pytest.mark.parametrize(
+    "forward",
+    [nested, several_outputs, inference, switched, decorated, lowered, nothing_but_a_buffer, assigned, other_constants],
+)
+def test_regions_buffers_and_constants_are_the_models(forward: Callable[[Any, Tensor], Tensor], point: str) -> None:
+    """Outputs, gradients (None where there is none), and buffers, to the bit, cut inside and behind."""
+    model = Around(forward)
+    plain = copy.deepcopy(model)
+    stages = dtrp.split(model, points=[point], example=rows())
+    for training in (True, False, True):
+        model.train(training)
+        plain.train(training)
+        for stage in stages:
+            stage.train(training)
+        x = rows()
+        got, want = chain(stages, x), plain(x)
+        assert torch.equal(got, want)
+        for a, b in zip(
+            torch.autograd.grad(got.square().sum(), list(model.parameters()), allow_unused=True),
+            torch.autograd.grad(want.square().sum(), list(plain.parameters()), allow_unused=True),
+            strict=True,
+        ):
+            assert (a is None and b is None) or torch.equal(a, b)
+        assert_same(model.state_dict(), plain.state_dict())
+
+
+def in_float(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        c = torch.cos(x.float())
+        d = x.to(torch.float32).mul_(0.5)
+        e = x * 3
+    return self.layer(c + d) + e
+
+
+def like_others(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        wide = x.double().exp().to(self.layer.weight)
+        narrow = wide.type_as(x)
+        half = x.half().type(torch.float32) + x.bfloat16()
+    return self.layer(narrow) * wide + half
+
+
+def without_a_region(self: Any, x: Tensor) -> Tensor:
+    c = x.float()
+    return self.layer(c * 3 + 1) * c + x * x
+
+
+@pytest.mark.parametrize("method", ["bp", "dtrp"])
+@pytest.mark.parametrize("forward", [in_float, like_others, without_a_region])
+def test_casts_are_the_models_under_autocast(forward: Callable[[Any, Tensor], Tensor], method: str) -> None:
+    """To the bit, though the trace has none of it; each stage's gradients at weights that do not move."""
+    model = Around(forward)
+    plain = copy.deepcopy(model)
+    stages = dtrp.split(model, points=["inner.layer" if forward is in_float else "last"], example=rows())
+    seen: list[dict[str, Tensor]] = []
+
+    def still(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(parameters, lr=0.0)
+        optimizer.register_step_pre_hook(
+            lambda *_: seen.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        )
+        return optimizer
+
+    x, y = rows(), torch.randint(3, (5,))
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        F.cross_entropy(plain(x), y).backward()
+        pipe = dtrp.Pipeline(stages, still, F.cross_entropy, method=method)
+        for _ in range(3):
+            pipe.step(x, y)
+        pipe.flush()
+        assert torch.equal(pipe.infer(x), plain.eval()(x))
+    got = {name: gradient for gradients in seen for name, gradient in gradients.items()}
+    want = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    assert_same(got, want)
+
+
+def norm_in_single_precision(self: Any, x: Tensor) -> Tensor:
+    h = x.float()
+    h = (h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-6)).to(x.dtype)
+    return self.layer(h * self.norm.weight)
+
+
+def branch(self: Any, x: Tensor) -> Tensor:
+    return self.layer(x * 2 if x.dtype == torch.bfloat16 else x)
+
+
+def asks_for_autocast(self: Any, x: Tensor) -> Tensor:
+    return self.layer(x) * (2 if torch.is_autocast_enabled("cpu") else 1)
+
+
+def unmoved(self: Any, x: Tensor) -> Tensor:
+    return self.layer(x + torch.zeros(6, dtype=self.seen.dtype))
+
+
+@pytest.mark.parametrize("forward", [norm_in_single_precision, branch, asks_for_autocast, unmoved])
+def test_dtypes_that_the_forward_asks_for(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    """They are those of the autocast settings of the split; where others make a difference, steps in them are refused."""
+    x, y = rows(), torch.randint(3, (5,))
+    for split_in in (False, True):
+        for step_in in (False, True):
+            model = Around(forward)
+            plain = copy.deepcopy(model)
+            with torch.autocast("cpu", torch.bfloat16, enabled=split_in):
+                stages = dtrp.split(model, num_stages=2, example=x)
+            pipe = dtrp.Pipeline(stages, sgd, F.cross_entropy, method="bp")
+            with torch.autocast("cpu", torch.bfloat16, enabled=step_in, cache_enabled=False):
+                if split_in == step_in or forward is unmoved:
+                    assert torch.equal(pipe.step(x, y), F.cross_entropy(plain(x), y).detach())
+                    continue
+                words = ("in autocast to torch.bfloat16", "without autocast")
+                with pytest.raises(
+                    dtrp.StageError,
+                    match=f"stage 0 .* runs {words[split_in]}, and the model was traced {words[step_in]}: its forward asks for "
+                    "dtypes, .* call dtrp.split, step and infer in the same torch.autocast",
+                ):
+                    pipe.step(x, y)
+
+
+def test_stages_of_stages_are_traced_in_the_same_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        stages = dtrp.split(Around(branch), points=["inner", "last"], example=rows())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chain(stages.cut([1]), rows()).dtype == torch.bfloat16
+
+
+def test_autocast_regions_move_with_their_stage() -> None:
+    stages = dtrp.split(Around(in_float), points=["last"], example=rows())
+    stages[0].to("meta")
+    regions = [
+        node.args[1]
+        for part in stages[0]._parts
+        for node in part.graph.graph.nodes
+        if node.op == "call_function" and node.target.__name__ == "run_within"
+    ]
+    assert regions == [(("meta", torch.bfloat16, False),)] * 2
+
+
+def test_a_buffer_that_takes_another_shape() -> None:
+    def grow(self: Any, x: Tensor) -> Tensor:
+        self.seen = torch.cat([self.seen, self.seen])
+        return self.layer(x)
+
+    with pytest.raises(ValueError, match=r"in inner .* buffer 'seen' of a Inner takes another shape in the forward"):
+        dtrp.split(Around(grow), num_stages=2, example=rows())
+
+
+# -- against the model --------------------------------------------------------------------------------------
+
+
+def counts(self: Any, x: Tensor) -> Tensor:
+    self.count += 1
+    return self.layer(x) * self.count
+
+
+def keeps_state(self: Any, x: Tensor) -> Tensor:
+    y = self.layer(x) if self.state is None else self.layer(x) + self.state
+    self.state = y.detach()
+    return y
+
+
+def counts_in_train_mode(self: Any, x: Tensor) -> Tensor:
+    return counts(self, x) if self.training else self.layer(x)
+
+
+def draws_in_python(self: Any, x: Tensor) -> Tensor:
+    return self.layer(x) * random.random()
+
+
+@pytest.mark.parametrize(
+    ("forward", "mode"),
+    [(counts, "eval"), (keeps_state, "eval"), (counts_in_train_mode, "train"), (draws_in_python, "eval")],
+)
+def test_what_a_trace_would_fix_is_refused(forward: Callable[[Any, Tensor], Tensor], mode: str) -> None:
+    with pytest.raises(
+        ValueError,
+        match=f"the stages do not do what the model does: on the example, in {mode} mode, output differs by .* of its norm",
+    ):
+        dtrp.split(Around(forward), num_stages=2, example=rows())
+
+
+def fills_a_cache(self: Any, x: Tensor) -> Tensor:
+    self.count += 1
+    if self.state is None:
+        self.state = torch.ones(6)
+    return self.norm(self.layer(x) * self.state)
+
+
+def writes_all(self: Any, x: Tensor) -> Tensor:
+    x.relu_()
+    self.seen.add_(1)
+    return self.norm(self.layer(x)) + torch.rand(()) * 0
+
+
+@pytest.mark.parametrize("forward", [fills_a_cache, writes_all])
+def test_the_comparison_leaves_everything_as_it_was(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    model, x = Around(forward), rows()
+    model.first = nn.Embedding(9, 6, max_norm=0.1)
+    ids = torch.randint(9, (5,))
+    model.inner.norm.eval()
+    before = copy.deepcopy(model.state_dict())
+    tensors = {name: (t, t._version) for name, t in model.state_dict(keep_vars=True).items()}
+    attributes = [dict(module.__dict__) for module in model.modules()]
+    drawn = torch.get_rng_state()
+    dtrp.split(model, points=["last"], example=ids)
+    assert_same(model.state_dict(), before)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor is tensors[name][0]
+        assert tensor._version == tensors[name][1]
+    assert [dict(module.__dict__) for module in model.modules()] == attributes
+    assert torch.equal(torch.get_rng_state(), drawn)
+    dtrp.split(Around(forward), points=["last"], example=(given := x.clone()))
+    assert torch.equal(given, x)
+
+
+def many(self: Any, x: Tensor) -> Any:
+    h = self.layer(x)
+    return {
+        "whole": (h.argmax(1), h > 0, None, "text", 3),
+        "nan": torch.where(h > 0, float("nan"), h / 0),
+        "small": [h.half(), h.clamp(-1, 1).to(torch.float8_e4m3fn), h[:, :0]],
+        "complex": torch.complex(h.float(), h.float()),
+    }
+
+
+class Only(nn.Module):
+    def __init__(self, forward: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(6, 6), Inner(forward)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(self.first(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_outputs_of_all_kinds_are_compared(dtype: torch.dtype) -> None:
+    stages = dtrp.split(Only(many).to(dtype), points=["inner"], example=rows().to(dtype))
+    assert chain(stages, rows().to(dtype))["whole"][4] == 3
+    for lost in ("whole", "nan", "small", "complex"):  # one kind depends on what the trace fixes
+        with pytest.raises(ValueError, match=rf"output\['{lost}'\].* (differs|is)"):
+            dtrp.split(
+                Only(
+                    lambda self, x, lost=lost: {**many(self, x), lost: many(self, x.flip(1) * counts(self, x))[lost]}
+                ).to(dtype),
+                points=["inner"],
+                example=rows().to(dtype),
+            )
+
+
+def test_what_cannot_be_run_is_not_compared() -> None:
+    class Ids(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Embedding(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x))
+
+    dtrp.split(Ids(), points=["last"], example=torch.full((5,), 99))
+    dtrp.split(Ids(), points=["last"], example=torch.zeros(5, 0, dtype=torch.int64))
+    dtrp.split(Around(branch).to("meta"), points=["last"], example=rows().to("meta"))
+
+
+# -- hooks --------------------------------------------------------------------------------------------------
+
+
+def test_hooks_registered_after_the_split_are_warned_of() -> None:
+    model = Around(several_outputs)
+    handle = model.first.register_forward_hook(lambda *_: None)
+    stages = dtrp.split(model, points=["last"], example=rows())
+    pipe = dtrp.Pipeline(stages, sgd, F.cross_entropy)
+    x, y = rows(), torch.randint(3, (5,))
+    stages[0].register_forward_hook(lambda *_: None)
+    model.last.weight.register_hook(lambda g: g)
+    handle.remove()
+    pipe.step(x, y)
+    for where, register in (
+        ("'inner.norm'", model.inner.norm.register_forward_hook),
+        ("'first'", model.first.register_forward_pre_hook),
+        ("the model itself", model.register_full_backward_hook),
+        ("'last'", stages[1].last.register_full_backward_pre_hook),
+    ):
+        register(lambda *_: None)
+        with pytest.warns(
+            UserWarning, match=f"hooks were registered after dtrp.split, on {where}: they are not run"
+        ) as caught:
+            pipe.step(x, y)
+        assert len(caught) == 1, "not by each stage"
+        pipe.step(x, y)
+
+
+def test_backward_hooks_are_refused_and_those_of_norms_are_run() -> None:
+    for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+        model = Around(several_outputs)
+        getattr(model.inner, register)(lambda *_: None)
+        with pytest.raises(
+            ValueError, match="module 'inner' has a backward hook, which a trace does not keep; remove it"
+        ):
+            dtrp.split(model, points=["last"], example=rows())
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = Around(several_outputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model.first = nn.utils.weight_norm(model.first)
+        model.inner.layer = nn.utils.spectral_norm(model.inner.layer)
+        model.last = nn.utils.parametrizations.spectral_norm(model.last)
+        models.append(model)
+    model, plain = models
+    stages = dtrp.split(model, points=["last"], example=rows())
+    for _ in range(2):
+        x = rows()
+        assert torch.equal(chain(stages, x), plain(x))
 
 
 # -- by hand ------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch.fx.passes.split_module import split_module
 
 from .export import Traced, attribute, module_path
 from .points import assign, plain
+from .regions import in_regions
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ def _output(graph: fx.GraphModule) -> Any:
 
 
 def _cleaned(graph: fx.GraphModule) -> fx.GraphModule:
-    """Without what was known of the traced run, which holds tensors without data."""
+    """In its regions, and without what was known of the traced run, which holds tensors without data."""
+    graph = in_regions(graph)
     for module in graph.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:

@@ -11,24 +11,30 @@ import linecache
 import re
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.functional import multi_head_attention_forward
+from torch.nn.modules.module import register_module_buffer_registration_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
-from ..modes import in_mode
+from ..modes import in_mode, members
 from ..trees import flatten, unflatten
+from .regions import marked, replaced, tell_regions
 
 _TORCH = Path(torch.__file__).parent
 _HERE = Path(__file__).parent
 # Checks of the traced run, of no use to others: they would refuse a batch of one, and autocast.
 _CHECKS = (torch.ops.aten._assert_tensor_metadata.default,)
+_CASTS = {getattr(Tensor, name) for name in ("to", "type", "type_as", "float", "double", "half", "bfloat16")}
+_ALIAS = torch.ops.aten.alias.default
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,19 @@ class Example:
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph, the leaf of the example that each of its inputs is, and what it returns: a tree of its outputs' places."""
+    """A model's forward in one mode.
+
+    Args:
+        graph: of its operations.
+        input_leaves: the leaf of the example that each of the graph's inputs is.
+        returns: a tree of its outputs' places.
+        reads_dtypes: whether it asked for a dtype that autocast may change.
+    """
 
     graph: fx.GraphModule
     input_leaves: tuple[int, ...]
     returns: Any
+    reads_dtypes: bool
 
 
 def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
@@ -125,7 +139,14 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
         if example.counts(leaf):
             shapes[leaf] = {0: batch}
     try:
-        with in_mode(model, training=training), _without_cache(model), _plainly():
+        casts = _Casts()
+        with (
+            as_it_was(model),
+            in_mode(model, training=training),
+            without_cache(model),
+            _plainly(),
+            _watched(model, casts),
+        ):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             graph = program.module()
     except Exception as error:
@@ -133,6 +154,10 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
     for node in list(graph.graph.nodes):
         if node.target in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn"):
             graph.graph.erase_node(node)
+        elif node.target is _ALIAS:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    tell_regions(graph.graph)
     graph.graph.eliminate_dead_code()
     _assign_in_place(graph.graph)
     _name_by_last_write(graph.graph)
@@ -150,7 +175,7 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
         for mine, its in zip(pytree.tree_leaves(numbered[1][name]), pytree.tree_leaves(value), strict=True):
             order[its] = mine
     returns = pytree.tree_unflatten(list(range(out_spec.num_leaves)), out_spec)
-    return Traced(graph, tuple(order[i] for i in range(in_spec.num_leaves)), returns)
+    return Traced(graph, tuple(order[i] for i in range(in_spec.num_leaves)), returns, casts.reads_dtypes)
 
 
 def _assign_in_place(graph: fx.Graph) -> None:
@@ -207,7 +232,7 @@ def module_path(node: fx.Node) -> tuple[str, ...]:
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> Iterator[None]:
     """A Hugging Face model returns no keys and values beside its output: they are for generation."""
     configs = [getattr(member, "config", None) for member in model.modules()]
     caching = [config for config in configs if getattr(config, "use_cache", None) is True]
@@ -221,22 +246,126 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """After it every attribute of the model is what it was, and its parameters and buffers are the same tensors."""
+    attributes = {member: dict(member.__dict__) for member in members(model)}
+    try:
+        with on_copies(model, {}):
+            yield
+    finally:
+        for member, before in attributes.items():
+            member.__dict__.clear()
+            member.__dict__.update(before)
+
+
+@contextmanager
+def on_copies(model: nn.Module, copies: Mapping[int, Tensor]) -> Iterator[None]:
+    """Within it the model has ``copies``, by id, for some of its parameters and buffers; what it puts in their places is gone
+    after it."""
+    own = {member: (member._parameters, member._buffers) for member in members(model)}
+    try:
+        for member, held in own.items():
+            member._parameters, member._buffers = (  # type: ignore[assignment]
+                {name: copies.get(id(tensor), tensor) for name, tensor in tensors.items()} for tensors in held
+            )
+        yield
+    finally:
+        for member, (parameters, buffers) in own.items():
+            member._parameters, member._buffers = parameters, buffers
+
+
+class _Casts(TorchFunctionMode):
+    """Keeps casts to the dtype that a tensor has in the trace, and need not have in a step: under autocast.
+
+    Of such a cast torch returns the tensor itself; an alias of it is another, so that what reads the tensor is not taken to
+    read the cast. (torch.nn.functional's own Python is not seen into.)
+
+    Attributes:
+        reads_dtypes: whether the forward has asked for autocast settings, or for the dtype of something else than a parameter.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads_dtypes = False
+
+    def noting(self, ask: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, which asks for autocast settings; where it is called in the forward, it is noted."""
+
+        def asked(*args: Any) -> Any:
+            self.reads_dtypes = True
+            return ask(*args)
+
+        return asked
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CASTS:
+            args = (_ALIAS(args[0]), *args[1:])
+        result = func(*args, **(kwargs or {}))
+        if func is multi_head_attention_forward:  # whose float masks are of the query's dtype
+            self.reads_dtypes = True
+        if isinstance(result, torch.dtype) and not (args and isinstance(args[0], nn.Parameter)):
+            self.reads_dtypes = True
+        return result
+
+
+@contextmanager
 def _plainly() -> Iterator[None]:
-    """With gradients, without autocast, and without torch's warnings about its own tracing."""
+    """With gradients, and without torch's warnings about its own tracing."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.enable_grad())
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(redirect_stderr(io.StringIO()))  # a failed trace prints its graph
         stack.enter_context(_no_custom_backward())
+        stack.enter_context(marked())
         yield
 
 
 @contextmanager
-def _no_custom_backward() -> Iterator[None]:
+def _watched(model: nn.Module, casts: _Casts) -> Iterator[None]:
+    """Within it the model's forward runs with ``casts``, and what it assigns to buffers of submodules is written to them at its
+    end. (torch.export keeps assignments to buffers of the model itself, and no others.)
+    """
+    assigned: dict[tuple[nn.Module, str], Tensor] = {}
+
+    def note(module: nn.Module, name: str, value: Any) -> None:
+        buffer = module._buffers.get(name)
+        if buffer is None:
+            return
+        if value is None or value.shape != buffer.shape:
+            raise ValueError(f"buffer {name!r} of a {type(module).__name__} takes another shape in the forward")
+        if module is not model:
+            assigned.setdefault((module, name), buffer)
+
+    def write(*_: Any) -> None:
+        for (module, name), buffer in assigned.items():
+            value, module._buffers[name] = module._buffers[name], buffer
+            buffer.copy_(cast(Tensor, value))
+
+    within = ExitStack()
+
+    def enter(*_: Any) -> None:
+        asking = {name: casts.noting(getattr(torch, name)) for name in ("is_autocast_enabled", "get_autocast_dtype")}
+        within.enter_context(replaced(torch, **asking))
+        within.enter_context(casts)
+
+    def leave(*_: Any) -> None:
+        within.close()
+
+    handles = [
+        register_module_buffer_registration_hook(note),
+        model.register_forward_pre_hook(enter, prepend=True),
+        model.register_forward_hook(write),
+        model.register_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _no_custom_backward() -> AbstractContextManager[None]:
     """Refuse what a trace would change without a word: it records the forward of a `torch.autograd.Function` alone."""
     own = torch.autograd.Function.__dict__["apply"]
 
@@ -247,11 +376,7 @@ def _no_custom_backward() -> Iterator[None]:
             f"{cls.__name__} is a torch.autograd.Function with a backward of its own, which a trace does not keep"
         )
 
-    setattr(torch.autograd.Function, "apply", classmethod(refuse))  # noqa: B010 (a method is no variable to mypy)
-    try:
-        yield
-    finally:
-        setattr(torch.autograd.Function, "apply", own)  # noqa: B010
+    return replaced(torch.autograd.Function, apply=classmethod(refuse))
 
 
 def _untraceable(model: nn.Module, error: Exception) -> ValueError:

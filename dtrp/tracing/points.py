@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def assign(graph: fx.GraphModule, points: Sequence[str]) -> dict[fx.Node, int]:
     were the first time, or, where they need what comes later, there: so the two ways through a Siamese network
     are cut alike. In the same way what reads a weight of an earlier stage is done there, if it needs nothing later but what can be
     done there too: so T5's decoder has its embedding beside the encoder's, whose tensor it is, and makes its tokens of the labels
-    there.
+    there. An entry of what an operation returns is taken where it ran.
 
     Args:
         graph: a traced model.
@@ -65,7 +66,7 @@ def assign(graph: fx.GraphModule, points: Sequence[str]) -> dict[fx.Node, int]:
         weights = [arg.target for arg in node.all_input_nodes if arg.op == "get_attr"]
         owned = [owners[weight] for weight in weights if weight in owners]
         stage = sum(place >= begin for begin in begins)
-        if is_repeat(node):
+        if is_repeat(node) or node.target is operator.getitem:
             stage = max([*inputs, *owned, 0])
         elif owned and len(owned) == len(weights) and max(owned) < stage:
             before = _needed_behind(graph, node, max(owned), stages)

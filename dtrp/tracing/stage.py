@@ -10,9 +10,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..modes import Follower, let_follow
+from ..stash import AutocastState
 from .divide import Part, Use, divide
 from .export import Example, attribute, export
 from .points import check_points, choose_points
+from .regions import run_within
+from .verify import Verifier
 
 Owner = tuple[nn.Module, str]  # a module that holds a tensor, and its name there
 
@@ -38,6 +41,8 @@ class TracedStage(Follower):
         self._example: Example | None = None  # of the first stage
         self._shapes: list[tuple[torch.Size, torch.dtype, int] | None] = []  # and the first dimension that is fixed
         self._device: torch.device | None = None
+        self._autocast = AutocastState("cpu", False, torch.bfloat16)  # in which it was traced
+        self._fits_others = True  # whether it does what the model does in others too
         self._origins: list[
             tuple[nn.Module, str, nn.Module]
         ] = []  # buffers of the model: where they were, and are here
@@ -46,6 +51,8 @@ class TracedStage(Follower):
         mode = 0 if self.training else 1
         part = self._parts[mode]
         self._check_dtypes()
+        if not self._fits_others:
+            self._check_autocast(AutocastState.now(self._autocast.device_type))
         carried = self._entered(value)
         carried += [carried[place].shape[dim] for place, dim in part.sizes]
         arguments = [
@@ -110,6 +117,13 @@ class TracedStage(Follower):
                     "model first, then call dtrp.split"
                 )
 
+    def _check_autocast(self, now: AutocastState) -> None:
+        if now != self._autocast and (now.enabled or self._autocast.enabled):
+            raise TypeError(
+                f"{self._label} runs {_in_words(now)}, and the model was traced {_in_words(self._autocast)}: its forward asks for "
+                "dtypes, as in x.to(y.dtype), which are others there; call dtrp.split, step and infer in the same torch.autocast"
+            )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TracedStage:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for model_part, name, module in self._origins:
@@ -121,6 +135,8 @@ class TracedStage(Follower):
                     if isinstance(graph, fx.GraphModule):
                         _move(graph, self._device, now)
             self._device = now
+            if now.type != "meta":
+                self._autocast = self._autocast._replace(device_type=now.type)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,10 +155,16 @@ def _described(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def _in_words(autocast: AutocastState) -> str:
+    return f"in autocast to {autocast.dtype}" if autocast.enabled else "without autocast"
+
+
 def _move(graph: fx.GraphModule, old: torch.device, new: torch.device) -> None:
-    """Operations that make tensors on a device make them on the other one."""
+    """Operations that make tensors on a device make them on the other one, and autocast regions are for it."""
 
     def moved(value: Any) -> Any:
+        if node.target is run_within and value == old.type:
+            return new.type
         return new if isinstance(value, torch.device) and value == old else value
 
     for node in graph.graph.nodes:
@@ -166,8 +188,10 @@ def trace_into_stages(
         TypeError, ValueError: an example that does not fit, a model that cannot be traced or cut so.
     """
     checked = Example.of(example)
+    _check_hooks(model)
     traced = [export(model, checked, training=training) for training in (True, False)]
     graphs = [one.graph for one in traced]
+    _name_apart(*graphs)
     if points is None:
         assert num_stages is not None
         points = choose_points(model, num_stages, *graphs) if num_stages > 1 else []
@@ -179,19 +203,39 @@ def trace_into_stages(
         for k in range(len(points) + 1)
     ]
     _give_tensors(model, stages, [use for _, uses in divided for use in uses], graphs)
+    let_follow(stages, model)
     first = stages[0]
     first._example = checked
     first._shapes = [
         (leaf.shape, leaf.dtype, int(checked.counts(leaf))) if isinstance(leaf, Tensor) else None
         for leaf in checked.leaves
     ]
+    _verify(Verifier(model, stages, checked, traced), stages, reads_dtypes=any(one.reads_dtypes for one in traced))
     # Shapes are enough of its tensors.
     empty = [torch.empty(0, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in checked.leaves]
     value = pytree.tree_unflatten(empty, checked.spec)
     first._example = Example(value, tuple(empty), checked.paths, checked.samples)
-    for stage in stages:
-        let_follow(stage, model)
     return stages, list(points)
+
+
+def _check_hooks(model: nn.Module) -> None:
+    for name, member in model.named_modules():
+        if member._backward_hooks or member._backward_pre_hooks:
+            raise ValueError(
+                f"{f'module {name!r}' if name else 'the model'} has a backward hook, which a trace does not keep; remove it, and "
+                "register it on the stages that dtrp.split returns, or pass a list of modules, one a stage"
+            )
+
+
+def _verify(verifier: Verifier, stages: Sequence[TracedStage], *, reads_dtypes: bool) -> None:
+    """Refuse stages that do something else than the model, and let them refuse autocast settings in which they would."""
+    verifier.check()
+    traced, fits_others = AutocastState.now(verifier.device_type), True
+    if reads_dtypes:
+        with traced._replace(enabled=not traced.enabled).region():
+            fits_others = verifier.agree_exactly()
+    for stage in stages:
+        stage._autocast, stage._fits_others = traced, fits_others
 
 
 def _give_tensors(
@@ -277,6 +321,18 @@ def _owner(stage: TracedStage, name: str, own: dict[str, Tensor], here: dict[int
     path = name.replace(".", "_") if tensor is None else here[id(tensor)]
     prefix, _, member = path.rpartition(".")
     return stage.get_submodule(prefix), member
+
+
+def _name_apart(train: fx.GraphModule, evaluation: fx.GraphModule) -> None:
+    """A constant tensor of the evaluation that goes by the name of another in the training gets a name of its own."""
+    for node in evaluation.graph.nodes:
+        name = str(node.target)
+        if node.op != "get_attr" or not _has(train, name):
+            continue
+        here, there = attribute(evaluation, name), attribute(train, name)
+        if here is not there and isinstance(here, Tensor) and not torch.equal(here, there):
+            node.target = f"{name.replace('.', '_')}_evaluation"
+            setattr(evaluation, node.target, here)
 
 
 def _has(module: Any, name: str) -> bool:
