@@ -148,8 +148,9 @@ def _moments(
             if action.kind == "F":
                 delay = minibatch - version
                 delayed = delayed or delay > 0
-                own = delay if shared else -1 - action.index
-                held.append((version, own if predicts else 0) if delay > 0 else None)
+                own = delay if shared or not delay else -1 - action.index
+                copied = work.lead > 0 and not work.flushes  # what is kept into a later step
+                held.append((version, own if predicts else 0) if copied else None)
             elif action.kind == "U":
                 version += 1
             moments.add((len(held), len({one for one in held if one is not None}), action.kind == "B"))

@@ -32,12 +32,13 @@ from .buffers import (
 from .exchange import Exchange, Places
 from .modes import in_mode, members
 from .reach import Reach
+from .repetition import wants_gradients
 from .rng import Draws
 from .stash import AutocastState, Held, tensor_bytes
 from .trees import flatten, map_tensors, tensors_of, unflatten
 
 LossFn = Callable[[Any, Any], Tensor]
-Moves = Literal["own", "ahead", "discarded", "returned"]
+Moves = Literal["own", "ahead", "discarded", "tried", "returned"]
 
 
 class Repeatable:
@@ -55,6 +56,7 @@ class Repeatable:
         compiles: whether ``call`` is compiled code, into which it does not look.
 
     Attributes:
+        module: as given.
         changes_input: whether the module writes its input; None: not seen yet.
         ahead: what the next first forward meets, where some are waiting for their repetition.
         made: shape and dtype of every buffer, by name, as the module came.
@@ -74,7 +76,7 @@ class Repeatable:
         compiles: bool,
     ) -> None:
         self.changes_input: bool | None = None
-        self._whole, self._module = whole, module
+        self._whole, self.module = whole, module
         self._call, self._call_aux, self._loss_fn = call, call_aux, loss_fn
         self._is_last, self._draws, self._reach, self._compiles = is_last, draws, reach, compiles
         self._places = Places(whole)
@@ -95,9 +97,9 @@ class Repeatable:
             held: the micro-batch: its input and target, and what was noted the first time. Where autograd is on, it is told
                 where the input's gradients will be.
             weights: what the module reads, by the names of its parameters; those that are left out are its own.
-            buffers: what the module does to buffers happens to its ``own``; to those that are ``ahead`` of them; or to copies
-                that are ``discarded``, or that are ``returned`` to it afterwards, so that nobody writes what a graph that is
-                kept has saved.
+            buffers: what the module does to buffers happens to its ``own``; to those that are ``ahead`` of them; or to copies:
+                of what a graph or the next first forward meets, ``discarded``; of its own, which are ``tried``; or of its own,
+                ``returned`` to it afterwards, so that nobody writes what a graph that is kept has saved.
 
         Returns:
             The output, and the loss or None. At the last stage the loss is the output too.
@@ -257,8 +259,18 @@ class Repeatable:
 
     def infer(self, x: Any) -> Any:
         """The output in eval mode, at the weights of now; called without autograd."""
+        try:
+            return self._infer(x)
+        except Exception as error:
+            if not wants_gradients(error):
+                raise
+        # A forward that differentiates something of its own, as that of forces does.
+        with torch.inference_mode(False), torch.enable_grad():
+            return map_tensors(Tensor.detach, self._infer(map_tensors(aligned_clone, x)))
+
+    def _infer(self, x: Any) -> Any:
         autocast = AutocastState.now(self._draws.device.type).region()
-        with in_mode(self._module, training=False), self._draws.region(-1), autocast:
+        with in_mode(self.module, training=False), self._draws.region(-1), autocast:
             return self._call(x if self.changes_input is False else map_tensors(aligned_clone, x))
 
 

@@ -4,7 +4,8 @@ For micro-batch m of mini-batch b, at a stage whose weights have had v updates (
 
                     keep="graph"                             keep="input"
 
-    F(m)     1. weights: those of now; with delay > 0 a copy of them, predicted if the method predicts
+    F(m)     1. weights: those of now, or a copy where a graph on them meets an update, predicted over the delay if the
+                method predicts
              2. run with a graph on that copy                2. run without a graph; moves buffers ahead
              3. keep the graph (and so the copy)             3. keep the input; the copy too for "stashed"
 
@@ -45,9 +46,11 @@ from .gauge import Gauge
 from .gradients import GradientRule, gradient_norm
 from .methods import Keep, Method
 from .modes import in_modes, modes_of
+from .parameter_hooks import attach
 from .predict import as_predictor
 from .reach import Reach
 from .repeatable import LossFn, Moves, Repeatable
+from .repetition import Repetition, sizes_of
 from .rng import Draws
 from .saved_tensors import NOT_WEIGHED, weigh_graph
 from .schedule import lead
@@ -136,18 +139,22 @@ class Stage:
         named = [(name, p) for name, p in self.whole.named_parameters() if p.requires_grad]
         for name, t in [*named, *self.whole.named_buffers()]:
             _check_layout(t, f"{name} of stage {index}")
+        self._named = dict(named)
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
         for p in self.parameters:
             p.grad = None
+        self.repetition = Repetition(self.repeatable, self.whole, self.parameters)
         self.ties = [tie for tie in ties if index in tie.names]
         others = {tie.names[index][0] for tie in self.ties if tie.owner != index}
         # By every name of its trained parameters, in whichever stage, the one it goes by here.
         firsts = {id(p): name for name, p in named}
         everywhere = self.whole.named_parameters(remove_duplicate=False)
         self.called = {name: firsts[id(p)] for name, p in everywhere if id(p) in firsts}
+        self._tied: set[str] = set()
         for tie in self.ties:
             if tie.trained:
+                self._tied.add(tie.names[index][0])
                 self.called |= {name: tie.names[index][0] for names in tie.names.values() for name in names}
         own = [p for name, p in named if name not in others]
         self.optimizer = optimizer(own) if own else None
@@ -161,7 +168,7 @@ class Stage:
         self.holds_graphs = method.forward_all or lead(method, num_stages, index) > 0
         self.rule = rule or GradientRule()
         self.updates = Updates(
-            index, dict(named), self.optimizer, self.lr_scheduler, self.rule,
+            index, self._named, self.optimizer, self.lr_scheduler, self.rule,
             lr_factor=method.lr_shrink**self.distance, device=device,
         )  # fmt: skip
         predictor = as_predictor(method.predict) if self.distance > 0 and self.parameters else None
@@ -178,6 +185,7 @@ class Stage:
         self._prepared: WeightVersion | None = None  # made ahead of its F, which finds it among the shared ones
         self._graph_bytes: dict[Any, int] = {}
         self._wanting: dict[Any, list[bool]] = {}  # which tensors of an output have a gradient, by its form
+        self._begun = False  # whether there has been an F
 
     # -- F ------------------------------------------------------------------------------------------
 
@@ -203,23 +211,26 @@ class Stage:
         leaf = self._own(x)
         if not self.has_decided:
             self._decide(micro, leaf, target)
+        is_first, self._begun = not self._begun, True
         weights = self._weights(micro.index, micro.minibatch - self.version)
         if self.gauge is not None and self.trains:
             read = self.parameters if weights is None else weights.tensors
             self.gauge.forward(micro.index, micro.minibatch - self.version, read, self.parameters)
         held = Held(micro, self.version, self._autocast_now(), leaf, value_bytes(leaf), target)
         if not self.trains:
-            with torch.no_grad():
+            with torch.enable_grad():  # of nothing here; a module may differentiate something of its own
                 out, _ = self.repeatable.run(held, {})
             held.leaf, held.nbytes, held.has_graph = None, 0, True
         elif self.recomputes:
             held.weights = weights if self.method.backward_at == "stashed" else None
-            with torch.no_grad():
-                out, _ = self.repeatable.run(held, self._tensors(weights), "ahead")
-            held.modes = modes_of(self.module)  # of those too that the first forward has made
+            before = self._writing(held.weights, is_first=is_first)
+            out = self.repetition.forward(held, self._tensors(weights))
+            self._check_unwritten(before, self._writing(held.weights, is_first=is_first))
         else:
             held.weights = weights
+            before = self._writing(weights, is_first=is_first)
             out, graph_bytes = self._graph(held, "returned" if self.holds_graphs else "own")
+            self._check_unwritten(before, self._writing(weights, is_first=is_first))
             held.nbytes += graph_bytes
         self._prepared = None
         self._stash.append(held)
@@ -231,11 +242,29 @@ class Stage:
         passed = [aligned_clone(t) if self._is_weight(t) else t.detach() for t in tensors]
         return unflatten(form, iter([t.requires_grad_(each) for t, each in zip(passed, wanting, strict=True)]))
 
+    def _writing(self, weights: WeightVersion | None, *, is_first: bool) -> tuple[list[int], str]:
+        """What tells whether a forward writes the copy that it reads: at first by whatever way."""
+        if weights is None:
+            return [], ""
+        return [t._version for t in weights.tensors], sizes_of(weights.tensors) if is_first else ""
+
+    def _check_unwritten(self, before: tuple[list[int], str], after: tuple[list[int], str]) -> None:
+        """Refuse a forward that has written its weights, which are a copy."""
+        if before == after:
+            return
+        written = [name for name, a, b in zip(self.names, before[0], after[0], strict=False) if a != b]
+        raise RuntimeError(
+            f"the stage's forward writes {written[0] if written else 'its parameters'} (as nn.Embedding(max_norm=) does), and what "
+            f"it reads by method {self.method.name!r} with keep={self.method.keep!r} is a copy, where that would be lost; pass "
+            "method='bp', or one that recomputes at the weights of now (dtrp, dtr, fr); if it is once alone, by its first "
+            "input, run the model once before"
+        )
+
     def _wants(self, held: Held, tensors: list[Tensor]) -> list[bool]:
         """Which tensors of an output have a gradient: where it was made without a graph, by a trial with one."""
-        if self.method.local:
+        if self.method.local or not self.trains:
             return [False] * len(tensors)
-        if not self.trains or not self.recomputes:
+        if not self.recomputes:
             return [t.requires_grad for t in tensors]
         able = [t.is_floating_point() or t.is_complex() for t in tensors]
         if sum(able) < 2:  # why else would this stage be there
@@ -308,12 +337,13 @@ class Stage:
         return any(t.untyped_storage().data_ptr() in places for t in written)
 
     def _weights(self, microbatch: int, delay: int) -> WeightVersion | None:
-        """What F reads; None for the weights of now, where no update can come before B."""
-        if not self.trains or delay == 0:
+        """What F reads; None for the weights of now, where nothing can write them before B, or B reads what they are then."""
+        if not self.trains or self.method.flush or not self.holds_graphs:
             return None
-        in_buffer = self.recomputes and self.method.backward_at == "current"
-        read = self.versions.predicted if in_buffer else self.versions.copied
-        return read(microbatch, self.version, delay, self._known_gradients)
+        if self.recomputes and self.method.backward_at == "current":
+            predicted = self.versions.predicted if delay else None
+            return predicted and predicted(microbatch, self.version, delay, self._known_gradients)
+        return self.versions.copied(microbatch, self.version, delay, self._known_gradients)
 
     def _known_gradients(self) -> dict[str, Any]:
         """What a predictor is told that uses gradients."""
@@ -332,8 +362,11 @@ class Stage:
             # In its own modes: the caller may have called eval() since.
             changed = held.modes not in ((), modes_of(self.module))
             with in_modes(self.module, held.modes) if changed else nullcontext():
-                _, graph_bytes = self._graph(held)
+                expected = self.repetition.expected(held)
+                out, graph_bytes = self._graph(held)
             self._note_peak(graph_bytes)
+            if expected is not None:
+                self.repetition.check(held, expected, out)
 
     def backward(self, grad: Any) -> Any:
         """B of the oldest micro-batch in the stash.
@@ -358,6 +391,7 @@ class Stage:
             return None
         spoiled = self._spoils(starts) if self.rule.on_nonfinite == "skip" else None
         leaves = self.parameters if held.weights is None else held.weights.leaves
+        hooks = attach(self._named, leaves, self._tied)
         try:
             for leaf, gradient in zip(leaves, self.gradients, strict=True):
                 leaf.grad = gradient
@@ -365,6 +399,8 @@ class Stage:
             with self.repeatable.at(self._tensors(held.weights)), held.autocast._replace(enabled=False).region():
                 torch.autograd.backward([root for root, _ in starts], [gradient for _, gradient in starts])  # type: ignore[arg-type]
         finally:
+            for hook in hooks:
+                hook.remove()
             for i, leaf in enumerate(leaves):
                 self.gradients[i], leaf.grad = leaf.grad, None
         gradients = [each[0] if each else None for each in held.input_gradients]
@@ -499,13 +535,19 @@ class Stage:
         return len(self._stash)
 
     def check_trainable(self) -> None:
-        """Refuse parameters that were frozen or freed since the stage was made: its optimizer would not know."""
-        now = [name for name, p in self.whole.named_parameters() if p.requires_grad]
-        if now != self.names:
+        """Refuse parameters that were frozen, freed or replaced since the stage was made: its optimizer would not know."""
+        now = {name: p for name, p in self.whole.named_parameters() if p.requires_grad}
+        if list(now) != self.names:
             changed = sorted(set(now) ^ set(self.names))[0]
             raise RuntimeError(
                 f"requires_grad of {changed} has changed since the pipeline was made; make a new Pipeline"
             )
+        for name, p in self._named.items():
+            if now[name] is not p:
+                raise RuntimeError(
+                    f"{name} is another tensor than when the pipeline was made, and its optimizer has the one of then "
+                    "(load_state_dict(assign=True) does so); write into the one that is there, or make a new Pipeline"
+                )
 
     def rest(self) -> None:
         """Let go of the gradients of the last update."""

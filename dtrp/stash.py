@@ -51,7 +51,14 @@ class AutocastState(NamedTuple):
 
 
 class WeightVersion:
-    """A copy of a stage's trainable weights: ``tensors`` to write, ``leaves`` for graphs to stand on."""
+    """A copy of a stage's trainable weights: ``tensors`` to write, ``leaves`` for graphs to stand on.
+
+    Attributes:
+        minibatch, marks: the last mini-batch that has read it as the weights of then, and what told that they were.
+    """
+
+    minibatch: int | None = None
+    marks: list[tuple[int, int]] | None = None
 
     def __init__(self, like: Sequence[Tensor]) -> None:
         self.tensors = [torch.empty_like(t, requires_grad=False) for t in like]
@@ -79,6 +86,7 @@ class Held:
     has_graph: bool = False
     modes: tuple[bool, ...] = ()  # of the module and those in it, train or eval, in the forward
     met: Met | None = None  # the buffers that F read, where its graph is kept
+    first: Any = None  # what the repetition of the forward is compared with (`dtrp.repetition`)
     # Where differentiation starts, for each tensor of the output; None where it has nothing to do. Where there is a loss: it.
     roots: list[Tensor | GradientEdge | None] = field(default_factory=list)
     # Which tensors of the output went on as ones that want a gradient; empty where all have a root that do.

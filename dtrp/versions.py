@@ -87,16 +87,33 @@ class Versions:
         if not self._parameters:
             return None
         key = (version, 0 if self.predictor is None else horizon)
-        copy = self.shared.get(key) if self.alike else None
-        if copy is None:
+        alike = self.alike or not horizon
+        copy = self.shared.get(key) if alike else None
+        if copy is None or not self._is_now(copy, version + horizon):
             copy = WeightVersion(self._parameters)
-            if self.predictor is None:
+            if self.predictor is None or not horizon:
                 copy.copy_from(self._parameters)
             else:
                 self._predict(copy, microbatch, version, horizon, gradients)
-            if self.alike:
+            copy.minibatch, copy.marks = version + horizon, self._marks()
+            if alike:
                 self.shared[key] = copy
         return copy
+
+    def _is_now(self, copy: WeightVersion, minibatch: int) -> bool:
+        """Whether a copy of this version is of the weights of now: between two steps the caller may write them."""
+        if copy.minibatch != minibatch:
+            # What is written through ``.data`` counts nowhere; an accelerator would have to be waited for.
+            unwritten = copy.marks == self._marks() and all(
+                p.device.type != "cpu" or torch.equal(p, t) for p, t in zip(self._parameters, copy.tensors, strict=True)
+            )
+            if not unwritten:
+                return False
+            copy.minibatch = minibatch
+        return True
+
+    def _marks(self) -> list[tuple[int, int]]:
+        return [(p.data_ptr(), p._version) for p in self._parameters]
 
     def _predict(
         self, out: WeightVersion, microbatch: int, version: int, horizon: int, gradients: Callable[[], dict[str, Any]]

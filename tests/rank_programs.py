@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import stateful_models
 import test_loss
 import torch
 import torch.distributed as dist
@@ -299,6 +300,18 @@ def _compiled_stages() -> Result:
     return train(
         network(), [minibatches(6)], num_stages=2, method="dtrp", compile={"backend": "aot_eager"}, timeout_s=60.0
     )
+
+
+def _hooked(method: str) -> Result:
+    model = without_noise(6)
+    model[0][0].weight.register_hook(lambda gradient: gradient.clamp(-1e-2, 1e-2))
+    model[2][0].weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.grad / 2))
+    model[5].bias.register_hook(lambda gradient: gradient * 2)
+    return train(model, [minibatches(8)], num_stages=3, method=method, num_microbatches=2)
+
+
+HOOKED = [f"hooks on parameters, {method}" for method in ("fdg", "spectrain", "dtrp", "bp")]
+CASES.update({name: Case(3, functools.partial(_hooked, name.rpartition(" ")[2])) for name in HOOKED})
 
 
 def compiled_as_by_default() -> Result:
@@ -948,6 +961,16 @@ def fail_at_length(folder: str, how: str) -> None:
         )
 
 
+def repeats_otherwise(folder: str, name: str) -> None:
+    """Stage 1 has a module that is another function when its forward is repeated."""
+    del folder
+    made = stateful_models.model_of(getattr(stateful_models, name))
+    stages = [nn.Linear(4, 4).double(), made[:2], made[2:]]
+    with dtrp.Pipeline(stages, sgd, nn.functional.cross_entropy, method="dtrp", timeout_s=10) as pipe:
+        for x, y in stateful_models.batches():
+            pipe.step(x, y)
+
+
 def nonfinite_gradient(folder: str, stage: int, options: dict[str, Any]) -> None:
     """The gradient of one parameter of ``stage`` is not finite in mini-batch 4; each rank writes what it hears."""
     model = without_noise(3)
@@ -1363,6 +1386,7 @@ PROGRAMS: dict[str, Callable[..., None]] = {
         train_until_killed,
         fail_in_stage,
         fail_at_length,
+        repeats_otherwise,
         nonfinite_gradient,
         refused_loss,
         skips_with_replicas,
