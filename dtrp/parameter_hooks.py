@@ -40,7 +40,7 @@ def attach(parameters: Mapping[str, nn.Parameter], leaves: Sequence[Tensor], tie
     if refused := [name for name, _, _ in hooked if name in tied]:
         raise ValueError(
             f"{refused[0]} has a hook (register_hook or register_post_accumulate_grad_hook), and other stages hold it too: each of "
-            "them would call it with its own part of the gradient. Do it in a step_pre_hook of the optimizer, which sees the whole, "
+            "them would call it with its own part of the gradient. Use a step_pre_hook of the optimizer, which sees the whole, "
             "or cut the model so that all that use it lie in one stage"
         )
     handles = []
