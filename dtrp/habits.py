@@ -21,7 +21,8 @@ class Elsewhere:
     """Modules that other ranks train: what this rank holds of them is what they began with.
 
     Their values are as they should be before the first update, and after `load_state_dict` until the next one. A copy of
-    a module, pickled or not, has a watch that warns of nothing.
+    a module, pickled or not, has a watch that warns of nothing. The modules are watched for as long as they live, since most
+    is saved after the pipeline's end; the watch of a new pipeline takes the place of an old one's.
 
     Args:
         stages: of the pipeline.
@@ -31,11 +32,17 @@ class Elsewhere:
 
     def __init__(self, stages: Sequence[nn.Module] = (), place: int = 0, engine: Engine | None = None) -> None:
         self._engine = weakref.ref(engine) if engine is not None else lambda: None
+        self._stage = place
+        self._made = 0  # updates, as of the pipeline's end
         self._warned: set[str] = set()
         self._since: Any = WeakTensorKeyDictionary()  # of parameters, the updates made when their values came
         self._handles: list[RemovableHandle] = []
         here = {id(p) for p in stages[place].parameters()} if stages else ()
+        before = {id(watch): watch for stage in stages for m in stage.modules() if (watch := _elsewhere.get(m))}
+        for watch in before.values():
+            watch._leave(told=engine is not None and engine.is_first)
         for module in {module for stage in stages for module in _holders(stage, here)}:
+            _elsewhere[module] = self
             self._has_now(module, 0)
             self._handles += [
                 module.register_state_dict_pre_hook(self._before_state_dict),  # type: ignore[no-untyped-call]
@@ -43,10 +50,21 @@ class Elsewhere:
                 module.register_load_state_dict_post_hook(self._after_load),  # type: ignore[no-untyped-call]
             ]
 
-    def close(self) -> None:
-        """Leave the modules alone."""
+    def end(self) -> None:
+        """The pipeline ends, and makes no update any more."""
+        self._made = self._updates()
+        self._engine = lambda: None
+
+    def _updates(self) -> int:
+        engine = self._engine()
+        return self._made if engine is None else engine.num_updates
+
+    def _leave(self, *, told: bool) -> None:
+        """A new pipeline has the modules, and begins with the values that the first rank, which is ``told``, has of them."""
         for handle in self._handles:
             handle.remove()
+        if told:
+            self._warn(self._since, "The new pipeline begins with", "model.load_state_dict(pipe.model_state_dict())")
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._warn(self._since, "A copy of the model has", "pipe.save_model(path)")
@@ -61,25 +79,23 @@ class Elsewhere:
         self._warn(module.parameters(False), "The model is run with", "pipe.infer(x)")
 
     def _after_load(self, module: nn.Module, keys: Any) -> None:
-        engine = self._engine()
-        if engine is not None:
-            self._has_now(module, engine.num_updates)
+        self._has_now(module, self._updates())
 
     def _has_now(self, module: nn.Module, num_updates: int) -> None:
         self._since.update(dict.fromkeys(module.parameters(False), num_updates))
 
     def _warn(self, parameters: Iterable[nn.Parameter], what: str, instead: str) -> None:
-        engine = self._engine()
-        if engine is None or what in self._warned:
-            return
-        now = engine.num_updates
-        if any(self._since.get(p, now) != now for p in parameters):
+        now = self._updates()
+        if what not in self._warned and any(self._since.get(p, now) != now for p in parameters):
             self._warned.add(what)
             warnings.warn(
-                f"{what} old values of the stages that other ranks train, since this rank trains stage {engine.stages[0].index} "
-                f"alone; call {instead}, on every rank",
+                f"{what} old values of the stages that other ranks train, since this rank trains stage {self._stage} alone; call "
+                f"{instead}, on every rank, before close()",
                 stacklevel=3,
             )
+
+
+_elsewhere: weakref.WeakKeyDictionary[nn.Module, Elsewhere] = weakref.WeakKeyDictionary()  # who watches a module
 
 
 def _holders(stage: nn.Module, here: Container[int]) -> Iterator[nn.Module]:
@@ -114,8 +130,8 @@ class _OtherOptimizers:
             self._handle = None
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer in self._known:
-            return
+        if optimizer in self._known or any(callable(value) for value in (*args[1:], *kwargs.values())):
+            return  # a closure makes the gradients
         self._known.add(optimizer)
         engines = [engine for reference in list(self._engines.values()) if (engine := reference()) is not None]
         if any(stage.optimizer is optimizer for engine in engines for stage in engine.stages):

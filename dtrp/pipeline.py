@@ -249,7 +249,7 @@ class Pipeline(Driver):
                 stage = make_stage(ranks.stage, place, ranks.replica)
                 self._engine = DistributedEngine(stage, self.method, num_microbatches, transport, self._tracer, loss_on)
                 watch = Elsewhere(modules, ranks.stage, self._engine)
-                self._watches = [other_optimizers.watch(self._engine), watch.close]
+                self._watches = [other_optimizers.watch(self._engine), watch.end]
             except BaseException as error:
                 transport.fail(error)
                 transport.close()

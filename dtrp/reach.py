@@ -12,7 +12,7 @@ which is not held), and what comes to depend on another stage's is noted::
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -106,17 +106,13 @@ class Reach:
             if not any(storage is view for view in views):
                 self._origins[storage] = label
 
-    def check(
-        self, stage: int, made: tuple[Any, Any], loss: Tensor | None, inside: Iterable[Tensor], loss_fn: Any
-    ) -> None:
-        """Refuse a stage whose output or loss depends on another's tensors, and a loss that would train what no stage has.
+    def check(self, stage: int, made: tuple[Any, Any], inside: Callable[[], Iterable[Tensor]]) -> None:
+        """Refuse a stage whose output depends on another's tensors, or would train what no stage has.
 
         Args:
             stage: k.
             made: what its module has returned, and its auxiliary network.
-            loss: what ``loss_fn`` has made of that; None: it was not asked.
             inside: the leaves that the stage differentiates to.
-            loss_fn: to name what is in it.
 
         Raises:
             ValueError: naming what is read.
@@ -124,13 +120,35 @@ class Reach:
         for t in _tensors(made):
             if isinstance(read := self._origin(t), str):
                 raise ValueError(f"stage {stage} reads {read}, and {_WAY_OUT}, or cut so that both lie in one stage")
-        if loss is None:
-            return
-        seen: set[Any] = set()
-        for _ in _leaves(_tensors(made), seen):  # what the module reaches is not the loss's doing
-            pass
-        own = set(map(id, inside))
-        strange = [leaf for leaf in _leaves([loss], seen) if id(leaf) not in own]
+        for leaf in _strange(_tensors(made), set(), inside):
+            if isinstance(leaf, nn.Parameter):  # another is of the module's making, and nobody trains it
+                raise ValueError(
+                    f"stage {stage} reads {self._holder(stage, leaf)}, which would be trained and no stage has: no optimizer "
+                    "updates it; register it as a parameter or submodule of the module that reads it, or freeze it "
+                    "(requires_grad_(False))"
+                )
+
+    def check_loss(
+        self, stage: int, judged: Any, loss: Tensor, inside: Callable[[], Iterable[Tensor]], loss_fn: Any
+    ) -> None:
+        """Refuse a loss that depends on another stage's tensors, or would train what no stage has.
+
+        A leaf is seen in every mini-batch, since a loss may begin to depend on it at any time.
+
+        Args:
+            stage: k.
+            judged: what the loss is made of.
+            loss: what ``loss_fn`` has made of that.
+            inside: the leaves that the stage differentiates to.
+            loss_fn: to name what is in it.
+
+        Raises:
+            ValueError: naming what is read.
+        """
+        strange = _strange([loss], {_node(t) for t in _tensors(judged) if t.requires_grad}, inside)
+        if strange:  # what the module reaches is not the loss's doing
+            reached = set(map(id, _strange(_tensors(judged), set(), inside)))
+            strange = [leaf for leaf in strange if id(leaf) not in reached]
         read = self._origin(loss)
         if not isinstance(read, str):
             read = next((self._names[id(leaf)] for leaf in strange if id(leaf) in self._names), None)
@@ -145,6 +163,16 @@ class Reach:
                 f"loss_fn would train {name}, which no stage has and no optimizer updates; freeze it "
                 "(requires_grad_(False)), or put it into the last stage's module and let that return what loss_fn takes"
             )
+
+    def _holder(self, stage: int, leaf: Tensor) -> str:
+        """What a module of a stage calls a parameter that it holds, and has not registered."""
+        for prefix, module in self._stages[stage].named_modules():
+            for name, value in vars(module).items():
+                for held in value if isinstance(value, (tuple, list)) else [value]:
+                    found = name if held is leaf else isinstance(held, nn.Module) and _name_in(held, leaf)
+                    if found:
+                        return f"{found} in {prefix}.{name}" if prefix else f"{found} in {name}"
+        return f"a parameter of shape {tuple(leaf.shape)}"
 
     def _origin(self, t: Tensor) -> int | str | None:
         origins = (self._origins.get(storage) for storage in _storages([t]))
@@ -194,22 +222,31 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """What they lie in, but for those that lie in none (one inside `torch.vmap`)."""
+    """What they lie in, but for those that lie in none; of one inside `torch.vmap`, what the whole lies in."""
     for t in tensors:
+        while torch._C._functorch.is_functorch_wrapped_tensor(t):
+            t = torch._C._functorch.get_unwrapped(t)
         with suppress(RuntimeError, NotImplementedError):
             yield from [part.untyped_storage() for part in parts_of(t)]
 
 
-def _leaves(tensors: Iterable[Tensor], seen: set[Any]) -> Iterator[Tensor]:
-    """Those that autograd would give a gradient, through nodes of the graph that have not been ``seen``, and are then."""
-    left: list[Any] = [torch.autograd.graph.get_gradient_edge(t).node for t in tensors if t.requires_grad]
+def _strange(tensors: Iterable[Tensor], seen: set[Any], inside: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
+    """The leaves that are not ``inside`` and that autograd would give a gradient, through nodes that have not been ``seen``."""
+    found: list[Tensor] = []
+    left: list[Any] = [_node(t) for t in tensors if t.requires_grad]
     while left:
         node = left.pop()
         if node is not None and node not in seen:
             seen.add(node)
             if isinstance(leaf := getattr(node, "variable", None), Tensor):
-                yield leaf
+                found.append(leaf)
             left.extend(before for before, _ in node.next_functions)
+    own = set(map(id, inside())) if found else ()
+    return [leaf for leaf in found if id(leaf) not in own]
+
+
+def _node(t: Tensor) -> Any:
+    return torch.autograd.graph.get_gradient_edge(t).node
 
 
 def _name_in(holder: Any, leaf: Tensor, depth: int = 3) -> str | None:

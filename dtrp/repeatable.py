@@ -128,9 +128,14 @@ class Repeatable:
                 judged = out if self._call_aux is None else self._judged(out)
             with watch:
                 loss = None if self._loss_fn is None else self._loss(judged, held)
+
+            def inside() -> list[Tensor]:
+                return [*self._whole.parameters(), *weights.values(), *inputs]
+
             if reach is not None:
-                inside = [*self._whole.parameters(), *weights.values(), *inputs]
-                reach.check(stage, (out, judged), loss, inside, self._loss_fn)
+                reach.check(stage, (out, judged), inside)
+            if self._reach is not None and loss is not None:
+                self._reach.check_loss(stage, judged, loss, inside, self._loss_fn)
             if self._is_last:
                 out = loss
             else:

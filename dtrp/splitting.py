@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .arguments import whole
 from .modes import in_mode
@@ -312,6 +313,11 @@ def into_stages(
                 "or pass nn.Sequential(*modules)"
             )
         cuts = range(1, len(layers))
+    for layer in layers:
+        if lazy := [name for name, t in layer[1].named_parameters() if is_lazy(t)]:
+            raise ValueError(
+                f"{lazy[0]} of layer {layer[0]} has no shape yet; run the model once on a few samples before it is cut"
+            )
     bounds = [0, *cuts, len(layers)]
     return [stage_of(layers[start:end]) for start, end in itertools.pairwise(bounds)]
 

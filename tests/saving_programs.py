@@ -306,9 +306,40 @@ def use_by_habit(folder: str, kind: str) -> None:
             again(x)
             copy.deepcopy(again)
         pipe.close()
-        assert not any(h for m in hooked for h in (m._state_dict_pre_hooks, m._forward_pre_hooks))
-        assert not any(m._load_state_dict_post_hooks for m in hooked)
+    ended_by_habit(Path(folder), told)
     print("told")
+
+
+def ended_by_habit(folder: Path, told: Callable[[Callable[[], Any]], str]) -> None:
+    """The commonest of all: trained in a function, saved after it, trained further."""
+
+    def train(model: nn.Sequential) -> dict[str, Tensor]:
+        with pipeline(model, num_stages=3, timeout_s=30.0) as pipe:
+            for mini in ten()[:4]:
+                pipe.step(*given(pipe, *mini))
+            pipe.flush()
+            return pipe.model_state_dict()
+
+    for loads in (False, True):
+        model = network()
+        state = train(model)
+        if loads:
+            model.load_state_dict(state)
+            job: Callable[[], Any] = model.state_dict
+            job()
+            model(ten()[0][0])
+        else:
+            said = told(lambda model=model: torch.save(model.state_dict(), folder / f"late{rank()}.pt"))
+            assert said.startswith("model.state_dict() has old values of the stages that other ranks train"), said
+            assert said.endswith("on every rank, before close()"), said
+        again = told(lambda model=model: train(model))
+        if rank() == 0 and not loads:
+            assert again.startswith("The new pipeline begins with old values"), again
+            assert "call model.load_state_dict(pipe.model_state_dict()), on every rank" in again
+        else:
+            assert not again, again
+        assert "state_dict() has old values" in told(model.state_dict)
+        assert all(len(m._state_dict_pre_hooks) < 2 for m in model.modules())
 
 
 PROGRAMS.update(

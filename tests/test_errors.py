@@ -100,6 +100,7 @@ shared = nn.Linear(5, 5)
         ([nn.Linear(5, 5), nn.Linear(5, 3)], {"num_stages": 3}, ValueError, "the list has 2 modules, one a stage"),
         ([nn.Linear(5, 5), nn.Linear(5, 3)], {"cuts": [1]}, ValueError, "already is one module a stage"),
         (frozen(), {}, ValueError, "no parameter that requires a gradient"),
+        (nn.Sequential(nn.LazyLinear(5)), {}, ValueError, "weight of layer 0 has no shape yet; run the model once"),
         (nn.Sequential(nn.ReLU()), {}, ValueError, "no parameter that requires a gradient"),
         (nn.Sequential(shared, nn.ReLU(), shared), {"num_stages": 3}, ValueError,
          "0.weight of stage 0 and 2.weight of stage 2 are one tensor"),

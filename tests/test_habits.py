@@ -54,6 +54,25 @@ def test_another_optimizer_is_told_once_that_its_step_does_nothing(method: str, 
     pipe.step(*batch(1))
 
 
+@pytest.mark.parametrize("by_keyword", [False, True])
+@pytest.mark.parametrize("make", [sgd, torch.optim.LBFGS])
+def test_a_step_that_makes_its_gradients_is_told_nothing(make: Any, by_keyword: bool) -> None:
+    """What a pipeline has trained is polished by another optimizer, with a closure."""
+    model = bare()
+    pipe = pipeline(model, num_stages=3)
+    pipe.step(*batch(0))
+    pipe.flush()
+    other = make(list(model.parameters()))
+
+    def closure() -> Tensor:
+        other.zero_grad()
+        loss = cross_entropy(model(batch(1)[0]), batch(1)[1])
+        loss.backward()
+        return loss
+
+    other.step(closure=closure) if by_keyword else other.step(closure)
+
+
 class Outer(torch.optim.Optimizer):
     """An optimizer that steps another, as lookahead does."""
 

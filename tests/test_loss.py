@@ -235,6 +235,100 @@ def test_an_optimizer_of_the_loss_too() -> None:
         dtrp.Pipeline(model_of(), lambda params: sgd([*params, *loss_fn.parameters()]), loss_fn, num_stages=3)
 
 
+def penalty(model: nn.Sequential, criterion: Any) -> Any:
+    return 1e-4 * model[0].weight.square().sum()
+
+
+def learned(model: nn.Sequential, criterion: Any) -> Any:
+    return 0.1 * criterion.log_var.sum()
+
+
+@pytest.mark.parametrize(
+    ("term", "name"), [(penalty, "loss_fn reads 0.weight of stage 0"), (learned, "would train log_var")]
+)
+@pytest.mark.parametrize("method", ["bp", "dtrp", "fdg"])
+def test_a_loss_that_begins_to_reach_elsewhere(term: Any, name: str, method: str) -> None:
+    """A term that is switched on after two mini-batches."""
+    model, criterion = model_of(), Learned()
+    on = [False]
+
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(out, y) + (term(model, criterion) if on[0] else 0)
+
+    pipe = dtrp.Pipeline(model, sgd, loss_fn, num_stages=3, method=method, num_microbatches=2)
+    for x, y in batches_of(3):
+        pipe.step(x, y)
+    on[0] = True
+    last = pipe.stages[-1].state_dict()
+    before = {key: value.clone() for key, value in last.items()}
+    with pytest.raises(dtrp.StageError, match=name):
+        pipe.step(*batches_of(1)[0])
+    assert all(torch.equal(before[key], value) for key, value in last.items())
+
+
+class Prompted(nn.Module):
+    """Reads what it has not registered: a parameter, or a network in a list, where a ``state_dict`` does not show it."""
+
+    def __init__(self, kind: str, frozen: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8).double()
+        prompt = nn.Parameter(torch.ones(8).double())
+        hidden = nn.Linear(8, 8).double()
+        self.parts: Any = {"tuple": (prompt,), "list": [hidden], "closure": None}[kind]
+        self.read = {
+            "tuple": lambda x: x + self.parts[0],
+            "list": lambda x: self.parts[0](x),
+            "closure": lambda x: x * prompt,
+        }[kind]
+        if frozen:
+            prompt.requires_grad_(False)
+            hidden.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = x.detach().requires_grad_()  # nobody trains it
+        return self.layer(self.read(x)) + place.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("tuple", "parts in 2.parts"),
+        ("list", "weight of Linear in 2.parts"),
+        ("closure", r"a parameter of shape \(8,\)"),
+    ],
+)
+@pytest.mark.parametrize("method", ["bp", "dtrp", "dtr", "fdg"])
+def test_a_module_that_would_learn_what_no_stage_has(kind: str, name: str, method: str) -> None:
+    for frozen in (False, True):
+        model = model_of()
+        model.insert(2, Prompted(kind, frozen))
+        pipe = dtrp.Pipeline(model, sgd, cross_entropy, cuts=[2, 4], method=method)
+        run = [*batches_of(4)]
+        if frozen:
+            for batch in run:
+                pipe.step(*batch)
+            pipe.flush()
+            continue
+        why = f"stage 1 reads {name}.*, which would be trained and no stage has: .* register it"
+        with pytest.raises(dtrp.StageError, match=why):
+            for batch in run:
+                pipe.step(*batch)
+
+
+def test_an_attribute_made_inside_vmap() -> None:
+    class Mapped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            self.aux = torch.vmap(lambda row: row.square().sum())(out).mean()
+            return out
+
+    for method in ("bp", "dtrp"):
+        model = model_of()
+        model[0] = Mapped(6, 8).double()
+        loss_fn = lambda out, y, model=model: cross_entropy(out, y) + model[0].aux  # noqa: E731
+        refused(model, loss_fn, "loss_fn reads", method=method)
+
+
 # -- what is right stays ------------------------------------------------------------------------------------------
 
 
