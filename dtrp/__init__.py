@@ -5,16 +5,16 @@ train by; `Schedule` writes a method's order of work down; `linear`, `rollout` a
 `plan` chooses cuts, batch and memory for a model, and `simulate` runs a schedule without one.
 """
 
+from .data.sampler import ResumableSampler
 from .errors import StageError, WaitTimeoutError, WorkerError
 from .methods import Method, get_method, list_methods
 from .pipeline import Pipeline
-from .plan_file import Plan, PlanError
 from .planning import plan, simulate
+from .planning.plan_file import Plan, PlanError
 from .predict import informed, linear, rollout
-from .sampler import ResumableSampler
 from .saving import CheckpointError
 from .schedule import Schedule, ScheduleError
-from .splitting import Stages, split
+from .splitting.stages import Stages, split
 
 __all__ = [
     "CheckpointError",

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from . import schedule
-from .names import unknown
+from .did_you_mean import unknown
 
 Keep = Literal["graph", "input"]
 

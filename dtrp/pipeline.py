@@ -10,8 +10,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .alike import unite
-from .arguments import (
+from .base_pipeline import Driver
+from .comm.transport import Transport
+from .engine.consistency import unite
+from .engine.distributed import DistributedEngine
+from .engine.habits import Elsewhere, other_optimizers
+from .engine.local import LocalEngine
+from .launch.ranks import Ranks, find_ranks
+from .measure.trace import Tracer
+from .methods import Keep, Method
+from .planning.plan_file import Plan, as_plan
+from .splitting.stages import Stages, check_device, into_stages, stage_device
+from .stage.forward import LossFn
+from .stage.gradients import Clip, GradientRule, OnNonfinite
+from .stage.local_loss import Auxiliary, WithAux, aux_of_stages
+from .stage.reach import Reach, refuse_gradient
+from .stage.stage import Stage
+from .stage.tied import check_ties, find_ties
+from .tensors.module_mode import follow
+from .tensors.pytree import check_samples, flatten, num_samples
+from .validation import (
     as_method,
     check_callables,
     check_seed,
@@ -21,24 +39,6 @@ from .arguments import (
     keeping,
     whole,
 )
-from .auxiliary import Auxiliary, WithAux, aux_of_stages
-from .distributed import DistributedEngine
-from .driver import Driver
-from .gradients import Clip, GradientRule, OnNonfinite
-from .habits import Elsewhere, other_optimizers
-from .local import LocalEngine
-from .methods import Keep, Method
-from .modes import follow
-from .plan_file import Plan, as_plan
-from .ranks import Ranks, find_ranks
-from .reach import Reach, refuse_gradient
-from .repeatable import LossFn
-from .splitting import Stages, check_device, into_stages, stage_device
-from .stage import Stage
-from .ties import check_ties, find_ties
-from .trace import Tracer
-from .transport import Transport
-from .trees import check_samples, flatten, num_samples
 
 Device = torch.device | str | int
 

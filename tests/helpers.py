@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import dtrp
-from dtrp.splitting import equal_cuts, into_stages
-from dtrp.trees import tensors_of
+from dtrp.splitting.stages import equal_cuts, into_stages
+from dtrp.tensors.pytree import tensors_of
 
 WIDTH = 5
 DEVICE_VARIABLE = "DTRP_TEST_DEVICE"

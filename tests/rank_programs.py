@@ -60,7 +60,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tree_models import TREES
 
 import dtrp
-from dtrp.groups import Meeting
+from dtrp.comm.process_groups import Meeting
 
 OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
 Batch = tuple[Tensor, Tensor]

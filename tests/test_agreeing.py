@@ -11,7 +11,7 @@ import torch
 from helpers import minibatches, network, pipeline, sgd
 from launching import Server, run_ranks
 
-from dtrp.agreeing import Proposals, bits_of, word_of
+from dtrp.comm.proposals import Proposals, bits_of, word_of
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -28,7 +28,7 @@ import dtrp
 from dtrp.cli import run
 from dtrp.models import auxiliary, get_model
 from dtrp.saving import CheckpointError, read_state
-from dtrp.splitting import equal_cuts
+from dtrp.splitting.stages import equal_cuts
 
 
 def trained(aux: Any, num_stages: int = 4, batches: int = 6, **options: Any) -> dtrp.Pipeline:

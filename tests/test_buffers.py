@@ -16,9 +16,9 @@ from test_saving import check_equal, data, run
 from torch import Tensor, nn
 
 import dtrp
-from dtrp.buffers import ABSENT, Met, Overwritten, Slot, buffers_of, marks, names_of, values_met
-from dtrp.modes import members
 from dtrp.saving import manifest
+from dtrp.stage.buffers import ABSENT, Met, Overwritten, Slot, buffers_of, marks, names_of, values_met
+from dtrp.tensors.module_mode import members
 
 
 def spectral() -> nn.Sequential:

@@ -10,12 +10,12 @@ from typing import Any, cast
 import pytest
 import torch
 
-from dtrp.averaging import _BUCKET_BYTES, _buckets
-from dtrp.chain import Chain
+from dtrp.comm.collectives import Chain
+from dtrp.comm.gradient_averaging import _BUCKET_BYTES, _buckets
+from dtrp.comm.link import Receiver, Sender
+from dtrp.comm.message import Kind, Message, Note
 from dtrp.errors import WorkerError
-from dtrp.links import Receiver, Sender
-from dtrp.messages import Kind, Message, Note
-from dtrp.ranks import Ranks
+from dtrp.launch.ranks import Ranks
 
 
 class FakeLink:

@@ -22,7 +22,9 @@ from rich.console import Console
 
 import dtrp
 from dtrp.cli import Stopped, run
-from dtrp.compare import (
+from dtrp.cli.console import show_comparison
+from dtrp.measure.prediction_error import look_every
+from dtrp.train.comparison import (
     Cell,
     Comparison,
     grid,
@@ -35,9 +37,7 @@ from dtrp.compare import (
     shown_delay,
     weight_distance,
 )  # fmt: skip
-from dtrp.console import show_comparison
-from dtrp.gauge import look_every
-from dtrp.train import TrainConfig
+from dtrp.train.trainer import TrainConfig
 
 SMALL = [
     "--data",
@@ -334,7 +334,7 @@ def test_the_table_fits_the_terminal(
         (Cell("dtrp-1f1b", 4, 2, seed, "rollout"), {**summary, "minibatch_s": 0.1234 + 0.01 * seed})
         for seed in range(3)
     ]
-    monkeypatch.setattr("dtrp.console._wide_console", lambda: Console(width=width))
+    monkeypatch.setattr("dtrp.cli.console._wide_console", lambda: Console(width=width))
     show_comparison(group_cells(cells))
     lines = capsys.readouterr().out.splitlines()
     text = " ".join(lines)

@@ -17,7 +17,7 @@ from dtrp.data import Dataset, batches, list_data, load_data
 from dtrp.data.augment import draw_crops, padding
 from dtrp.data.cifar import _LAYOUTS, _read_images
 from dtrp.data.dataset import channel_stats
-from dtrp.rng import epoch_order
+from dtrp.tensors.rng import epoch_order
 
 
 def tiny(num=20, channels=3, size=8, dtype=torch.uint8) -> Dataset:

@@ -16,10 +16,10 @@ from torch.nn.utils import prune
 
 import dtrp
 from dtrp import Pipeline, StageError, get_method
-from dtrp.engine import Losses
+from dtrp.engine.base import Losses
 from dtrp.planning.profile import Profiler
-from dtrp.splitting import check_device, equal_cuts, into_stages
-from dtrp.stash import MicroBatch
+from dtrp.splitting.stages import check_device, equal_cuts, into_stages
+from dtrp.stage.stash import MicroBatch
 
 cross_entropy = nn.functional.cross_entropy
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dtrp.cli import run
-from dtrp.compare import peak_bytes
+from dtrp.train.comparison import peak_bytes
 
 pytest.importorskip("tensorboard")
 

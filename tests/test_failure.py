@@ -17,11 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dtrp.comm.failure import Board, Failure, SigtermHandler
+from dtrp.comm.peer_watch import _WORD_BYTES, _packed
 from dtrp.errors import StageError, WaitTimeoutError, WorkerError
-from dtrp.failure import Board, Failure, SigtermHandler
-from dtrp.ranks import _interruptibly
+from dtrp.launch.ranks import _interruptibly
 from dtrp.schedule import Action
-from dtrp.watch import _WORD_BYTES, _packed
 
 
 @pytest.mark.parametrize("letter", ["a", "\u0436", "\U0001f600", "\n", '"'])
@@ -132,8 +132,8 @@ def test_who_exits_with_an_error_in_hand_says_which() -> None:
 
 
 def test_sigterm_names_who_failed_and_is_obeyed_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dtrp.failure._NEWS_S", 0.1)
-    monkeypatch.setattr("dtrp.failure._LAST_WORDS_S", 0.2)
+    monkeypatch.setattr("dtrp.comm.failure._NEWS_S", 0.1)
+    monkeypatch.setattr("dtrp.comm.failure._LAST_WORDS_S", 0.2)
     board = Board(1.0, lambda failure: None)
     handler = SigtermHandler(board, 0)
     try:
@@ -150,7 +150,7 @@ def test_sigterm_names_who_failed_and_is_obeyed_in_the_end(monkeypatch: pytest.M
 
 
 def test_sigterm_without_a_failure_ends_this_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dtrp.failure._NEWS_S", 0.1)
+    monkeypatch.setattr("dtrp.comm.failure._NEWS_S", 0.1)
     heard: list[Failure] = []
     board = Board(1.0, heard.append)
     handler = SigtermHandler(board, 4)
@@ -214,7 +214,7 @@ def test_a_signal_ends_the_wait_and_the_process_though_the_backend_waits_on(
 ) -> None:
     at_exit: list[Any] = []
     codes: list[int] = []
-    monkeypatch.setattr("dtrp.ranks.Finalize", lambda _, job, exitpriority: at_exit.append(job))
+    monkeypatch.setattr("dtrp.launch.ranks.Finalize", lambda _, job, exitpriority: at_exit.append(job))
     monkeypatch.setattr("os._exit", codes.append)
     monkeypatch.setenv("RANK", "1")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored

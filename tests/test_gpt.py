@@ -17,8 +17,8 @@ from unsplit import check_recomputed_under_autocast
 from dtrp.cli import cli, run
 from dtrp.data import batches, load_data
 from dtrp.models import get_model, gpt
-from dtrp.plan_file import Plan
-from dtrp.train import TrainConfig, Trainer, class_loss
+from dtrp.planning.plan_file import Plan
+from dtrp.train.trainer import TrainConfig, Trainer, class_loss
 
 WORDS = "to be, or not to be: that is the question\n"
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import dtrp
 from dtrp.cli import run
 from dtrp.models import cifar_resnet
-from dtrp.splitting import equal_cuts
+from dtrp.splitting.stages import equal_cuts
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 
 from dtrp import Pipeline, StageError
 from dtrp.cli import run
-from dtrp.gradients import Unseen, gradient_norm
-from dtrp.splitting import equal_cuts
+from dtrp.splitting.stages import equal_cuts
+from dtrp.stage.gradients import Unseen, gradient_norm
 
 SMALL = ["train", "--data", "digits", "--model", "mlp", "--limit-train", "100", "--limit-test", "50", "--batch-size", "32",
          "--epochs", "1", "--threads", "1", "--lr", "0.01", "--stages", "2"]  # fmt: skip
@@ -374,14 +374,14 @@ def test_a_run_goes_wrong_or_goes_on(
         calls = iter(range(1000))
         return lambda out, y, **how: loss(out, y, **how) * (math.inf if next(calls) == 2 else 1)
 
-    monkeypatch.setattr("dtrp.making.cross_entropy", spoil(cross_entropy))
+    monkeypatch.setattr("dtrp.train.build.cross_entropy", spoil(cross_entropy))
     assert run([*SMALL, "--out", str(tmp_path / "stop")]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert error.startswith("dtrp: the loss of mini-batch 2 is inf;")
     assert "stage 1" in error
     assert not (tmp_path / "stop").exists()
-    monkeypatch.setattr("dtrp.making.cross_entropy", spoil(cross_entropy))
+    monkeypatch.setattr("dtrp.train.build.cross_entropy", spoil(cross_entropy))
     assert run([*SMALL, "--on-nonfinite", "skip", "--out", str(tmp_path / "skip")]) == 0
     assert "updates left out, their gradient not being finite: 1 at stage 0, 1 at stage 1" in capsys.readouterr().out
     summary = json.loads((tmp_path / "skip" / "summary.json").read_text())

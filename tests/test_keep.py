@@ -13,7 +13,7 @@ from test_pipeline import check_against_oracle
 from torch import Tensor, nn
 
 import dtrp
-from dtrp.footprint import Footprint, StageSizes, footprint, optimizer_bytes
+from dtrp.measure.memory import Footprint, StageSizes, footprint, optimizer_bytes
 
 ROOMY = 10**9
 

@@ -12,9 +12,9 @@ from helpers import assert_close, assert_same, with_aux
 from torch import Tensor, nn
 
 import dtrp
-from dtrp.alike import checksum_of
-from dtrp.messages import Kind, Note, Packer, decode, read_header
-from dtrp.trees import num_samples, split
+from dtrp.comm.message import Kind, Note, Packer, decode, read_header
+from dtrp.engine.consistency import checksum_of
+from dtrp.tensors.pytree import num_samples, split
 
 METHODS = dtrp.list_methods()
 pytestmark = pytest.mark.filterwarnings(

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, mse_loss
 
 import dtrp
-from dtrp.engine import Losses
-from dtrp.stash import MicroBatch
+from dtrp.engine.base import Losses
+from dtrp.stage.stash import MicroBatch
 
 Batch = tuple[Any, Any]
 METHODS = ["bp", "gpipe", "ddg", "fr", "fdg", "dtrp", "spectrain"]

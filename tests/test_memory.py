@@ -11,9 +11,9 @@ from helpers import assert_same, minibatches, network, pipeline, sgd, with_aux
 from torch import Tensor, nn
 
 import dtrp
-from dtrp.aligned import aligned_room
 from dtrp.models import cifar_resnet, get_model
 from dtrp.schedule import lead
+from dtrp.tensors.layout import aligned_room
 
 
 class GraphMeter:

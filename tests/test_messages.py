@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrp.aligned import aligned_clone, aligned_room, shift_of
-from dtrp.messages import HEADER_BYTES, Kind, Landing, Message, Note, Packer, decode, object_tensor, read_header
+from dtrp.comm.message import HEADER_BYTES, Kind, Landing, Message, Note, Packer, decode, object_tensor, read_header
+from dtrp.tensors.layout import aligned_clone, aligned_room, shift_of
 
 NOTE = Note(microbatch=7, minibatch=3, parts=2, samples=5, total=9, checksum=2**31)
 DTYPES = [

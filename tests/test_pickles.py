@@ -22,9 +22,9 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 import dtrp
 from dtrp.data import cifar
-from dtrp.pickles import Record, Unpickler
 from dtrp.saving import manifest, tensors
 from dtrp.saving.tensors import Reader
+from dtrp.tensors.pickles import Record, Unpickler
 
 DEEP = b")" + b"\x85" * 300_000  # tuples in tuples: hashing the outermost would overflow the stack
 WIDE = b")" + b"2\x86" * 60  # each holds the one before twice: hashing the last would take for ever

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import dtrp
 from dtrp.schedule import steady_delay
-from dtrp.splitting import equal_cuts, into_stages
+from dtrp.splitting.stages import equal_cuts, into_stages
 
 OPTIMIZERS = {
     "sgd": (sgd, oracles.Sgd(momentum=0.9, decay=0.01)),

@@ -25,8 +25,8 @@ from dtrp.cli import run
 from dtrp.planning import Plan, PlanError, Profiler, balance, simulate
 from dtrp.planning.choose import plan
 from dtrp.planning.search import frontier, larger_batches
-from dtrp.stash import value_bytes
-from dtrp.train import TrainConfig, Trainer
+from dtrp.stage.stash import value_bytes
+from dtrp.train.trainer import TrainConfig, Trainer
 
 # -- cuts -----------------------------------------------------------------------------------------------------
 
@@ -447,7 +447,7 @@ def test_a_plan_is_a_file_that_a_pipeline_takes(tmp_path: Path) -> None:
     edited = dataclasses.replace(read, cuts=(2, 4))
     assert len(dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, plan=edited).stages[0]) == 2
     as_list = dtrp.Pipeline(list(network()), sgd, nn.functional.cross_entropy, plan=dataclasses.replace(
-        read, model=dtrp.plan_file.describe_model(list(network()))))  # fmt: skip
+        read, model=dtrp.planning.plan_file.describe_model(list(network()))))  # fmt: skip
     assert as_list.num_stages == 3
 
 
@@ -730,7 +730,7 @@ def test_frozen_layers_cost_what_they_do() -> None:
     for _ in range(6):
         pipe.step(*batch())
     assert profile.stage(0, 3).sizes.trains is False
-    from dtrp.footprint import footprint
+    from dtrp.measure.memory import footprint
 
     held = footprint(dtrp.get_method("dtrp"), 2, 0, 1, profile.stage(0, 3).sizes)
     assert held.stash + held.graph == pipe.activations_peak()[0] == 0
@@ -889,7 +889,7 @@ def test_a_plan_scales_the_learning_rate(tmp_path: Path) -> None:
     made = quick(network(), method="bp", num_microbatches=1)
     config = TrainConfig(data="digits", model="mlp", limit_train=64, limit_test=10, lr=0.01, threads=1)
     model = Trainer(config).pipe
-    described = dtrp.plan_file.describe_model(nn.Sequential(*itertools.chain(*model.stages)))
+    described = dtrp.planning.plan_file.describe_model(nn.Sequential(*itertools.chain(*model.stages)))
     assert described["layers"] != made.model["layers"]
     names = [name for stage in model.stages for name, _ in stage.named_children()]
     from collections import OrderedDict
@@ -897,7 +897,7 @@ def test_a_plan_scales_the_learning_rate(tmp_path: Path) -> None:
     layers = OrderedDict(zip(names, itertools.chain(*model.stages), strict=True))
     path = tmp_path / "plan.json"
     dataclasses.replace(
-        made, model=dtrp.plan_file.describe_model(nn.Sequential(layers)), cuts=(1,), batch_size=16, lr_scale=4.0,
+        made, model=dtrp.planning.plan_file.describe_model(nn.Sequential(layers)), cuts=(1,), batch_size=16, lr_scale=4.0,
         warmup_updates=3,
     ).save(path)  # fmt: skip
     trainer = Trainer(dataclasses.replace(config, plan=str(path)))

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dtrp
-from dtrp.alike import method_values
+from dtrp.engine.consistency import method_values
 from dtrp.predict import as_predictor, informed, linear, rollout
 
 Make = Callable[[list[Tensor]], Optimizer]

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import dtrp
-from dtrp.repetition import _close, slow_paths
+from dtrp.stage.repetition import _close, slow_paths
 
 CURE = r"keep this stage's graphs, which repeats nothing: Pipeline\(keep='graph'\)"
 OTHER_OUTPUT = rf"gives another output.*a counter or a hidden state in an attribute.*{CURE}"

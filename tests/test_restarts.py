@@ -17,12 +17,12 @@ import pytest
 from test_full import CIFAR, benchmark
 
 from dtrp.cli import run
-from dtrp.runs import RunFolder, left_by
-from dtrp.saves import SaveEvery
-from dtrp.staff import worker_range
-from dtrp.starting import Presence, Start
-from dtrp.stopping import StopSignals
-from dtrp.train import TrainConfig, check_settings
+from dtrp.launch.rendezvous import Presence, Start
+from dtrp.launch.signals import StopSignals
+from dtrp.train.autosave import SaveEvery
+from dtrp.train.run_folder import RunFolder, left_by
+from dtrp.train.staff import worker_range
+from dtrp.train.trainer import TrainConfig, check_settings
 
 restarts = benchmark("restarts")
 pytestmark = pytest.mark.timeout(600)
@@ -350,7 +350,7 @@ def test_a_start_takes_nothing_from_the_one_before(monkeypatch: pytest.MonkeyPat
             thread.join(20)
         assert len({names[number, rank] for rank in range(world_size)}) == 1
     assert len(set(names.values())) == 4
-    monkeypatch.setattr("dtrp.starting._TOLD_S", 0.1)
+    monkeypatch.setattr("dtrp.launch.rendezvous._TOLD_S", 0.1)
     first = Start(store, 0, 3)
     with pytest.raises(TimeoutError, match="rank 1, 2 has not come"):
         first.meet(0.1)
@@ -362,7 +362,7 @@ def test_a_start_takes_nothing_from_the_one_before(monkeypatch: pytest.MonkeyPat
 
 def test_all_ranks_say_who_has_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one, whose store it may be, tells the rest before it ends."""
-    monkeypatch.setattr("dtrp.starting._TOLD_S", 0.3)
+    monkeypatch.setattr("dtrp.launch.rendezvous._TOLD_S", 0.3)
     store, said = Store(), {}
 
     def start(rank: int, timeout_s: float) -> None:
@@ -381,8 +381,8 @@ def test_all_ranks_say_who_has_not_come(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_who_is_silent_is_missed_and_the_others_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dtrp.starting._SILENCE_S", 0.3)
-    monkeypatch.setattr("dtrp.starting._TOLD_S", 0.0)
+    monkeypatch.setattr("dtrp.launch.rendezvous._SILENCE_S", 0.3)
+    monkeypatch.setattr("dtrp.launch.rendezvous._TOLD_S", 0.0)
     store = Store()
     ranks = [Presence(store, [0, 1, 2, 3], rank) for rank in range(4)]
     assert ranks[0].missing([3]) == [3], "not connected"

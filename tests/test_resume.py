@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from dtrp.cli import run
-from dtrp.runs import left_by
-from dtrp.saves import Saves
 from dtrp.saving import manifest, read_state
-from dtrp.settings import TrainConfig, config_text
+from dtrp.train.autosave import Saves
+from dtrp.train.config import TrainConfig, config_text
+from dtrp.train.run_folder import left_by
 
 SMALL = ["train", "--model", "resnet14-8", "--batch-size", "64", "--limit-train", "500", "--limit-test", "100", "--augment",
          "--num-microbatches", "2", "--threads", "1", "--quiet", "--stages", "3", "--epochs", "3", "--save-every", "3"]  # fmt: skip

@@ -32,7 +32,7 @@ from unsplit import (
 )
 
 import dtrp
-from dtrp.exchange import Places
+from dtrp.tensors.parameter_swap import Places
 
 CASES = [(kind, how) for kind in MODELS for how in (2, 4, "points")]
 
@@ -85,7 +85,7 @@ def test_every_method_reaches_the_weights_inside(method: str) -> None:
         model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)), nn.Linear(6, 3))
         parts = dtrp.split(model, points=["1", "2", "3"], example=rows())
         if traced:
-            from dtrp.tracing.stage import trace_into_stages
+            from dtrp.splitting.traced_stage import trace_into_stages
 
             parts = dtrp.Stages(*trace_into_stages(model, rows(), points=["1", "2", "3"]))
         pipe = dtrp.Pipeline(parts, sgd, loss_fn, method=method, num_microbatches=2, seed=SEED, **with_aux(method))

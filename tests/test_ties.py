@@ -13,7 +13,7 @@ from tied_models import TIED
 from torch import Tensor, nn
 
 import dtrp
-from dtrp.ties import find_ties
+from dtrp.stage.tied import find_ties
 
 METHODS = [name for name in dtrp.list_methods() if dtrp.get_method(name).flush]
 OTHERS = [name for name in dtrp.list_methods() if not dtrp.get_method(name).flush]

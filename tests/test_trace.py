@@ -10,7 +10,7 @@ import torch
 from helpers import minibatches, network, pipeline
 from torch.profiler import ProfilerActivity, profile
 
-from dtrp.trace import Tracer
+from dtrp.measure.trace import Tracer
 
 
 def test_every_action_is_a_range_of_the_profiler() -> None:

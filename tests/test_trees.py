@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tree_models import TREES
 
 import dtrp
-from dtrp.messages import Kind, Note, Packer, decode, read_header
-from dtrp.trees import check_samples, flatten, split, unflatten
+from dtrp.comm.message import Kind, Note, Packer, decode, read_header
+from dtrp.tensors.pytree import check_samples, flatten, split, unflatten
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import dtrp
-from dtrp.rng import microbatch_seed, seeded
-from dtrp.splitting import Stages
+from dtrp.splitting.stages import Stages
+from dtrp.tensors.rng import microbatch_seed, seeded
 
 SEED = 11
 

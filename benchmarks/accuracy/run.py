@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from dtrp.cli import run as dtrp
-from dtrp.compare import Cell, grid, largest_delay, prediction_error, read_summary
 from dtrp.methods import get_method, list_methods
+from dtrp.train.comparison import Cell, grid, largest_delay, prediction_error, read_summary
 
 HERE = Path(__file__).parent
 COMMON = {

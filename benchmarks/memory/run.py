@@ -31,10 +31,10 @@ from torch.nn.functional import cross_entropy
 
 import dtrp
 from dtrp import Method
-from dtrp.footprint import held_at_most
+from dtrp.measure.memory import held_at_most
 from dtrp.models import get_model
 from dtrp.schedule import lead
-from dtrp.train import environment
+from dtrp.train.trainer import environment
 
 HERE = Path(__file__).parent
 METHODS = ("bp", "gpipe", "ddg", "fr", "fdg", "dtrp", "spectrain")

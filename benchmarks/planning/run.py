@@ -242,7 +242,7 @@ def batch(options: argparse.Namespace) -> None:
 
 def accuracy(options: argparse.Namespace) -> None:
     """``dtrp train`` by the two plans that ``batch`` has written."""
-    described = dtrp.plan_file.describe_model(get_model("resnet20"))
+    described = dtrp.planning.plan_file.describe_model(get_model("resnet20"))
     done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     for seed in options.seeds:
         for label in ("base", "compensated"):

@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 
 import dtrp
 from dtrp.models import get_model
-from dtrp.saves import Position, Saves
+from dtrp.train.autosave import Position, Saves
 
 WARM_UP = 8  # steps: past the start-up of dtrp at K = 4
 

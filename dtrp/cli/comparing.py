@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from ..compare import Comparison, grid
-from ..console import make_reporter, show_comparison
 from ..methods import list_methods
-from ..settings import CHOICES, TrainConfig
-from ..train import Trainer
+from ..train.comparison import Comparison, grid
+from ..train.config import CHOICES, TrainConfig
+from ..train.trainer import Trainer
+from .console import make_reporter, show_comparison
 from .option_types import Count, Names, Numbers
 from .options import train_options
 from .running import train_in_workers

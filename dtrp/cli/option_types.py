@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import click
 
-from ..names import unknown
+from ..did_you_mean import unknown
 
 
 class Name(click.ParamType):  # type: ignore[type-arg,unused-ignore]

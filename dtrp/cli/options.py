@@ -11,10 +11,10 @@ import click
 import yaml
 
 from ..data import list_data
+from ..did_you_mean import unknown
 from ..methods import list_methods
 from ..models import list_models
-from ..names import unknown
-from ..settings import CHOICES, TrainConfig
+from ..train.config import CHOICES, TrainConfig
 from .option_types import Bytes, Count, Name, Numbers
 
 DEFAULTS = TrainConfig()

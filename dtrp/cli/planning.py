@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from ..console import show_plan
-from ..planned import make_plan
 from ..planning.choose import LR_SCALING
-from ..settings import TrainConfig
+from ..train.config import TrainConfig
+from ..train.from_plan import make_plan
+from .console import show_plan
 from .option_types import Bytes, Name
 from .options import CHOICE_TYPES, DATA, DEFAULTS, train_options
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import click
 
-from ..checks import check_settings
-from ..compare import read_summary
 from ..errors import StageError, WorkerError
-from ..planned import resolved
-from ..results import TrainResult
-from ..runs import RunFolder, left_by
 from ..saving import CheckpointError
-from ..settings import TrainConfig, config_text
-from ..staff import worker_range, workers_per_replica
-from ..train import Interrupted, Reporter, Trainer
+from ..train.comparison import read_summary
+from ..train.config import TrainConfig, config_text
+from ..train.config_checks import check_settings
+from ..train.from_plan import resolved
+from ..train.results import TrainResult
+from ..train.run_folder import RunFolder, left_by
+from ..train.staff import worker_range, workers_per_replica
+from ..train.trainer import Interrupted, Reporter, Trainer
 
 
 class Stopped(BaseException):
@@ -69,8 +69,8 @@ def train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
         click.ClickException: a setting that does not fit, or a worker failed.
         Stopped: they were asked to stop.
     """
-    from ..elastic import run_elastic  # torchrun's interface takes a while to import
-    from ..workers import WorkersError, WorkersStopped, run_workers
+    from ..launch.elastic import run_elastic  # torchrun's interface takes a while to import
+    from ..launch.torchrun import WorkersError, WorkersStopped, run_workers
 
     try:
         settings, _ = resolved(config)

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from ..console import show_simulations
-from ..making import make_method
 from ..methods import get_method, list_methods
 from ..planning import simulate as run_simulation
 from ..schedule import Schedule, ScheduleError
-from ..settings import TrainConfig
+from ..train.build import make_method
+from ..train.config import TrainConfig
+from .console import show_simulations
 from .option_types import Name, Sizes, Times
 from .options import METHODS, train_options
 

@@ -9,12 +9,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..compare import read_summary
-from ..console import make_reporter, show_side_by_side
-from ..ranks import launched
-from ..runs import left_by
-from ..settings import TrainConfig
-from ..train import Reporter
+from ..launch.ranks import launched
+from ..train.comparison import read_summary
+from ..train.config import TrainConfig
+from ..train.run_folder import left_by
+from ..train.trainer import Reporter
+from .console import make_reporter, show_side_by_side
 from .options import load_run, train_options
 from .running import checked, train_in_workers, trained
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
-from ..names import unknown
+from ..did_you_mean import unknown
 from .cifar import load_cifar
 from .dataset import Dataset
 from .digits import load_digits
-from .folder import load_folder
+from .image_folder import load_folder
 from .loader import batches
 from .synthetic import load_random
 from .text import TextDataset, load_text

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rng import generator
+from ..tensors.rng import generator
 
 
 class Crops(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pickles import ForbiddenName, Record, Unpickler
+from ..tensors.pickles import ForbiddenName, Record, Unpickler
 from .dataset import Dataset, channel_stats
 
 

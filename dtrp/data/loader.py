@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..rng import epoch_order
+from ..tensors.rng import epoch_order
 from .augment import Crops, crop, draw_crops
 from .dataset import Dataset
 from .text import TextDataset

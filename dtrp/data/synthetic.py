@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rng import generator
+from ..tensors.rng import generator
 from .dataset import Dataset, channel_stats
 
 _CLASSES, _TRAIN, _TEST = 10, 2_000, 500

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..names import unknown
+from ..did_you_mean import unknown
 from .auxiliary import auxiliary
 from .gpt import gpt
 from .layers import check_positive

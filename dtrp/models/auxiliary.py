@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modes import in_mode
-from ..trees import map_tensors
+from ..tensors.module_mode import in_mode
+from ..tensors.pytree import map_tensors
 from .layers import check_positive, conv_norm_relu
 
 _DEPTH = 3  # convolutions, and hidden layers

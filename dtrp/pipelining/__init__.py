@@ -3,6 +3,6 @@
 `import dtrp` leaves it out, since it imports `torch.distributed.pipelining`; ``from dtrp.pipelining import ScheduleDTRP``.
 """
 
-from .schedule import ScheduleDTRP
+from .drop_in import ScheduleDTRP
 
 __all__ = ["ScheduleDTRP"]

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..distributed import DistributedEngine
-from ..engine import Progress
-from ..messages import Note
+from ..comm.message import Note
+from ..comm.transport import Transport
+from ..engine.base import Progress
+from ..engine.distributed import DistributedEngine
+from ..measure.trace import Tracer
 from ..methods import Method
 from ..schedule import Action
-from ..stage import Stage
-from ..trace import Tracer
-from ..transport import Transport
+from ..stage.stage import Stage
 from .routes import Call
 
 

@@ -1,9 +1,9 @@
 """Plans: where to cut, what to keep, how large a batch, what to expect; and a simulator to look further."""
 
-from ..plan_file import Choice, Plan, PlanError, StagePlan
 from .balance import balance
 from .choose import plan
-from .link import LinkSpeed, measure_link
+from .link_probe import LinkSpeed, measure_link
+from .plan_file import Choice, Plan, PlanError, StagePlan
 from .profile import LayerProfile, Profile, Profiler
 from .simulate import SimulatedSpan, Simulation, simulate
 

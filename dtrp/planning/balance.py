@@ -11,7 +11,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 
-from ..plan_file import PlanError
+from .plan_file import PlanError
 
 Span = Callable[[int, int, int], float]  # (first layer, one past the last, stage) -> cost or bytes
 

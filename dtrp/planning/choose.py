@@ -26,12 +26,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..methods import Keep, Method, get_method
-from ..plan_file import Choice, Plan, PlanError, describe_model, method_options
-from ..repeatable import LossFn
 from ..schedule import steady_delay
-from ..splitting import equal_cuts, layers_of
-from ..trees import num_samples
-from .link import LinkSpeed, measure_link
+from ..splitting.stages import equal_cuts, layers_of
+from ..stage.forward import LossFn
+from ..tensors.pytree import num_samples
+from .link_probe import LinkSpeed, measure_link
+from .plan_file import Choice, Plan, PlanError, describe_model, method_options
 from .profile import Profiler, checked_example, device_of
 from .search import SLOWER, Evaluated, Search, frontier, larger_batches
 

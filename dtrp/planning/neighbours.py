@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..splitting import stage_of
-from ..trees import map_tensors
+from ..splitting.stages import stage_of
+from ..tensors.pytree import map_tensors
 
 
 @contextmanager

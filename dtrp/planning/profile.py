@@ -24,17 +24,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..aligned import aligned_clone, enter, parts_of
-from ..footprint import StageSizes
+from ..measure.memory import StageSizes
+from ..measure.saved_tensors import NOT_WEIGHED, weigh_graph
 from ..methods import Keep, Method
-from ..plan_file import PlanError
 from ..predict import BuiltInPredictor, as_predictor
-from ..repeatable import LossFn
-from ..saved_tensors import NOT_WEIGHED, weigh_graph
-from ..splitting import called, check_device, layers_of, stage_device
-from ..stash import states_bytes, tensor_bytes
-from ..trees import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
+from ..splitting.stages import called, check_device, layers_of, stage_device
+from ..stage.forward import LossFn
+from ..stage.stash import states_bytes, tensor_bytes
+from ..tensors.layout import aligned_clone, enter, parts_of
+from ..tensors.pytree import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
 from .neighbours import busy_neighbours
+from .plan_file import PlanError
 from .trial import StageTrial, relative_spread, try_stages
 
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
 
-from ..footprint import footprint
+from ..measure.memory import footprint
 from ..methods import Keep, Method, get_method
-from ..plan_file import Choice, PlanError, StagePlan
 from ..schedule import lead, steady_delay
-from ..splitting import equal_cuts
+from ..splitting.stages import equal_cuts
 from .balance import partition
-from .link import LinkSpeed
+from .link_probe import LinkSpeed
+from .plan_file import Choice, PlanError, StagePlan
 from .profile import Profiler, StageProfile
 from .simulate import Seconds, Simulation, simulate
 

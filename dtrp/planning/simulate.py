@@ -22,10 +22,10 @@ from functools import cached_property, partial
 from random import Random
 from typing import NamedTuple
 
-from ..footprint import StageSizes, footprint
+from ..measure.memory import StageSizes, footprint
 from ..methods import Keep, Method, get_method
-from ..plan_file import PlanError
 from ..schedule import Action, Slot, StageOrder
+from .plan_file import PlanError
 
 Seconds = float | Callable[[Random], float]
 PerStage = Seconds | Sequence[Seconds]
@@ -54,7 +54,7 @@ class Simulation:
         utilization: ``{stage: share of the time in which it works}``, in steady state.
         peak_stash: ``{stage: most micro-batches between their F and the end of their B}``.
         delays: ``{stage: Counter({delay: micro-batches})}``, in updates, as `Pipeline.delays`.
-        peak_bytes: ``{stage: bytes}``, the most that it holds at once (`dtrp.footprint`); None without sizes.
+        peak_bytes: ``{stage: bytes}``, the most that it holds at once (`dtrp.measure.memory`); None without sizes.
         update_ends: when each of the last stage's updates ended, in seconds.
     """
 

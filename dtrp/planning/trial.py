@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..local import LocalEngine
+from ..engine.local import LocalEngine
+from ..measure.trace import Tracer
 from ..methods import Keep, Method
-from ..repeatable import LossFn
 from ..schedule import lead
-from ..splitting import stage_of
-from ..stage import Stage
-from ..trace import Tracer
-from ..trees import tensors_of
+from ..splitting.stages import stage_of
+from ..stage.forward import LossFn
+from ..stage.stage import Stage
+from ..tensors.pytree import tensors_of
 from .neighbours import busy_neighbours
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from ..compare import (
+from ..methods import list_methods
+from ..train.comparison import (
     Cell,
     largest_delay,
     mean_and_deviation,
@@ -21,8 +22,7 @@ from ..compare import (
     read_failure,
     read_summary,
 )
-from ..methods import list_methods
-from ..settings import with_defaults
+from ..train.config import with_defaults
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..compare import peak_bytes
-from ..events import OF_AN_EPOCH, check_tensorboard
+from ..train.comparison import peak_bytes
+from ..train.tensorboard import OF_AN_EPOCH, check_tensorboard
 from .collect import Collection, Run
 
 

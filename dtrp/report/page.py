@@ -17,12 +17,12 @@ import yaml
 from markupsafe import Markup
 
 from .. import __version__
-from ..compare import megabytes_by_stage, prediction_error, shown_delay, weight_distance
-from ..files import whole_file
-from ..making import make_method
+from ..atomic_file import whole_file
 from ..methods import Method
 from ..schedule import Schedule
-from ..settings import TrainConfig, config_text
+from ..train.build import make_method
+from ..train.comparison import megabytes_by_stage, prediction_error, shown_delay, weight_distance
+from ..train.config import TrainConfig, config_text
 from .collect import Collection, Run, collect, mean_and_spread
 from .events import write_events
 from .figures import Plot, on_white, png, svg

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..compare import largest_delay, peak_bytes
 from ..methods import get_method
+from ..train.comparison import largest_delay, peak_bytes
 from .collect import Collection, Groups, Run, mean_and_spread
 from .figures import Plot
 

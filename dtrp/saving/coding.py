@@ -2,7 +2,7 @@
 
 What is no tensor goes to the manifest as it is, or, where JSON has no such thing, as an object with one key that names
 it. A tensor goes to `torch.distributed.checkpoint` under a key, and its place in the manifest says how it lay: where a
-tensor begins in its line can decide the last bit of what is computed from it (`dtrp.aligned`).
+tensor begins in its line can decide the last bit of what is computed from it (`dtrp.tensors.layout`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..aligned import LINE_BYTES, Layout, aligned_room
+from ..tensors.layout import LINE_BYTES, Layout, aligned_room
 from .manifest import CheckpointError, is_count
 
 DTYPES = {

@@ -1,7 +1,7 @@
 """One stage as it is between two steps, with what is in flight; and the same stage again.
 
 A graph cannot be written down. It is made again from what it was made of: the input, the version of the weights, and the
-random draws, which depend on the micro-batch alone, and the buffers that it met (`dtrp.buffers`). What that forward does to
+random draws, which depend on the micro-batch alone, and the buffers that it met (`dtrp.stage.buffers`). What that forward does to
 buffers is discarded: they have moved.
 """
 
@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..buffers import (
+from ..comm.message import Note
+from ..engine.base import Progress
+from ..predict import BuiltInPredictor
+from ..schedule import Position
+from ..stage.buffers import (
     ABSENT,
     Buffers,
     Elsewhere,
@@ -29,14 +33,10 @@ from ..buffers import (
     values_met,
     write,
 )
-from ..engine import Progress
-from ..messages import Note
-from ..modes import in_modes
-from ..predict import BuiltInPredictor
-from ..schedule import Position
-from ..stage import Stage
-from ..stash import AutocastState, Held, MicroBatch, WeightVersion
-from ..trees import flatten
+from ..stage.stage import Stage
+from ..stage.stash import AutocastState, Held, MicroBatch, WeightVersion
+from ..tensors.module_mode import in_modes
+from ..tensors.pytree import flatten
 from . import checks
 from .coding import DTYPES, Decoder, Encoder
 from .manifest import CheckpointError, is_count

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import checkpoint
-from ..stage import Stage
+from ..stage.stage import Stage
+from . import state_dict
 from .coding import Decoder, Encoder, Spec, tensor_keys
 from .manifest import Checkpoint, CheckpointError, inspect
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 def encode_part(encoder: Encoder, stage: Stage) -> dict[str, Any]:
     """What a stage adds to `Pipeline.state_dict`, as JSON, its tensors in the encoder."""
-    part = checkpoint.state_part(stage)
+    part = state_dict.state_part(stage)
 
     def section(of: dict[str, Any], prefix: str) -> dict[str, Any]:
         groups = []

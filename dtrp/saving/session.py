@@ -20,14 +20,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from .. import checkpoint
-from ..engine import Engine, come_to_rest
+from ..atomic_file import whole_file
+from ..engine.base import Engine, come_to_rest
 from ..errors import StageError
-from ..files import whole_file
-from ..gradients import GradientRule
 from ..schedule import lead
-from ..stage import Stage
-from . import checks, exact, folder, manifest, portable
+from ..stage.gradients import GradientRule
+from ..stage.stage import Stage
+from . import checks, exact, folder, manifest, portable, state_dict
 from .coding import Decoder, Encoder, Spec, tensor_keys
 from .manifest import Checkpoint, CheckpointError
 
@@ -109,8 +108,8 @@ def _save(
                 for (index, replica), part in zip(other["stages"], other["parts"], strict=True)
             }
         else:
-            merged = checkpoint.merge_state([part for other in everything for part in other["parts"]])
-            flat = [{"model": section["model"], **section["optimizer"]} for section in checkpoint.sections(merged)]
+            merged = state_dict.merge_state([part for other in everything for part in other["parts"]])
+            flat = [{"model": section["model"], **section["optimizer"]} for section in state_dict.sections(merged)]
             state = {**flat[0], "scheduler": merged["scheduler"], **({"aux": flat[1]} if len(flat) > 1 else {})}
             state |= {"buffers": merged["buffers"]} if "buffers" in merged else {}
         specs = {key: spec for other in everything for key, spec in other["tensors"].items()}
@@ -180,7 +179,7 @@ def load(
         engine: whose stages it is for.
         path: of the folder.
         settings: of the pipeline; see `settings_of`.
-        shapes: of the whole model, as `checkpoint.shapes_of`.
+        shapes: of the whole model, as `state_dict.shapes_of`.
         scheduler: whether the pipeline has a learning-rate scheduler.
 
     Returns:
@@ -225,7 +224,7 @@ def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], schedul
             own = {name: value for name, value in group.items() if name != "params"}
             parameters = dict(zip(stage.names, stage.parameters, strict=True))
             members = {name for name, own in stage.called.items() if any(parameters[own] is q for q in group["params"])}
-            every = [saved for section in checkpoint.sections(state) for saved in section["optimizer"]["param_groups"]]
+            every = [saved for section in state_dict.sections(state) for saved in section["optimizer"]["param_groups"]]
             for saved in every:
                 if members & set(saved["params"]):
                     for option in own.keys() & saved.keys():
@@ -234,12 +233,12 @@ def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], schedul
                             own[option] is None or saved[option] is not None, f"the option {option!r} is None"
                         )
                     checks.warn_of_options(f"stage {stage.index}", own, saved)
-    for section in checkpoint.sections(state):
+    for section in state_dict.sections(state):
         checks.entries("the model", section["optimizer"]["state"], names)
     for name, value in state["model"].items():
         fits = not isinstance(shapes.get(name), torch.Size) or isinstance(value, torch.Tensor)
         checks.expect(fits, f"{name} is no tensor")
-    write = checkpoint.check_state(engine.stages, state, shapes, scheduler=scheduler)
+    write = state_dict.check_state(engine.stages, state, shapes, scheduler=scheduler)
 
     def put() -> None:
         for stage in engine.stages:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan
 
-from ..pickles import ForbiddenName, Record, Unpickler
+from ..tensors.pickles import ForbiddenName, Record, Unpickler
 from .coding import DTYPES, Spec
 from .manifest import METADATA, CheckpointError, is_count
 

@@ -1,0 +1,125 @@
+"""Images in one folder per class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..tensors.rng import generator
+from .dataset import Dataset, channel_stats, required
+
+_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_TEST_NAMES = ("test", "val")
+
+
+def load_folder(data_dir: Path, seed: int, image_size: int) -> Dataset:
+    """Images from files, uint8 (N, 3, image_size, image_size).
+
+    Either ``train/<class>/*`` and ``test/<class>/*`` (or ``val``), or ``<class>/*`` alone, of which a fifth of each
+    class, at least one image and drawn by ``seed``, is for the test. Classes count in the order of their names. The
+    order of the images takes the classes in turn, so that the first n are a sample of all.
+
+    An image is converted to RGB, cut to a square around its middle, and resized.
+
+    Args:
+        data_dir: the folder.
+        seed: of the split, where the folders have none.
+        image_size: H and W.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no classes, a class without images, a class in the test that training does not have, an image that
+            cannot be read.
+    """
+    required("PIL.Image", "Pillow", "folder")
+    if not data_dir.is_dir():
+        raise FileNotFoundError(
+            f"no folder {data_dir}; pass data_dir (--data-dir), a folder with train/<class>/ and test/<class>/"
+        )
+    tests = [name for name in _TEST_NAMES if (data_dir / name).is_dir()]
+    if (data_dir / "train").is_dir():
+        if not tests:
+            raise ValueError(
+                f"{data_dir} has train but no test (or val); add {data_dir / 'test'}, or pass {data_dir / 'train'} as "
+                "data_dir, to split it 80/20"
+            )
+        train, test = _classes(data_dir / "train"), _classes(data_dir / tests[0])
+        unknown = sorted(set(test) - set(train))
+        if unknown:
+            raise ValueError(
+                f"{data_dir / tests[0]} has class {unknown[0]!r}, which {data_dir / 'train'} has not; remove it there, "
+                "or add it here"
+            )
+    elif tests:
+        raise ValueError(f"{data_dir} has {tests[0]} but no train; add {data_dir / 'train'}")
+    else:
+        train, test = _split(_classes(data_dir), data_dir, seed)
+    names = tuple(train)
+    train_x, train_y = _read(train, names, image_size)
+    test_x, test_y = _read(test, names, image_size)
+    mean, std = channel_stats(train_x)
+    return Dataset(
+        name="folder",
+        train_x=train_x,
+        train_y=train_y,
+        test_x=test_x,
+        test_y=test_y,
+        num_classes=len(names),
+        class_names=names,
+        mean=mean,
+        std=std,
+        augment=True,
+    )
+
+
+def _classes(folder: Path) -> dict[str, list[Path]]:
+    """The image files of each class, both in the order of their names."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{folder} has no folders, one per class; put the images into {folder / '<class>'}")
+    files = {
+        path.name: sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in _ENDINGS)
+        for path in classes
+    }
+    for name, images in files.items():
+        if not images:
+            raise ValueError(f"{folder / name} has no images ({', '.join(_ENDINGS)}); add some, or remove the folder")
+    return files
+
+
+def _split(
+    classes: dict[str, list[Path]], folder: Path, seed: int
+) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    train, test = {}, {}
+    for name, files in classes.items():
+        if len(files) < 2:
+            raise ValueError(f"{folder / name} has 1 image, and training and test need one each; add at least 1")
+        order = torch.randperm(len(files), generator=generator("split", seed, name)).tolist()
+        num_test = max(1, round(len(files) / 5))
+        test[name] = [files[i] for i in order[:num_test]]
+        train[name] = [files[i] for i in order[num_test:]]
+    return train, test
+
+
+def _read(classes: dict[str, list[Path]], names: tuple[str, ...], image_size: int) -> tuple[Tensor, Tensor]:
+    """The images, first one of each class, then the second of each, and so on."""
+    turns = [(turn, names.index(name), file) for name, files in classes.items() for turn, file in enumerate(files)]
+    turns.sort()
+    x = torch.stack([_read_image(file, image_size) for _, _, file in turns])
+    return x, torch.tensor([label for _, label, _ in turns])
+
+
+def _read_image(path: Path, image_size: int) -> Tensor:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            square = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BILINEAR)
+    except Exception as cause:  # a damaged image can raise anything
+        raise ValueError(
+            f"{path} cannot be read as an image ({type(cause).__name__}: {cause}); replace or remove it"
+        ) from cause
+    pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
+    return pixels.view(image_size, image_size, 3).permute(2, 0, 1)

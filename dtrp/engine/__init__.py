@@ -1,0 +1,1 @@
+"""Who runs the slots: all stages in this process, or one stage a rank."""

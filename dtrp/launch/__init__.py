@@ -1,0 +1,1 @@
+"""Starting processes, joining them, and stopping them."""

@@ -1,0 +1,1 @@
+"""What is measured of a run: traces, waiting times, prediction errors, memory."""

@@ -1,0 +1,254 @@
+"""Whether the stages of a traced model do what the model does.
+
+A trace fixes what the forward decides by Python's values, and knows nothing of what leaves torch. So both are run on the
+example, and compared: what they return, and what they leave in buffers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..stage.stash import AutocastState
+from ..tensors.module_mode import in_mode, members
+from ..tensors.rng import seeded
+from .export import Example, Traced, as_it_was, on_copies, without_cache
+
+_PRECISION = 1e-5  # of the norm
+_HALF_PRECISION = 1e-2  # rounding to bfloat16 is 4e-3
+_ACCELERATOR_PRECISION = 1e-3  # which may choose another kernel, or TF32, in the second run
+
+
+class Verifier:
+    """Compares a model with its stages on the example.
+
+    Args:
+        model: the model. Its parameters, buffers, attributes and modes and the global generators are left as they are.
+        stages: its stages.
+        example: what to call them with.
+        traced: the traces, in train and in eval mode.
+
+    Attributes:
+        device_type: where they are, or some of them; the CPU for what is on the meta device.
+    """
+
+    def __init__(
+        self, model: nn.Module, stages: Sequence[nn.Module], example: Example, traced: Sequence[Traced]
+    ) -> None:
+        self._model, self._stages, self._example = model, stages, example
+        tensors = [*model.parameters(), *model.buffers(), *(t for t in example.leaves if isinstance(t, Tensor))]
+        devices = {t.device for t in tensors}
+        self._device = tensors[0].device
+        self.device_type = "cpu" if self._device.type == "meta" else self._device.type
+        self._can_run = len(devices) == 1 and self._device.type != "meta"
+        graphs = [trace.graph for trace in traced]
+        written = {name for graph in graphs for name in _written(graph)}
+        moved = [
+            *model.buffers(),
+            *(p for name, p in model.named_parameters(remove_duplicate=False) if name in written),
+        ]
+        self._moved = {id(tensor) for tensor in moved}
+        if any(_is_half(node.meta.get("val")) for graph in graphs for node in graph.graph.nodes):
+            self._precision = _HALF_PRECISION
+        else:
+            self._precision = _PRECISION if self.device_type == "cpu" else _ACCELERATOR_PRECISION
+
+    def check(self) -> None:
+        """Raises ValueError where they differ, in eval mode or, if nothing is drawn there, in train mode."""
+        for training in (False, True):
+            difference = self._difference(self._precision, training=training)
+            if difference:
+                raise ValueError(
+                    f"the stages do not do what the model does: on the example, in {'train' if training else 'eval'} mode, "
+                    f"{difference}. A trace fixes what the forward decides by Python's values (a counter, a random number of "
+                    "Python or NumPy, an attribute that it sets); divide the model by hand: pass a list of modules, one a stage"
+                )
+
+    def agree_exactly(self) -> bool:
+        """Whether they are known to do the same to the bit, with the same casts, in the autocast settings of now."""
+        found = {self._difference(None, training=training) for training in (False, True)}
+        return "" in found and found <= {"", None}
+
+    def _difference(self, precision: float | None, *, training: bool) -> str | None:
+        """The first difference that is more than a share ``precision`` of a tensor's norm, in words; empty if there is none.
+
+        Args:
+            precision: None: they are to do the same to the bit, with the same casts.
+            training: in train mode, or in eval mode.
+
+        Returns:
+            None where nothing can be said: the model draws random numbers, or does not run on the example (on the meta device,
+            on several, or on its values).
+        """
+        if not self._can_run:
+            return None
+
+        def whole(value: Any) -> Any:
+            args, kwargs = dataclasses.replace(self._example, value=value).call()
+            return self._model(*args, **kwargs)
+
+        try:
+            with as_it_was(self._model):
+                before = self._attributes()
+                want = self._run([self._model], whole, training=training, counting=precision is None)
+                after = self._attributes()
+                if len(before) != len(after) or not all(
+                    map(operator.is_, before, after)
+                ):  # what it makes of what it has kept
+                    want = self._run([self._model], whole, training=training, counting=precision is None)
+        except Exception:
+            return None
+        if want.draws:
+            return None
+
+        def in_turn(value: Any) -> Any:
+            for stage in self._stages:
+                value = stage(value)
+            return value
+
+        try:
+            got = self._run(self._stages, in_turn, training=training, counting=precision is None)
+        except Exception as error:
+            return f"they fail: {type(error).__name__}: {error}"
+        if got.casts != want.casts:
+            return "they cast other tensors"
+        moved = {name: got.buffers[name] for name in want.buffers}
+        return _difference(got.result, want.result, "output", precision or 0.0) or _difference(
+            moved, want.buffers, "buffers", precision or 0.0
+        )
+
+    def _run(self, modules: Sequence[nn.Module], call: Callable[[Any], Any], *, training: bool, counting: bool) -> _Run:
+        """What ``call``, which runs ``modules``, does with the example."""
+        casts = _Casts()
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            copies = {
+                id(t): t.detach().clone()
+                for module in modules
+                for t in (*module.parameters(), *module.buffers())
+                if id(t) in self._moved
+            }
+            stack.enter_context(_without_fast_paths())
+            stack.enter_context(AutocastState.now(self.device_type).region())
+            stack.enter_context(seeded(0, self._device))
+            stack.enter_context(without_cache(self._model))
+            for module in modules:
+                stack.enter_context(in_mode(module, training=training))
+                stack.enter_context(on_copies(module, copies))
+            if counting:
+                stack.enter_context(casts)
+            before = self._generators()
+            result = call(pytree.tree_map_only(Tensor, torch.clone, self._example.value))
+            draws = any(not torch.equal(a, b) for a, b in zip(before, self._generators(), strict=True))
+            buffers = {name: t for module in modules for name, t in module.named_buffers(remove_duplicate=False)}
+        return _Run(result, buffers, casts.counts, draws)
+
+    def _attributes(self) -> list[Any]:
+        """What the model's modules hold."""
+        return [value for member in members(self._model) for value in member.__dict__.values()]
+
+    def _generators(self) -> list[Tensor]:
+        """The states of the global generators."""
+        states = [torch.get_rng_state()]
+        if self.device_type != "cpu":
+            states.append(torch.get_device_module(self._device).get_rng_state(self._device))
+        return states
+
+
+class _Run(NamedTuple):
+    """What a run returned, the buffers after it, its casts, and whether it drew random numbers."""
+
+    result: Any
+    buffers: dict[str, Tensor]
+    casts: Counter[tuple[torch.dtype, torch.dtype]]
+    draws: bool
+
+
+class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts them, by the dtypes from which and to which."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.counts[args[0].dtype, result.dtype] += 1
+        return result
+
+
+@contextmanager
+def _without_fast_paths() -> Iterator[None]:
+    """Attention in eval mode runs as where gradients are wanted, which is what is traced."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _written(graph: fx.GraphModule) -> list[str]:
+    """Parameters and buffers that the forward writes, or a view of them (`nn.Embedding(max_norm=...)`)."""
+    found = []
+    for node in graph.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        for argument, described in zip(node.args, node.target._schema.arguments, strict=False):
+            if described.alias_info is None or not described.alias_info.is_write:
+                continue
+            while isinstance(argument, fx.Node) and argument.op == "call_function" and argument.args:
+                argument = argument.args[0]
+            if isinstance(argument, fx.Node) and argument.op == "get_attr":
+                found.append(str(argument.target))
+    return found
+
+
+def _is_half(value: Any) -> bool:
+    return any(isinstance(t, Tensor) and t.is_floating_point() and t.itemsize < 4 for t in pytree.tree_leaves(value))
+
+
+def _difference(got: Any, want: Any, what: str, precision: float) -> str:
+    wanted, tree = pytree.tree_flatten_with_path(want)
+    found, other = pytree.tree_flatten(got)
+    if other != tree:
+        return f"{what} is {other}, and the model's {tree}"
+    for (path, a), b in zip(wanted, found, strict=True):
+        where = f"{what}{pytree.keystr(path)}"
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            if type(a) is not type(b) or (isinstance(a, (bool, int, float, str)) and a != b):
+                return f"{where} is {b!r}, and the model's {a!r}"
+        elif (a.shape, a.dtype) != (b.shape, b.dtype):
+            return (
+                f"{where} is {b.dtype} of shape {tuple(b.shape)}, and the model's {a.dtype} of shape {tuple(a.shape)}"
+            )
+        elif not (share := _apart(a, b)) <= precision:
+            return f"{where} differs by {share:.2g} of its norm"
+    return ""
+
+
+@torch.no_grad()
+def _apart(a: Tensor, b: Tensor) -> float:
+    """The norm of the difference over the norm of ``a``; equal nans and infinities are no difference."""
+    if a.layout is not torch.strided:
+        a, b = a.to_dense(), b.to_dense()
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    if not a.is_floating_point():
+        return 0.0 if torch.equal(a.long(), b.long()) else math.inf
+    a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    apart = float(torch.where(same, 0.0, a - b).norm())
+    size = float(torch.where(a.isfinite(), a, 0.0).norm())
+    return apart / size if size else math.inf if apart else 0.0

@@ -1,0 +1,268 @@
+"""What a stage reads of another stage behind the pipeline's back, which is refused at the first mini-batch.
+
+Between stages go what a stage returns, and its gradient. A loss or a module that reads something else of another stage, its
+parameters or a tensor that its forward has left in an attribute, would train nothing there, and would read an old value, or on
+ranks an initial one. So every tensor made from the parameters or the input of a stage is known as that stage's (by its storage,
+which is not held), and what comes to depend on another stage's is noted::
+
+    stage 0    self.aux = gate(x).var()      is stage 0's
+    stage 1    loss = ce(out, y) + moe.aux   reads "0.aux of stage 0", and so it is refused
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..tensors.layout import parts_of
+
+_WAY_OUT = "no gradient goes there; return it with that stage's output, through the stages in between"
+
+
+class Reach:
+    """Whose tensors are whose.
+
+    Args:
+        stages: the modules of all stages that are known here, with their auxiliary networks, by index.
+        here: the one that this process hosts; None: all of them.
+    """
+
+    def __init__(self, stages: Mapping[int, nn.Module], here: int | None = None) -> None:
+        self._stages = stages
+        self._first: int | None = None  # the mini-batch that is watched
+        # Of a storage: the stage that has made it; or, as text, what of another stage it was made from.
+        self._origins: Any = WeakIdKeyDictionary()
+        self._names = {
+            id(p): f"{name} of stage {k}" for k, module in stages.items() for name, p in module.named_parameters()
+        }
+        holders: dict[int, tuple[Any, set[int]]] = {}
+        for k, module in stages.items():
+            # A constant is right wherever it is read, but for one that another rank may have another value of.
+            tensors: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
+            if here not in (None, k):
+                tensors = [*module.parameters(), *module.buffers()]
+            for storage in _storages(tensors):
+                holders.setdefault(id(storage), (storage, set()))[1].add(k)
+        for storage, owners in holders.values():
+            if len(owners) == 1:
+                self._origins[storage] = owners.pop()
+
+    def covers(self, minibatch: int) -> bool:
+        """Whether this mini-batch is watched: the first."""
+        if self._first is None:
+            self._first = minibatch
+        return minibatch == self._first
+
+    def watching(self, stage: int, entered: Iterable[Tensor], target: Iterable[Tensor]) -> AbstractContextManager[Any]:
+        """Within it what ``stage`` computes is known as its own, and what it computes from another stage's is noted.
+
+        Args:
+            stage: k.
+            entered: its input, which is its own from now on.
+            target: the caller's, and no stage's.
+        """
+        for storage in _storages(entered):
+            self._origins[storage] = stage
+        for storage in _storages(target):
+            self._origins.pop(storage, None)
+        return _Watch(self, stage) if self._stages.keys() - {stage} else nullcontext()
+
+    def copied(self, buffers: Mapping[Any, Tensor | None], made: Mapping[Any, Tensor | None]) -> None:
+        """Buffers have the origins of those that a stage has ``made`` in their places."""
+        for slot, buffer in buffers.items():
+            if (origin := next(map(self._origin, _tensors(made.get(slot))), None)) is not None:
+                self._origins.update((storage, origin) for storage in _storages(_tensors(buffer)))
+
+    def follow(self, stage: int, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Note what ``function``, called at ``stage``, has made of what."""
+        made = [*_tensors(result)]
+        name = getattr(function, "__name__", "")
+        if (not made and result is not None) or name.endswith("_like") or name.startswith("new_"):
+            return
+        read = args[:1] if name in ("to", "type_as") else args[1:] if name == "copy_" else args
+        given = [*_tensors(read), *_tensors({key: value for key, value in kwargs.items() if key != "out"})]
+        label: int | str | None = None
+        for t in given:
+            origin = self._origin(t)
+            if origin is not None and origin != stage:
+                label = origin if isinstance(origin, str) else self._describe(t, origin)
+                break
+            label = label if origin is None else origin
+        if label is None:
+            return
+        in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__setitem__"))
+        if in_place and not made:
+            made = [*_tensors(args[:1])]
+        views = [] if in_place or "out" in kwargs else [*_storages(_tensors(args))]
+        for storage in _storages(made):
+            if not any(storage is view for view in views):
+                self._origins[storage] = label
+
+    def check(self, stage: int, made: tuple[Any, Any], inside: Callable[[], Iterable[Tensor]]) -> None:
+        """Refuse a stage whose output depends on another's tensors, or would train what no stage has.
+
+        Args:
+            stage: k.
+            made: what its module has returned, and its auxiliary network.
+            inside: the leaves that the stage differentiates to.
+
+        Raises:
+            ValueError: naming what is read.
+        """
+        for t in _tensors(made):
+            if isinstance(read := self._origin(t), str):
+                raise ValueError(f"stage {stage} reads {read}, and {_WAY_OUT}, or cut so that both lie in one stage")
+        for leaf in _strange(_tensors(made), set(), inside):
+            if isinstance(leaf, nn.Parameter):  # another is of the module's making, and nobody trains it
+                raise ValueError(
+                    f"stage {stage} reads {self._holder(stage, leaf)}, which would be trained and no stage has: no optimizer "
+                    "updates it; register it as a parameter or submodule of the module that reads it, or freeze it "
+                    "(requires_grad_(False))"
+                )
+
+    def check_loss(
+        self, stage: int, judged: Any, loss: Tensor, inside: Callable[[], Iterable[Tensor]], loss_fn: Any
+    ) -> None:
+        """Refuse a loss that depends on another stage's tensors, or would train what no stage has.
+
+        A leaf is seen in every mini-batch, since a loss may begin to depend on it at any time.
+
+        Args:
+            stage: k.
+            judged: what the loss is made of.
+            loss: what ``loss_fn`` has made of that.
+            inside: the leaves that the stage differentiates to.
+            loss_fn: to name what is in it.
+
+        Raises:
+            ValueError: naming what is read.
+        """
+        strange = _strange([loss], {_node(t) for t in _tensors(judged) if t.requires_grad}, inside)
+        if strange:  # what the module reaches is not the loss's doing
+            reached = set(map(id, _strange(_tensors(judged), set(), inside)))
+            strange = [leaf for leaf in strange if id(leaf) not in reached]
+        read = self._origin(loss)
+        if not isinstance(read, str):
+            read = next((self._names[id(leaf)] for leaf in strange if id(leaf) in self._names), None)
+        if read is not None:
+            raise ValueError(
+                f"loss_fn reads {read} and is called at stage {stage}: {_WAY_OUT}; a penalty on weights is the optimizer's "
+                "(weight_decay=)"
+            )
+        for leaf in strange:
+            name = _name_in(loss_fn, leaf) or f"a tensor of shape {tuple(leaf.shape)} that requires a gradient"
+            raise ValueError(
+                f"loss_fn would train {name}, which no stage has and no optimizer updates; freeze it "
+                "(requires_grad_(False)), or put it into the last stage's module and let that return what loss_fn takes"
+            )
+
+    def _holder(self, stage: int, leaf: Tensor) -> str:
+        """What a module of a stage calls a parameter that it holds, and has not registered."""
+        for prefix, module in self._stages[stage].named_modules():
+            for name, value in vars(module).items():
+                for held in value if isinstance(value, (tuple, list)) else [value]:
+                    found = name if held is leaf else isinstance(held, nn.Module) and _name_in(held, leaf)
+                    if found:
+                        return f"{found} in {prefix}.{name}" if prefix else f"{found} in {name}"
+        return f"a parameter of shape {tuple(leaf.shape)}"
+
+    def _origin(self, t: Tensor) -> int | str | None:
+        origins = (self._origins.get(storage) for storage in _storages([t]))
+        return next((origin for origin in origins if origin is not None), None)
+
+    def _describe(self, t: Tensor, stage: int) -> str:
+        """A tensor of a stage, by the name that the stage has for it."""
+        places = [*_storages([t])]
+        for prefix, module in self._stages[stage].named_modules():
+            for name, value in {**module._parameters, **module._buffers, **vars(module)}.items():
+                if any(storage is place for storage in _storages(_tensors(value)) for place in places):
+                    return f"{prefix}.{name} of stage {stage}" if prefix else f"{name} of stage {stage}"
+        return f"a tensor of shape {tuple(t.shape)} that stage {stage} has computed"
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, reach: Reach, stage: int) -> None:
+        super().__init__()
+        self._reach, self._stage = reach, stage
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not torch.compiler.is_compiling():
+            self._reach.follow(self._stage, func, args, kwargs or {}, result)
+        return result
+
+
+def refuse_gradient(label: str, value: Any, way_out: str) -> None:
+    """Refuse a mini-batch that requires a gradient: none leaves the pipeline.
+
+    Raises:
+        ValueError: it does.
+    """
+    if any(t.requires_grad for t in _tensors(value)):
+        raise ValueError(
+            f"{label} requires a gradient, and the pipeline gives none back; pass {label}.detach(), or {way_out}"
+        )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in a value, which may hold anything."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
+
+
+def _storages(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """What they lie in, but for those that lie in none; of one inside `torch.vmap`, what the whole lies in."""
+    for t in tensors:
+        while torch._C._functorch.is_functorch_wrapped_tensor(t):
+            t = torch._C._functorch.get_unwrapped(t)
+        with suppress(RuntimeError, NotImplementedError):
+            yield from [part.untyped_storage() for part in parts_of(t)]
+
+
+def _strange(tensors: Iterable[Tensor], seen: set[Any], inside: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
+    """The leaves that are not ``inside`` and that autograd would give a gradient, through nodes that have not been ``seen``."""
+    found: list[Tensor] = []
+    left: list[Any] = [_node(t) for t in tensors if t.requires_grad]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if isinstance(leaf := getattr(node, "variable", None), Tensor):
+                found.append(leaf)
+            left.extend(before for before, _ in node.next_functions)
+    own = set(map(id, inside())) if found else ()
+    return [leaf for leaf in found if id(leaf) not in own]
+
+
+def _node(t: Tensor) -> Any:
+    return torch.autograd.graph.get_gradient_edge(t).node
+
+
+def _name_in(holder: Any, leaf: Tensor, depth: int = 3) -> str | None:
+    """What a loss function calls a tensor that it holds, if it can be told."""
+    parts: Mapping[Any, Any] = getattr(holder, "__dict__", {})
+    if isinstance(holder, nn.Module):
+        return next((f"{name} of {type(holder).__name__}" for name, p in holder.named_parameters() if p is leaf), None)
+    if isinstance(holder, partial):
+        parts = {**holder.keywords, **dict(enumerate((holder.func, *holder.args)))}
+    elif inspect.ismethod(holder):
+        parts = {"self": holder.__self__}
+    elif inspect.isfunction(holder):
+        variables = inspect.getclosurevars(holder)
+        parts = {**variables.globals, **variables.nonlocals}
+    for name, part in parts.items():
+        found = str(name) if part is leaf else _name_in(part, leaf, depth - 1) if depth else None
+        if found is not None:
+            return found
+    return None

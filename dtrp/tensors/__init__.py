@@ -1,0 +1,1 @@
+"""What torch lacks for tensors and trees of them."""

@@ -1,0 +1,1 @@
+"""The loop behind ``dtrp train``: settings, the run on disk, its saves and its results."""

@@ -1,0 +1,121 @@
+"""What a run is made of, from its settings: the method, the data, the network, the loss, the optimizer, the devices."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from ..data import Dataset, TextDataset, batches, load_data
+from ..methods import Method, get_method
+from ..models import get_model
+from .config import DTYPES, TrainConfig, default_lr
+
+
+def make_method(config: TrainConfig) -> Method:
+    """The row that the configuration names."""
+    options = {
+        "grad_shrink": config.grad_shrink,
+        "lr_shrink": config.lr_shrink,
+        "predict": config.prediction,
+        "ahead": config.ahead,
+        "backward_first": None if config.order is None else config.order == "backward-first",
+    }
+    return get_method(config.method, **{key: value for key, value in options.items() if value is not None})
+
+
+def load_dataset(config: TrainConfig) -> Dataset | TextDataset:
+    """The data that the configuration names.
+
+    Raises:
+        ValueError, OSError: files or sizes that do not fit.
+    """
+    context = config.context if config.data == "text" else None
+    return load_data(config.data, config.data_dir, seed=config.seed, image_size=config.image_size, context=context)
+
+
+def example(config: TrainConfig, dataset: Dataset | TextDataset, samples: int) -> tuple[Tensor, Tensor]:
+    """A mini-batch of training data as the model takes it; of few samples some come again."""
+    few = dataset.limit(max(1, min(samples, len(dataset.train_y))), None)
+    x, y = next(
+        batches(
+            few.train_x, few.train_y, samples, dataset=few, seed=0, epoch=0, augment=False, dtype=DTYPES[config.dtype]
+        )
+    )
+    assert x is not None
+    times = -(-samples // len(x))
+    return torch.cat([x] * times)[:samples], torch.cat([y] * times)[:samples]
+
+
+def make_model(config: TrainConfig, dataset: Dataset | TextDataset) -> nn.Sequential:
+    """The network that the configuration names, for its data."""
+    make = partial(get_model, config.model, layers=config.layers, width=config.width, heads=config.heads)
+    if isinstance(dataset, TextDataset):
+        model = make(num_classes=dataset.num_classes, context=dataset.context)
+    else:
+        model = make(dataset.in_channels, dataset.num_classes, image_size=dataset.image_size, context=config.context)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def class_loss(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """The cross entropy of logits (..., C) with classes (...): one a sample, or one at each of its places."""
+    return cross_entropy(out.flatten(0, -2), target.flatten(), reduction=reduction)
+
+
+def make_optimizer(config: TrainConfig) -> Callable[[list[nn.Parameter]], Optimizer]:
+    """The optimizer that the configuration names, for a stage's parameters."""
+    lr = config.lr if config.lr is not None else default_lr(config)
+    decay = config.weight_decay
+    makers: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+        "sgd": lambda p: torch.optim.SGD(
+            p, lr=lr, momentum=config.momentum, weight_decay=decay, nesterov=config.nesterov
+        ),
+        "adam": lambda p: torch.optim.Adam(p, lr=lr, weight_decay=decay),
+        "adamw": lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=decay),
+        "nadam": lambda p: torch.optim.NAdam(p, lr=lr, weight_decay=decay, decoupled_weight_decay=True),
+    }
+    return makers[config.optimizer]
+
+
+def lr_factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
+    """Update n's learning rate, over the base rate.
+
+    A linear warm-up over ``warmup`` updates, times: ``constant`` 1; ``cosine`` from 1 to 0 over the run;
+    ``multistep`` a tenth from half of the run on, a hundredth from three quarters on.
+    """
+
+    def factor(n: int) -> float:
+        start = min(1.0, (n + 1) / (warmup + 1))
+        if schedule == "cosine":
+            return start * 0.5 * (1 + math.cos(math.pi * min(n, total) / total))
+        if schedule == "multistep":
+            return start * 0.1 ** ((n >= 0.5 * total) + (n >= 0.75 * total))
+        return start
+
+    return factor
+
+
+def find_devices(text: str) -> list[torch.device]:
+    """The devices that ``--device`` names; of ``cuda`` alone, a worker's own.
+
+    Raises:
+        ValueError: torch cannot use one.
+    """
+    devices = []
+    if text.strip() == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        text = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"  # a worker's own
+    for name in text.split(","):
+        try:
+            devices.append(torch.empty(0, device=name.strip()).device)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--device {text}: torch cannot use {name.strip()!r} ({reason})") from None
+    return devices
