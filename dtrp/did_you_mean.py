@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from os.path import commonprefix
 
 
@@ -31,33 +30,3 @@ def unknown(label: str, name: object, names: Iterable[str]) -> str:
     near = nearest(name, names)
     hint = f"did you mean {near!r}? " if near is not None else ""
     return f"unknown {label} {name!r}; {hint}known: {', '.join(names)}"
-
-
-def unknown_point(point: str, known: Iterable[str]) -> str:
-    """The message for a submodule in ``points``: of a large model's names, those as deep as the nearest tell most."""
-    known = [name for name in known if name]
-    depth = (nearest(point, known) or point).count(".")
-    level = [name for name in known if name.count(".") == depth] or known
-    text = unknown("submodule in points:", point, level)
-    return text if len(text) < 1000 else text.split("known:")[0] + f"known at this depth: {', '.join(level[:20])}, ..."
-
-
-def check_order(points: Sequence[str], places: Mapping[str, int], first: int) -> None:
-    """Refuse points that are not in the order of the forward, or leave nothing for the first stage.
-
-    Args:
-        points: submodules.
-        places: where each begins.
-        first: where the model does.
-    """
-    if points and places[points[0]] <= first:
-        raise ValueError(
-            f"points={list(points)}: {points[0]!r} is where the model itself begins, and stage 0 would be empty; leave it out"
-        )
-    for a, b in itertools.pairwise(points):
-        if places[a] >= places[b]:
-            same = places[a] == places[b]
-            raise ValueError(
-                f"points={list(points)}: {b!r} begins {'with' if same else 'before'} {a!r}; "
-                + ("name one of the two" if same else "put them in the order of the forward")
-            )

@@ -25,7 +25,7 @@ from dtrp.cli import run
 from dtrp.planning import Plan, PlanError, Profiler, balance, simulate
 from dtrp.planning.choose import plan
 from dtrp.planning.search import frontier, larger_batches
-from dtrp.stage.stash import value_bytes
+from dtrp.tensors.nbytes import value_bytes
 from dtrp.train.trainer import TrainConfig, Trainer
 
 # -- cuts -----------------------------------------------------------------------------------------------------

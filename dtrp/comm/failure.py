@@ -7,9 +7,7 @@ SIGTERM are heard in it; it ends with what was waited for, with a failure on any
 
 from __future__ import annotations
 
-import os
 import queue
-import signal
 import threading
 import time
 import traceback
@@ -20,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from ..errors import StageError, WaitTimeoutError, WorkerError, message_of
+from ..launch.signals import SigtermListener
 
 T = TypeVar("T")
 _SLICE_S = 0.5  # the longest that a notice which slipped through goes unseen
@@ -211,38 +210,6 @@ class Helper:
             except Exception as error:
                 self._results.append((None, error))
             self._board.notify()
-
-
-class SigtermListener:
-    """Hears SIGTERM in the main thread of this process, where nobody else listens; `restore` puts things back.
-
-    Args:
-        hear: called with the signal's number; may raise.
-    """
-
-    def __init__(self, hear: Callable[[int], None]) -> None:
-        self._hear, self._process = hear, os.getpid()
-        before = signal.getsignal(signal.SIGTERM)
-        self._installed = before is signal.SIG_DFL or isinstance(getattr(before, "__self__", None), SigtermListener)
-        try:
-            if self._installed:
-                signal.signal(signal.SIGTERM, self._handle)
-        except ValueError:  # not the main thread
-            self._installed = False
-
-    def restore(self) -> None:
-        """Listen no more, unless somebody else does by now."""
-        if self._installed and signal.getsignal(signal.SIGTERM) == self._handle:
-            with suppress(ValueError):
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self._installed = False
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._process:  # a child that was forked with the handler, and has no part in the run
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        else:
-            self._hear(number)
 
 
 class SigtermHandler(SigtermListener):

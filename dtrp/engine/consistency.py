@@ -21,10 +21,9 @@ from ..comm.process_groups import backend_for, place_of
 from ..comm.transport import Transport
 from ..methods import Method
 from ..predict import BuiltInPredictor
-from ..saving.state_dict import on_cpu
 from ..stage.tied import Tie
 from ..tensors.layout import parts_of
-from ..tensors.pytree import flatten, num_samples
+from ..tensors.pytree import flatten, num_samples, on_cpu
 
 _CHECKED_BYTES = 4 * 2**20  # of a mini-batch's targets; of larger ones every n-th value
 

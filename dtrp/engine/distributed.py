@@ -31,12 +31,11 @@ from ..errors import StageError, WorkerError, message_of, naming
 from ..measure.trace import Span, Tracer
 from ..measure.wait_time import WorkingTime
 from ..methods import Method
-from ..saving.state_dict import on_cpu
 from ..schedule import Action, StageOrder
 from ..stage.stage import Stage
 from ..stage.stash import MicroBatch
 from ..stage.tied import Tie, add_up, hand_over
-from ..tensors.pytree import map_tensors, num_samples, split
+from ..tensors.pytree import map_tensors, num_samples, on_cpu, split
 from .base import Losses, Progress
 from .consistency import check_targets, checksum_of
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..comm.failure import SigtermListener
 from ..errors import WorkerError
 from .rendezvous import ABSENT, SILENT, Presence, Start, first_holds_store
+from .signals import SigtermListener
 
 LAUNCHER_VARIABLE = "DTRP_LAUNCHER"  # the process that has started the launcher, or is it
 _MOST_WAIT_S = 5.0  # for a process whose launcher is gone to end by itself

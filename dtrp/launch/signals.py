@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -64,3 +65,35 @@ class StopSignals:
         elif time.monotonic() > self._since + _ECHO_S:
             self._restore()
             os.kill(os.getpid(), number)
+
+
+class SigtermListener:
+    """Hears SIGTERM in the main thread of this process, where nobody else listens; `restore` puts things back.
+
+    Args:
+        hear: called with the signal's number; may raise.
+    """
+
+    def __init__(self, hear: Callable[[int], None]) -> None:
+        self._hear, self._process = hear, os.getpid()
+        before = signal.getsignal(signal.SIGTERM)
+        self._installed = before is signal.SIG_DFL or isinstance(getattr(before, "__self__", None), SigtermListener)
+        try:
+            if self._installed:
+                signal.signal(signal.SIGTERM, self._handle)
+        except ValueError:  # not the main thread
+            self._installed = False
+
+    def restore(self) -> None:
+        """Listen no more, unless somebody else does by now."""
+        if self._installed and signal.getsignal(signal.SIGTERM) == self._handle:
+            with suppress(ValueError):
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._installed = False
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:  # a child that was forked with the handler, and has no part in the run
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        else:
+            self._hear(number)

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ..methods import Method
 from ..schedule import StageOrder
-from ..stage.stash import states_bytes, tensor_bytes
+from ..tensors.nbytes import states_bytes, tensor_bytes
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..measure.memory import StageSizes
-from ..measure.saved_tensors import NOT_WEIGHED, weigh_graph
 from ..methods import Keep, Method
 from ..predict import BuiltInPredictor, as_predictor
 from ..splitting.stages import called, check_device, layers_of, stage_device
 from ..stage.forward import LossFn
-from ..stage.stash import states_bytes, tensor_bytes
+from ..stage.saved_tensors import NOT_WEIGHED, weigh_graph
 from ..tensors.layout import aligned_clone, enter, parts_of
+from ..tensors.nbytes import states_bytes, tensor_bytes
 from ..tensors.pytree import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
 from .neighbours import busy_neighbours
 from .plan_file import PlanError

@@ -34,7 +34,8 @@ from ..stage.buffers import (
     write,
 )
 from ..stage.stage import Stage
-from ..stage.stash import AutocastState, Held, MicroBatch, WeightVersion
+from ..stage.stash import Held, MicroBatch, WeightVersion
+from ..tensors.autocast import AutocastState
 from ..tensors.module_mode import in_modes
 from ..tensors.pytree import flatten
 from . import checks

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..atomic_file import whole_file
 from ..stage.buffers import buffers_of, names_of, put, slot_of
 from ..stage.stage import Stage
+from ..tensors.pytree import on_cpu
 
 T = TypeVar("T")
 
@@ -328,18 +329,6 @@ def write_model(state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Write a plain state dict, on the CPU, whole or not at all."""
     with whole_file(path) as file:
         torch.save(on_cpu(state), file)
-
-
-def on_cpu(value: Any) -> Any:
-    """The value with every tensor in it, however deep in dicts, lists and tuples, on the CPU."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        result = copy.copy(value)
-        for key, entry in value.items():
-            result[key] = on_cpu(entry)
-        return result
-    return type(value)(map(on_cpu, value)) if type(value) in (list, tuple) else value
 
 
 def _snapshot(value: Any) -> Any:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..did_you_mean import check_order, unknown_point
 from ..tensors.module_mode import in_mode
 from ..validation import whole
+from .points import check_order, unknown_point
 
 
 class Stages(list[nn.Module]):

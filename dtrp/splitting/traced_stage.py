@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..stage.stash import AutocastState
+from ..tensors.autocast import AutocastState
 from ..tensors.module_mode import Follower, let_follow
 from .divide import Part, Use, divide
 from .export import Example, attribute, export

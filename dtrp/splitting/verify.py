@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..stage.stash import AutocastState
+from ..tensors.autocast import AutocastState
 from ..tensors.module_mode import in_mode, members
 from ..tensors.rng import seeded
 from .export import Example, Traced, as_it_was, on_copies, without_cache

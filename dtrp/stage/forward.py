@@ -13,8 +13,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ..tensors.autocast import AutocastState
 from ..tensors.layout import aligned_clone, enter, parts_of
 from ..tensors.module_mode import in_mode, members
+from ..tensors.nbytes import tensor_bytes
 from ..tensors.parameter_swap import Exchange, Places
 from ..tensors.pytree import flatten, map_tensors, tensors_of, unflatten
 from ..tensors.rng import Draws
@@ -35,7 +37,7 @@ from .buffers import (
 )
 from .reach import Reach
 from .repetition import wants_gradients
-from .stash import AutocastState, Held, tensor_bytes
+from .stash import Held
 
 LossFn = Callable[[Any, Any], Tensor]
 Moves = Literal["own", "ahead", "discarded", "tried", "returned"]

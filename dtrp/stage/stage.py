@@ -40,32 +40,25 @@ from torch.optim import Optimizer
 
 from ..measure.memory import StageSizes, footprint, optimizer_bytes
 from ..measure.prediction_error import Gauge
-from ..measure.saved_tensors import NOT_WEIGHED, weigh_graph
 from ..methods import Keep, Method
-from ..parameter_hooks import attach
 from ..predict import as_predictor
 from ..schedule import lead
+from ..tensors.autocast import AutocastState
+from ..tensors.compile import compiled
 from ..tensors.layout import aligned_clone, parts_of
 from ..tensors.module_mode import in_modes, modes_of
+from ..tensors.nbytes import states_bytes, tensor_bytes, value_bytes
+from ..tensors.parameter_hooks import attach
 from ..tensors.pytree import flatten, map_tensors, tensors_of, unflatten
 from ..tensors.rng import Draws
-from .compile import compiled
 from .forward import LossFn, Moves, Repeatable
 from .gradients import GradientRule, gradient_norm
 from .local_loss import WithAux
 from .optimizer_step import Updates
 from .reach import Reach
 from .repetition import Repetition, sizes_of
-from .stash import (
-    AutocastState,
-    Held,
-    MicroBatch,
-    WeightVersion,
-    stash_bytes,
-    states_bytes,
-    tensor_bytes,
-    value_bytes,
-)
+from .saved_tensors import NOT_WEIGHED, weigh_graph
+from .stash import Held, MicroBatch, WeightVersion, stash_bytes
 from .tied import Tie
 from .weight_versions import Versions
 

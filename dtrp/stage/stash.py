@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..tensors.layout import parts_of
-from ..tensors.pytree import tensors_of
+from ..tensors.autocast import AutocastState
 from .buffers import Met
 
 
@@ -29,25 +27,6 @@ class MicroBatch:
     index: int
     minibatch: int
     share: float
-
-
-class AutocastState(NamedTuple):
-    """The caller's autocast settings for one type of device, to be used again when a forward is repeated."""
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def now(cls, device_type: str) -> AutocastState:
-        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
-
-    def region(self) -> AbstractContextManager[Any]:
-        """Within it these settings hold."""
-        if not self.enabled and not torch.is_autocast_enabled(self.device_type):
-            return nullcontext()
-        # The cache of casts is keyed by parameter object: it would serve weights of another version.
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
 
 
 class WeightVersion:
@@ -99,18 +78,3 @@ def stash_bytes(stash: Iterable[Held]) -> int:
     """What the entries hold together; entries may share a copy of the weights."""
     versions = {id(held.weights): held.weights.nbytes for held in stash if held.weights is not None}
     return sum(held.nbytes for held in stash) + sum(versions.values())
-
-
-def value_bytes(value: Any) -> int:
-    """Of the tensors of a tree."""
-    return tensor_bytes(value) if isinstance(value, Tensor) else sum(map(tensor_bytes, tensors_of(value)))
-
-
-def tensor_bytes(t: Tensor) -> int:
-    """``t.nbytes``, for a sparse tensor too."""
-    return t.nbytes if t.layout is torch.strided else sum(part.nbytes for part in parts_of(t))
-
-
-def states_bytes(states: Iterable[Mapping[str, Any]]) -> int:
-    """Of the tensors in an optimizer's states."""
-    return sum(tensor_bytes(t) for state in states for t in state.values() if isinstance(t, Tensor))

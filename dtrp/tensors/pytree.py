@@ -11,6 +11,7 @@ its tensors, in order, and a form, which is plain data and so can travel in a me
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -161,3 +162,15 @@ def check_samples(label: str, value: Any) -> Any:
         raise ValueError("an empty mini-batch; pass at least one sample (each replica needs at least one)")
     # No graph can save an inference tensor.
     return map_tensors(lambda t: t.clone() if t.is_inference() else t, value)
+
+
+def on_cpu(value: Any) -> Any:
+    """The value with every tensor in it, however deep in dicts, lists and tuples, on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        result = copy.copy(value)
+        for key, entry in value.items():
+            result[key] = on_cpu(entry)
+        return result
+    return type(value)(map(on_cpu, value)) if type(value) in (list, tuple) else value

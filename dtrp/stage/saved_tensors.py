@@ -18,8 +18,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..stage.buffers import buffers_of, copies_of, write
 from ..tensors.layout import parts_of
+from .buffers import buffers_of, copies_of, write
 
 T = TypeVar("T")
 NOT_WEIGHED = (
