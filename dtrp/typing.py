@@ -1,0 +1,24 @@
+"""Names for the types that signatures share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Tree: TypeAlias = Any
+"""A tensor, or tuples, lists and dicts of tensors, nested: what a stage is given and returns."""
+
+LossFn: TypeAlias = Callable[[Tree, Tree], Tensor]
+"""(output, target) -> a scalar tensor, the mean over the samples."""
+
+OptimizerFactory: TypeAlias = Callable[[list[nn.Parameter]], Optimizer]
+"""The trainable parameters of a stage -> their optimizer."""
+
+SchedulerFactory: TypeAlias = Callable[[Optimizer], Any]
+"""An optimizer -> its learning-rate scheduler."""
+
+Json: TypeAlias = Any
+"""None, bool, int, float, str, and lists and dicts with string keys of them."""
