@@ -5,16 +5,24 @@ train by; `Schedule` writes a method's order of work down; `linear`, `rollout` a
 `plan` chooses cuts, batch and memory for a model, and `simulate` runs a schedule without one.
 """
 
-from .data.sampler import ResumableSampler
-from .errors import StageError, WaitTimeoutError, WorkerError
-from .methods import Method, get_method, list_methods
-from .pipeline import Pipeline
-from .planning import plan, simulate
-from .planning.plan_file import Plan, PlanError
-from .predict import informed, linear, rollout
-from .saving import CheckpointError
-from .schedule import Schedule, ScheduleError
-from .splitting.stages import Stages, split
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .data.sampler import ResumableSampler
+    from .errors import StageError, WaitTimeoutError, WorkerError
+    from .methods import Method, get_method, list_methods
+    from .pipeline import Pipeline
+    from .planning.choose import plan
+    from .planning.plan_file import Plan, PlanError
+    from .planning.simulate import simulate
+    from .predict import informed, linear, rollout
+    from .saving import CheckpointError
+    from .schedule import Schedule, ScheduleError
+    from .splitting.stages import Stages, split
 
 __all__ = [
     "CheckpointError",
@@ -40,3 +48,29 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "CheckpointError": ".saving",
+        "Method": ".methods",
+        "Pipeline": ".pipeline",
+        "Plan": ".planning.plan_file",
+        "PlanError": ".planning.plan_file",
+        "ResumableSampler": ".data.sampler",
+        "Schedule": ".schedule",
+        "ScheduleError": ".schedule",
+        "StageError": ".errors",
+        "Stages": ".splitting.stages",
+        "WaitTimeoutError": ".errors",
+        "WorkerError": ".errors",
+        "get_method": ".methods",
+        "informed": ".predict",
+        "linear": ".predict",
+        "list_methods": ".methods",
+        "plan": ".planning.choose",
+        "rollout": ".predict",
+        "simulate": ".planning.simulate",
+        "split": ".splitting.stages",
+    },
+)

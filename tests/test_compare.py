@@ -126,7 +126,7 @@ def test_what_is_told_to_stop_begins_no_other_cell(
     def stopped(config: TrainConfig) -> None:
         raise Stopped("interrupted", 128 + number)
 
-    monkeypatch.setattr("dtrp.cli.comparing.train_in_workers", stopped)
+    monkeypatch.setattr("dtrp.cli.running.train_in_workers", stopped)
     assert run(command(tmp_path / "grid", "--workers")) == code
     shown = capsys.readouterr()
     assert shown.err == "dtrp: interrupted\n"

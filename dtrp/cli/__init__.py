@@ -9,8 +9,8 @@ import click
 from .. import __version__
 from .comparing import compare, report
 from .planning import plan
-from .running import Stopped
 from .schedules import methods, schedule, simulate
+from .stopped import Stopped
 from .training import demo, train
 
 __all__ = ["Stopped", "cli", "run"]

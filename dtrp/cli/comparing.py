@@ -8,13 +8,9 @@ from typing import Any
 import click
 
 from ..methods import list_methods
-from ..train.comparison import Comparison, grid
 from ..train.config import CHOICES, TrainConfig
-from ..train.trainer import Trainer
-from .console import make_reporter, show_comparison
 from .option_types import Count, Names, Numbers
 from .options import train_options
-from .running import train_in_workers
 
 _OF_A_CELL = (
     "method", "prediction", "stages", "cuts", "num_microbatches", "seed", "out", "overwrite", "plan", "workers", "replicas",
@@ -24,7 +20,7 @@ _OF_A_CELL = (
 _OF_SAVES = ("save_every", "keep_last")  # a cell that is broken off begins again
 
 
-@click.command()
+@click.command(short_help="Train by several methods, and compare accuracy, time and memory.")
 @click.option(
     "--methods", type=Names("method", tuple(list_methods())), default="bp,fdg,dtr,dtrp", help="Some of them: bp,dtrp."
 )
@@ -68,6 +64,11 @@ def compare(
     Every cell of the grid is a run of its own. Break it off and start it again: what is finished is not repeated. Every other
     option is one of 'dtrp train'.
     """
+    from ..train.comparison import Comparison, grid
+    from ..train.trainer import Trainer
+    from .console import make_reporter, show_comparison
+    from .running import train_in_workers
+
     base = TrainConfig(**options, workers=1 if workers else None)
     try:
         cells = grid(
@@ -104,7 +105,7 @@ def compare(
         )
 
 
-@click.command()
+@click.command(short_help="Write one HTML file about runs and comparisons.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 @click.option("--out", type=click.Path(dir_okay=False), default="report.html", help="The file to write.")
 @click.option("--figures", type=click.Path(file_okay=False), help="Folder for each figure as SVG and PNG.")

@@ -7,15 +7,12 @@ from typing import Any
 
 import click
 
-from ..planning.choose import LR_SCALING
 from ..train.config import TrainConfig
-from ..train.from_plan import make_plan
-from .console import show_plan
 from .option_types import Bytes, Name
 from .options import CHOICE_TYPES, DATA, DEFAULTS, train_options
 
 
-@click.command()
+@click.command(short_help="Measure a network, and choose cuts, batch size and what to keep.")
 @click.option("--data", type=DATA, default=DEFAULTS.data, help="Data set, for the shape of a batch.")
 @click.option("--data-dir", type=click.Path(), help="Where the data set lies.")
 @train_options("image_size", "model", "layers", "width", "heads", "context", "channels_last", "method")
@@ -42,7 +39,9 @@ from .options import CHOICE_TYPES, DATA, DEFAULTS, train_options
 @click.option("--compensate", is_flag=True, help="Choose the mini-batch too, and what is kept.")
 @click.option("--max-batch-size", type=click.IntRange(min=1), help="Largest mini-batch to try (32 times the base).")
 @click.option("--max-delay", type=click.IntRange(min=0), help="In updates; met by more micro-batches.")
-@click.option("--lr-scaling", type=Name("lr scaling", tuple(LR_SCALING)), default="linear", help="With the mini-batch.")
+@click.option(
+    "--lr-scaling", type=Name("lr scaling", ("linear", "sqrt", "none")), default="linear", help="With the mini-batch."
+)
 @click.option("--device", default=DEFAULTS.device, help="Where to measure.")
 @click.option("--dtype", type=CHOICE_TYPES["dtype"], default=DEFAULTS.dtype, help="As of 'dtrp train'.")
 @click.option(
@@ -61,6 +60,9 @@ def plan(**options: Any) -> None:
 
     The plan is a small file that 'dtrp train --plan' and Pipeline(plan=...) take; it may be edited.
     """
+    from ..train.from_plan import make_plan
+    from .console import show_plan
+
     out = Path(options["out"])
     if out.exists() and not options["overwrite"]:
         raise click.ClickException(f"{out} is there already; pass --overwrite, or another --out")

@@ -18,14 +18,7 @@ from ..train.results import TrainResult
 from ..train.run_folder import RunFolder, left_by
 from ..train.staff import worker_range, workers_per_replica
 from ..train.trainer import Interrupted, Reporter, Trainer
-
-
-class Stopped(BaseException):
-    """The run was asked to stop and did. No error, as `KeyboardInterrupt` is none: who notes errors and goes on lets it pass."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
+from .stopped import Stopped
 
 
 def checked(config: TrainConfig) -> Trainer:

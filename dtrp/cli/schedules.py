@@ -8,11 +8,8 @@ from typing import Any
 import click
 
 from ..methods import get_method, list_methods
-from ..planning import simulate as run_simulation
 from ..schedule import Schedule, ScheduleError
-from ..train.build import make_method
 from ..train.config import TrainConfig
-from .console import show_simulations
 from .option_types import Name, Sizes, Times
 from .options import METHODS, train_options
 
@@ -27,7 +24,7 @@ class GridError(click.ClickException):
         return rule
 
 
-@click.command()
+@click.command(short_help="Print which stage does what in which slot.")
 @click.option("--method", type=METHODS, default="dtrp", help="Training method.")
 @click.option("--stages", type=click.IntRange(min=1), default=4, help="K.")
 @click.option("--minibatches", type=click.IntRange(min=1), default=8, help="Mini-batches in the run.")
@@ -48,6 +45,8 @@ def schedule(
     A row is a stage, a column one slot (a forward and a backward). What is sent in one column is there in the
     next, and an empty cell is a worker that waits. F3: forward of micro-batch 3; B3: its backward; U: update.
     """
+    from ..train.build import make_method
+
     try:
         if check is not None:
             grid = Schedule.parse(check.read())
@@ -62,7 +61,7 @@ def schedule(
     click.echo(str(grid))
 
 
-@click.command()
+@click.command(short_help="Estimate the time of a schedule, without a network.")
 @click.option("--method", "names", type=METHODS, multiple=True, default=("dtrp",), help="May be given several times.")
 @click.option("--stages", type=click.IntRange(min=1), default=4, help="K.")
 @click.option(
@@ -90,6 +89,10 @@ def simulate(**options: Any) -> None:
 
     Any unit of time will do. Methods that are named together are simulated under the same times.
     """
+    from ..planning import simulate as run_simulation
+    from ..train.build import make_method
+    from .console import show_simulations
+
     stages, size = options["stages"], options["num_microbatches"]
     rows = []
     try:
@@ -128,7 +131,7 @@ def simulate(**options: Any) -> None:
                 )
 
 
-@click.command()
+@click.command(short_help="List the training methods, or explain one.")
 @click.argument("name", type=METHODS, required=False)
 def methods(name: str | None) -> None:
     """List the methods, or say what one does: its update rule, delay, memory and source."""

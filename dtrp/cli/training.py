@@ -1,4 +1,4 @@
-"""``dtrp train`` and ``dtrp demo``."""
+"""``dtrp train`` and ``dtrp demo``. What needs torch is imported when a command runs, so that ``--help`` need not wait for it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..launch.ranks import launched
-from ..train.comparison import read_summary
 from ..train.config import TrainConfig
-from ..train.run_folder import left_by
-from ..train.trainer import Reporter
-from .console import make_reporter, show_side_by_side
 from .options import load_run, train_options
-from .running import checked, train_in_workers, trained
 
 
-@click.command()
+@click.command(short_help="Train a network in stages, and test it after each epoch.")
 @train_options()
 @click.option("--quiet", is_flag=True, help="Plain lines on a terminal too.")
 @click.option(
@@ -36,6 +30,13 @@ def train(*, quiet: bool, resume: str | None, **options: Any) -> None:
     through, or with the first save, and then always holds the last finished one. Where it holds an unfinished run of
     these very settings, that run goes on.
     """
+    from ..launch.ranks import launched
+    from ..train.comparison import read_summary
+    from ..train.run_folder import left_by
+    from ..train.trainer import Reporter
+    from .console import make_reporter
+    from .running import checked, train_in_workers, trained
+
     # --stages and --cuts say the same thing: one that is typed replaces the other where a file brought it.
     source = click.get_current_context().get_parameter_source
     for typed, other in (("stages", "cuts"), ("cuts", "stages")):
@@ -64,12 +65,15 @@ def train(*, quiet: bool, resume: str | None, **options: Any) -> None:
         trained(trainer, reporter)
 
 
-@click.command()
+@click.command(short_help="Train a small ResNet by bp and by dtrp, and compare them.")
 @click.option("--epochs", type=int, default=12, help="Passes over the training split.")
 @click.option("--threads", type=int, default=1, help="CPU threads; the networks are too small for more.")
 @click.option("--seed", type=int, default=0, help="Of weights, order and dropout.")
 def demo(epochs: int, threads: int | None, seed: int) -> None:
     """Train a small ResNet on handwritten digits with bp and with dtrp, and show the two side by side."""
+    from .console import make_reporter, show_side_by_side
+    from .running import checked, trained
+
     base = TrainConfig(
         data="digits", model="resnet20", stages=4, num_microbatches=4, batch_size=64, epochs=epochs, lr=0.05,
         threads=threads, seed=seed,

@@ -10,17 +10,27 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..did_you_mean import unknown
-from .cifar import load_cifar
-from .dataset import Dataset
-from .digits import load_digits
-from .image_folder import load_folder
-from .loader import batches
-from .synthetic import load_random
-from .text import TextDataset, load_text
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .dataset import Dataset
+    from .loader import batches
+    from .text import TextDataset, load_text
 
 __all__ = ["Dataset", "TextDataset", "batches", "list_data", "load_data", "load_text"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Dataset": ".dataset",
+        "TextDataset": ".text",
+        "batches": ".loader",
+        "load_text": ".text",
+    },
+)
 
 _FIXED_SIZE = {"digits": 8, "cifar10": 32, "cifar100": 32}
 _LARGEST = {"random": 256, "folder": 4096}
@@ -84,6 +94,8 @@ def load_data(
         context = _CONTEXT if context is None else context
         if not isinstance(context, int) or context < 1:
             raise ValueError(f"context={context!r}: pass a whole number of at least 1")
+        from .text import load_text
+
         return load_text(Path(data_dir).expanduser(), context)
     if context is not None:
         raise ValueError(
@@ -105,10 +117,18 @@ def load_data(
         if image_size != own:
             raise ValueError(f"image_size={image_size} but the images of {name} are {own}x{own}; leave image_size out")
     if name == "digits":
+        from .digits import load_digits
+
         return load_digits()
     if name == "random":
+        from .synthetic import load_random
+
         return load_random(seed, image_size or 32)
     place = Path(data_dir) if data_dir is not None else Path()
     if name == "folder":
+        from .image_folder import load_folder
+
         return load_folder(place, seed, image_size or 32)
+    from .cifar import load_cifar
+
     return load_cifar(name, place)

@@ -7,43 +7,42 @@ A plain Sequential can be cut between any two of its top-level layers. No block 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ..did_you_mean import unknown
-from .auxiliary import auxiliary
-from .gpt import gpt
-from .layers import check_positive
-from .mlp import mlp
-from .resnet import STEMS, cifar_resnet, resnet
-from .vgg import vgg
-from .wide_resnet import wide_resnet
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .auxiliary_networks import auxiliary
+    from .resnet import cifar_resnet
+    from .transformer import gpt
 
 __all__ = ["auxiliary", "cifar_resnet", "get_model", "gpt", "has_convolutions", "list_models", "takes_text"]
 
-_WITH_STEM: dict[str, Callable[..., nn.Sequential]] = {
-    f"resnet{depth}": partial(resnet, depth) for depth in (18, 34, 50)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "auxiliary": ".auxiliary_networks",
+        "cifar_resnet": ".resnet",
+        "gpt": ".transformer",
+    },
+)
+
+# The names of networks, with what makes them differ.
+_CIFAR_RESNETS: dict[str, dict[str, int]] = {
+    **{f"resnet{depth}": {"depth": depth} for depth in (20, 32, 44, 56, 110, 1202)},
+    "resnet14-8": {"depth": 14, "width": 8},
 }
-_WITH_SIZE: dict[str, Callable[..., nn.Sequential]] = {
-    **{f"vgg{depth}": partial(vgg, depth) for depth in (11, 16)},
-    "mlp": mlp,
-}
-_BUILDERS: dict[str, Callable[..., nn.Sequential]] = {
-    **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110, 1202)},
-    "resnet14-8": partial(cifar_resnet, 14, width=8),
-    **_WITH_STEM,
-    "wrn28-10": partial(wide_resnet, 28, 10),
-    **_WITH_SIZE,
-}
-_OF_TEXT = {"gpt": gpt}
+_RESNETS = {f"resnet{depth}": depth for depth in (18, 34, 50)}
+_VGGS = {f"vgg{depth}": depth for depth in (11, 16)}
+_NAMES = (*_CIFAR_RESNETS, *_RESNETS, "wrn28-10", *_VGGS, "mlp", "gpt")
 
 
 def list_models() -> list[str]:
     """The names that `get_model` knows."""
-    return [*_BUILDERS, *_OF_TEXT]
+    return list(_NAMES)
 
 
 def has_convolutions(name: str) -> bool:
@@ -53,7 +52,7 @@ def has_convolutions(name: str) -> bool:
 
 def takes_text(name: str) -> bool:
     """Whether this model reads tokens (N, T); the others read images."""
-    return name in _OF_TEXT
+    return name == "gpt"
 
 
 def get_model(
@@ -93,24 +92,31 @@ def get_model(
         ValueError: an unknown name (with the nearest right one), a stem or a size the model has no choice of, a number
             out of range.
     """
-    if name not in list_models():
-        raise ValueError(unknown("model", name, list_models()))
+    if name not in _NAMES:
+        raise ValueError(unknown("model", name, _NAMES))
+    from .layers import check_positive
+    from .mlp import mlp
+    from .resnet import STEMS, cifar_resnet, resnet
+    from .transformer import gpt
+    from .vgg import vgg
+    from .wide_resnet import wide_resnet
+
     sizes = {"layers": layers, "width": width, "heads": heads, "context": context}
     given = {size: number for size, number in sizes.items() if number is not None}
-    if takes_text(name):
-        return _OF_TEXT[name](num_classes, **given)
+    if name == "gpt":
+        return gpt(num_classes, **given)
     for size, number in given.items():
-        raise ValueError(f"{size}={number} but {name} has no choice of it; leave it out, or take {', '.join(_OF_TEXT)}")
+        raise ValueError(f"{size}={number} but {name} has no choice of it; leave it out, or take gpt")
     check_positive(in_channels=in_channels, num_classes=num_classes, image_size=image_size)
     if stem not in STEMS:
         raise ValueError(f"stem={stem!r}: pass one of {', '.join(map(repr, STEMS))}")
-    options: dict[str, Any] = {}
-    if name in _WITH_STEM:
-        options["stem"] = stem
-    elif stem != "cifar":
-        raise ValueError(
-            f"stem={stem!r} but {name} has no choice of stem; leave it out, or take {', '.join(_WITH_STEM)}"
-        )
-    if name in _WITH_SIZE:
-        options["image_size"] = image_size
-    return _BUILDERS[name](in_channels=in_channels, num_classes=num_classes, **options)
+    if stem != "cifar" and name not in _RESNETS:
+        raise ValueError(f"stem={stem!r} but {name} has no choice of stem; leave it out, or take {', '.join(_RESNETS)}")
+    shape: dict[str, Any] = {"in_channels": in_channels, "num_classes": num_classes}
+    if name in _CIFAR_RESNETS:
+        return cifar_resnet(**_CIFAR_RESNETS[name], **shape)
+    if name in _RESNETS:
+        return resnet(_RESNETS[name], **shape, stem=stem)
+    if name in _VGGS:
+        return vgg(_VGGS[name], **shape, image_size=image_size)
+    return mlp(**shape, image_size=image_size) if name == "mlp" else wide_resnet(28, 10, **shape)

@@ -1,1 +1,46 @@
 """The loop behind ``dtrp train``: settings, the run on disk, its saves and its results."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .build import class_loss, lr_factor, make_method
+    from .config import TrainConfig
+    from .results import EpochMetrics, TrainResult, environment, summarize_delays, summary
+    from .trainer import Interrupted, Reporter, Trainer
+
+__all__ = [
+    "EpochMetrics",
+    "Interrupted",
+    "Reporter",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "class_loss",
+    "environment",
+    "lr_factor",
+    "make_method",
+    "summarize_delays",
+    "summary",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "EpochMetrics": ".results",
+        "Interrupted": ".trainer",
+        "Reporter": ".trainer",
+        "TrainConfig": ".config",
+        "TrainResult": ".results",
+        "Trainer": ".trainer",
+        "class_loss": ".build",
+        "environment": ".results",
+        "lr_factor": ".build",
+        "make_method": ".build",
+        "summarize_delays": ".results",
+        "summary": ".results",
+    },
+)

@@ -18,6 +18,12 @@ from ..models import get_model
 from .config import DTYPES, TrainConfig, default_lr
 
 
+def weights_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype that weights and images are held in."""
+    dtype: torch.dtype = getattr(torch, DTYPES[config.dtype])
+    return dtype
+
+
 def make_method(config: TrainConfig) -> Method:
     """The row that the configuration names."""
     options = {
@@ -45,7 +51,7 @@ def example(config: TrainConfig, dataset: Dataset | TextDataset, samples: int) -
     few = dataset.limit(max(1, min(samples, len(dataset.train_y))), None)
     x, y = next(
         batches(
-            few.train_x, few.train_y, samples, dataset=few, seed=0, epoch=0, augment=False, dtype=DTYPES[config.dtype]
+            few.train_x, few.train_y, samples, dataset=few, seed=0, epoch=0, augment=False, dtype=weights_dtype(config)
         )
     )
     assert x is not None

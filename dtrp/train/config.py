@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-# What weights are held in; bfloat16 is autocast over them.
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+# The dtype of weights, by the name that --dtype takes: bfloat16 is autocast over float32 weights.
+DTYPES = {"float32": "float32", "float64": "float64", "bfloat16": "float32"}
 
 CHOICES = {
     "optimizer": ("sgd", "adam", "adamw", "nadam"),

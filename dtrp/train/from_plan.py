@@ -10,8 +10,17 @@ from typing import Any
 import torch
 
 from ..planning import Plan, plan
-from .build import class_loss, example, find_devices, load_dataset, make_method, make_model, make_optimizer
-from .config import DTYPES, TrainConfig, default_lr, option_name
+from .build import (
+    class_loss,
+    example,
+    find_devices,
+    load_dataset,
+    make_method,
+    make_model,
+    make_optimizer,
+    weights_dtype,
+)
+from .config import TrainConfig, default_lr, option_name
 from .config_checks import check_settings
 
 
@@ -25,7 +34,7 @@ def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any
     torch.manual_seed(config.seed)
     model = make_model(config, dataset)
     x, y = example(config, dataset, config.batch_size)
-    model = model.to(DTYPES[config.dtype])
+    model = model.to(weights_dtype(config))
     autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16) if config.dtype == "bfloat16" else None
     return plan(
         model,

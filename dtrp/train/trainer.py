@@ -29,8 +29,18 @@ from ..measure.prediction_error import look_every
 from ..models import auxiliary
 from ..pipeline import Pipeline
 from .autosave import Position, SaveEvery, Saves
-from .build import class_loss, example, find_devices, load_dataset, lr_factor, make_method, make_model, make_optimizer
-from .config import CHOICES, DTYPES, TrainConfig, config_text, default_lr
+from .build import (
+    class_loss,
+    example,
+    find_devices,
+    load_dataset,
+    lr_factor,
+    make_method,
+    make_model,
+    make_optimizer,
+    weights_dtype,
+)
+from .config import CHOICES, TrainConfig, config_text, default_lr
 from .config_checks import check_parts, check_settings, check_shards
 from .from_plan import make_plan, resolved
 from .results import (
@@ -142,7 +152,7 @@ class Trainer:
         threads = config.threads or (1 if num_workers else None)
         if threads is not None:
             torch.set_num_threads(threads)
-        self.dtype = DTYPES[config.dtype]
+        self.dtype = weights_dtype(config)
         dataset = load_dataset(config).limit(config.limit_train, config.limit_test)
         check_shards(len(dataset.train_y), config)
         torch.manual_seed(config.seed)

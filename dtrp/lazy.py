@@ -1,0 +1,25 @@
+"""Names of a package that are imported when they are first used (PEP 562), so that ``dtrp --help`` need not wait for torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+
+
+def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """The ``__getattr__`` and ``__dir__`` of a package.
+
+    Args:
+        package: its ``__name__``.
+        modules: where each name is defined, relative to the package: ``{"Pipeline": ".pipeline"}``.
+    """
+    namespace = vars(sys.modules[package])
+
+    def get(name: str) -> object:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        namespace[name] = value = getattr(import_module(modules[name], package), name)
+        return value
+
+    return get, lambda: sorted({*namespace, *modules})
