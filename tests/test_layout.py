@@ -1,0 +1,79 @@
+"""Where things live: who imports whom, how large packages and functions are, and where torch's private names stand."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from support.source_tree import (
+    between_packages,
+    circles,
+    imports,
+    long_definitions,
+    modules,
+    package_of,
+    private_names_of_torch,
+    reachable,
+)
+
+# Who may import whom; an arrow admits everything further along it.
+ARROWS = {
+    "cli": ["report"],
+    "report": ["train"],
+    "train": ["pipeline", "pipelining", "data", "models", "atomic_file"],
+    "pipelining": ["base_pipeline", "planning", "splitting", "validation"],
+    "pipeline": ["base_pipeline", "planning", "splitting", "validation"],
+    "base_pipeline": ["saving", "validation"],
+    "saving": ["engine", "atomic_file", "did_you_mean"],
+    "planning": ["engine", "splitting", "atomic_file"],
+    "engine": ["comm"],
+    "comm": ["stage", "launch", "measure"],
+    "splitting": ["validation", "tensors", "did_you_mean"],
+    "stage": ["measure", "predict", "methods", "errors", "tensors"],
+    "measure": ["methods", "schedule", "tensors", "atomic_file"],
+    "launch": ["errors"],
+    "errors": ["schedule"],
+    "predict": ["methods", "tensors"],
+    "methods": ["schedule", "did_you_mean"],
+    "validation": ["methods"],
+    "data": ["tensors", "did_you_mean", "lazy"],
+    "models": ["tensors", "did_you_mean", "lazy"],
+    "dtrp": ["lazy"],
+    "__main__": ["cli"],
+}
+LEAVES = {"typing", "dtrp"}  # which anybody may import: aliases, and the version
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    graph = imports()
+    assert circles(graph) == []
+    assert circles({package: targets - {"dtrp"} for package, targets in between_packages(graph).items()}) == []
+
+
+def test_imports_follow_the_arrows() -> None:
+    against = {
+        f"{package} -> {target}"
+        for package, targets in between_packages(imports()).items()
+        for target in targets - LEAVES - reachable(ARROWS, package)
+    }
+    assert against == set()
+
+
+def test_packages_are_small_and_no_file_name_comes_twice() -> None:
+    files = [path for path in modules().values() if path.name != "__init__.py"]
+    assert {str(folder): n for folder, n in Counter(path.parent for path in files).items() if n > 12} == {}
+    assert {name: n for name, n in Counter(path.name for path in files).items() if n > 1} == {}
+
+
+def test_private_names_of_torch_stand_in_one_module() -> None:
+    found = {
+        name: private_names_of_torch(path) for name, path in modules().items() if name != "dtrp.tensors.torch_private"
+    }
+    assert {name: uses for name, uses in found.items() if uses} == {}
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    assert [text for path in modules().values() for text in long_definitions(path, most=60)] == []
+
+
+def test_a_root_module_stands_for_itself() -> None:
+    assert [package_of(name) for name in ("dtrp", "dtrp.pipeline", "dtrp.stage.stash")] == ["dtrp", "pipeline", "stage"]
