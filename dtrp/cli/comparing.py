@@ -10,7 +10,7 @@ import click
 from ..methods import list_methods
 from ..train.config import CHOICES, TrainConfig
 from .option_types import Count, Names, Numbers
-from .options import train_options
+from .options import together, train_options
 
 _OF_A_CELL = (
     "method", "prediction", "stages", "cuts", "num_microbatches", "seed", "out", "overwrite", "plan", "workers", "replicas",
@@ -20,23 +20,31 @@ _OF_A_CELL = (
 _OF_SAVES = ("save_every", "keep_last")  # a cell that is broken off begins again
 
 
+_grid_options = together(
+    click.option(
+        "--methods",
+        type=Names("method", tuple(list_methods())),
+        default="bp,fdg,dtr,dtrp",
+        help="Some of them: bp,dtrp.",
+    ),
+    click.option("--stages", type=Numbers("whole numbers", "1,2,4"), default="4", help="Every K."),
+    click.option("--num-microbatches", default="1", help="Every A; K for as many as stages: 1,K."),
+    click.option(
+        "--predictions",
+        type=Names("prediction", CHOICES["prediction"]),
+        help="For methods that predict: linear,rollout,informed.",
+    ),
+    click.option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each, with seeds 0, 1, ..."),
+    click.option(
+        "--once/--every-k",
+        default=False,
+        help="Run a method that flushes at one K for each A: its accuracy is the same at every K, its time and memory are not.",
+    ),
+)
+
+
 @click.command(short_help="Train by several methods, and compare accuracy, time and memory.")
-@click.option(
-    "--methods", type=Names("method", tuple(list_methods())), default="bp,fdg,dtr,dtrp", help="Some of them: bp,dtrp."
-)
-@click.option("--stages", type=Numbers("whole numbers", "1,2,4"), default="4", help="Every K.")
-@click.option("--num-microbatches", default="1", help="Every A; K for as many as stages: 1,K.")
-@click.option(
-    "--predictions",
-    type=Names("prediction", CHOICES["prediction"]),
-    help="For methods that predict: linear,rollout,informed.",
-)
-@click.option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each, with seeds 0, 1, ...")
-@click.option(
-    "--once/--every-k",
-    default=False,
-    help="Run a method that flushes at one K for each A: its accuracy is the same at every K, its time and memory are not.",
-)
+@_grid_options
 @click.option("--workers/--one-process", default=False, help="A process for each stage.")
 @click.option(
     "--prediction-error-every",
@@ -65,9 +73,7 @@ def compare(
     option is one of 'dtrp train'.
     """
     from ..train.comparison import Comparison, grid
-    from ..train.trainer import Trainer
-    from .console import make_reporter, show_comparison
-    from .running import train_in_workers
+    from .console import show_comparison
 
     base = TrainConfig(**options, workers=1 if workers else None)
     try:
@@ -83,16 +89,8 @@ def compare(
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
-    def work(config: TrainConfig) -> None:
-        if config.workers is not None:
-            train_in_workers(config)
-            return
-        trainer = Trainer(config)
-        with make_reporter(table=False, quiet=True) as reporter:
-            trainer.run(reporter)
-
     try:
-        failed = comparison.run(work, click.echo)
+        failed = comparison.run(_train_cell, click.echo)
     except OSError as error:
         raise click.ClickException(f"cannot write to {out}: {error}") from error
     groups = comparison.groups()
@@ -103,6 +101,19 @@ def compare(
         raise click.ClickException(
             f"{len(failed)} of {len(cells)} cells failed ({names}); why stands in {out}/*.failed. The same command tries them again"
         )
+
+
+def _train_cell(config: TrainConfig) -> None:
+    from ..train.trainer import Trainer
+    from .console import make_reporter
+    from .running import train_in_workers
+
+    if config.workers is not None:
+        train_in_workers(config)
+        return
+    trainer = Trainer(config)
+    with make_reporter(table=False, quiet=True) as reporter:
+        trainer.run(reporter)
 
 
 @click.command(short_help="Write one HTML file about runs and comparisons.")

@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..train.config import TrainConfig
+from ..train.config import TrainConfig, option_name
 from .option_types import Bytes, Name
-from .options import CHOICE_TYPES, DATA, DEFAULTS, train_options
+from .options import CHOICE_TYPES, DATA, DEFAULTS, together, train_options
+
+# What a plan and a run have in common.
+_OF_THE_RUN = (
+    "data", "data_dir", "image_size", "model", "layers", "width", "heads", "context", "channels_last", "method", "batch_size",
+    "optimizer", "momentum", "weight_decay", "prediction", "device", "dtype", "threads",
+)  # fmt: skip
+# What `make_plan` calls as the command line does.
+_AS_THEY_ARE = (
+    "num_microbatches", "keep", "choose_lead", "compensate", "max_batch_size", "max_delay", "lr_scaling", "repeats",
+    "neighbours",
+)  # fmt: skip
+# What 'dtrp train' is told again beside the plan.
+_TOLD_AGAIN = (
+    "data_dir",
+    "image_size",
+    "layers",
+    "width",
+    "heads",
+    "context",
+    "optimizer",
+    "momentum",
+    "weight_decay",
+    "dtype",
+)
+
+
+_search_options = together(
+    click.option("--latency", type=float, help="Seconds a message takes (as measured on this machine's loopback)."),
+    click.option("--bandwidth", type=Bytes(), help="Of a link, bytes a second: 125MB, 10GB (as measured)."),
+    click.option(
+        "--choose-lead/--keep-lead", default=True, help="Choose ahead and the order of a slot by the latency."
+    ),
+    click.option("--compensate", is_flag=True, help="Choose the mini-batch too, and what is kept."),
+    click.option("--max-batch-size", type=click.IntRange(min=1), help="Largest mini-batch to try (32 times the base)."),
+    click.option("--max-delay", type=click.IntRange(min=0), help="In updates; met by more micro-batches."),
+    click.option(
+        "--lr-scaling",
+        type=Name("lr scaling", ("linear", "sqrt", "none")),
+        default="linear",
+        help="With the mini-batch.",
+    ),
+)
 
 
 @click.command(short_help="Measure a network, and choose cuts, batch size and what to keep.")
@@ -33,15 +76,7 @@ from .options import CHOICE_TYPES, DATA, DEFAULTS, train_options
     help="What stages keep (the method's own; with --compensate auto).",
 )
 @click.option("--memory-limit", type=Bytes(), help="Of a worker: 800MB, 2GiB.")
-@click.option("--latency", type=float, help="Seconds a message takes (as measured on this machine's loopback).")
-@click.option("--bandwidth", type=Bytes(), help="Of a link, bytes a second: 125MB, 10GB (as measured).")
-@click.option("--choose-lead/--keep-lead", default=True, help="Choose ahead and the order of a slot by the latency.")
-@click.option("--compensate", is_flag=True, help="Choose the mini-batch too, and what is kept.")
-@click.option("--max-batch-size", type=click.IntRange(min=1), help="Largest mini-batch to try (32 times the base).")
-@click.option("--max-delay", type=click.IntRange(min=0), help="In updates; met by more micro-batches.")
-@click.option(
-    "--lr-scaling", type=Name("lr scaling", ("linear", "sqrt", "none")), default="linear", help="With the mini-batch."
-)
+@_search_options
 @click.option("--device", default=DEFAULTS.device, help="Where to measure.")
 @click.option("--dtype", type=CHOICE_TYPES["dtype"], default=DEFAULTS.dtype, help="As of 'dtrp train'.")
 @click.option(
@@ -68,56 +103,27 @@ def plan(**options: Any) -> None:
         raise click.ClickException(f"{out} is there already; pass --overwrite, or another --out")
     if not out.absolute().parent.is_dir():
         raise click.ClickException(f"{out.absolute().parent} is no folder; make it, or pass another --out")
-    shared = (
-        "data",
-        "data_dir",
-        "image_size",
-        "model",
-        "layers",
-        "width",
-        "heads",
-        "context",
-        "channels_last",
-        "method",
-        "batch_size",
-        "optimizer",
-        "momentum",
-        "weight_decay",
-        "prediction",
-        "device",
-        "dtype",
-        "threads",
-    )
-    config = TrainConfig(**{name: options[name] for name in shared})
+    config = TrainConfig(**{name: options[name] for name in _OF_THE_RUN})
     try:
         made = make_plan(
             config,
             say=lambda text: click.echo(f"{text} ...", err=True),
             num_workers=options["workers"],
-            num_microbatches=options["num_microbatches"],
-            keep=options["keep"],
             memory_limit_bytes=options["memory_limit"],
             latency_s=options["latency"],
             bandwidth_bytes_s=options["bandwidth"],
-            choose_lead=options["choose_lead"],
-            compensate=options["compensate"],
-            max_batch_size=options["max_batch_size"],
-            max_delay=options["max_delay"],
-            lr_scaling=options["lr_scaling"],
-            repeats=options["repeats"],
-            neighbours=options["neighbours"],
+            **{name: options[name] for name in _AS_THEY_ARE},
         )
         made.save(out)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
     show_plan(made)
-    told = [f"--{name} {options[name.replace('-', '_')]}"
-            for name in ("data-dir", "image-size", "layers", "width", "heads", "context", "optimizer", "momentum",
-                         "weight-decay", "dtype")
-            if options[name.replace("-", "_")] != getattr(DEFAULTS, name.replace("-", "_"))]  # fmt: skip
-    told.append("--channels-last" if config.channels_last else "")
-    told.append(f"--workers {options['workers']}" if options["workers"] > 1 else "")
-    command = " ".join(
-        filter(None, [f"dtrp train --data {config.data} --model {config.model}", *told, f"--plan {out}"])
-    )
-    click.echo(f"written to {out}; train by it:\n  {command}")
+    click.echo(f"written to {out}; train by it:\n  {_training_command(config, options)}")
+
+
+def _training_command(config: TrainConfig, options: Mapping[str, Any]) -> str:
+    """The ``dtrp train`` that trains by the plan."""
+    told = [f"{option_name(name)} {options[name]}" for name in _TOLD_AGAIN if options[name] != getattr(DEFAULTS, name)]
+    told += ["--channels-last"] if config.channels_last else []
+    told += [f"--workers {options['workers']}"] if options["workers"] > 1 else []
+    return " ".join([f"dtrp train --data {config.data} --model {config.model}", *told, f"--plan {options['out']}"])

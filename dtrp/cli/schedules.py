@@ -11,7 +11,7 @@ from ..methods import get_method, list_methods
 from ..schedule import Schedule, ScheduleError
 from ..train.config import TrainConfig
 from .option_types import Name, Sizes, Times
-from .options import METHODS, train_options
+from .options import METHODS, together, train_options
 
 
 class GridError(click.ClickException):
@@ -61,6 +61,27 @@ def schedule(
     click.echo(str(grid))
 
 
+_time_options = together(
+    click.option(
+        "--forward", type=Times(), default=1.0, help="Seconds of a micro-batch's forward; one, or one a stage."
+    ),
+    click.option("--backward", type=Times(), default=2.0, help="Seconds of its backward; one, or one a stage."),
+    click.option("--nograd-forward", type=Times(), help="Seconds of a forward without a graph (as --forward)."),
+    click.option("--update", type=Times(), default=0.0, help="Seconds of an update; one, or one a stage."),
+    click.option("--latency", type=Times(), default=0.0, help="Seconds a message takes; one, or one a hop."),
+    click.option("--bandwidth", type=Sizes(), help="Of a link, bytes a second (unbounded); one, or one a hop."),
+    click.option("--message", type=Sizes(), default=0, help="Size of a micro-batch's activations; one, or one a hop."),
+    click.option("--predict", type=Times(), default=0.0, help="Seconds of a prediction; one, or one a stage."),
+    click.option("--speed", type=Times(), default=1.0, help="Of the devices; one, or one a stage."),
+    click.option(
+        "--weights", type=Sizes(), help="Bytes of a stage's parameters: shows the memory; one, or one a stage."
+    ),
+    click.option("--optimizer-state", type=Sizes(), default=0, help="Bytes of its optimizer's state."),
+    click.option("--input", type=Sizes(), default=0, help="Bytes of its input, a micro-batch."),
+    click.option("--graph", type=Sizes(), default=0, help="Bytes of its activations, a micro-batch."),
+)
+
+
 @click.command(short_help="Estimate the time of a schedule, without a network.")
 @click.option("--method", "names", type=METHODS, multiple=True, default=("dtrp",), help="May be given several times.")
 @click.option("--stages", type=click.IntRange(min=1), default=4, help="K.")
@@ -70,19 +91,7 @@ def schedule(
 @click.option("--num-microbatches", type=click.IntRange(min=1), default=1, help="Micro-batches in each.")
 @train_options("ahead", "order")
 @click.option("--keep", type=Name("keep", ("graph", "input")), help="What stages keep (the method's own).")
-@click.option("--forward", type=Times(), default=1.0, help="Seconds of a micro-batch's forward; one, or one a stage.")
-@click.option("--backward", type=Times(), default=2.0, help="Seconds of its backward; one, or one a stage.")
-@click.option("--nograd-forward", type=Times(), help="Seconds of a forward without a graph (as --forward).")
-@click.option("--update", type=Times(), default=0.0, help="Seconds of an update; one, or one a stage.")
-@click.option("--latency", type=Times(), default=0.0, help="Seconds a message takes; one, or one a hop.")
-@click.option("--bandwidth", type=Sizes(), help="Of a link, bytes a second (unbounded); one, or one a hop.")
-@click.option("--message", type=Sizes(), default=0, help="Size of a micro-batch's activations; one, or one a hop.")
-@click.option("--predict", type=Times(), default=0.0, help="Seconds of a prediction; one, or one a stage.")
-@click.option("--speed", type=Times(), default=1.0, help="Of the devices; one, or one a stage.")
-@click.option("--weights", type=Sizes(), help="Bytes of a stage's parameters: shows the memory; one, or one a stage.")
-@click.option("--optimizer-state", type=Sizes(), default=0, help="Bytes of its optimizer's state.")
-@click.option("--input", type=Sizes(), default=0, help="Bytes of its input, a micro-batch.")
-@click.option("--graph", type=Sizes(), default=0, help="Bytes of its activations, a micro-batch.")
+@_time_options
 @click.option("--timeline", is_flag=True, help="List every action too.")
 def simulate(**options: Any) -> None:
     """Run a schedule with given times, without a network: time per mini-batch, waiting, delays.
