@@ -1,4 +1,4 @@
-"""Labelled images and text for the command line and the benchmarks, held in memory, and batches of them.
+"""Data sets for the command line and the benchmarks: labelled images and text, held in memory, and batches of them.
 
 >>> data = load_data("random", image_size=8)
 >>> x, y = next(batches(data.train_x, data.train_y, 64, dataset=data, seed=0, epoch=0, augment=data.augment))
@@ -23,20 +23,18 @@ if TYPE_CHECKING:
 __all__ = ["Dataset", "TextDataset", "batches", "list_data", "load_data", "load_text"]
 
 __getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "Dataset": ".dataset",
-        "TextDataset": ".text",
-        "batches": ".loader",
-        "load_text": ".text",
-    },
+    __name__, {"Dataset": ".dataset", "TextDataset": ".text", "batches": ".loader", "load_text": ".text"}
 )
 
-_FIXED_SIZE = {"digits": 8, "cifar10": 32, "cifar100": 32}
-_LARGEST = {"random": 256, "folder": 4096}
-_FROM_DIR = ("cifar10", "cifar100", "folder")
 _NAMES = ("digits", "cifar10", "cifar100", "folder", "random", "text")
-_CONTEXT = 64
+_WITHOUT_FILES = ("digits", "random")
+_NEEDED_FILES = {
+    "folder": "files; pass data_dir (--data-dir), a folder with train/<class>/ and test/<class>/",
+    "text": "a file; pass data_dir (--data-dir), any UTF-8 text",
+}
+_FIXED_SIZE = {"digits": 8, "cifar10": 32, "cifar100": 32}  # H and W
+_LARGEST_SIZE = {"random": 256, "folder": 4096}
+_DEFAULT_SIZE, _DEFAULT_CONTEXT = 32, 64
 
 
 def list_data() -> list[str]:
@@ -69,11 +67,10 @@ def load_data(
 
     Args:
         name: one of `list_data`.
-        data_dir: where the files are, for the data sets that have files; for text, the file. None: for CIFAR, the current
-            folder.
-        seed: of the images of random, and of the split of a folder that has none. The others do not depend on it.
-        image_size: H and W, for folder and random. None: the data's own, or 32.
-        context: characters of a window, for text. None: 64.
+        data_dir: folder of the data's files; for text, the file. None: for CIFAR, the current folder.
+        seed: random seed for the images of random, and for the split of a folder that has none. The others do not depend on it.
+        image_size: H and W of the images, for folder and random. None: 32.
+        context: characters in a window, for text. None: 64.
 
     Raises:
         ValueError: an unknown name (with the nearest right one), ``data_dir`` missing or not wanted, damaged files.
@@ -82,53 +79,46 @@ def load_data(
     """
     if name not in _NAMES:
         raise ValueError(unknown("data", name, _NAMES))
-    if name == "folder" and data_dir is None:
-        raise ValueError(
-            "data 'folder' needs files; pass data_dir (--data-dir), a folder with train/<class>/ and test/<class>/"
-        )
-    if name == "text":
-        if data_dir is None:
-            raise ValueError("data 'text' needs a file; pass data_dir (--data-dir), any UTF-8 text")
-        if image_size is not None:
-            raise ValueError(f"image_size={image_size} but data 'text' has no images; leave image_size out")
-        context = _CONTEXT if context is None else context
-        if not isinstance(context, int) or context < 1:
-            raise ValueError(f"context={context!r}: pass a whole number of at least 1")
-        from .text import load_text
-
-        return load_text(Path(data_dir).expanduser(), context)
-    if context is not None:
-        raise ValueError(
-            f"context={context} but data {name!r} has no windows of text; leave context out, or take 'text'"
-        )
-    if name not in _FROM_DIR and data_dir is not None:
+    if data_dir is None and name in _NEEDED_FILES:
+        raise ValueError(f"data {name!r} needs {_NEEDED_FILES[name]}")
+    if data_dir is not None and name in _WITHOUT_FILES:
         raise ValueError(
             f"data {name!r} reads no files, but data_dir={str(data_dir)!r}; leave data_dir (--data-dir) out"
         )
-    if image_size is not None:
-        if not isinstance(image_size, int) or image_size < 1:
-            raise ValueError(f"image_size={image_size!r}: pass a whole number of at least 1")
-        most = _LARGEST.get(name, image_size)
-        if image_size > most:
-            raise ValueError(
-                f"image_size={image_size}: the images of {name} are {most}x{most} at most, to fit into memory"
-            )
-        own = _FIXED_SIZE.get(name, image_size)
-        if image_size != own:
-            raise ValueError(f"image_size={image_size} but the images of {name} are {own}x{own}; leave image_size out")
-    if name == "digits":
-        from .digits import load_digits
-
-        return load_digits()
-    if name == "random":
-        from .synthetic import load_random
-
-        return load_random(seed, image_size or 32)
-    place = Path(data_dir) if data_dir is not None else Path()
-    if name == "folder":
-        from .image_folder import load_folder
-
-        return load_folder(place, seed, image_size or 32)
+    _check_sizes(name, image_size, context)
     from .cifar import load_cifar
+    from .digits import load_digits
+    from .image_folder import load_folder
+    from .synthetic import load_random
+    from .text import load_text
 
-    return load_cifar(name, place)
+    place = Path(data_dir or "")
+    if name == "text":
+        return load_text(place.expanduser(), context or _DEFAULT_CONTEXT)
+    if name == "folder":
+        return load_folder(place, seed, image_size or _DEFAULT_SIZE)
+    if name == "random":
+        return load_random(seed, image_size or _DEFAULT_SIZE)
+    return load_digits() if name == "digits" else load_cifar(name, place)
+
+
+def _check_sizes(name: str, image_size: int | None, context: int | None) -> None:
+    """Refuse a size that the data set has no choice of, or that is out of range."""
+    if context is not None and name != "text":
+        raise ValueError(
+            f"context={context} but data {name!r} has no windows of text; leave context out, or take 'text'"
+        )
+    if image_size is not None and name == "text":
+        raise ValueError(f"image_size={image_size} but data 'text' has no images; leave image_size out")
+    for label, size in (("image_size", image_size), ("context", context)):
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"{label}={size!r}: pass a whole number of at least 1")
+    if image_size is None:
+        return
+    largest, fixed = _LARGEST_SIZE.get(name, image_size), _FIXED_SIZE.get(name, image_size)
+    if image_size > largest:
+        raise ValueError(
+            f"image_size={image_size}: the images of {name} are {largest}x{largest} at most, to fit into memory"
+        )
+    if image_size != fixed:
+        raise ValueError(f"image_size={image_size} but the images of {name} are {fixed}x{fixed}; leave image_size out")

@@ -1,4 +1,4 @@
-"""Random crops and flips, of a whole batch at once.
+"""Random crops and flips for a batch of images at once.
 
 Source: He et al., arXiv:1512.03385, section 4.2 (pad by 4, crop, flip).
 """
@@ -15,10 +15,10 @@ from ..tensors.rng import generator
 
 
 class Crops(NamedTuple):
-    """What happens to each of N images.
+    """The random crop and flip of N images.
 
     Args:
-        down, right: where in the padded image the crop begins, (N,), int64, in 0..2 * pad.
+        down, right: first row and column of the crop in the padded image, (N,), int64, in 0..2 * pad.
         flipped: whether the crop is mirrored left to right, (N,), bool.
     """
 
@@ -28,7 +28,7 @@ class Crops(NamedTuple):
 
 
 def padding(image_size: int) -> int:
-    """Pixels of zeros at each side: 4, less for images below 32, at least 1.
+    """Pixels of zeros on each side of an image: 4; fewer for images below 32, but at least 1.
 
     >>> [padding(size) for size in (8, 16, 32, 224)]
     [1, 2, 4, 4]
@@ -37,7 +37,7 @@ def padding(image_size: int) -> int:
 
 
 def draw_crops(num: int, image_size: int, *, seed: int, epoch: int) -> Crops:
-    """The crops of ``num`` images in an epoch; image i has the same whatever the order and the batch size."""
+    """The crops of ``num`` images in an epoch. Image i gets the same crop whatever the order and the batch size."""
     draws = generator("crops", seed, epoch)
     places = 2 * padding(image_size) + 1
     down, right = torch.randint(places, (2, num), generator=draws, device="cpu")
@@ -45,7 +45,7 @@ def draw_crops(num: int, image_size: int, *, seed: int, epoch: int) -> Crops:
 
 
 def crop(x: Tensor, crops: Crops) -> Tensor:
-    """The images (B, C, H, H), padded with zeros and cut as ``crops`` (of B) say; a new tensor."""
+    """Images (B, C, H, H), padded with zeros and cropped by ``crops`` of length B; a new tensor."""
     size = x.shape[-1]
     pad = padding(size)
     pixels = torch.arange(size, device=x.device)

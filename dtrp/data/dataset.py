@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Splits:
-    """Examples in memory, (N, ...), and what is to be told of each, split into training and test."""
+    """Samples (N, ...) and targets (N, ...) in memory, split into training and test."""
 
-    samples = "examples"  # what one is called; no field
+    samples = "examples"  # the word for them in messages; not a field
     name: str
     train_x: Tensor
     train_y: Tensor
@@ -23,7 +23,7 @@ class Splits:
     test_y: Tensor
 
     def limit(self, train: int | None, test: int | None) -> Self:
-        """The first examples of each split, or all where there are fewer or the number is None.
+        """The first samples of each split; all of them where the number is None or larger.
 
         Raises:
             ValueError: a number below 1.
@@ -41,8 +41,7 @@ class Splits:
 
     def to(self, device: torch.device | str) -> Self:
         """The same data on ``device``."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved: dict[str, Any] = {name: t.to(device) for name, t in values.items() if isinstance(t, Tensor)}
+        moved: dict[str, Any] = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
         return dataclasses.replace(self, **moved)
 
 
@@ -51,17 +50,17 @@ class Dataset(Splits):
     """Square images and their classes.
 
     Args:
-        name: what it is called in tables and errors.
+        name: name of the data set in tables and errors.
         train_x, test_x: images (N, C, H, H), uint8, or floats in 0..1.
         train_y, test_y: classes (N,), int64, in 0..num_classes - 1.
-        num_classes: of both splits.
-        class_names: one a class; None where they have none.
-        mean, std: of each channel (C,), float32, over the whole training split scaled to 0..1 (`limit` leaves them); see
-            `channel_stats`.
-        augment: whether a moved or mirrored image is still of its class, so that training may crop and flip.
+        num_classes: number of classes in both splits together.
+        class_names: a name for each class; None where they have no names.
+        mean, std: mean and standard deviation of each channel (C,), float32, over the whole training split scaled to 0..1
+            (`limit` does not change them); see `channel_stats`.
+        augment: whether a shifted or mirrored image is still of its class, so that training may crop and flip.
 
     Raises:
-        ValueError: shapes or types other than these.
+        ValueError: other shapes or dtypes.
     """
 
     samples = "images"
@@ -100,7 +99,7 @@ class Dataset(Splits):
 
     @property
     def image_size(self) -> int:
-        """H, which is W."""
+        """H, which equals W."""
         return self.train_x.shape[2]
 
     def __repr__(self) -> str:
@@ -111,6 +110,19 @@ class Dataset(Splits):
         )
 
 
+def image_dataset(
+    name: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    num_classes: int,
+    class_names: tuple[str, ...] | None = None,
+    *,
+    augment: bool,
+) -> Dataset:
+    """The data set of two splits, pairs of images and classes, with the channel statistics of the training split."""
+    return Dataset(name, *train, *test, num_classes, class_names, *channel_stats(train[0]), augment)
+
+
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel of images scaled to 0..1; a constant channel's deviation is 1.
 
@@ -118,7 +130,7 @@ def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     (tensor([0.5000]), tensor([0.5000]))
 
     Returns:
-        mean, std: (C,), float32. The deviation is that of the pixels there are, without Bessel's correction.
+        mean, std: (C,), float32. The deviation is that of the population, without Bessel's correction.
     """
     if x.dtype == torch.uint8:
         counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in x.unbind(1)]).double()
@@ -133,7 +145,7 @@ def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def required(module: str, package: str, data: str) -> Any:
-    """A module that only some data sets need.
+    """Import a module that only some data sets need.
 
     Raises:
         ImportError: it is not installed.

@@ -6,45 +6,31 @@ import importlib.util
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .dataset import Dataset, channel_stats, required
+from .dataset import Dataset, image_dataset, required
 
 
 def load_digits() -> Dataset:
     """1,797 images of 1x8x8, ten classes: 1,438 to train, 359 to test.
 
-    Of each class every fifth image, in scikit-learn's order, is for the test: a fixed split with equal shares.
+    Every fifth image of each class, in scikit-learn's order, is a test image: a fixed split with equal shares.
 
     Source: Alpaydin and Kaynak, Optical recognition of handwritten digits (the test part), doi:10.24432/C50P49.
     """
     table = _table()
     x = table[:, :-1].float().div_(16).view(-1, 1, 8, 8)
     y = table[:, -1].long()
-    position = torch.empty_like(y)  # of an image among those of its class
-    for digit in range(10):
-        members = (y == digit).nonzero().flatten()
-        position[members] = torch.arange(len(members))
+    position = F.one_hot(y).cumsum(0).gather(1, y[:, None])[:, 0] - 1  # of an image among those of its class
     test = position % 5 == 2
-    mean, std = channel_stats(x[~test])
-    return Dataset(
-        name="digits",
-        train_x=x[~test],
-        train_y=y[~test],
-        test_x=x[test],
-        test_y=y[test],
-        num_classes=10,
-        class_names=tuple("0123456789"),
-        mean=mean,
-        std=std,
-        augment=False,
-    )
+    return image_dataset("digits", (x[~test], y[~test]), (x[test], y[test]), 10, tuple("0123456789"), augment=False)
 
 
 def _table() -> Tensor:
-    """An image a line, its 64 pixels (0 to 16) and its class, (1797, 65), float64.
+    """A row per image: 64 pixels (0 to 16) and the class; (1797, 65), float64.
 
-    From the file that scikit-learn reads, where it is: to import scikit-learn takes longer than a small run.
+    Read from scikit-learn's file where there is one: importing scikit-learn takes longer than a small run.
     """
     np = required("numpy", "numpy", "digits")
     package = importlib.util.find_spec("sklearn")

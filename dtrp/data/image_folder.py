@@ -8,25 +8,26 @@ import torch
 from torch import Tensor
 
 from ..tensors.rng import generator
-from .dataset import Dataset, channel_stats, required
+from .dataset import Dataset, image_dataset, required
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _TEST_NAMES = ("test", "val")
+Files = dict[str, list[Path]]  # by class
 
 
 def load_folder(data_dir: Path, seed: int, image_size: int) -> Dataset:
     """Images from files, uint8 (N, 3, image_size, image_size).
 
     Either ``train/<class>/*`` and ``test/<class>/*`` (or ``val``), or ``<class>/*`` alone, of which a fifth of each
-    class, at least one image and drawn by ``seed``, is for the test. Classes count in the order of their names. The
-    order of the images takes the classes in turn, so that the first n are a sample of all.
+    class, drawn by ``seed`` and at least one image, becomes the test split. Classes are numbered in the order of their names.
+    Images come from the classes in turn, so that the first n are a sample of all classes.
 
-    An image is converted to RGB, cut to a square around its middle, and resized.
+    An image is converted to RGB, cropped to a square around its centre, and resized.
 
     Args:
-        data_dir: the folder.
-        seed: of the split, where the folders have none.
-        image_size: H and W.
+        data_dir: folder with the images.
+        seed: random seed of the split, where the folders have none.
+        image_size: H and W of the tensors.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -57,24 +58,11 @@ def load_folder(data_dir: Path, seed: int, image_size: int) -> Dataset:
     else:
         train, test = _split(_classes(data_dir), data_dir, seed)
     names = tuple(train)
-    train_x, train_y = _read(train, names, image_size)
-    test_x, test_y = _read(test, names, image_size)
-    mean, std = channel_stats(train_x)
-    return Dataset(
-        name="folder",
-        train_x=train_x,
-        train_y=train_y,
-        test_x=test_x,
-        test_y=test_y,
-        num_classes=len(names),
-        class_names=names,
-        mean=mean,
-        std=std,
-        augment=True,
-    )
+    train_images, test_images = (_read(files, names, image_size) for files in (train, test))
+    return image_dataset("folder", train_images, test_images, len(names), names, augment=True)
 
 
-def _classes(folder: Path) -> dict[str, list[Path]]:
+def _classes(folder: Path) -> Files:
     """The image files of each class, both in the order of their names."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
@@ -89,9 +77,8 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _split(
-    classes: dict[str, list[Path]], folder: Path, seed: int
-) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+def _split(classes: Files, folder: Path, seed: int) -> tuple[Files, Files]:
+    """Training and test images, 4 to 1 in each class."""
     train, test = {}, {}
     for name, files in classes.items():
         if len(files) < 2:
@@ -103,10 +90,11 @@ def _split(
     return train, test
 
 
-def _read(classes: dict[str, list[Path]], names: tuple[str, ...], image_size: int) -> tuple[Tensor, Tensor]:
-    """The images, first one of each class, then the second of each, and so on."""
-    turns = [(turn, names.index(name), file) for name, files in classes.items() for turn, file in enumerate(files)]
-    turns.sort()
+def _read(classes: Files, names: tuple[str, ...], image_size: int) -> tuple[Tensor, Tensor]:
+    """Images and their classes: the first image of each class, then the second of each, and so on."""
+    turns = sorted(
+        (turn, names.index(name), file) for name, files in classes.items() for turn, file in enumerate(files)
+    )
     x = torch.stack([_read_image(file, image_size) for _, _, file in turns])
     return x, torch.tensor([label for _, label, _ in turns])
 

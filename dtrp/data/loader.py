@@ -1,8 +1,8 @@
-"""Batches of a data set, each epoch's a function of the seed and the epoch alone."""
+"""The batches of an epoch, which depend on the seed and the epoch alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,26 +27,26 @@ def batches(
     images: bool = True,
     start: int = 0,
 ) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """One epoch, in normalized batches, on the device of ``x``; each image once, so the last batch may be smaller.
+    """The normalized batches of an epoch, on the device of ``x``. Each image comes once, so the last batch may be smaller.
 
-    Order and crops depend on ``seed`` and ``epoch`` only (the crops not on ``batch_size`` either): they are drawn on
-    the CPU, by generators of their own. So a run that stopped within an epoch goes on from the images that are left,
-    with ``start``. For a test, ``shuffle=False, augment=False``: every image in its order, as it is.
+    Order and crops depend on ``seed`` and ``epoch`` only: they are drawn on the CPU, by separate generators. So a run that
+    stopped within an epoch continues with the images that are left, with ``start``. For testing, ``shuffle=False,
+    augment=False`` gives every image unchanged, in the order of ``x``.
 
     Args:
-        x: images (N, C, H, H), uint8 or floats in 0..1: a split of ``dataset``, or a part of one; or windows of text
-            (N, context), which come as they are.
-        y: their classes (N,); or the characters that follow (N, context).
-        batch_size: images a batch.
-        dataset: gives ``mean`` and ``std``.
-        seed: of the run.
-        epoch: counted from 0.
-        augment: pad with zeros by 4 (less for images below 32), crop at random, mirror every second one at random. The
-            zeros are put around the normalized image, so they are the mean colour.
-        shuffle: a new order every epoch, or the order of ``x``.
-        dtype: of the images.
-        images: whether to make them; a worker that only compares with the classes needs none.
-        start: images of the epoch that have been seen: a multiple of ``batch_size``, or all of them.
+        x: images (N, C, H, H), uint8 or floats in 0..1, from a split of ``dataset``; or windows of text (N, context), int64,
+            which are not normalized.
+        y: classes of the images (N,), int64; or the next characters (N, context), int64.
+        batch_size: images in a batch.
+        dataset: data set whose ``mean`` and ``std`` normalize the images.
+        seed: random seed of the order and the crops.
+        epoch: number of the epoch, from 0.
+        augment: whether to pad with zeros by 4 (less for images below 32), crop at random and mirror with probability 1/2.
+            The zeros surround the normalized image, so they are the mean colour.
+        shuffle: whether each epoch has an order of its own; False: the order of ``x``.
+        dtype: floating-point dtype of the image batches.
+        images: whether to make the images; a worker that only computes the loss needs none.
+        start: number of images of the epoch that have been seen: a multiple of ``batch_size``, or all of them.
 
     Returns:
         An iterator over (images (B, C, H, H), or None, and classes (B,)).
@@ -65,37 +65,28 @@ def batches(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}: normalized images need a float; pass torch.float32")
     order = epoch_order(len(x), seed=seed, epoch=epoch) if shuffle else torch.arange(len(x), device="cpu")
-    crops = draw_crops(len(x), x.shape[-1], seed=seed, epoch=epoch) if augment and images else None
+    left = order[start:].to(x.device if images else y.device)
+    chosen = (indices for indices in torch.split(left, batch_size) if len(indices))
     if not images:
-        order = order.to(y.device)
-        return ((None, y[chosen]) for chosen in torch.split(order[start:], batch_size) if len(chosen))
+        return ((None, y[indices]) for indices in chosen)
     if isinstance(dataset, TextDataset):
-        order = order[start:].to(x.device)
-        return ((x[chosen], y[chosen]) for chosen in torch.split(order, batch_size) if len(chosen))
-    return _batches(x, y, batch_size, order, crops, dataset, dtype, start)
+        return ((x[indices], y[indices]) for indices in chosen)
+    crops = draw_crops(len(x), x.shape[-1], seed=seed, epoch=epoch) if augment else None
+    return _image_batches(x, y, chosen, dataset, crops, dtype)
 
 
-def _batches(
-    x: Tensor,
-    y: Tensor,
-    batch_size: int,
-    order: Tensor,
-    crops: Crops | None,
-    dataset: Dataset,
-    dtype: torch.dtype,
-    first: int,
+def _image_batches(
+    x: Tensor, y: Tensor, chosen: Iterable[Tensor], dataset: Dataset, crops: Crops | None, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalized and cropped images with their classes, for each tensor of indices (B,) in ``chosen``."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     # Tensors, not numbers: CUDA divides by a number through its reciprocal, unlike the CPU in the last bit.
     unit = 255 if x.dtype == torch.uint8 else 1
-    mean = (dataset.mean.to(x.device, exact) * unit)[:, None, None]
-    std = (dataset.std.to(x.device, exact) * unit)[:, None, None]
-    order = order.to(x.device)
+    mean, std = ((stat.to(x.device, exact) * unit)[:, None, None] for stat in (dataset.mean, dataset.std))
     if crops is not None:
         crops = Crops(*(t.to(x.device) for t in crops))
-    for start in range(first, len(x), batch_size):
-        chosen = order[start : start + batch_size]
-        images = (x[chosen].to(exact) - mean) / std
+    for indices in chosen:
+        images = (x[indices].to(exact) - mean) / std
         if crops is not None:
-            images = crop(images, Crops(*(t[chosen] for t in crops)))
-        yield images.to(dtype), y[chosen]
+            images = crop(images, Crops(*(t[indices] for t in crops)))
+        yield images.to(dtype), y[indices]

@@ -1,20 +1,22 @@
-"""The order of samples, as something that can be stopped anywhere and taken up again."""
+"""A sampler whose position in the epoch can be saved and restored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
-from typing import Any
+from collections.abc import Iterator, Sequence, Sized
 
 from torch.utils.data import Sampler
 
 from ..tensors.rng import epoch_order
+from ..typing import Json
+
+_STATE = ("num_samples", "seed", "shuffle", "epoch", "position")
 
 
 class ResumableSampler(Sampler[int]):
-    """Visits each sample once an epoch, in an order that depends on ``seed`` and the epoch alone, and knows where it is.
+    """Visits each sample once per epoch, in an order that depends on ``seed`` and the epoch alone, and keeps its position.
 
-    A `torch.utils.data.DataLoader` reads ahead, so what it has drawn is not what has been trained on: the loop says how
-    far it has come, by `advance`. Iterating begins at the first sample that is left of the epoch::
+    A `torch.utils.data.DataLoader` reads ahead, so the samples drawn are not the samples trained on: the loop reports its
+    progress with `advance`. Iteration starts at the first sample of the epoch that has not been trained on::
 
         sampler = dtrp.ResumableSampler(dataset, seed=0)
         loader = DataLoader(dataset, batch_size=64, sampler=sampler, num_workers=2)
@@ -28,13 +30,13 @@ class ResumableSampler(Sampler[int]):
     and, in another process, ``sampler.load_state_dict(pipe.load("checkpoint")["sampler"])`` before the loop.
 
     Args:
-        data: the data set, or the number of its samples.
-        seed: of the order.
-        shuffle: a new order every epoch, or that of the data.
+        data: data set, or its number of samples.
+        seed: random seed of the order.
+        shuffle: whether each epoch has an order of its own; False: the order of the data.
 
     Attributes:
-        epoch: from 0.
-        position: samples of the epoch that have been trained on.
+        epoch: number of the epoch, from 0.
+        position: number of samples of the epoch that have been trained on.
 
     Example:
         >>> sampler = ResumableSampler(5, seed=3)
@@ -55,25 +57,26 @@ class ResumableSampler(Sampler[int]):
         self._drawn: tuple[int, int] | None = None  # (epoch, position) that has been iterated to its end
 
     def __iter__(self) -> Iterator[int]:
-        here = (self.epoch, self.position)
-        if self.num_samples > 1 and self._drawn == here and self.position == 0:
+        start = (self.epoch, self.position)
+        if self.num_samples > 1 and self._drawn == start and self.position == 0:
             raise RuntimeError(
                 f"epoch {self.epoch} has been drawn and nothing of it trained on; call sampler.advance(len(y)) after each step"
             )
-        order = epoch_order(self.num_samples, seed=self.seed, epoch=self.epoch).tolist() if self.shuffle else None
-        for i in range(self.position, self.num_samples):
-            yield order[i] if order is not None else i
-        self._drawn = here
+        order: Sequence[int] = range(self.num_samples)
+        if self.shuffle:
+            order = epoch_order(self.num_samples, seed=self.seed, epoch=self.epoch).tolist()
+        yield from order[self.position :]
+        self._drawn = start
 
     def __len__(self) -> int:
-        """Samples left of the epoch."""
+        """Number of samples left in the epoch."""
         return self.num_samples - self.position
 
     def advance(self, num_samples: int) -> None:
-        """So many more have been trained on; with the last of the epoch the next one begins.
+        """Count ``num_samples`` more samples as trained on; after the last of the epoch the next epoch begins.
 
         Raises:
-            ValueError: there are not so many left.
+            ValueError: fewer are left.
         """
         if not 0 <= num_samples <= len(self):
             raise ValueError(
@@ -84,26 +87,21 @@ class ResumableSampler(Sampler[int]):
             self.next_epoch()
 
     def next_epoch(self) -> None:
-        """Leave what is left of the epoch: a last partial mini-batch that the loader drops."""
+        """Skip the rest of the epoch, such as a last partial mini-batch that the loader drops."""
         self.epoch, self.position = self.epoch + 1, 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where it is, as JSON has it."""
-        names = ("num_samples", "seed", "shuffle", "epoch", "position")
-        return {name: getattr(self, name) for name in names}
+    def state_dict(self) -> dict[str, Json]:
+        """Seed and position, as values that JSON can hold."""
+        return {name: getattr(self, name) for name in _STATE}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there.
+    def load_state_dict(self, state: dict[str, Json]) -> None:
+        """Continue from the position in ``state``.
 
         Raises:
-            ValueError: it is the state of a sampler of another number of samples, or none at all.
+            ValueError: the state of a sampler with another number of samples, or no such state at all.
         """
-        own = self.state_dict()
-        if (
-            not isinstance(state, dict)
-            or state.keys() != own.keys()
-            or any(type(state[k]) is not type(own[k]) for k in own)
-        ):
+        types = {name: type(value) for name, value in self.state_dict().items()}
+        if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != types:
             raise ValueError(f"{str(state)[:80]} is no state of a sampler; pass what state_dict() returned")
         if state["num_samples"] != self.num_samples:
             raise ValueError(
@@ -113,7 +111,6 @@ class ResumableSampler(Sampler[int]):
             raise ValueError(
                 f"epoch {state['epoch']}, position {state['position']}: no place among {self.num_samples} samples"
             )
-        self.seed, self.shuffle, self.epoch, self.position = (
-            state[k] for k in ("seed", "shuffle", "epoch", "position")
-        )
+        for name in _STATE:
+            setattr(self, name, state[name])
         self._drawn = None

@@ -1,4 +1,4 @@
-"""Images that are drawn, not read: for tests and for trying the program out."""
+"""Random images, for tests and for trying the program out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tensors.rng import generator
-from .dataset import Dataset, channel_stats
+from .dataset import Dataset, image_dataset
 
 _CLASSES, _TRAIN, _TEST = 10, 2_000, 500
 
@@ -15,8 +15,8 @@ _CLASSES, _TRAIN, _TEST = 10, 2_000, 500
 def load_random(seed: int, image_size: int) -> Dataset:
     """2,000 training and 500 test images, uint8 (3, image_size, image_size), in ten classes of equal size.
 
-    An image is its class's smooth random pattern and noise: 0.5 + 0.15 pattern + 0.2 noise, in units of 255, cut off
-    at 0 and 1. The pattern is 4x4 normal numbers, enlarged; the noise is normal, one number a pixel.
+    An image is the smooth random pattern of its class, and noise: 0.5 + 0.15 pattern + 0.2 noise, clamped to 0..1, in units
+    of 255. The pattern is 4x4 normal numbers, enlarged; the noise is a normal number per pixel and channel.
     """
     draws = generator("random", seed)
     coarse = torch.randn(_CLASSES, 3, 4, 4, generator=draws, dtype=torch.float32)
@@ -28,18 +28,5 @@ def load_random(seed: int, image_size: int) -> Dataset:
         x = 0.5 + 0.15 * patterns[y] + 0.2 * noise
         return (x.clamp(0, 1) * 255).round().to(torch.uint8), y
 
-    train_x, train_y = split(_TRAIN)
-    test_x, test_y = split(_TEST)
-    mean, std = channel_stats(train_x)
-    return Dataset(
-        name="random",
-        train_x=train_x,
-        train_y=train_y,
-        test_x=test_x,
-        test_y=test_y,
-        num_classes=_CLASSES,
-        class_names=None,
-        mean=mean,
-        std=std,
-        augment=False,
-    )
+    train, test = split(_TRAIN), split(_TEST)  # in this order, which decides what is drawn
+    return image_dataset("random", train, test, _CLASSES, augment=False)

@@ -1,4 +1,4 @@
-"""A text, character by character: what stands in a window, and the character that follows each one of it."""
+"""Text as a data set: windows of characters, and the next character at each position of a window."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _TEST_SHARE = 0.1
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TextDataset(Splits):
-    """Windows of characters, by their places in ``characters``.
+    """Windows of characters, as indices into ``characters``.
 
     Args:
-        name: what it is called in tables and errors.
-        train_x, test_x: (N, context), int64; the windows of a split follow each other and do not overlap.
-        train_y, test_y: (N, context), int64: at each place the character that follows.
-        characters: all that the text has, sorted.
+        name: name of the data set in tables and errors.
+        train_x, test_x: windows (N, context), int64; those of a split follow each other and do not overlap.
+        train_y, test_y: the next character at each position (N, context), int64.
+        characters: the distinct characters of the text, sorted.
     """
 
     samples = "windows"
@@ -31,16 +31,16 @@ class TextDataset(Splits):
 
     @property
     def num_classes(self) -> int:
-        """Characters."""
+        """Number of distinct characters."""
         return len(self.characters)
 
     @property
     def context(self) -> int:
-        """Characters of a window."""
+        """Number of characters in a window."""
         return self.train_x.shape[1]
 
     def decode(self, tokens: Tensor) -> str:
-        """The characters of ``tokens``, (T,)."""
+        """Indices (T,) as a string."""
         return "".join(self.characters[int(token)] for token in tokens)
 
     def __repr__(self) -> str:
@@ -51,11 +51,11 @@ class TextDataset(Splits):
 
 
 def load_text(file: Path, context: int) -> TextDataset:
-    """The text in ``file``, UTF-8: its last tenth for the test, the rest for training.
+    """The text in ``file``: the last tenth is the test split, the rest the training split.
 
     Args:
-        file: any text.
-        context: characters of a window. What is left of a split after its last whole window is not used.
+        file: any text, in UTF-8.
+        context: number of characters in a window. The end of a split that fills no window is not used.
 
     Raises:
         FileNotFoundError, IsADirectoryError: no file there.
@@ -66,24 +66,23 @@ def load_text(file: Path, context: int) -> TextDataset:
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}; pass a text file as data_dir (--data-dir)")
     try:
-        # Bytes, so that line ends stay as they are.
-        text = file.read_bytes().decode()
+        text = file.read_bytes().decode()  # bytes, so that line ends stay as they are
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text (byte {error.start}); convert it first") from None
     characters = "".join(sorted(set(text)))
-    places = {character: place for place, character in enumerate(characters)}
-    tokens = torch.tensor([places[character] for character in text], dtype=torch.int64)
+    indices = {character: index for index, character in enumerate(characters)}
+    tokens = torch.tensor([indices[character] for character in text], dtype=torch.int64)
     num_test = round(len(text) * _TEST_SHARE)
     if num_test <= context:
         raise ValueError(
             f"{file} has {len(text)} characters, and its last tenth, the test, is not longer than a window of {context} "
             f"and the character after it; take a longer text, or a context below {max(1, num_test)}"
         )
-    train_x, train_y = _windows(tokens[:-num_test], context)
-    test_x, test_y = _windows(tokens[-num_test:], context)
-    return TextDataset("text", train_x, train_y, test_x, test_y, characters)
+    train, test = (_windows(part, context) for part in (tokens[:-num_test], tokens[-num_test:]))
+    return TextDataset("text", *train, *test, characters)
 
 
 def _windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """Windows (N, context), and the next characters of each."""
     num = (len(tokens) - 1) // context
     return tokens[: num * context].view(num, context), tokens[1 : num * context + 1].view(num, context)

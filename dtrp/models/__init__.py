@@ -1,8 +1,6 @@
-"""Networks for the command line and the benchmarks, each a plain `nn.Sequential` of named blocks.
+"""Networks for the command line and the benchmarks: plain `nn.Sequential`s of named blocks.
 
-All take images but the GPT, which takes text.
-
-A plain Sequential can be cut between any two of its top-level layers. No block writes its input.
+The GPT takes text; all others take images. A model can be cut between any two of its blocks, and no block writes to its input.
 """
 
 from __future__ import annotations
@@ -22,15 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["auxiliary", "cifar_resnet", "get_model", "gpt", "has_convolutions", "list_models", "takes_text"]
 
 __getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "auxiliary": ".auxiliary_networks",
-        "cifar_resnet": ".resnet",
-        "gpt": ".transformer",
-    },
+    __name__, {"auxiliary": ".auxiliary_networks", "cifar_resnet": ".resnet", "gpt": ".transformer"}
 )
 
-# The names of networks, with what makes them differ.
+# Names of networks, and the arguments or the depth that each name stands for.
 _CIFAR_RESNETS: dict[str, dict[str, int]] = {
     **{f"resnet{depth}": {"depth": depth} for depth in (20, 32, 44, 56, 110, 1202)},
     "resnet14-8": {"depth": 14, "width": 8},
@@ -46,12 +39,12 @@ def list_models() -> list[str]:
 
 
 def has_convolutions(name: str) -> bool:
-    """Whether this model has any."""
+    """Whether the model has convolutions."""
     return name != "mlp" and not takes_text(name)
 
 
 def takes_text(name: str) -> bool:
-    """Whether this model reads tokens (N, T); the others read images."""
+    """Whether the model takes tokens (N, T), and not images."""
     return name == "gpt"
 
 
@@ -69,8 +62,8 @@ def get_model(
 ) -> nn.Sequential:
     """The network called ``name``: images (N, in_channels, H, W) to logits (N, num_classes).
 
-    ``gpt`` takes tokens (N, T) of ``num_classes`` characters to logits (N, T, num_classes), and has no ``in_channels``
-    and no ``image_size``.
+    ``gpt`` maps tokens (N, T) from ``num_classes`` characters to logits (N, T, num_classes); it ignores ``in_channels`` and
+    ``image_size``.
 
     >>> [block for block, _ in get_model("resnet20").named_children()][:3]
     ['stem', 'block1', 'block2']
@@ -79,17 +72,17 @@ def get_model(
 
     Args:
         name: one of `list_models`.
-        in_channels: of an image.
-        num_classes: outputs.
+        in_channels: channels of an image.
+        num_classes: number of classes, which is that of the logits.
         image_size: H and W. It fixes the inputs of mlp, and the VGGs need at least 32; the others take any size.
-        stem: of resnet18, 34 and 50: ``"cifar"`` (3x3, stride 1) or ``"imagenet"`` (7x7, stride 2, max-pool).
-        layers: blocks of gpt; None: 6.
+        stem: first layers of resnet18, 34 and 50: ``"cifar"`` (3x3, stride 1) or ``"imagenet"`` (7x7, stride 2, max-pool).
+        layers: number of blocks of gpt; None: 6.
         width: features of a token in gpt; None: 128.
-        heads: of each attention in gpt; None: 4.
-        context: the most tokens that gpt reads at once; None: 64.
+        heads: number of attention heads in gpt; None: 4.
+        context: largest number of tokens that gpt takes at once; None: 64.
 
     Raises:
-        ValueError: an unknown name (with the nearest right one), a stem or a size the model has no choice of, a number
+        ValueError: an unknown name (with the nearest right one), a stem or a size that the model has no choice of, a number
             out of range.
     """
     if name not in _NAMES:

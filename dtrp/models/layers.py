@@ -1,19 +1,20 @@
-"""The parts that the networks share."""
+"""Layers and loops that several networks share."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution that keeps H and W (or divides them by ``stride``), without bias: a BatchNorm follows it."""
+    """A convolution that keeps H and W, or divides them by ``stride``; without bias, since a BatchNorm follows."""
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
 
 
 def conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> OrderedDict[str, nn.Module]:
-    """Convolution, BatchNorm, ReLU, by name, for an `nn.Sequential`."""
+    """Named layers for an `nn.Sequential`: convolution, BatchNorm, ReLU."""
     return OrderedDict(
         conv=conv(in_channels, out_channels, kernel, stride),
         norm=nn.BatchNorm2d(out_channels),
@@ -22,12 +23,36 @@ def conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int
 
 
 def pooled_linear(channels: int, num_classes: int) -> OrderedDict[str, nn.Module]:
-    """Features (N, channels, H, W), averaged over H and W, to logits (N, num_classes)."""
+    """Named layers from features (N, channels, H, W), averaged over H and W, to logits (N, num_classes)."""
     return OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(channels, num_classes))
 
 
+def add_groups(
+    blocks: OrderedDict[str, nn.Module],
+    channels: int,
+    groups: Iterable[tuple[int, int]],
+    make_block: Callable[[int, int, int], nn.Module],
+) -> int:
+    """Append groups of residual blocks; the first block of every group but the first has stride 2.
+
+    Args:
+        blocks: named blocks to append to; a new block is named for its place in it.
+        channels: input channels of the first group.
+        groups: output channels and number of blocks of each group.
+        make_block: (input channels, output channels, stride) -> a block.
+
+    Returns:
+        The output channels of the last group.
+    """
+    for group, (out_channels, num_blocks) in enumerate(groups):
+        for i in range(num_blocks):
+            blocks[f"block{len(blocks)}"] = make_block(channels, out_channels, 2 if group and i == 0 else 1)
+            channels = out_channels
+    return channels
+
+
 def with_kaiming_init(model: nn.Sequential) -> nn.Sequential:
-    """The model, its convolutions drawn as in He et al. 2015 (arXiv:1502.01852), with the fan of the backward."""
+    """The model, with convolutions initialized as in He et al. 2015 (arXiv:1502.01852), by their fan out."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -35,7 +60,7 @@ def with_kaiming_init(model: nn.Sequential) -> nn.Sequential:
 
 
 def check_positive(**numbers: int) -> None:
-    """Raises ValueError where a number is not a whole one of at least 1."""
+    """Raise ValueError for a number that is not whole or below 1."""
     for name, number in numbers.items():
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name}={number!r}: pass a whole number of at least 1")

@@ -1,4 +1,4 @@
-"""A network of linear layers."""
+"""A multilayer perceptron."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Residual networks, as He et al. have them for CIFAR and for ImageNet.
+"""The residual networks of He et al. for CIFAR and for ImageNet.
 
 Source: He et al., Deep residual learning for image recognition, arXiv:1512.03385.
 """
@@ -10,18 +10,18 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import check_positive, conv, conv_norm_relu, pooled_linear, with_kaiming_init
+from .layers import add_groups, check_positive, conv, conv_norm_relu, pooled_linear, with_kaiming_init
 
 STEMS = ("cifar", "imagenet")
 
-# Depth: blocks in each of the four groups, and whether they are bottlenecks.
+# Depth: number of blocks in each of the four groups, and whether they are bottlenecks.
 _GROUPS = {18: ((2, 2, 2, 2), False), 34: ((3, 4, 6, 3), False), 50: ((3, 4, 6, 3), True)}
 
 
 class PaddedShortcut(nn.Module):
-    """Option A: every stride-th pixel, and zeros for the channels that are new. No parameters.
+    """Option A, without parameters: every stride-th pixel, and zeros in the additional channels.
 
-    The new channels lie half before and half behind the old ones.
+    Half of the additional channels come before the others, and half after them.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -35,20 +35,20 @@ class PaddedShortcut(nn.Module):
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Option B: a 1x1 convolution and its BatchNorm."""
+    """Option B: a 1x1 convolution with BatchNorm."""
     return nn.Sequential(
         OrderedDict(conv=conv(in_channels, out_channels, 1, stride), norm=nn.BatchNorm2d(out_channels))
     )
 
 
 def add_relu(residual: Tensor, shortcut: Tensor) -> Tensor:
-    """relu(residual + shortcut), written over ``residual``."""
+    """relu(residual + shortcut), computed in place in ``residual``."""
     residual += shortcut
     return F.relu(residual, inplace=True)
 
 
 class BasicBlock(nn.Module):
-    """relu(x + norm(conv(relu(norm(conv(x)))))), the convolutions 3x3.
+    """relu(x + norm(conv(relu(norm(conv(x)))))), with 3x3 convolutions.
 
     (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride).
     """
@@ -67,10 +67,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 1x1 convolution to a quarter of the channels, a 3x3 one, a 1x1 one back, and the shortcut.
+    """A 1x1 convolution to a quarter of the channels, a 3x3 convolution, a 1x1 convolution back, and the shortcut.
 
-    (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride). The stride is at the 3x3 convolution, as
-    commonly done since; the paper has it at the first 1x1 one.
+    (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride). The 3x3 convolution has the stride, as is now
+    common; in the paper the first 1x1 convolution has it.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: nn.Module) -> None:
@@ -93,18 +93,17 @@ class Bottleneck(nn.Module):
 def cifar_resnet(depth: int, *, width: int = 16, in_channels: int = 3, num_classes: int = 10) -> nn.Sequential:
     """The paper's CIFAR network: (N, in_channels, H, W) to (N, num_classes).
 
-    A 3x3 stem; three groups of n basic blocks, of ``width``, 2 and 4 times ``width`` channels, the second and third
-    at half the image size of the one before; the mean over H and W; a linear layer. Shortcuts are option A. Any
-    image size.
+    A 3x3 stem; three groups of n basic blocks, of ``width``, 2 and 4 times ``width`` channels, where the second and third
+    group halve the image size; the mean over H and W; a linear layer. Shortcuts are option A. Takes any image size.
 
     >>> len(cifar_resnet(14, width=8))  # a stem, 3 x 2 blocks, a head
     8
 
     Args:
-        depth: layers with weights, 6n + 2.
+        depth: number of layers with weights, 6n + 2.
         width: channels of the stem.
-        in_channels: of an image.
-        num_classes: outputs.
+        in_channels: channels of an image.
+        num_classes: number of classes, which is that of the logits.
 
     Raises:
         ValueError: a depth that is not 6n + 2 with n at least 1, or a number below 1.
@@ -115,14 +114,13 @@ def cifar_resnet(depth: int, *, width: int = 16, in_channels: int = 3, num_class
         below = max(num_blocks, 1) * 6 + 2
         nearest = f"{below}" if depth < below else f"{below} or {below + 6}"
         raise ValueError(f"depth={depth} but a CIFAR ResNet has 6n + 2 layers, n>=1; pass depth={nearest}")
+
+    def block(channels: int, out_channels: int, stride: int) -> nn.Module:
+        shortcut = nn.Identity() if stride == 1 else PaddedShortcut(channels, out_channels, stride)
+        return BasicBlock(channels, out_channels, stride, shortcut)
+
     blocks: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Sequential(conv_norm_relu(in_channels, width, 3)))
-    channels = width
-    for group in range(3):
-        for i in range(num_blocks):
-            out_channels, stride = width * 2**group, 2 if group and i == 0 else 1
-            shortcut = nn.Identity() if stride == 1 else PaddedShortcut(channels, out_channels, stride)
-            blocks[f"block{len(blocks)}"] = BasicBlock(channels, out_channels, stride, shortcut)
-            channels = out_channels
+    channels = add_groups(blocks, width, ((width * 2**group, num_blocks) for group in range(3)), block)
     blocks["head"] = nn.Sequential(pooled_linear(channels, num_classes))
     return with_kaiming_init(nn.Sequential(blocks))
 
@@ -130,23 +128,23 @@ def cifar_resnet(depth: int, *, width: int = 16, in_channels: int = 3, num_class
 def resnet(depth: int, *, in_channels: int = 3, num_classes: int = 10, stem: str = "cifar") -> nn.Sequential:
     """The paper's ImageNet network of 18, 34 or 50 layers: (N, in_channels, H, W) to (N, num_classes).
 
-    Four groups of 64, 128, 256 and 512 channels (four times as many in bottlenecks), shortcuts of option B. Any image
-    size: with ``stem="cifar"`` (3x3, stride 1) the last group's is H / 8, with ``"imagenet"`` (7x7, stride 2, and
-    a 3x3 max-pool, stride 2) H / 32.
+    Four groups of 64, 128, 256 and 512 channels (four times as many in bottlenecks), shortcuts of option B. Takes any image
+    size: with ``stem="cifar"`` (3x3, stride 1) the last group is at H / 8, with ``"imagenet"`` (7x7, stride 2, and a 3x3
+    max-pool, stride 2) at H / 32.
     """
     num_blocks, bottleneck = _GROUPS[depth]
-    block, expansion = (Bottleneck, 4) if bottleneck else (BasicBlock, 1)
-    channels = 64
-    first = conv_norm_relu(in_channels, channels, 3) if stem == "cifar" else conv_norm_relu(in_channels, channels, 7, 2)
+    block_class, expansion = (Bottleneck, 4) if bottleneck else (BasicBlock, 1)
+
+    def block(channels: int, out_channels: int, stride: int) -> nn.Module:
+        same = stride == 1 and channels == out_channels
+        shortcut = nn.Identity() if same else projection(channels, out_channels, stride)
+        return block_class(channels, out_channels, stride, shortcut)
+
+    first = conv_norm_relu(in_channels, 64, *((3, 1) if stem == "cifar" else (7, 2)))
     if stem == "imagenet":
         first["pool"] = nn.MaxPool2d(3, stride=2, padding=1)
     blocks: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Sequential(first))
-    for group, num in enumerate(num_blocks):
-        for i in range(num):
-            out_channels, stride = 64 * 2**group * expansion, 2 if group and i == 0 else 1
-            same = stride == 1 and channels == out_channels
-            shortcut = nn.Identity() if same else projection(channels, out_channels, stride)
-            blocks[f"block{len(blocks)}"] = block(channels, out_channels, stride, shortcut)
-            channels = out_channels
+    groups = ((64 * 2**group * expansion, num) for group, num in enumerate(num_blocks))
+    channels = add_groups(blocks, 64, groups, block)
     blocks["head"] = nn.Sequential(pooled_linear(channels, num_classes))
     return with_kaiming_init(nn.Sequential(blocks))

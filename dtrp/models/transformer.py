@@ -1,4 +1,4 @@
-"""A decoder-only transformer for text, of GPT-2's blocks."""
+"""A decoder-only transformer for text, with the blocks of GPT-2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .layers import check_positive
 
 
 class Embedding(nn.Module):
-    """Tokens (N, T), int64, to features (N, T, width): each token's vector, plus that of its place."""
+    """Tokens (N, T), int64, to features (N, T, width): the embedding of the token plus that of its position."""
 
     def __init__(self, num_tokens: int, width: int, context: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention: every place looks at itself and at those before it."""
+    """Causal self-attention: a position attends to itself and to those before it. (N, T, width) to the same."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + linear(gelu(linear(norm(x)))), of 4 * width hidden units; (N, T, width) to the same."""
+    """x + attention(norm(x)), then x + linear(gelu(linear(norm(x)))) of 4 * width hidden units; (N, T, width) to the same."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -65,20 +65,20 @@ class Block(nn.Module):
 
 
 def gpt(num_tokens: int, *, layers: int = 6, width: int = 128, heads: int = 4, context: int = 64) -> nn.Sequential:
-    """Tokens (N, T), int64, T up to ``context``, to the logits of the next token at each place (N, T, num_tokens).
+    """Tokens (N, T), int64, with T up to ``context``, to the logits of the next token at each position (N, T, num_tokens).
 
-    Source: Radford et al., Language models are unsupervised multitask learners, 2019 (GPT-2), without dropout, and with
-    a head of its own: the embedding and the head lie in different stages, so that they are not one tensor. Weights are
-    not drawn as there, with deviation 0.02, which is for a width of 768 and more: those of linear layers are normal with
-    deviation sqrt(2 / (inputs + outputs)) (Glorot and Bengio 2010), divided by sqrt(2 layers) where a block adds to its
-    input, as there; the embeddings have deviation 0.5, so that an update moves what the blocks read by little.
+    Source: Radford et al., Language models are unsupervised multitask learners, 2019 (GPT-2), with two differences. There is
+    no dropout, and the head does not share the weight of the embedding, which lies in another stage. GPT-2's initialization
+    with deviation 0.02 suits a width of 768 and more. Here the weights of linear layers are normal with deviation
+    sqrt(2 / (inputs + outputs)) (Glorot and Bengio 2010), divided by sqrt(2 layers) where a block adds to its input, as in
+    GPT-2; the embeddings have deviation 0.5, so that an update changes the input of the blocks by little.
 
     Args:
-        num_tokens: of the vocabulary.
-        layers: blocks.
+        num_tokens: size of the vocabulary.
+        layers: number of blocks.
         width: features of a token, a multiple of ``heads``.
-        heads: of each attention.
-        context: T at most.
+        heads: number of attention heads.
+        context: largest T.
 
     Raises:
         ValueError: a number below 1, or a width that the heads do not divide.

@@ -1,4 +1,4 @@
-"""VGG with BatchNorm, in its form for small images."""
+"""VGG with BatchNorm, for small images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from .layers import conv_norm_relu, pooled_linear, with_kaiming_init
 
-# Output channels of the 3x3 convolutions; each row ends in a max-pool that halves H and W.
+# Output channels of the 3x3 convolutions; a max-pool at the end of each row halves H and W.
 _ROWS = {
     11: ((64,), (128,), (256, 256), (512, 512), (512, 512)),
     16: ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
@@ -18,8 +18,8 @@ _ROWS = {
 def vgg(depth: int, *, in_channels: int = 3, num_classes: int = 10, image_size: int = 32) -> nn.Sequential:
     """VGG-11 or VGG-16: (N, in_channels, H, W), H and W at least 32, to (N, num_classes).
 
-    Source: Simonyan and Zisserman, arXiv:1409.1556, configurations A and D. Unlike the paper's: a BatchNorm after
-    each convolution (which then has no bias), and one linear layer on the averaged features for its three.
+    Source: Simonyan and Zisserman, arXiv:1409.1556, configurations A and D. Unlike the paper: a BatchNorm after each
+    convolution (which then has no bias), and one linear layer on the averaged features in place of three.
     """
     rows = _ROWS[depth]
     if image_size < 2 ** len(rows):

@@ -1,4 +1,4 @@
-"""Wide residual networks, with BatchNorm and ReLU before each convolution."""
+"""Wide residual networks: BatchNorm and ReLU come before each convolution."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import conv, pooled_linear, with_kaiming_init
+from .layers import add_groups, conv, pooled_linear, with_kaiming_init
 
 
 class PreActivationBlock(nn.Module):
-    """y = relu(norm(x)); shortcut + conv(relu(norm(conv(y)))), the convolutions 3x3.
+    """y = relu(norm(x)); shortcut + conv(relu(norm(conv(y)))), with 3x3 convolutions.
 
-    (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride). The shortcut is x, or, where the shape
-    changes, a 1x1 convolution of y.
+    (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride). The shortcut is x or, where the shape changes,
+    a 1x1 convolution of y.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -35,7 +35,7 @@ class PreActivationBlock(nn.Module):
 
 
 def wide_resnet(depth: int, widening: int, *, in_channels: int = 3, num_classes: int = 10) -> nn.Sequential:
-    """WRN-depth-widening for CIFAR, without dropout: (N, in_channels, H, W) to (N, num_classes). Any image size.
+    """WRN-depth-widening for CIFAR, without dropout: (N, in_channels, H, W), of any size, to (N, num_classes).
 
     ``depth`` is 6n + 4: a stem of 16 channels; three groups of n blocks, of 16, 32 and 64 times ``widening`` channels.
 
@@ -43,12 +43,8 @@ def wide_resnet(depth: int, widening: int, *, in_channels: int = 3, num_classes:
     """
     num_blocks = (depth - 4) // 6
     blocks: OrderedDict[str, nn.Module] = OrderedDict(stem=conv(in_channels, 16, 3))
-    channels = 16
-    for group in range(3):
-        for i in range(num_blocks):
-            out_channels, stride = 16 * widening * 2**group, 2 if group and i == 0 else 1
-            blocks[f"block{len(blocks)}"] = PreActivationBlock(channels, out_channels, stride)
-            channels = out_channels
+    groups = ((16 * widening * 2**group, num_blocks) for group in range(3))
+    channels = add_groups(blocks, 16, groups, PreActivationBlock)
     head: OrderedDict[str, nn.Module] = OrderedDict(norm=nn.BatchNorm2d(channels), relu=nn.ReLU())
     head.update(pooled_linear(channels, num_classes))
     blocks["head"] = nn.Sequential(head)
