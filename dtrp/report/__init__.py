@@ -1,4 +1,4 @@
-"""Pictures of runs: `dtrp report` makes one HTML file of runs and comparisons, and each figure as SVG and PNG."""
+"""Reports of runs: `dtrp report` writes an HTML file about runs and comparisons, and its figures as SVG and PNG."""
 
 from .collect import Collection, Run, collect
 from .page import write_report

@@ -1,28 +1,20 @@
-"""Reads run folders and comparisons: what a report shows, and nothing that they do not hold."""
+"""Reads the folders of runs and comparisons for a report."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import yaml
 
 from ..methods import list_methods
-from ..train.comparison import (
-    Cell,
-    largest_delay,
-    mean_and_deviation,
-    peak_bytes,
-    prediction_error,
-    read_failure,
-    read_summary,
-)
-from ..train.config import with_defaults
+from ..train.comparison import Cell, Summary, largest_delay, peak_bytes, prediction_error, read_failure, read_summary
+from ..train.config import CELL_SETTINGS, SETTINGS_WITHOUT_EFFECT, with_defaults
+from ..typing import Json
 
 
 @dataclass(frozen=True)
@@ -30,65 +22,61 @@ class Run:
     """A run of `dtrp train`.
 
     Attributes:
-        folder: where it lies.
-        cell: what tells it from the others.
-        config: its settings, by option.
-        metrics: the lines of ``metrics.jsonl``.
-        summary: ``summary.json``; None if the run did not finish.
+        folder: folder of the run.
+        cell: method, stages, micro-batches, seed and prediction.
+        config: settings by the name of their option.
+        metrics: lines of ``metrics.jsonl``.
+        summary: contents of ``summary.json``; None where the run is not finished.
     """
 
     folder: Path
     cell: Cell
-    config: dict[str, Any]
-    metrics: tuple[dict[str, Any], ...]
-    summary: dict[str, Any] | None
+    config: dict[str, Json]
+    metrics: tuple[dict[str, Json], ...]
+    summary: Summary | None
 
     @property
     def is_traced(self) -> bool:
         return (self.folder / "trace.json").is_file()
 
-    def read_trace(self) -> list[dict[str, Any]]:
-        """The events of ``trace.json``, which may be many; none if there is no whole one."""
+    def read_trace(self) -> list[dict[str, Json]]:
+        """The events of ``trace.json``; empty where the file is missing or damaged."""
         try:
             return list(json.loads((self.folder / "trace.json").read_text())["traceEvents"])
         except (OSError, ValueError, KeyError, TypeError):
             return []
 
 
-Groups = dict[str, list[Run]]  # runs that differ in their seed alone, by a name for them
+Groups: TypeAlias = dict[str, list[Run]]
+"""Runs that differ in their seed alone, by a name for them."""
 
-_OF_AN_EPOCH = {"epoch", "update", "samples_per_s", "train_loss", "test_loss", "test_accuracy"}  # at least
-# Settings that a cell has, and those that change nothing of what a run comes to.
-_OF_A_CELL = ("method", "prediction", "stages", "num-microbatches", "seed")
-_OF_NO_MATTER = (
-    "data-dir",
-    "trace",
-    "tensorboard",
-    "save-every",
-    "keep-last",
-    "prediction-error-every",
-    "plan",
-    "max-restarts",
-)
+_NEEDED_METRICS = {"epoch", "update", "samples_per_s", "train_loss", "test_loss", "test_accuracy"}
+_NOT_COMPARED = {field.replace("_", "-") for field in (*CELL_SETTINGS, *SETTINGS_WITHOUT_EFFECT)}
 
 
 @dataclass(frozen=True)
 class Collection:
-    """Runs, the cells that failed with why, and the names of those that have no epoch yet."""
+    """The runs of a report.
+
+    Attributes:
+        runs: runs with at least one epoch.
+        failed: name and reason of every cell that failed.
+        begun: names of the runs without a finished epoch.
+    """
 
     runs: tuple[Run, ...]
     failed: tuple[tuple[str, str], ...]
     begun: tuple[str, ...] = ()
 
     def groups(self) -> Groups:
-        """The runs, by what tells them apart but for their seed; unfinished ones only where no run of a group is finished."""
+        """The runs, grouped by all but the seed. A group has unfinished runs only where none of its runs is finished."""
         groups: Groups = {}
         for run in self.runs:
             groups.setdefault(self.label(run), []).append(run)
         return {label: [run for run in runs if run.summary] or runs for label, runs in groups.items()}
 
     def label(self, run: Run, *, short: bool = False) -> str:
-        """A run's name as far as it tells groups apart; ``short``: but for K and A."""
+        """A name of a run that tells groups apart; ``short``: without K and A."""
         name, cell = run.cell.title, run.cell
         if not short and len({run.cell.stages for run in self.runs}) > 1:
             name += f" K={cell.stages or '?'}"
@@ -96,31 +84,31 @@ class Collection:
             name += f" A={cell.num_microbatches}"
         return name + "".join(f" {key}={value}" for key, value in self.differing(run).items())
 
-    def differing(self, run: Run) -> dict[str, Any]:
-        """Settings that are not the same in all runs, beside those of a cell; workers are as many as stages, or none."""
-        own = _comparable(run)
-        return {key: own.get(key, "default") for key in self._varying}
+    def differing(self, run: Run) -> dict[str, Json]:
+        """The run's values of the settings that are not the same in all runs, those of a cell left out."""
+        settings = _compared_settings(run)
+        return {key: settings.get(key, "default") for key in self._differing_keys}
 
     @cached_property
-    def _varying(self) -> tuple[str, ...]:
-        """The names of these settings."""
-        first, *others = map(_comparable, self.runs)
+    def _differing_keys(self) -> tuple[str, ...]:
+        first, *others = map(_compared_settings, self.runs)
         keys = dict.fromkeys(key for config in (first, *others) for key in config)
         return tuple(key for key in keys if any(config.get(key) != first.get(key) for config in others))
 
-    def shared(self) -> dict[str, Any]:
-        """The settings that all runs have in common."""
+    def shared(self) -> dict[str, Json]:
+        """The settings that are the same in all runs."""
         first, *others = (run.config for run in self.runs)
         return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
 def collect(folders: Sequence[str]) -> Collection:
-    """The runs in these folders, each once: each folder is a run, or holds runs or comparisons.
+    """Read the runs in some folders; a run that is in several of them is read once.
 
-    A run in a folder of several that cannot be read is one that failed.
+    Args:
+        folders: folders of runs, of comparisons, or of both. In a folder of several runs a damaged run counts as failed.
 
     Raises:
-        ValueError: a folder that is neither, or in which nothing has been finished, with what to do.
+        ValueError: a folder without runs, or no run with a finished epoch.
     """
     runs: dict[Path, Run] = {}
     failed: dict[Path, tuple[str, str]] = {}
@@ -132,16 +120,11 @@ def collect(folders: Sequence[str]) -> Collection:
         if _is_run(folder):
             runs[folder.resolve()] = _read_run(folder)
             continue
-        inside = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.is_dir()]
-        notes: list[Path] = []
-        own: list[Path] = []
-        for place in (folder, *(path for path in inside if not _is_run(path))):
-            notes += [note for note in sorted(place.glob("*.failed")) if read_summary(place / note.stem) is None]
-            own += [path for path in sorted(place.iterdir()) if path.name[0] != "." and _is_run(path)]
-        if not own and not notes:
+        paths, notes = _runs_and_failures(folder)
+        if not paths and not notes:
             raise ValueError(f"{name} holds no run; pass what 'dtrp train --out' or 'dtrp compare --out' has written")
         failed |= {note.resolve(): (note.stem, read_failure(note)) for note in notes}
-        for path in own:
+        for path in paths:
             if (path / "metrics.jsonl").stat().st_size:
                 try:
                     runs[path.resolve()] = _read_run(path)
@@ -153,22 +136,33 @@ def collect(folders: Sequence[str]) -> Collection:
         why = ": ".join(next(iter(failed.values()))) if failed else ""
         first = f"the first failure: {why}" if failed else f"{next(iter(begun.values()))} has no epoch yet"
         raise ValueError(f"no run has been finished; {first}")
-    known = {name: number for number, name in enumerate(list_methods())}
-    ordered = sorted(
-        runs.values(),
-        key=lambda run: (run.cell.stages, run.cell.num_microbatches, known.get(run.cell.method, len(known))),
-    )
-    return Collection(tuple(ordered), tuple(failed.values()), tuple(begun.values()))
+    methods = list_methods()
+
+    def order(run: Run) -> tuple[int, ...]:
+        method = run.cell.method
+        return run.cell.stages, run.cell.num_microbatches, (*methods, method).index(method)
+
+    return Collection(tuple(sorted(runs.values(), key=order)), tuple(failed.values()), tuple(begun.values()))
+
+
+def _runs_and_failures(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The folders of runs, and the ``.failed`` files of cells without a summary, in a folder and in the folders in it."""
+    inside = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.is_dir()]
+    paths: list[Path] = []
+    notes: list[Path] = []
+    for parent in (folder, *(path for path in inside if not _is_run(path))):
+        paths += [path for path in sorted(parent.iterdir()) if path.name[0] != "." and _is_run(path)]
+        notes += [note for note in sorted(parent.glob("*.failed")) if read_summary(parent / note.stem) is None]
+    return paths, notes
 
 
 def _is_run(path: Path) -> bool:
     return (path / "metrics.jsonl").is_file()
 
 
-def _comparable(run: Run) -> dict[str, Any]:
-    config = {
-        key: value for key, value in with_defaults(run.config).items() if key not in (*_OF_A_CELL, *_OF_NO_MATTER)
-    }
+def _compared_settings(run: Run) -> dict[str, Json]:
+    """The settings that tell groups apart. Of workers only whether there are any: their number is that of the stages."""
+    config = {key: value for key, value in with_defaults(run.config).items() if key not in _NOT_COMPARED}
     return {**config, "workers": "yes"} if config.get("workers") else config
 
 
@@ -180,7 +174,7 @@ def _read_run(folder: Path) -> Run:
         raise ValueError(f"{folder} is no whole run: {error}") from None
     if not isinstance(config, dict) or not metrics:
         raise ValueError(f"{folder} is no whole run: it has no settings, or no epoch yet")
-    if not all(isinstance(line, dict) and line.keys() >= _OF_AN_EPOCH for line in metrics):
+    if not all(isinstance(line, dict) and line.keys() >= _NEEDED_METRICS for line in metrics):
         raise ValueError(f"{folder} is no whole run: a line of its metrics.jsonl is not that of an epoch")
     summary = read_summary(folder)
     if summary is not None:
@@ -195,10 +189,11 @@ def _read_run(folder: Path) -> Run:
     return Run(folder, cell, config, tuple(metrics), summary)
 
 
-def _check_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """
+def _check_summary(folder: Path, summary: Summary) -> None:
+    """Refuse a summary without a number that the report shows.
+
     Raises:
-        ValueError: it lacks something that is shown.
+        ValueError: such a summary.
     """
     try:
         for number in (largest_delay, prediction_error):
@@ -214,18 +209,10 @@ def _check_summary(folder: Path, summary: dict[str, Any]) -> None:
         ) from None
 
 
-def _stages(config: dict[str, Any], summary: dict[str, Any] | None) -> int:
-    """K; 0 of a run that is not finished and leaves it to the workers or the model."""
+def _stages(config: dict[str, Json], summary: Summary | None) -> int:
+    """K; 0 where it is not known: a run that is not finished and sets no number of stages."""
     if summary:
         return len(summary["stages"])
     if config.get("cuts"):
         return len(config["cuts"]) + 1
     return next((n for n in (config.get("stages"), config.get("workers")) if isinstance(n, int)), 0)
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, sample standard deviation); nan where a value is none, 0 spread of one."""
-    if not values or not all(map(math.isfinite, values)):
-        return math.nan, math.nan
-    mean, deviation = mean_and_deviation(values)
-    return mean, 0.0 if len(values) == 1 else deviation

@@ -1,8 +1,8 @@
-"""The figures of a report, each drawn from plain numbers that the page holds too.
+"""Draws the figures of a report, from numbers that the page also contains.
 
-Lines differ in dash and marker as well as in colour (Okabe and Ito's, which people with any colour vision tell apart), and two
-of one colour in both. Figures have no background and draw their text in the page's own colour, so that they suit a light and a
-dark page.
+Lines differ in dash and marker as well as in colour (Okabe and Ito's, which people with any colour vision tell apart); two lines
+of the same colour differ in both. Figures have no background, and their text has the colour of the page's text, so they suit
+light and dark pages.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,13 +23,17 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MARKERS = "osD^vPX*<>hd"
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--", "||", "**", "OO", "/.")
-_INK = "#123456"  # stands for the page's own colour of text in an SVG
-# A label may hold two dollar signs, and a tick says its whole number.
-_AS_IT_STANDS: Any = {"text.parse_math": False, "axes.formatter.useoffset": False}
+_INK = "#123456"  # placeholder in an SVG for the colour of the page's text
+# A label may contain dollar signs; ticks show whole numbers, not differences from an offset.
+_PLAIN_TEXT: Any = {"text.parse_math": False, "axes.formatter.useoffset": False}
+
+
+Series: TypeAlias = dict[str, dict[str, list[Any]]]
+"""Lists of x and y by label and, for a band, low and high: ``{label: {"x": [...], "y": [...], "low": [...], "high": [...]}}``."""
 
 
 class Look(NamedTuple):
-    """What a series is drawn with."""
+    """The style of a series."""
 
     colour: str
     dash: Any
@@ -39,27 +43,27 @@ class Look(NamedTuple):
 
 @dataclass(frozen=True)
 class Plot:
-    """What a figure shows: ``series`` by name, each lists of x, y and, for a band, low and high.
+    """The content of a figure.
 
     Args:
-        name: of the file, and of the figure's place in the page.
-        title, x_label, y_label: what stands at it.
-        series: ``{label: {"x": [...], "y": [...], "low": [...], "high": [...]}}``.
-        kind: ``"lines"``; ``"bars"``: groups of bars, x the names of the groups; ``"rows"``: bars that lie, one for each name in x;
-            ``"timeline"``: bars that lie, from x on, of a ``width``, in the row y; ``"points"``: with their bands as lines, over
-            whole numbers, or in a row for each name in x.
-        note: a sentence below it.
-        section: of the page.
-        limits: of y, which goes to the right where points have rows; None: as the numbers are.
-        looks: labels, whose place here says how they look, so that they look alike in all figures; one that is not among
-            them goes by its place in ``series``.
+        name: name of the file, and of the figure in the page.
+        title, x_label, y_label: texts in the figure.
+        series: numbers by label.
+        kind: ``"lines"``; ``"bars"``: groups of bars, with their names in x; ``"rows"``: horizontal bars, with their names in x;
+            ``"timeline"``: horizontal bars that start at x, in the row y, of a ``width``; ``"points"``: points with their bands
+            as lines, over whole numbers, or in a row for each name in x.
+        note: sentence below the figure.
+        section: section of the page.
+        limits: limits of the axis of values; None: from the numbers.
+        looks: labels whose position here decides their style, so that a label looks the same in all figures. The style of
+            other labels follows from their position in ``series``.
     """
 
     name: str
     title: str
     x_label: str
     y_label: str
-    series: dict[str, dict[str, list[Any]]]
+    series: Series
     kind: str = "lines"
     note: str = ""
     section: str = ""
@@ -67,9 +71,9 @@ class Plot:
     looks: tuple[str, ...] = ()
 
     def look(self, label: str) -> Look:
-        """How a label looks in every figure."""
+        """The style of a label."""
         number = list(self.looks if label in self.looks else self.series).index(label)
-        again = number // len(COLOURS)  # how often all colours have been used; the dash moves on by as many
+        again = number // len(COLOURS)  # rounds through all colours; the dash is shifted by as many
         return Look(
             COLOURS[number % len(COLOURS)], DASHES[(number + again) % len(DASHES)], MARKERS[number % len(MARKERS)],
             HATCHES[number % len(HATCHES)],
@@ -77,7 +81,7 @@ class Plot:
 
 
 def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
-    """The figure, its text in the colour ``ink``; as wide as a phone, and as high as its legend and rows ask."""
+    """Draw a figure as wide as a phone and as high as its legend and rows need, with text in the colour ``ink``."""
     widest = max((len(label) for label in plot.series), default=0)
     columns = max(1, min(3, 54 // (widest + 6)))
     legend_rows = math.ceil(len(plot.series) / columns) if len(plot.series) > 1 else 0
@@ -125,7 +129,7 @@ def _lines(axes: Any, plot: Plot, ink: str) -> None:
             )
     places = [x for line in plot.series.values() for x in line["x"]]
     margin = 0.04 * (max(places) - min(places)) or 0.5
-    axes.set_xlim(min(places) - margin, max(places) + margin)  # those of no number too
+    axes.set_xlim(min(places) - margin, max(places) + margin)  # with room for values that are not finite
     if all(isinstance(x, int) for x in places):
         _whole_numbers(axes)
 
@@ -159,7 +163,7 @@ def _rows(axes: Any, plot: Plot, ink: str) -> None:
 def _points(axes: Any, plot: Plot, ink: str) -> None:
     names, in_rows = _names(plot), _in_rows(plot)
     places = range(len(names)) if in_rows else names
-    # Those of one place stand beside one another.
+    # Points with the same x stand side by side.
     there = Counter(x for line in plot.series.values() for x in line["x"])
     step = min(0.6 / max(there.values()), 0.025 * max(10 if in_rows else 1, max(places) - min(places)))
     put: Counter[Any] = Counter()
@@ -170,13 +174,8 @@ def _points(axes: Any, plot: Plot, ink: str) -> None:
             at.append((names.index(x) if in_rows else x) + step * (put[x] - (there[x] - 1) / 2))
             put[x] += 1
         values, low, high = ([_number(y) for y in line[key]] for key in ("y", "low", "high"))
-        axes.plot(
-            *((values, at) if in_rows else (at, values)),
-            color=look.colour,
-            linestyle="none",
-            marker=look.marker,
-            label=label,
-        )
+        where = (values, at) if in_rows else (at, values)
+        axes.plot(*where, color=look.colour, linestyle="none", marker=look.marker, label=label)
         (axes.hlines if in_rows else axes.vlines)(at, low, high, color=look.colour, linewidth=1.2)
     if in_rows:
         axes.set_yticks(range(len(names)), names, fontsize=9)
@@ -186,7 +185,7 @@ def _points(axes: Any, plot: Plot, ink: str) -> None:
 
 
 def _whole_numbers(axes: Any) -> None:
-    """Ticks at whole numbers alone, and room for one where all x are the same."""
+    """Put ticks at whole numbers only, with room for a tick where all x are the same."""
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     low, high = axes.get_xlim()
     if high - low < 1:
@@ -198,7 +197,7 @@ def _names(plot: Plot) -> list[Any]:
 
 
 def _in_rows(plot: Plot) -> bool:
-    """Whether they are points, in rows of a name each."""
+    """Whether the figure has points in named rows."""
     return plot.kind == "points" and any(isinstance(name, str) for name in _names(plot))
 
 
@@ -219,28 +218,27 @@ def _number(value: Any) -> float:
 
 
 def svg(plot: Plot) -> str:
-    """As SVG that takes the colour of the text around it; the same numbers give the same text."""
+    """The figure as SVG, in the colour of the text around it. The same numbers give the same SVG."""
     out = io.StringIO()
-    with mpl.rc_context(_AS_IT_STANDS | {"svg.fonttype": "none", "svg.hashsalt": "dtrp", "font.family": "sans-serif"}):
+    with mpl.rc_context(_PLAIN_TEXT | {"svg.fonttype": "none", "svg.hashsalt": "dtrp", "font.family": "sans-serif"}):
         canvas: Any = FigureCanvasSVG(draw(plot))
         canvas.print_svg(out, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    text = re.sub(
-        r"<metadata>.*?</metadata>|(?<=<g) id=\"[^\"]*\"", "", text, flags=re.S
-    )  # ids that other figures have too
+    # Without the ids that other figures in the page have too.
+    text = re.sub(r"<metadata>.*?</metadata>|(?<=<g) id=\"[^\"]*\"", "", text, flags=re.S)
     return re.sub(r'(<svg[^>]*?) width="[^"]*"|(<svg[^>]*?) height="[^"]*"', lambda m: m[1] or m[2], text, count=2)
 
 
 def on_white(picture: str) -> str:
-    """What `svg` gives as a file of its own: dark text on white, whatever it is shown on."""
+    """An SVG from `svg` for a separate file: dark text on white."""
     return picture.replace("currentColor", "#111111").replace("<svg ", '<svg style="background:white" ', 1)
 
 
 def png(plot: Plot) -> bytes:
-    """As PNG on white, for a document: sharp on paper too."""
+    """The figure as PNG on white, sharp enough for print."""
     out = io.BytesIO()
-    with mpl.rc_context(_AS_IT_STANDS):
+    with mpl.rc_context(_PLAIN_TEXT):
         figure = draw(plot, "#111111", "white")
         figure.set_dpi(220)
         canvas: Any = FigureCanvasAgg(figure)

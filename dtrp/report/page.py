@@ -1,4 +1,4 @@
-"""The page: runs into plots and tables, and these into one HTML file that needs nothing beside it."""
+"""The page of a report: a self-contained HTML file with the figures, tables and settings of runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import jinja2
 import yaml
@@ -21,23 +21,30 @@ from ..atomic_file import whole_file
 from ..methods import Method
 from ..schedule import Schedule
 from ..train.build import make_method
-from ..train.comparison import megabytes_by_stage, prediction_error, shown_delay, weight_distance
+from ..train.comparison import mean_text, megabytes_by_stage, prediction_error, shown_delay, weight_distance
 from ..train.config import TrainConfig, config_text
-from .collect import Collection, Run, collect, mean_and_spread
+from .collect import Collection, Run, collect
 from .events import write_events
 from .figures import Plot, on_white, png, svg
 from .plots import MINIBATCHES_SHOWN, SECTIONS, make_plots
 
-_SCHEDULES_OPEN = 12  # the others are a touch away
+_SCHEDULES_OPEN = 12  # the reader unfolds the others
 
 
 def write_report(folders: list[str], out: str, figures: str | None = None, *, tensorboard: bool = False) -> Collection:
-    """Write one HTML file about some runs; with ``figures`` each figure as SVG and PNG to that folder too.
+    """Write an HTML file about some runs.
 
-    With ``tensorboard`` also events of each run, to ``tensorboard`` beside the file.
+    Args:
+        folders: folders of runs or comparisons.
+        out: path of the HTML file, which is written whole or not at all.
+        figures: folder for each figure as SVG and PNG; None: no such files.
+        tensorboard: whether to write TensorBoard events of each run, to ``tensorboard`` beside the file.
+
+    Returns:
+        The runs in the report.
 
     Raises:
-        ValueError: folders that hold no runs, or a place that cannot be written; the file is there whole or not at all.
+        ValueError: folders without runs, or a path that cannot be written.
     """
     collection = collect(folders)
     with _written(Path(out)) as file:
@@ -55,7 +62,7 @@ def write_report(folders: list[str], out: str, figures: str | None = None, *, te
 
 @contextmanager
 def _written(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, in a folder that is made if need be; one that cannot be written is known before there is work."""
+    """A file to write, in a folder that is made if needed. A path that cannot be written is refused before any work."""
     path = path.expanduser()
     try:
         if path.is_dir():
@@ -68,7 +75,7 @@ def _written(path: Path) -> Iterator[IO[bytes]]:
 
 
 def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
-    """The HTML."""
+    """The HTML of the page, with the plots in ``drawn`` as SVG."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dtrp.report", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -81,13 +88,15 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
         ],
         "failed": collection.failed,
     }  # fmt: skip
+    # JSON that every browser reads has no NaN and no infinity.
+    finite_data = json.loads(json.dumps(data), parse_constant=lambda name: None)
     shared = collection.shared()
     return environment.get_template("page.html").render(
         title=" on ".join(str(shared[key]) for key in ("model", "data") if key in shared) or "runs",
         sections=[
-            (section, own)
+            (section, shown)
             for section in SECTIONS
-            if (own := [(plot, Markup(picture)) for plot, picture in drawn if plot.section == section])
+            if (shown := [(plot, Markup(picture)) for plot, picture in drawn if plot.section == section])
         ],
         watched=any(plot.name.startswith("prediction-error") for plot, _ in drawn),
         traced=any(plot.name.startswith("timeline") for plot, _ in drawn),
@@ -107,19 +116,8 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
             }
         ),
         version=__version__,
-        data=Markup(json.dumps(_plain(data)).replace("<", "\\u003c")),
+        data=Markup(json.dumps(finite_data).replace("<", "\\u003c")),
     )
-
-
-def _plain(value: Any) -> Any:
-    """JSON that every browser reads: no NaN and no infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return value
 
 
 HEADINGS = ("", "accuracy, %", "test loss", "ms a mini-batch", "memory by stage, MB", "delay, at most",
@@ -131,20 +129,20 @@ def _table(collection: Collection) -> list[list[str]]:
     for label, runs in collection.groups().items():
         last = [run.metrics[min(len(other.metrics) for other in runs) - 1] for run in runs]
         finished = [run.summary for run in runs if run.summary]
-        distance, error = (
-            [value for value in map(of, finished) if math.isfinite(value)]
-            for of in (_percent_of_weights, prediction_error)
+        distances, errors = (
+            [value for value in map(number, finished) if math.isfinite(value)]
+            for number in (weight_distance, prediction_error)
         )
         rows.append(
             [
                 label,
-                _shown([100 * line["test_accuracy"] for line in last], 2),
-                _shown([line["test_loss"] for line in last], 3),
-                _shown([1e3 * s["minibatch_s"] for s in finished], 1) if finished else "-",
-                " ".join(megabytes_by_stage(finished)) if finished else "-",
-                shown_delay(finished) if finished else "-",
-                _shown(distance, 3) if distance else "-",
-                _shown(error, 2) if error else "-",
+                mean_text([100 * line["test_accuracy"] for line in last], 2),
+                mean_text([line["test_loss"] for line in last], 3),
+                mean_text([1e3 * summary["minibatch_s"] for summary in finished], 1),
+                " ".join(megabytes_by_stage(finished)) or "-",
+                shown_delay(finished),
+                mean_text([100 * distance for distance in distances], 3),
+                mean_text(errors, 2),
                 str(max(int(line["epoch"]) for line in last)),
                 ", ".join(str(run.cell.seed) for run in runs),
             ]
@@ -152,37 +150,25 @@ def _table(collection: Collection) -> list[list[str]]:
     return rows
 
 
-def _percent_of_weights(summary: dict[str, Any]) -> float:
-    return 100 * weight_distance(summary)
-
-
-def _shown(values: list[float], digits: int) -> str:
-    mean, spread = mean_and_spread(values)
-    if not math.isfinite(mean):
-        return "not a number"
-    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
-
-
 def _schedules(collection: Collection) -> list[tuple[str, str]]:
-    """(what is not as the method has it, the grid) of each order of work."""
+    """(options that differ from the method's, grid) of each order of work."""
     grids: dict[tuple[Method, int, int], tuple[str, str]] = {}
     for run in collection.runs:
         stages, parts = run.cell.stages, run.cell.num_microbatches
         try:
-            method = make_method(
-                TrainConfig(method=run.cell.method, ahead=run.config.get("ahead"), order=run.config.get("order"))
-            )
+            options = {key: run.config[key] for key in ("ahead", "order") if run.config.get(key) is not None}
+            method = make_method(TrainConfig(method=run.cell.method, **options))
             if (method, stages, parts) not in grids:
                 length = 2 if parts > 1 or method.flush else MINIBATCHES_SHOWN
-                own = [f"--{key} {run.config[key]}" for key in ("ahead", "order") if run.config.get(key) is not None]
-                grids[method, stages, parts] = (" ".join(own), str(Schedule.build(method, stages, length, parts)))
+                words = " ".join(f"--{key} {value}" for key, value in options.items())
+                grids[method, stages, parts] = (words, str(Schedule.build(method, stages, length, parts)))
         except ValueError:  # a method that this version does not know, or a number of stages that nobody knows
             continue
     return list(grids.values())
 
 
 def _command(run: Run) -> str:
-    """What trains it again, from nothing but this line."""
+    """The command line that trains the run again."""
     defaults = yaml.safe_load(config_text(TrainConfig()))
     words = ["dtrp", "train"]
     for key, value in run.config.items():

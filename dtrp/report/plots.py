@@ -1,6 +1,6 @@
-"""Runs into figures: which there are, and the numbers that each shows.
+"""The figures of a report: which ones the runs have numbers for, and these numbers.
 
-Where there are many groups of runs, each number of stages and micro-batches has figures of its own, all on one scale.
+With many groups of runs there is a figure (a facet) for every number of stages and micro-batches, all on one scale.
 """
 
 from __future__ import annotations
@@ -8,17 +8,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 from ..methods import get_method
-from ..train.comparison import largest_delay, peak_bytes
-from .collect import Collection, Groups, Run, mean_and_spread
-from .figures import Plot
+from ..train.comparison import Summary, largest_delay, mean_and_spread, peak_bytes
+from ..typing import Json
+from .collect import Collection, Groups, Run
+from .figures import Plot, Series
 
-MINIBATCHES_SHOWN = 6  # of a timeline
-_TOGETHER = 6  # groups that one figure holds well
-_TIMELINES = 12
+MINIBATCHES_SHOWN = 6  # in a timeline
+_MOST_GROUPS = 6  # in a figure without facets
+_MOST_TIMELINES = 12
+Facet: TypeAlias = tuple[str, str, Groups]
+"""A figure of several with the same kind of number: (suffix of its name, suffix of its title, groups)."""
 
 LEARNING, MEMORY, TIME, DELAY, TIMELINES = (
     "Accuracy and loss", "Memory", "Time", "Delay and prediction", "What ran when",
@@ -29,93 +33,93 @@ SECTIONS = (LEARNING, MEMORY, TIME, DELAY, TIMELINES)
 def make_plots(collection: Collection) -> list[Plot]:
     """Every figure that the runs have numbers for, section by section."""
     groups = collection.groups()
-    finished = {label: own for label, runs in groups.items() if (own := [run for run in runs if run.summary])}
-    plots: list[Plot] = []
-    for name, title, y_label, value in (
-        ("accuracy", "Test accuracy", "accuracy (%)", lambda line: 100 * line["test_accuracy"]),
-        ("test-loss", "Test loss", "loss", lambda line: line["test_loss"]),
-        ("train-loss", "Training loss", "loss", lambda line: line["train_loss"]),
-    ):
-        plots += one_scale(
-            _curve(own, name + suffix, title + where, y_label, value)
-            for suffix, where, own in _facets(collection, groups, backprop=True)
-        )
+    finished = {label: done for label, runs in groups.items() if (done := [run for run in runs if run.summary])}
     facets = _facets(collection, finished)
-    plots += one_scale(
-        _by_stage(
-            own, MEMORY, "memory" + suffix, "Memory of each stage, at most" + where, "MB",
-            lambda run: [b / 1e6 for b in peak_bytes(of(run))],
-            "Weights, optimizer state, gradients, the predicted copy, and the most activations at once.",
-        )
-        for suffix, where, own in facets
-    )  # fmt: skip
-    plots += _memory_by_stages(collection, finished)
-    if finished:
-        plots.append(_times(finished))
-    plots += one_scale(
-        _by_stage(
-            own, TIME, "utilization" + suffix, "Share of the time at work" + where, "%",
-            lambda run: [100 * s["busy"]["busy"] / max(1e-9, s["busy"]["elapsed"]) for s in of(run)["stages"]],
-            "In one process the stages take turns; with a process for each, the rest is waiting.",
-        )
-        for suffix, where, own in facets
-    )  # fmt: skip
-    plots += one_scale(_delays(own, "delay" + suffix, "Delay at stage 0" + where) for suffix, where, own in facets)
-    plots += _frontier(collection, finished)
-    for name, title, y_label, value_of, note in (
-        ("delay-over-time", "Delay over time, at stage 0", "updates", _delay_of,
-         "Of the micro-batches that --prediction-error-every looked at."),
-        ("prediction-error", "How well weights are predicted", "error, relative", _error_of,
-         "Distance of the weights a forward read from those of its backward, over that of the weights as they were: below 1 the "
-         "prediction helps, 1 is none."),
-    ):  # fmt: skip
-        plots += one_scale(
-            (_over_time(own, name + suffix, title + where, y_label, value_of, note) for suffix, where, own in facets),
+    plots = [
+        *_curves(_facets(collection, groups, backprop=True)),
+        *_faceted(
+            Plot("memory", "Memory of each stage, at most", "", "MB", {}, "bars",
+                 "Weights, optimizer state, gradients, the predicted copy, and the most activations at once.", MEMORY),
+            facets, partial(_by_stage, values=lambda run: [size / 1e6 for size in peak_bytes(summary_of(run))]),
+        ),
+        *_memory_by_stages(collection, finished),
+        *_times(finished),
+        *_faceted(
+            Plot("utilization", "Share of the time at work", "", "%", {}, "bars",
+                 "In one process the stages take turns; with a process for each, the rest is waiting.", TIME),
+            facets, partial(_by_stage, values=_percent_at_work),
+        ),
+        *_faceted(
+            Plot("delay", "Delay at stage 0", "updates", "% of micro-batches", {}, "bars",
+                 "Counted from the run, start-up and flush included.", DELAY),
+            facets, _delays,
+        ),
+        *_frontier(collection, finished),
+        *_faceted(
+            Plot("delay-over-time", "Delay over time, at stage 0", "mini-batch", "updates", {},
+                 note="Of the micro-batches that --prediction-error-every looked at.", section=DELAY),
+            facets, partial(_over_time, value=lambda stage, delay, read, stale: delay if stage == 0 else math.nan),
             from_zero=True,
-        )
-    traced = [(label, run) for label, runs in finished.items() for run in [r for r in runs if r.is_traced][:1]]
-    plots += [_timeline(label, run) for label, run in traced[:_TIMELINES]]
+        ),
+        *_faceted(
+            Plot("prediction-error", "How well weights are predicted", "mini-batch", "error, relative", {},
+                 note="Distance of the weights a forward read from those of its backward, over that of the weights as they were: "
+                 "below 1 the prediction helps, 1 is none.", section=DELAY),
+            facets, partial(_over_time, value=lambda stage, delay, read, stale: read / stale if stale > 0 else math.nan),
+            from_zero=True,
+        ),
+        *_timelines(finished),
+    ]  # fmt: skip
     shorts = (collection.label(run, short=True) for runs in groups.values() for run in runs)
     looks = tuple(dict.fromkeys([*groups, *shorts] if len(facets) < 2 else [*shorts, *groups]))
     return [dataclasses.replace(plot, looks=looks) for plot in plots if plot.series]
 
 
-def of(run: Run) -> dict[str, Any]:
-    """The summary of a run that has one."""
+def summary_of(run: Run) -> Summary:
+    """The summary of a finished run."""
     assert run.summary is not None
     return run.summary
 
 
-def _facets(collection: Collection, groups: Groups, *, backprop: bool = False) -> list[tuple[str, str, Groups]]:
-    """(suffix of the name, of the title, groups) of the figures that one kind of number takes.
+def _facets(collection: Collection, groups: Groups, *, backprop: bool = False) -> list[Facet]:
+    """The groups by figure: all in one, or those of each number of stages and micro-batches.
 
-    ``backprop``: where no run of a facet is synchronous, one that is stands beside it: its numbers are the same at every K.
+    ``backprop``: a facet without a synchronous method gets a synchronous group of another K, as its numbers are the same there.
     """
-    places = list(
-        dict.fromkeys((run.cell.stages, run.cell.num_microbatches) for runs in groups.values() for run in runs)
-    )
-    if len(groups) <= _TOGETHER or len(places) == 1:
+    sizes = dict.fromkeys((run.cell.stages, run.cell.num_microbatches) for runs in groups.values() for run in runs)
+    if len(groups) <= _MOST_GROUPS or len(sizes) == 1:
         return [("", "", groups)] if groups else []
     facets = []
     synchronous = {label: runs for label, runs in groups.items() if _flushes(runs[0])}
-    for stages, parts in places:
-        own = {
+    for stages, parts in sizes:
+        shown = {
             collection.label(runs[0], short=True): runs
             for runs in groups.values()
             if (runs[0].cell.stages, runs[0].cell.num_microbatches) == (stages, parts)
         }
-        if backprop and synchronous and not any(_flushes(runs[0]) for runs in own.values()):
+        if backprop and synchronous and not any(_flushes(runs[0]) for runs in shown.values()):
             label = min(synchronous, key=lambda label: synchronous[label][0].cell.num_microbatches != parts)
-            own = {label: synchronous[label], **own}
-        facets.append((f"-K{stages or 'unknown'}-A{parts}", f", K={stages or '?'}, A={parts}", own))
+            shown = {label: synchronous[label], **shown}
+        facets.append((f"-K{stages or 'unknown'}-A{parts}", f", K={stages or '?'}, A={parts}", shown))
     return facets
 
 
+def _faceted(
+    template: Plot, facets: Sequence[Facet], series: Callable[[Groups], Series], *, from_zero: bool = False
+) -> list[Plot]:
+    """A figure like ``template`` for each facet, with the series of its groups, all on one scale."""
+    plots = (
+        dataclasses.replace(template, name=template.name + suffix, title=template.title + where, series=series(groups))
+        for suffix, where, groups in facets
+    )
+    return one_scale(plots, from_zero=from_zero)
+
+
 def one_scale(plots: Iterable[Plot], *, from_zero: bool = False) -> list[Plot]:
-    """Figures of the same kind, on one scale, so that they can be compared by eye; bars stand on zero anyway."""
+    """Figures of the same kind on the same scale of y, so that they can be compared by eye. That of bars begins at zero."""
     plots = list(plots)
-    highs = [y for plot in plots for line in plot.series.values() for y in line.get("high", line["y"]) if y is not None]
-    lows = [y for plot in plots for line in plot.series.values() for y in line.get("low", line["y"]) if y is not None]
+    lines = [line for plot in plots for line in plot.series.values()]
+    highs, lows = ([y for line in lines for y in line.get(key, line["y"]) if y is not None] for key in ("high", "low"))
     if not highs or (len(plots) < 2 and not from_zero):
         return plots
     zero = from_zero or plots[0].kind == "bars"
@@ -131,35 +135,53 @@ def _flushes(run: Run) -> bool:
         return False
 
 
-def _curve(groups: Groups, name: str, title: str, y_label: str, value: Callable[[dict[str, Any]], float]) -> Plot:
-    series: dict[str, dict[str, list[Any]]] = {}
+def _curves(facets: Sequence[Facet]) -> list[Plot]:
+    """Accuracy and losses by epoch."""
+    plots = []
+    for template, key, factor in (
+        (Plot("accuracy", "Test accuracy", "epoch", "accuracy (%)", {}, section=LEARNING), "test_accuracy", 100),
+        (Plot("test-loss", "Test loss", "epoch", "loss", {}, section=LEARNING), "test_loss", 1),
+        (Plot("train-loss", "Training loss", "epoch", "loss", {}, section=LEARNING), "train_loss", 1),
+    ):
+        curves = _faceted(template, facets, partial(_by_epoch, key=key, factor=factor))
+        for plot, (_, _, groups) in zip(curves, facets, strict=True):
+            several = any(len(runs) > 1 for runs in groups.values())
+            notes = ["Bands: one standard deviation over seeds."] if several else []
+            if gaps := [f"{label} ({epochs})" for label, line in plot.series.items() if (epochs := _gaps(line))]:
+                notes.append(f"Not finite, and so not drawn: {', '.join(gaps)}.")
+            plots.append(dataclasses.replace(plot, note=" ".join(notes)))
+    return plots
+
+
+def _by_epoch(groups: Groups, key: str, factor: float) -> Series:
+    """A metric by epoch, as far as all runs of a group have come."""
+    series: Series = {}
     for label, runs in groups.items():
-        count = min(len(run.metrics) for run in runs)
-        points = [mean_and_spread([value(run.metrics[i]) for run in runs]) for i in range(count)]
-        series[label] = {"x": [int(runs[0].metrics[i]["epoch"]) for i in range(count)], **_band(points)}
-    several = any(len(runs) > 1 for runs in groups.values())
-    notes = ["Bands: one standard deviation over seeds."] if several else []
-    if gaps := [f"{label} ({epochs})" for label, line in series.items() if (epochs := _gaps(line))]:
-        notes.append(f"Not finite, and so not drawn: {', '.join(gaps)}.")
-    return Plot(name, title, "epoch", y_label, series, note=" ".join(notes), section=LEARNING)
+        epochs = list(zip(*(run.metrics for run in runs), strict=False))
+        band = _band([factor * line[key] for line in lines] for lines in epochs)
+        series[label] = {"x": [int(lines[0]["epoch"]) for lines in epochs], **band}
+    return series
 
 
 def _gaps(line: dict[str, list[Any]]) -> str:
-    """The epochs that have no number."""
+    """The epochs whose number is not finite."""
     epochs = [str(x) for x, y in zip(line["x"], line["y"], strict=True) if y is None]
     more = f" and {len(epochs) - 3} more" if len(epochs) > 3 else ""
     return f"epoch{'s' if len(epochs) > 1 else ''} {', '.join(epochs[:3])}{more}" if epochs else ""
 
 
-def _by_stage(
-    groups: Groups, section: str, name: str, title: str, y_label: str, values: Callable[[Run], list[float]], note: str
-) -> Plot:
-    series: dict[str, dict[str, list[Any]]] = {}
+def _by_stage(groups: Groups, values: Callable[[Run], list[float]]) -> Series:
+    """Means of a number of each stage."""
+    series: Series = {}
     for label, runs in groups.items():
-        columns = zip(*(values(run) for run in runs), strict=True)
-        means = [finite(mean_and_spread(list(column))[0]) for column in columns]
+        means = _band(zip(*map(values, runs), strict=True))["y"]
         series[label] = {"x": [f"stage {k}" for k in range(len(means))], "y": means}
-    return Plot(name, title, "", y_label, series, "bars", note, section)
+    return series
+
+
+def _percent_at_work(run: Run) -> list[float]:
+    stages = summary_of(run)["stages"]
+    return [100 * stage["busy"]["busy"] / max(1e-9, stage["busy"]["elapsed"]) for stage in stages]
 
 
 def _memory_by_stages(collection: Collection, groups: Groups) -> list[Plot]:
@@ -171,117 +193,117 @@ def _memory_by_stages(collection: Collection, groups: Groups) -> list[Plot]:
         lines.setdefault(f"{name} A={cell.num_microbatches}" if several else name, {})[cell.stages] = runs
         if several and cell.num_microbatches == cell.stages:
             lines.setdefault(f"{name} A=K", {})[cell.stages] = runs
-    series: dict[str, dict[str, list[Any]]] = {}
+    series: Series = {}
     for label, by_stages in lines.items():
         if len(by_stages) > 1:
-            points = [
-                mean_and_spread([max(peak_bytes(of(run))) / 1e6 for run in by_stages[k]]) for k in sorted(by_stages)
-            ]
-            series[label] = {"x": sorted(by_stages), **_band(points)}
+            peaks = ([max(peak_bytes(summary_of(run))) / 1e6 for run in by_stages[k]] for k in sorted(by_stages))
+            series[label] = {"x": sorted(by_stages), **_band(peaks)}
     title = "Memory of the largest stage, at most"
     return [Plot("memory-by-stages", title, "stages (K)", "MB", series, section=MEMORY)]
 
 
-def _times(groups: Groups) -> Plot:
-    points = [mean_and_spread([1e3 * of(run)["minibatch_s"] for run in runs]) for runs in groups.values()]
-    return Plot(
-        "time", "Time of a mini-batch", "ms", "", {"median over epochs": {"x": list(groups), **_band(points)}}, "rows",
-        "In one process for all stages, unless the settings below say workers. Lines: one standard deviation over seeds.", TIME,
-    )  # fmt: skip
+def _times(groups: Groups) -> list[Plot]:
+    """The time of a mini-batch, a row for each group."""
+    band = _band([1e3 * summary_of(run)["minibatch_s"] for run in runs] for runs in groups.values())
+    series: Series = {"median over epochs": {"x": list(groups), **band}} if groups else {}
+    note = "In one process for all stages, unless the settings below say workers. Lines: one standard deviation over seeds."
+    return [Plot("time", "Time of a mini-batch", "ms", "", series, "rows", note, TIME)]
 
 
-def _delays(groups: Groups, name: str, title: str) -> Plot:
-    series: dict[str, dict[str, list[Any]]] = {}
+def _delays(groups: Groups) -> Series:
+    """The share of micro-batches with each delay, at stage 0 of a group's first run."""
+    series: Series = {}
     for label, runs in groups.items():
-        counts = {int(d): n for d, n in of(runs[0])["stages"][0]["delays"].items()}
+        counts = {int(delay): count for delay, count in summary_of(runs[0])["stages"][0]["delays"].items()}
         total = max(1, sum(counts.values()))
-        series[label] = {"x": sorted(counts), "y": [100 * counts[d] / total for d in sorted(counts)]}
-    note = "Counted from the run, start-up and flush included."
-    return Plot(name, title, "updates", "% of micro-batches", series, "bars", note, DELAY)
+        series[label] = {"x": sorted(counts), "y": [100 * counts[delay] / total for delay in sorted(counts)]}
+    return series
 
 
 def _frontier(collection: Collection, groups: Groups) -> list[Plot]:
     """Accuracy at the end against the largest delay: a point for each K and A of a method."""
     if len(groups) < 2:
         return []
-    series: dict[str, dict[str, list[Any]]] = {}
+    series: Series = {}
     for runs in groups.values():
-        delay = max(largest_delay(of(run)) for run in runs)
-        accuracies = [100 * of(run)["test_accuracy"] for run in runs]
+        delay = max(largest_delay(summary_of(run)) for run in runs)
+        accuracies = [100 * summary_of(run)["test_accuracy"] for run in runs]
         add_point(series, collection.label(runs[0], short=True), delay, accuracies)
     note = "A point for each K and A: what a delay costs, and what a method gives back. Lines: one standard deviation over seeds."
     title = "Accuracy at the end, by delay"
     return [Plot("frontier", title, "largest delay (updates)", "accuracy (%)", series, "points", note, DELAY)]
 
 
-def add_point(series: dict[str, dict[str, list[Any]]], label: str, x: Any, values: list[float]) -> None:
-    """The mean of some values, and their band of one standard deviation, as another point of a series."""
+def add_point(series: Series, label: str, x: Any, values: list[float]) -> None:
+    """Append a point to a series: the mean of some values, with a band of one standard deviation."""
     line = series.setdefault(label, {"x": [], "y": [], "low": [], "high": []})
-    line["x"].append(x)
-    for key, numbers in _band([mean_and_spread(values)]).items():
+    for key, numbers in {"x": [x], **_band([values])}.items():
         line[key] += numbers
 
 
-def _delay_of(stage: int, delay: int, read: float, stale: float) -> float:
-    return float(delay) if stage == 0 else math.nan
+def _over_time(groups: Groups, value: Callable[[int, int, float, float], float]) -> Series:
+    """A number of the measured micro-batches: its mean in each mini-batch, over stages and seeds.
 
-
-def _error_of(stage: int, delay: int, read: float, stale: float) -> float:
-    return read / stale if stale > 0 else math.nan
-
-
-def _over_time(
-    groups: Groups, name: str, title: str, y_label: str, value: Callable[[int, int, float, float], float], note: str
-) -> Plot:
-    """Of the micro-batches that were looked at, the mean of those of each mini-batch, over stages and seeds."""
-    series: dict[str, dict[str, list[Any]]] = {}
+    ``value``: (stage, delay, read, stale) -> the number; one that is not finite is left out.
+    """
+    series: Series = {}
     for label, runs in groups.items():
-        at: dict[int, list[float]] = {}
-        for run in runs:
-            for stage in of(run)["stages"]:
-                for minibatch, delay, read, stale in stage["prediction_errors"]:
-                    if math.isfinite(number := value(stage["stage"], delay, read, stale)):
-                        at.setdefault(int(minibatch), []).append(number)
-        if at:
-            series[label] = {"x": sorted(at), "y": [finite(math.fsum(at[b]) / len(at[b])) for b in sorted(at)]}
-    return Plot(name, title, "mini-batch", y_label, series, note=note, section=DELAY)
+        numbers: dict[int, list[float]] = {}
+        for stage in (stage for run in runs for stage in summary_of(run)["stages"]):
+            for minibatch, delay, read, stale in stage["prediction_errors"]:
+                if math.isfinite(number := value(stage["stage"], delay, read, stale)):
+                    numbers.setdefault(int(minibatch), []).append(number)
+        if numbers:
+            ordered = sorted(numbers.items())
+            means = [finite(math.fsum(values) / len(values)) for _, values in ordered]
+            series[label] = {"x": [minibatch for minibatch, _ in ordered], "y": means}
+    return series
+
+
+def _timelines(groups: Groups) -> list[Plot]:
+    """A timeline of the first traced run in each group."""
+    traced = [(label, run) for label, runs in groups.items() for run in [r for r in runs if r.is_traced][:1]]
+    return [_timeline(label, run) for label, run in traced[:_MOST_TIMELINES]]
 
 
 def _timeline(label: str, run: Run) -> Plot:
-    """What ran when, for some mini-batches from the middle of the run; milliseconds. Of replicas the first."""
+    """What ran when in milliseconds, for some mini-batches from the middle of the run, in the first replica."""
     lanes: dict[tuple[int, int], str] = {}
     trace = run.read_trace()
-    for e in trace:
-        if e.get("name") == "thread_name" and e["args"]["name"].startswith("stage "):
-            first = next((pid for (pid, _), lane in lanes.items() if lane == e["args"]["name"]), e["pid"])
-            if first == e["pid"]:
-                lanes[e["pid"], e["tid"]] = e["args"]["name"]
-    spans = [e for e in trace if e.get("ph") == "X" and (e["pid"], e["tid"]) in lanes]
-    spans.sort(key=lambda e: float(e["ts"]))
-    length = 1e3 * MINIBATCHES_SHOWN * 1e3 * float(of(run)["minibatch_s"])
+    for event in trace:
+        if event.get("name") == "thread_name" and (stage := event["args"]["name"]).startswith("stage "):
+            first = next((pid for (pid, _), name in lanes.items() if name == stage), event["pid"])
+            if first == event["pid"]:
+                lanes[event["pid"], event["tid"]] = stage
+    spans = [event for event in trace if event.get("ph") == "X" and (event["pid"], event["tid"]) in lanes]
+    spans.sort(key=lambda span: float(span["ts"]))
+    length = 1e6 * MINIBATCHES_SHOWN * float(summary_of(run)["minibatch_s"])
     begin = float(spans[len(spans) // 2]["ts"]) if spans else 0.0
-    series: dict[str, dict[str, list[Any]]] = {}
+    series: Series = {}
     for kind, words in (("F", "forward"), ("B", "backward"), ("U", "update"), ("wait", "waits for a message")):
-        own = [e for e in spans if e["cat"] == kind and begin <= float(e["ts"]) < begin + length]
-        if own:
+        shown = [span for span in spans if span["cat"] == kind and begin <= float(span["ts"]) < begin + length]
+        if shown:
             series[words] = {
-                "x": [(float(e["ts"]) - begin) / 1e3 for e in own],
-                "y": [int(lanes[e["pid"], e["tid"]].split()[1]) for e in own],
-                "width": [float(e["dur"]) / 1e3 for e in own],
+                "x": [(float(span["ts"]) - begin) / 1e3 for span in shown],
+                "y": [int(lanes[span["pid"], span["tid"]].split()[1]) for span in shown],
+                "width": [float(span["dur"]) / 1e3 for span in shown],
             }
     name = "timeline-" + re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-")
     note = "Measured, from the middle of the run. The whole of it is the run's trace.json, for ui.perfetto.dev."
     return Plot(name, label, "ms", "stage", series, "timeline", note, TIMELINES)
 
 
-def _band(points: list[tuple[float, float]]) -> dict[str, list[Any]]:
-    return {
-        "y": [finite(mean) for mean, _ in points],
-        "low": [finite(mean - spread) for mean, spread in points],
-        "high": [finite(mean + spread) for mean, spread in points],
-    }
+def _band(samples: Iterable[Sequence[float]]) -> dict[str, list[Json]]:
+    """The mean of each point's values, and the band of one standard deviation around it; that of a single value has no width."""
+    band: dict[str, list[Json]] = {"y": [], "low": [], "high": []}
+    for values in samples:
+        mean, spread = mean_and_spread(values)
+        spread = 0.0 if len(values) == 1 else spread
+        for key, value in zip(band, (mean, mean - spread, mean + spread), strict=True):
+            band[key].append(finite(value))
+    return band
 
 
 def finite(value: float) -> float | None:
-    """None for what JSON has no word for."""
+    """None for a number that is not finite, for which JSON has no word."""
     return value if math.isfinite(value) else None

@@ -1,12 +1,12 @@
-"""Methods side by side: a grid of runs, each in a folder of its own, that can be broken off and gone on with.
+"""A comparison of methods: a grid of runs that can be interrupted and continued, and the numbers of its summaries.
 
     FOLDER/
-        compare.yaml            the settings that all cells share
+        compare.yaml            settings that all cells share
         dtrp-K4-A4-seed0/       a run of `dtrp train`; finished when it has its summary.json
-        dtrp-K4-A4-seed1.failed a cell that failed, and why; it is tried again by the next start
+        dtrp-K4-A4-seed1.failed why this cell failed; the next start tries it again
 
-A cell is a method, a number of stages and of micro-batches, a prediction and a seed. Nothing else differs between cells, and
-nothing is shared by them, so that one which fails loses nothing of the others.
+A cell is a method, a number of stages and of micro-batches, a prediction and a seed. Cells differ in nothing else and share no
+state, so a cell that fails does not affect the others.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import yaml
 
 from ..atomic_file import whole_file
 from ..measure.memory import held_at_most
 from ..methods import get_method
-from .config import TrainConfig, config_text, with_defaults
+from ..typing import Json
+from .config import CELL_SETTINGS, TrainConfig, config_text, with_defaults
 from .config_checks import check_settings
 
 _SETTINGS = "compare.yaml"
-_OWN = ("method", "prediction", "stages", "cuts", "num_microbatches", "seed", "out", "overwrite")  # of a cell
+Summary: TypeAlias = dict[str, Json]
+"""Contents of a run's ``summary.json``."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid; ``prediction`` None: the method's own."""
+    """A run of the grid. ``prediction`` None: the default of the method."""
 
     method: str
     stages: int
@@ -57,7 +59,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The method, and its prediction if that is not its own."""
+        """The method, and the prediction where it is not the method's default."""
         return self.method if self.prediction is None else f"{self.method} ({self.prediction})"
 
 
@@ -70,18 +72,18 @@ def grid(
     *,
     once: bool = False,
 ) -> list[Cell]:
-    """All cells, in the order in which they run: seed after seed, so that a part of the grid already compares.
+    """All cells in the order of running: seed after seed, so that a part of the grid can be compared already.
 
     Args:
-        methods: names.
-        stages: every K.
-        microbatches: every A; ``"K"`` is the number of stages.
-        seeds: of the runs.
-        predictions: for methods that predict, in place of their own.
-        once: run a method that flushes at one K for each A, since its accuracy is the same at every K; its time and memory are not.
+        methods: names of methods.
+        stages: numbers of stages K.
+        microbatches: numbers of micro-batches A, as text; ``"K"`` stands for the number of stages.
+        seeds: random seeds of the runs.
+        predictions: predictions for the methods that predict, in place of the method's default.
+        once: run a method that flushes at only one K for each A. Its accuracy is the same at every K, its time and memory are not.
 
     Raises:
-        ValueError: a word that is no number.
+        ValueError: a number of micro-batches that is not a number.
     """
     cells: dict[Cell, None] = {}
     flushing: dict[tuple[int, str, int], int] = {}  # the K at which (seed, method, A) runs
@@ -98,15 +100,15 @@ def grid(
 
 
 class Comparison:
-    """A grid in a folder.
+    """A grid of runs in a folder.
 
     Args:
-        base: the settings of every cell.
-        cells: as `grid` makes them.
-        folder: where the runs go; one that holds runs of the same settings is gone on with.
+        base: settings of every cell.
+        cells: cells as `grid` makes them.
+        folder: folder for the runs; a comparison with the same settings that is there continues.
 
     Raises:
-        ValueError, OSError: settings that no run can have, or a folder of another comparison. Nothing has been written.
+        ValueError, OSError: invalid settings, or a folder of another comparison. Nothing has been written.
     """
 
     def __init__(self, base: TrainConfig, cells: Sequence[Cell], folder: str) -> None:
@@ -116,10 +118,14 @@ class Comparison:
         self.folder = Path(folder).expanduser().absolute()
         for cell in self.cells:
             check_settings(self.config(cell))
-        self._settings = config_text(dataclasses.replace(base, **dict.fromkeys(_OWN)))  # type: ignore[arg-type]
+        shared = dict.fromkeys((*CELL_SETTINGS, "cuts"))
+        self._settings = config_text(dataclasses.replace(base, **shared))  # type: ignore[arg-type]
         if self.folder.exists():
             known = self.folder / _SETTINGS
-            if not self.folder.is_dir() or not (known.is_file() or all(map(_left_of_settings, self.folder.iterdir()))):
+            unfinished = f".{_SETTINGS}."  # left by a process that died while it wrote the settings
+            if not self.folder.is_dir() or not (
+                known.is_file() or all(path.name.startswith(unfinished) for path in self.folder.iterdir())
+            ):
                 raise ValueError(f"--out {folder} exists and is no comparison; choose another name")
             if known.is_file() and (other := self._differing(known)):
                 raise ValueError(
@@ -127,7 +133,7 @@ class Comparison:
                 )
 
     def _differing(self, known: Path) -> str:
-        """What a file says otherwise than these settings; one that it does not name, since it is older, has its default."""
+        """The differences between a file's settings and these. A setting that an older file lacks has its default."""
         try:
             theirs = yaml.safe_load(known.read_text())
         except yaml.YAMLError:
@@ -141,28 +147,28 @@ class Comparison:
         )
 
     def config(self, cell: Cell) -> TrainConfig:
-        """The settings of one cell's run."""
+        """Settings of the run of a cell."""
         workers = cell.stages if self.base.workers else None
         return dataclasses.replace(
             self.base, method=cell.method, stages=cell.stages, num_microbatches=cell.num_microbatches, seed=cell.seed,
             prediction=cell.prediction, workers=workers, out=str(self.folder / cell.name), overwrite=True, keep_last=0,
         )  # fmt: skip
 
-    def done(self, cell: Cell) -> dict[str, Any] | None:
-        """The summary of a finished cell."""
+    def done(self, cell: Cell) -> Summary | None:
+        """The summary of a cell; None where it is not finished."""
         return read_summary(self.folder / cell.name)
 
     def failure(self, cell: Cell) -> str | None:
-        """Why a cell failed, if it did."""
+        """Why a cell failed; None where it did not."""
         note = self.folder / f"{cell.name}.failed"
         return read_failure(note) if note.is_file() else None
 
     def run(self, work: Callable[[TrainConfig], None], say: Callable[[str], None]) -> list[Cell]:
-        """Run what is not finished yet.
+        """Run the cells that are not finished.
 
         Args:
-            work: trains by a configuration.
-            say: called with a line before each cell, and for each that fails.
+            work: function that trains with a configuration.
+            say: function that shows a line: before each cell, and for a cell that fails.
 
         Returns:
             The cells that failed.
@@ -178,14 +184,7 @@ class Comparison:
         for number, cell in enumerate(left):
             say(f"cell {number + 1} of {len(left)}: {cell.name}")
             note = self.folder / f"{cell.name}.failed"
-            for remains in (
-                self.folder / cell.name,
-                *self.folder.glob(f".{cell.name}.*"),
-            ):  # of a run that was broken off
-                if remains.is_dir():
-                    shutil.rmtree(remains)
-                else:
-                    remains.unlink(missing_ok=True)
+            self._remove_remains(cell)
             try:
                 work(self.config(cell))
                 note.unlink(missing_ok=True)
@@ -197,8 +196,16 @@ class Comparison:
                 failed.append(cell)
         return failed
 
+    def _remove_remains(self, cell: Cell) -> None:
+        """Remove what an interrupted run of the cell has left."""
+        for path in (self.folder / cell.name, *self.folder.glob(f".{cell.name}.*")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
     def groups(self) -> list[Group]:
-        """The finished cells by all but their seed, in the order of the grid."""
+        """The finished cells, grouped by all but the seed, in the order of the grid."""
         return group_cells([(cell, summary) for cell in self.cells if (summary := self.done(cell)) is not None])
 
 
@@ -208,26 +215,20 @@ class Group:
 
     cell: Cell
     seeds: tuple[int, ...]
-    summaries: tuple[dict[str, Any], ...]
+    summaries: tuple[Summary, ...]
 
-    def values(self, of: Callable[[dict[str, Any]], float]) -> list[float]:
-        """A number of each run."""
-        return [of(summary) for summary in self.summaries]
+    def values(self, number: Callable[[Summary], float]) -> list[float]:
+        """A number of every run."""
+        return [number(summary) for summary in self.summaries]
 
-    def mean(self, of: Callable[[dict[str, Any]], float]) -> tuple[float, float]:
-        """(mean, sample standard deviation; nan of one run, or where a value is none)."""
-        return mean_and_deviation(self.values(of))
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, sample standard deviation; nan of one value, or where a value is none)."""
-    known = len(values) > 1 and all(map(math.isfinite, values))
-    return statistics.fmean(values), statistics.stdev(values) if known else math.nan
+    def mean(self, number: Callable[[Summary], float]) -> tuple[float, float]:
+        """Its mean and standard deviation, as `mean_and_spread` has them."""
+        return mean_and_spread(self.values(number))
 
 
-def group_cells(cells: Iterable[tuple[Cell, dict[str, Any]]]) -> list[Group]:
-    """Runs by all but their seed, in the order in which they come."""
-    groups: dict[str, list[tuple[Cell, dict[str, Any]]]] = {}
+def group_cells(cells: Iterable[tuple[Cell, Summary]]) -> list[Group]:
+    """Runs, grouped by all but the seed, in the order of ``cells``."""
+    groups: dict[str, list[tuple[Cell, Summary]]] = {}
     for cell, summary in cells:
         groups.setdefault(cell.group, []).append((cell, summary))
     return [
@@ -236,74 +237,90 @@ def group_cells(cells: Iterable[tuple[Cell, dict[str, Any]]]) -> list[Group]:
     ]
 
 
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """``summary.json`` of a run; None where it is not finished."""
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, sample standard deviation); the deviation is nan for a single value, or where a value is not finite."""
+    known = len(values) > 1 and all(map(math.isfinite, values))
+    return statistics.fmean(values), statistics.stdev(values) if known else math.nan
+
+
+def mean_text(values: Sequence[float], digits: int | None = None, unit: str = "") -> str:
+    """Mean and standard deviation as text, the deviation of several values only.
+
+    >>> mean_text([64.0, 66.0], 1, " %")
+    '65.0 ± 1.4 %'
+
+    Args:
+        values: a value per run; a mean that is not finite is "not a number", that of no values "-".
+        digits: decimals; None: as many as show three digits of the mean.
+        unit: text after the numbers.
+    """
+    if not values:
+        return "-"
+    mean, spread = mean_and_spread(values)
+    if not math.isfinite(mean):
+        return "not a number"
+    if digits is None:
+        digits = max(0, 2 - math.floor(math.log10(mean))) if mean > 0 else 2
+    return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}") + unit
+
+
+def read_summary(folder: Path) -> Summary | None:
+    """``summary.json`` of a run; None where the run is not finished."""
     try:
-        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+        summary: Summary = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):
         return None
     return summary if isinstance(summary, dict) and "stages" in summary else None
 
 
 def read_failure(note: Path) -> str:
-    """Why a cell failed: the first line of its note."""
+    """Why a cell failed: the first line of its ``.failed`` file."""
     return next(iter(note.read_text(errors="replace").splitlines()), "its note is empty")
 
 
-def _left_of_settings(path: Path) -> bool:
-    """Whether it is what a process leaves that dies while it writes the settings."""
-    return path.name.startswith(f".{_SETTINGS}.")
-
-
-def peak_bytes(summary: dict[str, Any]) -> list[int]:
-    """Of each stage: weights, optimizer state, gradients, the predicted copy, and the most activations at once."""
+def peak_bytes(summary: Summary) -> list[int]:
+    """Peak memory of each stage: weights, optimizer state, gradients, predicted copy, and the peak of activations."""
     return [held_at_most(stage["memory"], stage["activations_peak"]) for stage in summary["stages"]]
 
 
-def megabytes_by_stage(summaries: Sequence[dict[str, Any]]) -> list[str]:
-    """The most that each stage held: the mean of these runs, and their deviation where it shows."""
-    return [_shown_megabytes([size / 1e6 for size in sizes]) for sizes in zip(*map(peak_bytes, summaries), strict=True)]
+def megabytes_by_stage(summaries: Sequence[Summary]) -> list[str]:
+    """Peak memory of each stage in MB: the mean over the runs, and the standard deviation where its digits are not 0."""
+    texts = []
+    for sizes in zip(*map(peak_bytes, summaries), strict=True):
+        mean, spread = (value / 1e6 for value in mean_and_spread(sizes))
+        digits = 0 if mean >= 100 else 1 if mean >= 1 else 2
+        texts.append(f"{mean:.{digits}f}" + (f"±{spread:.{digits}f}" if round(spread, digits) > 0 else ""))
+    return texts
 
 
-def _shown_megabytes(sizes: Sequence[float]) -> str:
-    mean, deviation = mean_and_deviation(sizes)
-    digits = 0 if mean >= 100 else 1 if mean >= 1 else 2
-    spread = f"{deviation:.{digits}f}"
-    return f"{mean:.{digits}f}" + (f"±{spread}" if deviation > 0 and float(spread) > 0 else "")
-
-
-def largest_delay(summary: dict[str, Any]) -> int:
-    """Of any micro-batch at any stage, in updates."""
+def largest_delay(summary: Summary) -> int:
+    """The largest delay of any micro-batch at any stage, in updates."""
     return max(int(delay) for stage in summary["stages"] for delay in stage["delays"])
 
 
-def shown_delay(summaries: Sequence[dict[str, Any]]) -> str:
-    """The largest delay of these runs: one number, or where they differ mean and deviation."""
+def shown_delay(summaries: Sequence[Summary]) -> str:
+    """The largest delay of the runs as text; where they differ, mean and standard deviation."""
     delays = [largest_delay(summary) for summary in summaries]
-    if len(set(delays)) == 1:
-        return str(delays[0])
-    mean, deviation = mean_and_deviation(delays)
-    return f"{mean:.1f} ± {deviation:.1f}"
+    return str(delays[0]) if len(set(delays)) == 1 else mean_text(delays, 1)
 
 
-def weight_distance(summary: dict[str, Any]) -> float:
-    """The mean, over the micro-batches and stages that were looked at, of |read - true| / |true|; nan of none.
+def weight_distance(summary: Summary) -> float:
+    """Mean over the measured micro-batches of |read - true| / |true|; nan where none was measured.
 
-    How far the weights that a forward read, predicted or not, were from those of its backward.
+    The distance of the weights that a forward read, predicted or not, from those of its backward.
     """
-    distances = [read for stage in summary["stages"] for _, _, read, _ in stage["prediction_errors"]]
-    return statistics.fmean(known) if (known := [one for one in distances if math.isfinite(one)]) else math.nan
+    return _finite_mean(read for stage in summary["stages"] for _, _, read, _ in stage["prediction_errors"])
 
 
-def prediction_error(summary: dict[str, Any]) -> float:
-    """The mean over the micro-batches and stages that were looked at of |read - true| / |stale - true|; nan of none.
+def prediction_error(summary: Summary) -> float:
+    """Mean over the measured micro-batches of |read - true| / |stale - true|; nan where none was measured.
 
-    1: the forward's weights were as far from the backward's as those of then; 0: exact prediction.
+    0: the prediction was exact; 1: the weights that the forward read were as far from the backward's as the stale ones.
     """
-    ratios = [
-        read / stale
-        for stage in summary["stages"]
-        for _, _, read, stale in stage["prediction_errors"]
-        if stale > 0 and math.isfinite(read / stale)
-    ]
-    return statistics.fmean(ratios) if ratios else math.nan
+    errors = [error for stage in summary["stages"] for error in stage["prediction_errors"]]
+    return _finite_mean(read / stale for _, _, read, stale in errors if stale > 0)
+
+
+def _finite_mean(values: Iterable[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.fmean(finite) if finite else math.nan

@@ -1,4 +1,4 @@
-"""The settings of a run: what each is where nothing is said, what names it takes, and how they are written down."""
+"""The settings of a run: their defaults, the names that they take, and their text in a file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The dtype of weights, by the name that --dtype takes: bfloat16 is autocast over float32 weights.
+# The dtype of weights by the name of --dtype: bfloat16 is autocast over float32 weights.
 DTYPES = {"float32": "float32", "float64": "float64", "bfloat16": "float32"}
 
 CHOICES = {
@@ -19,6 +19,12 @@ CHOICES = {
     "clip": ("stage", "global"),
     "on_nonfinite": ("stop", "skip"),
 }
+
+CELL_SETTINGS = ("method", "prediction", "stages", "num_microbatches", "seed")  # of a run in a comparison
+SAVE_SETTINGS = ("save_every", "keep_last")
+SETTINGS_WITHOUT_EFFECT = (  # on what a run learns
+    "data_dir", "trace", "tensorboard", *SAVE_SETTINGS, "prediction_error_every", "plan", "max_restarts",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

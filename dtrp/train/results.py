@@ -1,11 +1,11 @@
-"""What a run has come to: its epochs, its stages, and the summary that is kept of it."""
+"""The results of a run: metrics of its epochs, numbers of its stages, and its summary."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +128,11 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def mean_delay(counts: Mapping[int, int]) -> float:
+    """The mean of delays; ``counts``: number of micro-batches by their delay in updates."""
+    return sum(delay * count for delay, count in counts.items()) / sum(counts.values())
 
 
 def summarize_delays(delays: dict[int, int]) -> str:

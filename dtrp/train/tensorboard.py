@@ -1,17 +1,16 @@
-"""A run as TensorBoard events: what `dtrp train --tensorboard` writes to ``tensorboard`` in the run's folder.
+"""TensorBoard events of a run: what `dtrp train --tensorboard` writes to ``tensorboard`` in the run's folder.
 
-A scalar's step is the number of updates made::
+The step of a scalar is the number of updates made::
 
-    loss/minibatch, lr          each update
-    samples_per_s               every 20 updates, of those 20
-    loss/train, loss/test, accuracy/test                            each epoch
-    delay/stage0, prediction_error/stage0, memory_bytes/stage0      each epoch: means over it; the most held so far
+    loss/minibatch, lr          at each update
+    samples_per_s               every 20 updates, over these 20
+    loss/train, loss/test, accuracy/test                            at each epoch
+    delay/stage0, prediction_error/stage0, memory_bytes/stage0      at each epoch: means over it; the peak so far
 """
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import statistics
 import time
 from collections import Counter
@@ -24,19 +23,27 @@ from torch import Tensor
 
 from ..measure.memory import held_at_most
 from ..pipeline import Pipeline
-from .results import EpochMetrics
+from .results import EpochMetrics, mean_delay
 
-OF_AN_EPOCH = {"loss/train": "train_loss", "loss/test": "test_loss", "accuracy/test": "test_accuracy"}  # scalar: metric
-_TOGETHER = 20  # updates whose losses are read from the device at once
+EPOCH_SCALARS = {"loss/train": "train_loss", "loss/test": "test_loss", "accuracy/test": "test_accuracy"}  # name: metric
+_UPDATES_PER_FLUSH = 20  # whose losses are read from the device together
 
 
 def check_tensorboard() -> None:
-    """
+    """Refuse where the package tensorboard is missing.
+
     Raises:
-        ValueError: the package is not there, with what to do.
+        ValueError: it is missing, with what to install.
     """
     if importlib.util.find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs the package tensorboard; install it: pip install 'dtrp[tensorboard]'")
+
+
+def open_writer(folder: Path, *, purge_step: int | None) -> Any:
+    """A `SummaryWriter` for the event files in a folder; events there from ``purge_step`` on are no longer shown."""
+    from torch.utils.tensorboard import SummaryWriter  # takes a while to import
+
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 class _Update(NamedTuple):
@@ -44,82 +51,79 @@ class _Update(NamedTuple):
     loss: Tensor
     lr: float | None
     samples: int
-    at: float  # seconds since the epoch
+    time_s: float  # since 1970
 
 
 class Events:
-    """The one writer of a run.
+    """The writer of a run's events.
 
     Args:
-        folder: for the event files.
-        after: updates that a run which goes on has made. What was written of later ones is void.
-        settings: of the run, shown as a text.
+        folder: folder for the event files.
+        after: number of updates that a resumed run has made. Events of later updates are no longer shown.
+        settings: settings of the run, shown as text.
     """
 
     def __init__(self, folder: Path, *, after: int, settings: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a while to import
-
-        self._writer: Any = SummaryWriter(str(folder), purge_step=after + 1 if after else None)
+        self._writer = open_writer(folder, purge_step=after + 1 if after else None)
         self._pending: list[_Update] = []
         if not after:
             self._writer.add_text("settings", "".join(f"    {line}\n" for line in settings.splitlines()))
 
     def update(self, number: int, loss: Tensor, lr: float | None, samples: int) -> None:
-        """An update has been made; its loss is not waited for."""
+        """Record an update, without waiting for the device to compute its loss."""
         self._pending.append(_Update(number, loss.detach(), lr, samples, time.time()))
-        if len(self._pending) == _TOGETHER:
+        if len(self._pending) == _UPDATES_PER_FLUSH:
             self.flush()
 
     def epoch(self, metrics: EpochMetrics, scalars: Sequence[Mapping[str, float]]) -> None:
-        """An epoch is through; ``scalars`` are each rank's, of its stages."""
+        """Record an epoch; ``scalars`` are those of the stages, a mapping per rank."""
         self.flush()
-        own = {name: getattr(metrics, metric) for name, metric in OF_AN_EPOCH.items()}
-        for name, value in itertools.chain.from_iterable(each.items() for each in [own, *scalars]):
-            self._writer.add_scalar(name, value, metrics.update)
+        for values in ({name: getattr(metrics, metric) for name, metric in EPOCH_SCALARS.items()}, *scalars):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, metrics.update)
         self._writer.flush()
 
     def flush(self) -> None:
-        """Write what there is to the disk; before a save, so that a run that goes on from it lacks nothing."""
+        """Write all events to the disk; called before a save, so that no event of an update before it is lost."""
         pending, self._pending = self._pending, []
         if pending:
-            losses = torch.stack([each.loss for each in pending]).tolist()
-            for each, loss in zip(pending, losses, strict=True):
-                self._writer.add_scalar("loss/minibatch", loss, each.number, each.at)
-                if each.lr is not None:
-                    self._writer.add_scalar("lr", each.lr, each.number, each.at)
-            first, last = pending[0], pending[-1]
-            if last.at > first.at:
-                samples = sum(each.samples for each in pending[1:])
-                self._writer.add_scalar("samples_per_s", samples / (last.at - first.at), last.number, last.at)
+            losses = torch.stack([update.loss for update in pending]).tolist()
+            for update, loss in zip(pending, losses, strict=True):
+                self._writer.add_scalar("loss/minibatch", loss, update.number, update.time_s)
+                if update.lr is not None:
+                    self._writer.add_scalar("lr", update.lr, update.number, update.time_s)
+            last, elapsed_s = pending[-1], pending[-1].time_s - pending[0].time_s
+            if elapsed_s > 0:
+                samples = sum(update.samples for update in pending[1:])
+                self._writer.add_scalar("samples_per_s", samples / elapsed_s, last.number, last.time_s)
         self._writer.flush()
 
     def close(self) -> None:
-        """Write the rest, and close the file."""
+        """Write the pending events, and close the file."""
         self.flush()
         self._writer.close()
 
 
 class StageScalars:
-    """What there is to say of this rank's stages, epoch after epoch."""
+    """The scalars of this rank's stages, epoch after epoch."""
 
     def __init__(self) -> None:
         self._delays: dict[int, Counter[int]] = {}
-        self._seen: Counter[int] = Counter()  # prediction errors, by stage
+        self._num_errors: Counter[int] = Counter()  # prediction errors written already, by stage
 
     def since(self, pipe: Pipeline) -> dict[str, float]:
-        """Delay and prediction error since the last call, as means, and the most memory held so far."""
+        """Mean delay and mean prediction error since the last call, and the peak of memory so far."""
         scalars: dict[str, float] = {}
         memory, activations = pipe.memory(), pipe.activations_peak()
         for k, counter in pipe.delays().items():
             new = counter - self._delays.get(k, Counter())
             self._delays[k] = Counter(counter)
             if new:
-                scalars[f"delay/stage{k}"] = sum(delay * count for delay, count in new.items()) / new.total()
+                scalars[f"delay/stage{k}"] = mean_delay(new)
             scalars[f"memory_bytes/stage{k}"] = held_at_most(memory[k], activations[k])
-        for k in memory:
             errors = [error for error in pipe.prediction_errors() if error.stage == k]
-            ratios = [e.read / e.stale for e in errors[self._seen[k] :] if e.stale > 0]
-            self._seen[k] = len(errors)
+            ratios = [e.read / e.stale for e in errors[self._num_errors[k] :] if e.stale > 0]
+            self._num_errors[k] = len(errors)
             if ratios:
                 scalars[f"prediction_error/stage{k}"] = statistics.fmean(ratios)
         return scalars
