@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -85,17 +86,15 @@ def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
     widest = max((len(label) for label in plot.series), default=0)
     columns = max(1, min(3, 54 // (widest + 6)))
     legend_rows = math.ceil(len(plot.series) / columns) if len(plot.series) > 1 else 0
-    height = 3.1 + 0.17 * legend_rows
+    height = 3.1
     if plot.kind == "rows" or _in_rows(plot):
-        height = 0.9 + 0.26 * len(_names(plot)) + 0.17 * legend_rows
+        height = 0.9 + 0.26 * len(_values(plot, "x"))
     elif plot.kind == "timeline":
-        height = 1.2 + 0.3 * (1 + max(y for line in plot.series.values() for y in line["y"])) + 0.17 * legend_rows
-    figure = Figure(figsize=(5.2, height), layout="constrained", facecolor=background)
+        height = 1.2 + 0.3 * (1 + max(_values(plot, "y")))
+    figure = Figure(figsize=(5.2, height + 0.17 * legend_rows), layout="constrained", facecolor=background)
     axes = figure.add_subplot(facecolor=background)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for spine in axes.spines.values():
-        spine.set_color(ink)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[:].set_color(ink)
     axes.tick_params(colors=ink, labelsize=10)
     axes.set_title(plot.title, color=ink, loc="left", fontsize=12)
     axes.set_xlabel(plot.x_label, color=ink, fontsize=10)
@@ -106,82 +105,81 @@ def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
     if plot.limits is not None:
         (axes.set_xlim if _in_rows(plot) else axes.set_ylim)(*plot.limits)
     if len(plot.series) > 1:
-        legend = figure.legend(loc="outside lower center", ncols=columns, fontsize=9, frameon=False, handlelength=3)
-        for text in legend.get_texts():
-            text.set_color(ink)
+        style: Any = {"ncols": columns, "handlelength": 3, "fontsize": 9, "frameon": False, "labelcolor": ink}
+        figure.legend(loc="outside lower center", **style)
     return figure
 
 
 def _lines(axes: Any, plot: Plot, ink: str) -> None:
     for label, line in plot.series.items():
         look = plot.look(label)
-        every = max(1, len(line["x"]) // 12)
         axes.plot(
-            line["x"], [_number(y) for y in line["y"]], color=look.colour, linestyle=look.dash,
-            marker=look.marker, markevery=every, markersize=5, linewidth=1.6, label=label,
+            line["x"], _floats(line["y"]), color=look.colour, linestyle=look.dash, marker=look.marker,
+            markevery=max(1, len(line["x"]) // 12), markersize=5, linewidth=1.6, label=label,
         )  # fmt: skip
-        if "low" in line and any(low != high for low, high in zip(line["low"], line["high"], strict=True)):
-            low, high = [_number(y) for y in line["low"]], [_number(y) for y in line["high"]]
+        if "low" in line and line["low"] != line["high"]:
+            low, high = _floats(line["low"]), _floats(line["high"])
             if len(line["x"]) == 1:  # a band of one point has no width
                 axes.vlines(line["x"], low, high, color=look.colour, linewidth=1.2)
             axes.fill_between(
                 line["x"], low, high, color=look.colour, alpha=min(0.15, 0.6 / len(plot.series)), linewidth=0
             )
-    places = [x for line in plot.series.values() for x in line["x"]]
-    margin = 0.04 * (max(places) - min(places)) or 0.5
-    axes.set_xlim(min(places) - margin, max(places) + margin)  # with room for values that are not finite
-    if all(isinstance(x, int) for x in places):
+    xs = _values(plot, "x")
+    margin = 0.04 * (max(xs) - min(xs)) or 0.5
+    axes.set_xlim(min(xs) - margin, max(xs) + margin)  # with room for values that are not finite
+    if all(isinstance(x, int) for x in xs):
         _whole_numbers(axes)
 
 
 def _bars(axes: Any, plot: Plot, ink: str) -> None:
-    names = _names(plot)
+    names = _values(plot, "x")
     if all(isinstance(name, int) for name in names):
         names.sort()
     width = 0.8 / len(plot.series)
-    for place, (label, line) in enumerate(plot.series.items()):
+    for number, (label, line) in enumerate(plot.series.items()):
         look = plot.look(label)
-        places = [names.index(x) + (place - (len(plot.series) - 1) / 2) * width for x in line["x"]]
-        axes.bar(
-            places, [_number(y) for y in line["y"]], width=0.9 * width, color=look.colour,
-            hatch=look.hatch, edgecolor="white", linewidth=0.5, label=label,
-        )  # fmt: skip
+        xs = [names.index(x) + (number - (len(plot.series) - 1) / 2) * width for x in line["x"]]
+        style = {"color": look.colour, "hatch": look.hatch, "edgecolor": "white", "linewidth": 0.5}
+        axes.bar(xs, _floats(line["y"]), width=0.9 * width, **style, label=label)
     axes.set_xticks(range(len(names)), [str(name) for name in names])
     axes.grid(visible=False, axis="x")
 
 
 def _rows(axes: Any, plot: Plot, ink: str) -> None:
     (line,) = plot.series.values()
-    values = [_number(y) for y in line["y"]]
-    axes.barh(range(len(values)), values, height=0.7, color=COLOURS[0])
-    spreads = [_number(high) - value for high, value in zip(line["high"], values, strict=True)]
-    axes.errorbar(values, range(len(values)), xerr=spreads, fmt="none", ecolor=ink, elinewidth=1, capsize=2)
-    axes.set_yticks(range(len(values)), line["x"], fontsize=9)
-    axes.set_ylim(len(values) - 0.5, -0.5)
+    values, rows = _floats(line["y"]), range(len(line["y"]))
+    axes.barh(rows, values, height=0.7, color=COLOURS[0])
+    spreads = _floats(line["high"]) - values
+    axes.errorbar(values, rows, xerr=spreads, fmt="none", ecolor=ink, elinewidth=1, capsize=2)
+    _name_rows(axes, line["x"])
 
 
 def _points(axes: Any, plot: Plot, ink: str) -> None:
-    names, in_rows = _names(plot), _in_rows(plot)
+    names, in_rows = _values(plot, "x"), _in_rows(plot)
     places = range(len(names)) if in_rows else names
     # Points with the same x stand side by side.
-    there = Counter(x for line in plot.series.values() for x in line["x"])
-    step = min(0.6 / max(there.values()), 0.025 * max(10 if in_rows else 1, max(places) - min(places)))
-    put: Counter[Any] = Counter()
+    total = Counter(x for line in plot.series.values() for x in line["x"])
+    step = min(0.6 / max(total.values()), 0.025 * max(10 if in_rows else 1, max(places) - min(places)))
+    drawn: Counter[Any] = Counter()
     for label, line in plot.series.items():
         look = plot.look(label)
-        at = []
+        xs = []
         for x in line["x"]:
-            at.append((names.index(x) if in_rows else x) + step * (put[x] - (there[x] - 1) / 2))
-            put[x] += 1
-        values, low, high = ([_number(y) for y in line[key]] for key in ("y", "low", "high"))
-        where = (values, at) if in_rows else (at, values)
-        axes.plot(*where, color=look.colour, linestyle="none", marker=look.marker, label=label)
-        (axes.hlines if in_rows else axes.vlines)(at, low, high, color=look.colour, linewidth=1.2)
+            xs.append((names.index(x) if in_rows else x) + step * (drawn[x] - (total[x] - 1) / 2))
+            drawn[x] += 1
+        values, low, high = (_floats(line[key]) for key in ("y", "low", "high"))
+        points = (values, xs) if in_rows else (xs, values)
+        axes.plot(*points, color=look.colour, linestyle="none", marker=look.marker, label=label)
+        (axes.hlines if in_rows else axes.vlines)(xs, low, high, color=look.colour, linewidth=1.2)
     if in_rows:
-        axes.set_yticks(range(len(names)), names, fontsize=9)
-        axes.set_ylim(len(names) - 0.5, -0.5)
+        _name_rows(axes, names)
     else:
         _whole_numbers(axes)
+
+
+def _name_rows(axes: Any, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def _whole_numbers(axes: Any) -> None:
@@ -192,13 +190,14 @@ def _whole_numbers(axes: Any) -> None:
         axes.set_xlim((low + high - 1) / 2, (low + high + 1) / 2)
 
 
-def _names(plot: Plot) -> list[Any]:
-    return list(dict.fromkeys(x for line in plot.series.values() for x in line["x"]))
+def _values(plot: Plot, key: str) -> list[Any]:
+    """The distinct values of all series, in order of their first use."""
+    return list(dict.fromkeys(value for line in plot.series.values() for value in line[key]))
 
 
 def _in_rows(plot: Plot) -> bool:
     """Whether the figure has points in named rows."""
-    return plot.kind == "points" and any(isinstance(name, str) for name in _names(plot))
+    return plot.kind == "points" and any(isinstance(name, str) for name in _values(plot, "x"))
 
 
 def _timeline(axes: Any, plot: Plot, ink: str) -> None:
@@ -208,13 +207,13 @@ def _timeline(axes: Any, plot: Plot, ink: str) -> None:
             line["y"], line["width"], left=line["x"], height=heights[number % len(heights)], label=label,
             color=COLOURS[number % len(COLOURS)], hatch=("", "//", "xx", "")[number % 4], edgecolor="white", linewidth=0.3,
         )  # fmt: skip
-    stages = sorted({y for line in plot.series.values() for y in line["y"]})
-    axes.set_yticks(stages)
+    axes.set_yticks(sorted(_values(plot, "y")))
     axes.invert_yaxis()
 
 
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+def _floats(values: list[float | None]) -> np.ndarray[Any, Any]:
+    """The values, with nan for None."""
+    return np.array(values, dtype=float)
 
 
 def svg(plot: Plot) -> str:
