@@ -22,8 +22,8 @@ from dtrp import Schedule
 from dtrp.cli import cli, run
 from dtrp.cli.console import LiveReporter, PlainReporter, curve, make_reporter
 from dtrp.models import get_model
+from dtrp.train import EpochMetrics, TrainConfig, Trainer, lr_factor, summarize_delays
 from dtrp.train.build import load_dataset, make_model
-from dtrp.train.trainer import EpochMetrics, TrainConfig, Trainer, lr_factor, summarize_delays
 
 SMALL = ["train", "--data", "digits", "--model", "mlp", "--limit-train", "100", "--limit-test", "50",
          "--batch-size", "32", "--epochs", "2", "--threads", "1", "--lr", "0.01"]  # fmt: skip

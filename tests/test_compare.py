@@ -24,6 +24,7 @@ import dtrp
 from dtrp.cli import Stopped, run
 from dtrp.cli.console import show_comparison
 from dtrp.measure.prediction_error import look_every
+from dtrp.train import TrainConfig
 from dtrp.train.comparison import (
     Cell,
     Comparison,
@@ -37,7 +38,6 @@ from dtrp.train.comparison import (
     shown_delay,
     weight_distance,
 )  # fmt: skip
-from dtrp.train.trainer import TrainConfig
 
 SMALL = [
     "--data",

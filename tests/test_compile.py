@@ -13,7 +13,7 @@ from helpers import clone, minibatches, network, pipeline, sgd
 
 import dtrp
 from dtrp.models import gpt
-from dtrp.train.trainer import class_loss
+from dtrp.train import class_loss
 
 # torch's compiler imports deprecated parts of torch.
 pytestmark = [

@@ -18,7 +18,7 @@ from dtrp.cli import cli, run
 from dtrp.data import batches, load_data
 from dtrp.models import get_model, gpt
 from dtrp.planning.plan_file import Plan
-from dtrp.train.trainer import TrainConfig, Trainer, class_loss
+from dtrp.train import TrainConfig, Trainer, class_loss
 
 WORDS = "to be, or not to be: that is the question\n"
 

@@ -26,7 +26,7 @@ from dtrp.planning import Plan, PlanError, Profiler, balance, simulate
 from dtrp.planning.choose import plan
 from dtrp.planning.search import frontier, larger_batches
 from dtrp.tensors.nbytes import value_bytes
-from dtrp.train.trainer import TrainConfig, Trainer
+from dtrp.train import TrainConfig, Trainer
 
 # -- cuts -----------------------------------------------------------------------------------------------------
 

@@ -19,10 +19,10 @@ from test_full import CIFAR, benchmark
 from dtrp.cli import run
 from dtrp.launch.rendezvous import Presence, Start
 from dtrp.launch.signals import StopSignals
+from dtrp.train import TrainConfig
 from dtrp.train.autosave import SaveEvery
+from dtrp.train.config_checks import check_settings, worker_range
 from dtrp.train.run_folder import RunFolder, left_by
-from dtrp.train.staff import worker_range
-from dtrp.train.trainer import TrainConfig, check_settings
 
 restarts = benchmark("restarts")
 pytestmark = pytest.mark.timeout(600)

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from dtrp.cli import run
-from dtrp.train.staff import workers_per_replica
-from dtrp.train.trainer import TrainConfig
+from dtrp.train import TrainConfig
+from dtrp.train.config_checks import workers_per_replica
 
 SMALL = ["train", "--data", "digits", "--model", "mlp", "--limit-train", "100", "--limit-test", "50",
          "--batch-size", "32", "--epochs", "2", "--lr", "0.01", "--num-microbatches", "2"]  # fmt: skip

@@ -22,8 +22,8 @@ from typing import Any
 
 from variants import VARIANTS, config
 
+from dtrp.train import EpochMetrics, Reporter, Trainer, summary
 from dtrp.train.comparison import largest_delay, peak_bytes, prediction_error
-from dtrp.train.trainer import EpochMetrics, Reporter, Trainer, summary
 
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import dtrp
-from dtrp.train.trainer import TrainConfig, make_method
+from dtrp.train import TrainConfig, make_method
 
 STAGES, BATCH, LR = 4, 128, 0.05
 BASE = TrainConfig(

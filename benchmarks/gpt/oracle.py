@@ -19,7 +19,7 @@ from torch import Tensor
 import dtrp
 from dtrp.data import TextDataset, load_text
 from dtrp.models import gpt
-from dtrp.train.trainer import class_loss, lr_factor
+from dtrp.train import class_loss, lr_factor
 
 UPDATES, BATCH = 12, 8
 

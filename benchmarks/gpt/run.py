@@ -31,7 +31,7 @@ import dtrp
 from dtrp import Method
 from dtrp.data import TextDataset, batches, load_text
 from dtrp.models import gpt
-from dtrp.train.trainer import class_loss, lr_factor
+from dtrp.train import class_loss, lr_factor
 
 Recipe = dict[str, Any]
 RECIPE: Recipe = {

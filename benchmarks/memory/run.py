@@ -34,7 +34,7 @@ from dtrp import Method
 from dtrp.measure.memory import held_at_most
 from dtrp.models import get_model
 from dtrp.schedule import lead
-from dtrp.train.trainer import environment
+from dtrp.train import environment
 
 HERE = Path(__file__).parent
 METHODS = ("bp", "gpipe", "ddg", "fr", "fdg", "dtrp", "spectrain")

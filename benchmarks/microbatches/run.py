@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 import dtrp
 from dtrp.data import Dataset, batches, load_data
 from dtrp.models import cifar_resnet
-from dtrp.train.trainer import lr_factor
+from dtrp.train import lr_factor
 
 EPOCHS, BATCH, STAGES, TRAIN = 8, 128, 4, 10_000
 CELLS = [(method, parts) for method in ("bp", "fdg", "dtr", "dtrp") for parts in (1, 4)]

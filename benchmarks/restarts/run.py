@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from dtrp.train.trainer import environment
+from dtrp.train import environment
 
 HERE = Path(__file__).parent
 TIMES = ("samples_per_s", "elapsed_s")

@@ -12,11 +12,10 @@ from ..errors import StageError, WorkerError
 from ..saving import CheckpointError
 from ..train.comparison import read_summary
 from ..train.config import TrainConfig, config_text
-from ..train.config_checks import check_settings
+from ..train.config_checks import check_settings, worker_range, workers_per_replica
 from ..train.from_plan import resolved
 from ..train.results import TrainResult
 from ..train.run_folder import RunFolder, left_by
-from ..train.staff import worker_range, workers_per_replica
 from ..train.trainer import Interrupted, Reporter, Trainer
 from .stopped import Stopped
 

@@ -1,7 +1,7 @@
-"""The saves of a run on disk: when one is due, which are kept, and from which one goes on.
+"""The saves of a run: when they are due, which are kept, and from which a run resumes.
 
-RUN/saves/update-00000120/      in the middle of an epoch: exact, what is in flight too
-RUN/saves/update-00000200/      at an epoch's end, when nothing is in flight: portable, for any number of stages
+RUN/saves/update-00000120/      in the middle of an epoch: exact, with the batches in flight
+RUN/saves/update-00000200/      at the end of an epoch, with nothing in flight: portable, for any number of stages
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..pipeline import Pipeline
 from ..saving import Checkpoint, CheckpointError, state_dict
 from ..saving.checks import OtherOptions
 from ..saving.folder import is_ours
 from ..saving.manifest import glance
+from ..typing import Json
+from .results import EpochMetrics
 
 
 @dataclass
 class Position:
-    """Where a run is, beyond what its pipeline holds.
+    """The progress of a run that its pipeline does not hold.
 
     Attributes:
-        epoch: from 0.
-        samples: of that epoch that have been trained on.
-        loss_sum, learned: of the losses of those samples, and how many had a finite one.
-        trained_s, elapsed_s: of the epoch's training, and of the run.
-        metrics: of the finished epochs.
-        best: (update, accuracy) of the best of them.
+        epoch: number of the epoch, from 0.
+        samples: number of its samples that have been trained on.
+        loss_sum, learned: sum of the finite losses of these samples, and the number of finite losses.
+        trained_s, elapsed_s: seconds of training in the epoch, and of the whole run.
+        metrics: metrics of the finished epochs.
+        best: (update, accuracy) of the best of these epochs.
     """
 
     epoch: int = 0
@@ -43,22 +44,25 @@ class Position:
     learned: float = 0.0
     trained_s: float = 0.0
     elapsed_s: float = 0.0
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[EpochMetrics] = field(default_factory=list)
     best: tuple[int, float] | None = None
 
     @classmethod
-    def read(cls, text: Any) -> Position:
-        """What `Saves.write` has written.
+    def read(cls, text: Json) -> Position:
+        """A position from the text that `Saves.write` has written.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: another text.
         """
         try:
-            said = json.loads(text)
-            at = cls(**{**said, "best": tuple(said["best"]) if said["best"] else None})
+            values = json.loads(text)
+            values["metrics"] = [EpochMetrics(**line) for line in values["metrics"]]
+            values["best"] = values["best"] and tuple(values["best"])
+            at = cls(**values)
+            numbers = [at.loss_sum, at.learned, at.trained_s, at.elapsed_s]
+            numbers += [number for metrics in at.metrics for number in vars(metrics).values()]
             right = all(type(n) is int and n >= 0 for n in (at.epoch, at.samples))
-            right &= all(type(n) in (int, float) for n in (at.loss_sum, at.learned, at.trained_s, at.elapsed_s))
-            right &= isinstance(at.metrics, list) and len(at.metrics) == at.epoch
+            right &= all(type(n) in (int, float) for n in numbers) and len(at.metrics) == at.epoch
             right &= at.best is None or list(map(type, at.best)) == [int, float]
         except (TypeError, ValueError, KeyError, RecursionError):
             right = False
@@ -72,17 +76,17 @@ _UNITS_S = {"s": 1, "m": 60, "h": 3600}
 
 @dataclass(frozen=True)
 class SaveEvery:
-    """When a save within an epoch is due: every so many updates, or seconds."""
+    """The interval of saves within an epoch, in updates or in seconds; both None: no such saves."""
 
     updates: int | None = None
     seconds: float | None = None
 
     @classmethod
     def of(cls, text: str | int | None) -> SaveEvery:
-        """``500``: updates; ``90s``, ``5m``, ``1.5h``: time; None: never.
+        """``500``: updates; ``90s``, ``5m``, ``1.5h``: time; None: no saves within an epoch.
 
         Raises:
-            ValueError: anything else.
+            ValueError: any other text.
         """
         if text is None:
             return cls()
@@ -95,71 +99,73 @@ class SaveEvery:
 
 
 class Saves:
-    """Those of one run.
+    """The saves of a run.
 
     Args:
-        run: its folder.
-        keep_last: how many of the last ones are kept; the best one is kept beside them.
-        tidies: whether this process, of those that train together, makes the folder and lets go of old ones.
-        every: when one is due within an epoch.
+        run: folder of the run.
+        keep_last: number of latest saves to keep; that of the best epoch is kept as well.
+        tidies: whether this process, of all ranks, makes the folder and removes old saves.
+        every: interval of saves within an epoch.
     """
 
     def __init__(self, run: Path, keep_last: int, *, tidies: bool = True, every: SaveEvery | None = None) -> None:
         self._tidies = tidies
         self._every = every or SaveEvery()
-        self._since = time.monotonic()  # of the last save
+        self._saved_at = time.monotonic()
         self._folder = run / "saves"
         self._keep_last = keep_last
 
     @property
     def late(self) -> bool:
-        """Whether the time for a save has come, by the clock of this process."""
-        return self._every.seconds is not None and time.monotonic() - self._since >= self._every.seconds
+        """Whether a save is due by the clock of this process."""
+        return self._every.seconds is not None and time.monotonic() - self._saved_at >= self._every.seconds
 
     def due(self, update: int) -> bool:
-        """Whether a save is due after an update, on every rank."""
+        """Whether a save is due after an update; the same on every rank."""
         return self._every.updates is not None and update % self._every.updates == 0
 
     def write(self, pipe: Pipeline, position: Position, *, portable: bool) -> None:
-        """Save, on all ranks, and let go of what need not be kept."""
+        """Save, on all ranks, and remove saves that need not be kept."""
         if self._tidies:
             self._folder.mkdir(exist_ok=True)
-        # As text, since a loss may be nan, which JSON has not.
+        # As text, since a loss may be nan, which the manifest cannot hold.
         extra = {"position": json.dumps(dataclasses.asdict(position))}
         path = self._path(pipe.num_updates)
         if self._tidies and (path.is_symlink() or (path.exists() and not is_ours(path))):
-            path.rename(path.with_name(f"aside-{path.name}-{time.time_ns()}"))  # it was left aside when the run went on
+            # Not a save; `resume` has passed over it.
+            path.rename(path.with_name(f"aside-{path.name}-{time.time_ns()}"))
         pipe.save(path, portable=portable, extra=extra)
-        self._since = time.monotonic()
+        self._saved_at = time.monotonic()
         if self._tidies:
-            for path in self._folder.glob(".update-*"):  # of a process that died while it saved
-                shutil.rmtree(path, ignore_errors=True)
+            unfinished = self._folder.glob(".update-*")  # left by a process that died while it saved
             best = self._path(position.best[0]) if position.best else None
-            for path in self._all()[self._keep_last :]:
-                if path != best:
-                    shutil.rmtree(path, ignore_errors=True)
+            for path in (*unfinished, *(old for old in self._all()[self._keep_last :] if old != best)):
+                shutil.rmtree(path, ignore_errors=True)
 
     def resume(
         self, pipe: Pipeline, *, num_replicas: int, check: Callable[[Position], None] = lambda position: None
     ) -> tuple[Position, list[str]]:
-        """Load the newest save that is whole and fits; where the run was, and what there is to say about it.
+        """Load the newest save that is whole and fits.
 
-        The options of the optimizers, learning rates too, stay those that ``pipe`` was made with.
+        The options of the optimizers, learning rates included, stay those that ``pipe`` was made with.
 
         Args:
-            pipe: to load it into.
-            num_replicas: of the run.
-            check: raises ValueError where the run cannot go on from a position.
+            pipe: pipeline to load the save into.
+            num_replicas: number of replicas of the run.
+            check: function that raises ValueError for a position from which the run cannot continue.
+
+        Returns:
+            The position of the run, and notes for the user.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: no save fits.
         """
         notes: list[str] = []
-        own = (pipe.method.name, pipe.num_stages, pipe.num_microbatches, num_replicas)
+        shape = (pipe.method.name, pipe.num_stages, pipe.num_microbatches, num_replicas)
         options = [state_dict.options_of(stage) for stage in pipe._engine.stages]
         for path, found, position in self._readable(notes, check):
-            theirs = (found.method, found.num_stages, found.num_microbatches, found.num_replicas)
-            if found.kind == "exact" and theirs != own:
+            saved_shape = (found.method, found.num_stages, found.num_microbatches, found.num_replicas)
+            if found.kind == "exact" and saved_shape != shape:
                 notes.append(
                     f"{path.name} holds what was in flight in another pipeline; the last portable save is taken"
                 )
@@ -173,9 +179,9 @@ class Saves:
                     raise
                 notes.append(f"{path.name} is left aside: {error}")
                 continue
-            notes += [str(each.message) for each in caught if not isinstance(each.message, OtherOptions)]
-            for stage, own_options in zip(pipe._engine.stages, options, strict=True):
-                state_dict.set_options(stage, own_options)
+            notes += [str(warning.message) for warning in caught if not isinstance(warning.message, OtherOptions)]
+            for stage, stage_options in zip(pipe._engine.stages, options, strict=True):
+                state_dict.set_options(stage, stage_options)
             how = "what was in flight included" if found.kind == "exact" else "from a portable save"
             notes.append(f"going on after update {pipe.num_updates}, {how}")
             return position, notes
@@ -186,7 +192,7 @@ class Saves:
     def _readable(
         self, notes: list[str], check: Callable[[Position], None]
     ) -> Iterator[tuple[Path, Checkpoint, Position]]:
-        """Those whose manifests are whole; the other files are checked by `Pipeline.load`."""
+        """The saves with a whole manifest; `Pipeline.load` checks the other files."""
         for path in self._all():
             try:
                 found = glance(path)
@@ -200,7 +206,7 @@ class Saves:
                 yield path, found, position
 
     def _all(self) -> list[Path]:
-        """Newest first."""
+        """The paths of all saves, newest first."""
         return sorted(self._folder.glob("update-*"), reverse=True)
 
     def _path(self, update: int) -> Path:

@@ -1,4 +1,4 @@
-"""What a run is made of, from its settings: the method, the data, the network, the loss, the optimizer, the devices."""
+"""Builds the parts of a run from its settings: method, data, network, loss, optimizer and devices."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
 
 from ..data import Dataset, TextDataset, batches, load_data
 from ..methods import Method, get_method
 from ..models import get_model
-from .config import DTYPES, TrainConfig, default_lr
+from ..typing import OptimizerFactory
+from .config import DTYPES, TrainConfig
 
 
 def weights_dtype(config: TrainConfig) -> torch.dtype:
-    """The dtype that weights and images are held in."""
+    """The dtype of weights and images."""
     dtype: torch.dtype = getattr(torch, DTYPES[config.dtype])
     return dtype
 
 
 def make_method(config: TrainConfig) -> Method:
-    """The row that the configuration names."""
+    """The method of a run, with its options."""
     options = {
         "grad_shrink": config.grad_shrink,
         "lr_shrink": config.lr_shrink,
@@ -37,30 +37,27 @@ def make_method(config: TrainConfig) -> Method:
 
 
 def load_dataset(config: TrainConfig) -> Dataset | TextDataset:
-    """The data that the configuration names.
+    """The data set of a run.
 
     Raises:
-        ValueError, OSError: files or sizes that do not fit.
+        ValueError, OSError: missing or damaged files, or a size that the data set does not have.
     """
     context = config.context if config.data == "text" else None
     return load_data(config.data, config.data_dir, seed=config.seed, image_size=config.image_size, context=context)
 
 
 def example(config: TrainConfig, dataset: Dataset | TextDataset, samples: int) -> tuple[Tensor, Tensor]:
-    """A mini-batch of training data as the model takes it; of few samples some come again."""
+    """A mini-batch of training data for the model; samples repeat where the data set has fewer."""
     few = dataset.limit(max(1, min(samples, len(dataset.train_y))), None)
-    x, y = next(
-        batches(
-            few.train_x, few.train_y, samples, dataset=few, seed=0, epoch=0, augment=False, dtype=weights_dtype(config)
-        )
-    )
+    options = {"dataset": few, "seed": 0, "epoch": 0, "augment": False, "dtype": weights_dtype(config)}
+    x, y = next(batches(few.train_x, few.train_y, samples, **options))  # type: ignore[arg-type]
     assert x is not None
     times = -(-samples // len(x))
     return torch.cat([x] * times)[:samples], torch.cat([y] * times)[:samples]
 
 
 def make_model(config: TrainConfig, dataset: Dataset | TextDataset) -> nn.Sequential:
-    """The network that the configuration names, for its data."""
+    """The network of a run, for its data."""
     make = partial(get_model, config.model, layers=config.layers, width=config.width, heads=config.heads)
     if isinstance(dataset, TextDataset):
         model = make(num_classes=dataset.num_classes, context=dataset.context)
@@ -72,30 +69,27 @@ def make_model(config: TrainConfig, dataset: Dataset | TextDataset) -> nn.Sequen
 
 
 def class_loss(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """The cross entropy of logits (..., C) with classes (...): one a sample, or one at each of its places."""
+    """The cross entropy of logits (..., C) and classes (...), where ... is N, or (N, T) for text."""
     return cross_entropy(out.flatten(0, -2), target.flatten(), reduction=reduction)
 
 
-def make_optimizer(config: TrainConfig) -> Callable[[list[nn.Parameter]], Optimizer]:
-    """The optimizer that the configuration names, for a stage's parameters."""
-    lr = config.lr if config.lr is not None else default_lr(config)
-    decay = config.weight_decay
-    makers: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
-        "sgd": lambda p: torch.optim.SGD(
-            p, lr=lr, momentum=config.momentum, weight_decay=decay, nesterov=config.nesterov
-        ),
-        "adam": lambda p: torch.optim.Adam(p, lr=lr, weight_decay=decay),
-        "adamw": lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=decay),
-        "nadam": lambda p: torch.optim.NAdam(p, lr=lr, weight_decay=decay, decoupled_weight_decay=True),
+def make_optimizer(config: TrainConfig) -> OptimizerFactory:
+    """The function from a stage's parameters to the optimizer of a run."""
+    makers: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "sgd": partial(torch.optim.SGD, momentum=config.momentum, nesterov=config.nesterov),
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "nadam": partial(torch.optim.NAdam, decoupled_weight_decay=True),
     }
-    return makers[config.optimizer]
+    make = makers[config.optimizer]
+    return lambda parameters: make(parameters, lr=config.base_lr, weight_decay=config.weight_decay)
 
 
 def lr_factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
-    """Update n's learning rate, over the base rate.
+    """The learning rate of update n, relative to the base rate.
 
-    A linear warm-up over ``warmup`` updates, times: ``constant`` 1; ``cosine`` from 1 to 0 over the run;
-    ``multistep`` a tenth from half of the run on, a hundredth from three quarters on.
+    A linear warm-up over ``warmup`` updates, times: ``constant``: 1; ``cosine``: from 1 to 0 over the run;
+    ``multistep``: 0.1 from half of the run on, 0.01 from three quarters on.
     """
 
     def factor(n: int) -> float:
@@ -110,14 +104,14 @@ def lr_factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
 
 
 def find_devices(text: str) -> list[torch.device]:
-    """The devices that ``--device`` names; of ``cuda`` alone, a worker's own.
+    """The devices that ``--device`` names. For ``cuda``, each worker has another GPU.
 
     Raises:
-        ValueError: torch cannot use one.
+        ValueError: a device that torch cannot use.
     """
     devices = []
     if text.strip() == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        text = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"  # a worker's own
+        text = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     for name in text.split(","):
         try:
             devices.append(torch.empty(0, device=name.strip()).device)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..typing import Json  # imports torch
 
 # The dtype of weights by the name of --dtype: bfloat16 is autocast over float32 weights.
 DTYPES = {"float32": "float32", "float64": "float64", "bfloat16": "float32"}
@@ -25,11 +27,12 @@ SAVE_SETTINGS = ("save_every", "keep_last")
 SETTINGS_WITHOUT_EFFECT = (  # on what a run learns
     "data_dir", "trace", "tensorboard", *SAVE_SETTINGS, "prediction_error_every", "plan", "max_restarts",
 )  # fmt: skip
+_NOT_WRITTEN = ("out", "overwrite", "resume", "max_restarts")  # to the ``config`` of a run
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What ``dtrp train`` is told; the options' help says what each means."""
+    """Settings of a run, a field for each option of ``dtrp train``; ``dtrp train --help`` explains them."""
 
     data: str = "digits"
     data_dir: str | None = None
@@ -86,35 +89,41 @@ class TrainConfig:
 
     @property
     def elastic(self) -> bool:
-        """Whether the number of stages is that of the workers there are, and may be another one after a restart."""
+        """Whether the number of stages follows the number of workers, which may change at a restart."""
         return self.stages == "auto" or isinstance(self.workers, str)
 
+    @property
+    def fixed_stages(self) -> int | None:
+        """The number in ``stages``; None where it has none."""
+        return self.stages if isinstance(self.stages, int) else None
 
-def default_lr(config: TrainConfig) -> float:
-    """The learning rate where none is given."""
-    return 0.03 if config.optimizer == "sgd" else 1e-3
+    @property
+    def base_lr(self) -> float:
+        """The learning rate, or the optimizer's default."""
+        default = 0.03 if self.optimizer == "sgd" else 1e-3
+        return default if self.lr is None else self.lr
 
 
 def config_text(config: TrainConfig) -> str:
-    """The configuration as a YAML file that ``--config`` reads."""
+    """The settings as the text of a YAML file, which ``--config`` reads."""
     import yaml
 
     text: str = yaml.safe_dump(_written(config), sort_keys=False)
     return text
 
 
-def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of such a file, and the defaults of those that it does not name, since it is of an older version."""
+def with_defaults(values: Mapping[str, Json]) -> dict[str, Json]:
+    """Settings from such a file, with defaults for those that a file of an older version lacks."""
     return {**_written(TrainConfig()), **values}
 
 
-def _written(config: TrainConfig) -> dict[str, Any]:
-    values = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is not None and field.name not in ("out", "overwrite", "resume", "max_restarts"):
-            values[field.name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
-    return values
+def _written(config: TrainConfig) -> dict[str, Json]:
+    """The settings that a file holds, by the name of their option."""
+    return {
+        field.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+        for field, value in vars(config).items()
+        if value is not None and field not in _NOT_WRITTEN
+    }
 
 
 def option_name(field: str) -> str:

@@ -1,111 +1,181 @@
-"""What settings cannot be: numbers out of range, unknown names, and options that say nothing together."""
+"""Checks of a run's settings: numbers out of range, unknown names, and options that contradict each other."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
 
 from ..did_you_mean import unknown
+from ..launch.ranks import launched
 from ..models import has_convolutions, takes_text
 from .autosave import SaveEvery
 from .config import CHOICES, TrainConfig, option_name
-from .staff import check_workers
 from .tensorboard import check_tensorboard
+
+_LEAST = {
+    **dict.fromkeys(("epochs", "batch_size", "num_microbatches", "stages", "workers", "replicas", "threads"), 1),
+    **dict.fromkeys(("max_updates", "limit_train", "limit_test"), 1),
+    **dict.fromkeys(("image_size", "layers", "width", "heads", "context"), 1),
+    **dict.fromkeys(("warmup_updates", "max_restarts", "keep_last", "prediction_error_every"), 0),
+}
+_IN_THE_RUN_FOLDER = {"save_every": "saves go", "trace": "the trace goes", "tensorboard": "the events go"}
 
 
 def check_settings(config: TrainConfig) -> None:
-    """What can be checked without data.
+    """Check all settings that can be checked without data.
 
     Raises:
-        ValueError: a number out of range, or a name that nobody knows.
+        ValueError: an unknown name, a number out of range, or options that contradict each other.
     """
+    for mistakes in (_wrong_values, _wrong_workers, _contradictions):
+        for message in mistakes(config):
+            raise ValueError(message)
+    SaveEvery.of(config.save_every)
+    if config.tensorboard:
+        check_tensorboard()
+
+
+def _wrong_values(config: TrainConfig) -> Iterator[str]:
+    """Messages about unknown names and numbers out of range."""
     for field, names in CHOICES.items():
         value = getattr(config, field)
         if value is not None and value not in names:
-            raise ValueError(unknown(option_name(field), value, names))
-    for field, least in (
-        ("epochs", 1), ("batch_size", 1), ("num_microbatches", 1), ("stages", 1), ("max_updates", 1),
-        ("workers", 1), ("replicas", 1), ("limit_train", 1), ("limit_test", 1), ("threads", 1), ("warmup_updates", 0),
-        ("max_restarts", 0), ("keep_last", 0),
-        ("image_size", 1), ("layers", 1), ("width", 1), ("heads", 1), ("context", 1), ("prediction_error_every", 0),
-    ):  # fmt: skip
+            yield unknown(option_name(field), value, names)
+    for field, least in _LEAST.items():
         value = getattr(config, field)
         if isinstance(value, int) and value < least:
-            raise ValueError(f"{option_name(field)} {value}: at least {least}")
-    if isinstance(config.prediction_error_every, str) and config.prediction_error_every != "auto":
-        raise ValueError(
-            f"--prediction-error-every {config.prediction_error_every}: a whole number of at least 0, or auto"
-        )
-    SaveEvery.of(config.save_every)
-    check_workers(config)
-    if takes_text(config.model) != (config.data == "text"):
-        raise ValueError(
-            f"--model {config.model} with --data {config.data}: "
-            + ("it reads text; pass --data text --data-dir FILE" if takes_text(config.model)
-               else "it reads images; pass --model gpt")
-        )  # fmt: skip
-    if config.channels_last and not has_convolutions(config.model):
-        raise ValueError(f"--channels-last with --model {config.model}, which has no convolutions; leave it out")
-    if config.memory_limit is not None and config.memory_limit < 1:
-        raise ValueError(f"--memory-limit {config.memory_limit}: a number of bytes of at least 1")
-    keeps = (config.keep or "graph").split(",")
-    if any(keep not in ("graph", "input") for keep in keeps) and config.keep != "auto":
-        raise ValueError(
-            f"--keep {config.keep}: auto, graph or input, or one of the last two for each stage: input,graph"
-        )
+            yield f"{option_name(field)} {value}: at least {least}"
     for field in ("lr", "momentum", "weight_decay"):
         value = getattr(config, field)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{option_name(field)} {value}: a finite number of at least 0")
+        if value is not None and not 0 <= value < math.inf:
+            yield f"{option_name(field)} {value}: a finite number of at least 0"
+    if isinstance(every := config.prediction_error_every, str) and every != "auto":
+        yield f"--prediction-error-every {every}: a whole number of at least 0, or auto"
+    if config.memory_limit is not None and config.memory_limit < 1:
+        yield f"--memory-limit {config.memory_limit}: a number of bytes of at least 1"
     if config.max_grad_norm is not None and not 0 < config.max_grad_norm < math.inf:
-        raise ValueError(f"--max-grad-norm {config.max_grad_norm}: a finite number above 0")
-    if config.clip == "global" and config.max_grad_norm is None:
-        raise ValueError("--clip global without --max-grad-norm: say what norm to clip to, or leave --clip out")
-    if config.nesterov and config.momentum == 0:
-        raise ValueError(
-            "--nesterov with --momentum 0: there is no momentum to look ahead with; raise it, or leave --nesterov out"
-        )
-    if config.save_every is not None and not config.out:
-        raise ValueError("--save-every without --out: saves go to the run's folder; name one")
-    if config.save_every is not None and not config.keep_last:
-        raise ValueError("--save-every with --keep-last 0, which keeps no save; leave one of them out")
-    if config.trace and not config.out:
-        raise ValueError("--trace without --out: the trace goes to the run's folder; name one")
-    if config.tensorboard:
-        if not config.out:
-            raise ValueError("--tensorboard without --out: the events go to the run's folder; name one")
-        check_tensorboard()
-    if config.batch_size < config.num_microbatches:
-        raise ValueError(
-            f"--batch-size {config.batch_size} is smaller than --num-microbatches {config.num_microbatches}; every "
-            "micro-batch needs a sample: raise the one or lower the other"
-        )
+        yield f"--max-grad-norm {config.max_grad_norm}: a finite number above 0"
     if not 0 <= config.seed < 2**63:
-        raise ValueError(f"--seed {config.seed}: from 0 to 2**63 - 1")
+        yield f"--seed {config.seed}: from 0 to 2**63 - 1"
+    if config.keep not in (None, "auto") and not set(str(config.keep).split(",")) <= {"graph", "input"}:
+        yield f"--keep {config.keep}: auto, graph or input, or one of the last two for each stage: input,graph"
 
 
-def check_shards(num_samples: int, config: TrainConfig) -> None:
-    """Each replica needs a sample of every mini-batch.
+def _wrong_workers(config: TrainConfig) -> Iterator[str]:
+    """Messages about workers that may be restarted, and about a number of stages that may change."""
+    if elastic := isinstance(config.workers, str):
+        worker_range(str(config.workers))
+    if isinstance(config.stages, str) and config.stages != "auto":
+        yield f"--stages {config.stages}: a number, or auto: as many as there are workers"
+    if (config.max_restarts or elastic) and not (config.out and config.keep_last):
+        name = f"--workers {config.workers}" if elastic else "--max-restarts"
+        lacks = "--out" if not config.out else "saves (--keep-last 0)"
+        yield f"{name} without {lacks}: a restart goes on from the last save; pass --out, and keep some"
+    alone = config.workers is None and not launched()
+    if config.max_restarts is not None and alone:
+        yield "--max-restarts without --workers: one process has nobody to start it again; pass --workers"
+    if config.elastic and alone:
+        yield "--stages auto without --workers: say how many there are, or may be: --workers 2:4"
+    auto = "--stages auto" if config.stages == "auto" else f"--workers {config.workers}"
+    for option, given in (
+        (f"--stages {config.stages}", config.fixed_stages is not None),
+        ("--cuts", config.cuts is not None),
+        ("--plan", config.plan is not None),
+        (f"--keep {config.keep}", config.keep is not None and "," in config.keep),
+        (f"--replicas {config.replicas}", config.replicas > 1),
+    ):
+        if config.elastic and given:
+            yield f"{option} with {auto}, where the number of stages may change; leave one of them out"
+
+
+def _contradictions(config: TrainConfig) -> Iterator[str]:
+    """Messages about other options that do not go together."""
+    if takes_text(config.model) and config.data != "text":
+        yield f"--model {config.model} with --data {config.data}: it reads text; pass --data text --data-dir FILE"
+    if config.data == "text" and not takes_text(config.model):
+        yield f"--model {config.model} with --data text: it reads images; pass --model gpt"
+    if config.channels_last and not has_convolutions(config.model):
+        yield f"--channels-last with --model {config.model}, which has no convolutions; leave it out"
+    if config.clip == "global" and config.max_grad_norm is None:
+        yield "--clip global without --max-grad-norm: say what norm to clip to, or leave --clip out"
+    if config.nesterov and config.momentum == 0:
+        yield "--nesterov with --momentum 0: there is no momentum to look ahead with; raise it, or leave --nesterov out"
+    for field, what in _IN_THE_RUN_FOLDER.items():
+        if getattr(config, field) and not config.out:
+            yield f"{option_name(field)} without --out: {what} to the run's folder; name one"
+    if config.save_every is not None and not config.keep_last:
+        yield "--save-every with --keep-last 0, which keeps no save; leave one of them out"
+    if config.batch_size < config.num_microbatches:
+        sizes = f"--batch-size {config.batch_size} is smaller than --num-microbatches {config.num_microbatches}"
+        yield f"{sizes}; every micro-batch needs a sample: raise the one or lower the other"
+
+
+def worker_range(text: str) -> tuple[int, int]:
+    """``2:4`` as (2, 4): the fewest workers that a run goes on with, and the most.
 
     Raises:
-        ValueError: the last one of an epoch has fewer.
+        ValueError: any other text.
     """
-    smallest = min(num_samples, num_samples % config.batch_size or config.batch_size)
-    if smallest < config.replicas:
-        raise ValueError(
-            f"an epoch's last mini-batch has {smallest} of the {num_samples} samples, and each of the {config.replicas} "
-            "replicas needs at least one; choose another --batch-size or --limit-train"
-        )
+    match = re.fullmatch(r"\s*([0-9]{1,6}):([0-9]{1,6})\s*", text)
+    least, most = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= least <= most:
+        raise ValueError(f"--workers {text}: a number, like 4, or the fewest and the most, like 2:4")
+    return least, most
 
 
-def check_parts(num_samples: int, config: TrainConfig) -> None:
-    """Auxiliary networks of images have a BatchNorm, which cannot train on one sample.
+def workers_per_replica(config: TrainConfig, num_processes: int | None = None) -> int:
+    """K, where each stage has a worker.
+
+    Args:
+        config: settings, of which ``workers`` and ``replicas`` say the number of workers.
+        num_processes: number of processes that torchrun has started; None: none.
 
     Raises:
-        ValueError: the last micro-batches of an epoch have one.
+        ValueError: another number of processes, or of stages.
+    """
+    stages = config.fixed_stages if config.cuts is None else len(config.cuts) + 1
+    num_workers = config.workers
+    if isinstance(num_workers, str):
+        least, most = worker_range(num_workers)
+        if num_processes is None or not least <= num_processes <= most:
+            raise ValueError(f"--workers {config.workers}, and {num_processes or 'none'} were started")
+        num_workers = num_processes
+    elif num_workers is None:
+        num_workers = stages if num_processes is None else num_processes // config.replicas
+    if num_workers is None:
+        raise ValueError(f"--replicas {config.replicas} without --workers; say how many workers a replica has")
+    needed = num_workers * config.replicas
+    if num_processes not in (None, needed):
+        raise ValueError(
+            f"--workers {num_workers} and --replicas {config.replicas} make {needed} processes, and {num_processes} were "
+            f"started; start as many (torchrun --nproc-per-node {needed})"
+        )
+    if stages not in (None, num_workers):
+        raise ValueError(
+            f"{stages} stages and --workers {num_workers}: each worker has one stage; leave --stages out, or make them equal"
+        )
+    return num_workers
+
+
+def check_last_minibatch(num_samples: int, config: TrainConfig, *, auxiliary: bool) -> None:
+    """Check that the smallest mini-batch of an epoch, the last one, is large enough.
+
+    Args:
+        num_samples: number of training samples.
+        config: settings.
+        auxiliary: whether stages have auxiliary networks. Those of images have a BatchNorm, which needs two samples.
+
+    Raises:
+        ValueError: a replica without a sample, or a micro-batch with too few.
     """
     last = min(num_samples, num_samples % config.batch_size or config.batch_size)
-    smallest = max(1, last // config.replicas // config.num_microbatches)
-    if smallest < 2 and not takes_text(config.model):
+    if last < config.replicas:
+        raise ValueError(
+            f"an epoch's last mini-batch has {last} of the {num_samples} samples, and each of the {config.replicas} "
+            "replicas needs at least one; choose another --batch-size or --limit-train"
+        )
+    if auxiliary and not takes_text(config.model) and last // config.replicas // config.num_microbatches < 2:
         raise ValueError(
             f"an epoch's last mini-batch has {last} samples, and its micro-batches one; the auxiliary networks of {config.method} "
             "train on at least two: choose another --batch-size, --num-microbatches or --limit-train"

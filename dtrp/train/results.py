@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ..measure.prediction_error import PredictionError
 from ..pipeline import Pipeline
+from ..typing import Json
 from .config import TrainConfig
 
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """A line of ``metrics.jsonl``. Accuracy in 0..1; throughput over the epoch's training alone.
+    """A line of ``metrics.jsonl``: accuracy in 0..1; samples per second of training, without the test.
 
-    Of a text, losses are of a character, in nats, and accuracy is the share of next characters told right.
+    For text, the loss is per character, in nats, and accuracy is the share of next characters predicted correctly.
     """
 
     epoch: int
@@ -34,7 +34,7 @@ class EpochMetrics:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """A line of the table at the end: delays in updates, peaks in bytes."""
+    """Numbers of a stage at the end of a run: micro-batches by their delay in updates; memory in bytes; times in seconds."""
 
     stage: int
     layers: tuple[str, ...]
@@ -50,7 +50,7 @@ class StageSummary:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended."""
+    """Results of a finished run."""
 
     config: TrainConfig
     epochs: tuple[EpochMetrics, ...]
@@ -58,15 +58,14 @@ class TrainResult:
 
     @property
     def samples_per_s(self) -> float:
-        """The median over epochs."""
-        return sorted(e.samples_per_s for e in self.epochs)[len(self.epochs) // 2]
+        """The median over the epochs."""
+        return statistics.median_high(metrics.samples_per_s for metrics in self.epochs)
 
 
 def summarize_stages(pipe: Pipeline) -> list[StageSummary]:
-    """The stages that this process holds."""
-    delays, memory, peaks = pipe.delays(), pipe.memory(), pipe.activations_peak()
-    keeps, busy, errors = pipe.keeps(), pipe.busy(), pipe.prediction_errors()
-    skipped = pipe.skipped_updates()
+    """The numbers of this process's stages."""
+    delays, memory, peaks, keeps = pipe.delays(), pipe.memory(), pipe.activations_peak(), pipe.keeps()
+    busy, errors, skipped = pipe.busy(), pipe.prediction_errors(), pipe.skipped_updates()
     return [
         StageSummary(
             stage=k,
@@ -84,12 +83,11 @@ def summarize_stages(pipe: Pipeline) -> list[StageSummary]:
     ]
 
 
-def summary(result: TrainResult) -> dict[str, Any]:
-    """What ``summary.json`` says of a finished run, for `dtrp compare` and `dtrp report`."""
-    config = {field.name: getattr(result.config, field.name) for field in dataclasses.fields(result.config)}
+def summary(result: TrainResult) -> dict[str, Json]:
+    """The contents of ``summary.json``, for `dtrp compare` and `dtrp report`."""
     last = result.epochs[-1]
     return {
-        "config": {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()},
+        "config": dict(vars(result.config)),
         "epochs": last.epoch,
         "updates": last.update,
         "test_accuracy": last.test_accuracy,
@@ -99,24 +97,15 @@ def summary(result: TrainResult) -> dict[str, Any]:
         "minibatch_s": result.config.batch_size / result.samples_per_s,
         "elapsed_s": last.elapsed_s,
         "stages": [
-            {
-                **{
-                    name: getattr(stage, name)
-                    for name in ("stage", "parameters", "memory", "activations_peak", "keep", "busy")
-                },
-                "layers": list(stage.layers),
-                "delays": {str(delay): count for delay, count in stage.delays.items()},
-                "prediction_errors": [[e.minibatch, e.delay, e.read, e.stale] for e in stage.prediction_errors],
-                "skipped_updates": list(stage.skipped_updates),
-            }
+            {**vars(stage), "prediction_errors": [error[1:] for error in stage.prediction_errors]}
             for stage in result.stages
         ],
         "environment": environment(),
     }
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for results that are kept."""
+def environment() -> dict[str, Json]:
+    """Versions and hardware, to be kept with results."""
     from .. import __version__
 
     return {
@@ -136,7 +125,7 @@ def mean_delay(counts: Mapping[int, int]) -> float:
 
 
 def summarize_delays(delays: dict[int, int]) -> str:
-    """``{0: 3, 5: 95}`` as ``0-5, mostly 5``; steady delays matter, start-up and flush are few."""
+    """``{0: 3, 5: 95}`` as ``0-5, mostly 5``: the steady delay, and the range that start-up and flush add."""
     if not delays:
         return "-"
     most = max(delays, key=lambda delay: (delays[delay], delay))

@@ -1,4 +1,4 @@
-"""A run on disk."""
+"""The folder of a run on disk."""
 
 from __future__ import annotations
 
@@ -9,36 +9,34 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..atomic_file import whole_file
 from ..launch.ranks import launch_name
 from ..saving import state_dict
-from .config import with_defaults
-
-_ABOUT_SAVES = ("save-every", "keep-last")  # settings that do not change what is trained
+from ..typing import Json
+from .config import SAVE_SETTINGS, TrainConfig, config_text, with_defaults
 
 
 def left_by(path: str, config: str, *, overwrite: bool) -> str | None:
-    """Whose work the folder of ``--out`` holds, where a command is given again, by a user or by torchrun after a failure.
+    """What the folder of ``--out`` holds when a command is repeated, by the user or by torchrun after a failure.
 
     Args:
-        path: of the folder.
-        config: the command's settings.
-        overwrite: whether it may replace a run.
+        path: the folder.
+        config: text of the command's settings.
+        overwrite: whether the command may replace a run.
 
     Returns:
-        ``"unfinished"``: of a run with these settings, which is gone on with (with ``overwrite``, only if this launch has
-        begun it); ``"begun"``: the same, but there is nothing yet to go on from, nor to lose; ``"finished"``: this launch's
-        own; None: none of these.
+        ``"unfinished"``: a run with these settings and with saves, which continues (with ``overwrite``, only if this launch
+        has begun it); ``"begun"``: such a run without saves and without a finished epoch; ``"finished"``: a finished run of
+        this launch; None: anything else.
     """
     folder = Path(path).expanduser()
-    own = (name := launch_name()) is not None and _text(folder / "launch") == name
+    same_launch = (name := launch_name()) is not None and _text(folder / "launch") == name
     if (folder / "summary.json").exists():
-        return "finished" if own else None
-    if (overwrite and not own) or _settings(_text(folder / "config")) != _settings(config):
+        return "finished" if same_launch else None
+    if (overwrite and not same_launch) or _settings(_text(folder / "config")) != _settings(config):
         return None
     if any(folder.glob("saves/update-*")):
         return "unfinished"
@@ -52,7 +50,8 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _settings(config: str) -> Any:
+def _settings(config: str) -> dict[str, Json] | None:
+    """The settings in a text, but for those of saves; None where it has none."""
     import yaml
 
     try:
@@ -61,22 +60,31 @@ def _settings(config: str) -> Any:
         return None
     if not isinstance(values, dict):
         return None
-    return {k: v for k, v in with_defaults(values).items() if k not in _ABOUT_SAVES}
+    return {key: value for key, value in with_defaults(values).items() if key.replace("-", "_") not in SAVE_SETTINGS}
 
 
 class RunFolder:
-    """``--out``: ``config``, ``metrics.jsonl`` and ``model.pt``, all three as of the last finished epoch.
+    """The folder of ``--out``: ``config``, ``metrics.jsonl`` and ``model.pt`` after the last finished epoch.
 
-    At the end of the run ``summary.json`` comes beside them; ``saves`` holds checkpoints (`dtrp.train.autosave`); ``launch`` says
-    which torchrun has started the ranks, if one has.
+    A finished run also has ``summary.json``. ``saves`` holds checkpoints (`dtrp.train.autosave`), and ``launch`` names the
+    torchrun that has started the ranks, if any. The folder appears, whole, after the first epoch or with the first save, and
+    replaces what was there.
 
-    The folder appears, whole, when the first epoch is through, or with the first save; what it replaces goes then.
-    ``resume`` takes up the run that is in it.
+    Args:
+        path: the folder.
+        overwrite: whether a run that is there may be replaced.
+        resume: whether to continue the run that is there.
+
+    Attributes:
+        resumes: whether a run continues.
+
+    Raises:
+        ValueError: no run to resume, a folder that may not be replaced, or a place that cannot be written.
     """
 
     def __init__(self, path: str, *, overwrite: bool, resume: bool = False) -> None:
         self.path = Path(path).expanduser().absolute()
-        self._made = resume
+        self.resumes = self._exists = resume
         if resume:
             if not (self.path / "config").is_file():
                 raise ValueError(f"--resume {path} is no run of dtrp train; name the folder of one")
@@ -89,25 +97,31 @@ class RunFolder:
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise ValueError(f"--out {path}: {parent} cannot be written to; choose another place")
 
-    def write(self, config: str, metrics: dict[str, Any], model: dict[str, Tensor]) -> None:
-        """An epoch is through: its line, and the model as it is now."""
-        if self._made:
-            state_dict.write_model(model, self.path / "model.pt")
-            self._append(self.path, metrics)
-            return
-        with self._appearing(config) as folder:
+    @classmethod
+    def open(cls, config: TrainConfig) -> RunFolder:
+        """The folder for a run with these settings; it continues a run that the same command has begun there."""
+        path = str(config.out)
+        left = left_by(path, config_text(config), overwrite=config.overwrite)
+        return cls(path, overwrite=config.overwrite or left == "begun", resume=config.resume or left == "unfinished")
+
+    def write(self, config: str, metrics: dict[str, Json], model: dict[str, Tensor]) -> None:
+        """Write the line of a finished epoch, and the model."""
+        with self._existing(config) as folder:
             state_dict.write_model(model, folder / "model.pt")
-            self._append(folder, metrics)
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(metrics) + "\n")
 
     def begin(self, config: str) -> None:
-        """Make the folder before an epoch is through, for a save; it has no metrics yet."""
-        if not self._made:
-            with self._appearing(config):
-                pass
+        """Make the folder before the first epoch has ended, for a save; it has no metrics yet."""
+        with self._existing(config):
+            pass
 
     @contextmanager
-    def _appearing(self, config: str) -> Iterator[Path]:
-        """A folder to fill, which takes its place, and that of what it replaces, when the context ends well."""
+    def _existing(self, config: str) -> Iterator[Path]:
+        """The folder to write to; a new one appears under its name, replacing what was there, if the context ends well."""
+        if self._exists:
+            yield self.path
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         try:
@@ -126,10 +140,10 @@ class RunFolder:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        self._made = True
+        self._exists = True
 
-    def go_on(self, config: str, metrics: list[dict[str, Any]]) -> None:
-        """Take a run up again where these epochs were through: what came after them is trained again."""
+    def go_on(self, config: str, metrics: list[dict[str, Json]]) -> None:
+        """Continue a run after the epochs in ``metrics``: later epochs will be trained again."""
         with whole_file(self.path / "config") as file:
             file.write(config.encode())
         with whole_file(self.path / "metrics.jsonl") as file:
@@ -137,19 +151,14 @@ class RunFolder:
         (self.path / "summary.json").unlink(missing_ok=True)
         _sign(self.path)
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """The run is through; ``summary.json`` says so, whole or not at all."""
+    def finish(self, summary: dict[str, Json]) -> None:
+        """Write ``summary.json``, which marks the run as finished."""
         with whole_file(self.path / "summary.json") as file:
             file.write(json.dumps(summary, indent=1).encode())
 
-    @staticmethod
-    def _append(folder: Path, metrics: dict[str, Any]) -> None:
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-
 
 def _sign(folder: Path) -> None:
-    """Say which launch works in the folder, if one does."""
+    """Write the name of the launch that works in the folder; remove that of an earlier one."""
     name = launch_name()
     if name is None:
         (folder / "launch").unlink(missing_ok=True)
@@ -159,7 +168,7 @@ def _sign(folder: Path) -> None:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether it is an empty folder, or one that a run made."""
+    """Whether a path is an empty folder, or the folder of a run."""
     return path.is_dir() and (
         not any(path.iterdir()) or all((path / name).is_file() for name in ("config", "metrics.jsonl"))
     )
