@@ -72,5 +72,8 @@ def test_a_plan_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(dtrp.Plan.load(V1 / "plan.json").keep) == 2
     shutil.copytree(V1, tmp_path / "v1")
     monkeypatch.chdir(tmp_path / "v1")
-    words = "train --data text --model gpt --data-dir text.txt --layers 2 --width 8 --heads 2 --context 8 --plan plan.json --epochs 1"
+    words = (
+        "train --data text --model gpt --data-dir text.txt --layers 2 --width 8 --heads 2 --context 8 "
+        "--plan plan.json --epochs 1"
+    )
     assert run([*words.split(), "--out", "planned"]) == 0
