@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -106,6 +107,9 @@ class Elsewhere:
             having = {member for member, _ in own | self.buffers} if before else set()
             for member in before.keys() & having:
                 was, now = before[member], vars(member)
+                if was.keys() == now.keys() and all(map(is_, was.values(), now.values())):
+                    self.attributes.pop(member, None)
+                    continue
                 changed = {
                     name: value
                     for name, value in now.items()
@@ -196,6 +200,8 @@ def _can_be_written(buffer: Tensor) -> bool:
 
 def copies_of(buffers: Buffers) -> Buffers:
     """A copy of each, of a shared one once; on an accelerator in a launch for each dtype, and not for each buffer."""
+    if not buffers:
+        return {}
     tensors = {id(buffer): buffer for buffer in buffers.values() if buffer is not None}
     copies = {key: torch.empty_like(t) if t.layout is torch.strided else t.clone() for key, t in tensors.items()}
     copy_all(copies.values(), tensors.values())
