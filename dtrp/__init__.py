@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from .errors import StageError, WaitTimeoutError, WorkerError
     from .methods import Method, get_method, list_methods
     from .pipeline import Pipeline
+    from .planning.arguments import PlanError
     from .planning.choose import plan
-    from .planning.plan_file import Plan, PlanError
+    from .planning.plan_file import Plan
     from .planning.simulate import simulate
     from .predict import informed, linear, rollout
     from .saving import CheckpointError
@@ -56,7 +57,7 @@ __getattr__, __dir__ = lazy_names(
         "Method": ".methods",
         "Pipeline": ".pipeline",
         "Plan": ".planning.plan_file",
-        "PlanError": ".planning.plan_file",
+        "PlanError": ".planning.arguments",
         "ResumableSampler": ".data.sampler",
         "Schedule": ".schedule",
         "ScheduleError": ".schedule",

@@ -18,20 +18,21 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from ..methods import Keep, Method, get_method
 from ..schedule import steady_delay
 from ..splitting.stages import equal_cuts, layers_of
-from ..stage.forward import LossFn
 from ..tensors.pytree import num_samples
+from ..typing import LossFn, OptimizerFactory, Tree
+from ..validation import as_method
+from .arguments import PlanError, check_whole, is_number, is_whole
 from .link_probe import LinkSpeed, measure_link
-from .plan_file import Choice, Plan, PlanError, describe_model, method_options
+from .plan_file import Choice, Plan, describe_model, method_options
 from .profile import Profiler, checked_example, device_of
 from .search import SLOWER, Evaluated, Search, frontier, larger_batches
 
@@ -42,17 +43,17 @@ LR_SCALING: dict[str, Callable[[float], float]] = {
 }
 OTHERS = ("gpipe", "bp", "pipedream", "fdg", "dtrp")  # what a plan is compared with, beside one worker
 _SATURATED = 0.95  # of the best throughput
-_WARMUP_MINIBATCHES = 20  # for each doubling of the learning rate and more
+_WARMUP_MINIBATCHES = 20  # for a doubling of the learning rate
 
 
 def plan(
     model: nn.Sequential | Sequence[nn.Module],
-    example: tuple[Any, Any],
+    example: tuple[Tree, Tree],
     loss_fn: LossFn,
     *,
     num_workers: int,
     method: str | Method = "dtrp",
-    optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+    optimizer: OptimizerFactory | None = None,
     num_microbatches: int | None = None,
     keep: Literal["auto"] | Keep | None = None,
     memory_limit_bytes: int | None = None,
@@ -76,24 +77,25 @@ def plan(
         model: an `nn.Sequential`, or a list of modules, cut anywhere between its layers; or what `dtrp.split` returns, better
             in many stages, of which those of the plan are made. It is left as it is.
         example: a batch (x, y) as `Pipeline.step` takes it; its size is the base mini-batch.
-        loss_fn: as `Pipeline`'s.
+        loss_fn: the loss, as in `Pipeline`.
         num_workers: K.
         method: a name or a `Method`.
-        optimizer: as `Pipeline`'s; None: updates take no time and the optimizer's state no memory.
+        optimizer: makes the optimizer, as in `Pipeline`; None: updates take no time and the optimizer's state no memory.
         num_microbatches: A. None: 1, or as many as ``max_delay`` asks for; for a method that flushes, the fastest of K, 2K, 4K;
             with ``compensate`` as many as cost nothing, none smaller than the base.
         keep: None: what the method keeps, or with ``compensate`` as ``"auto"``: graphs in each stage that has room for them.
-        memory_limit_bytes: of a worker.
-        latency_s: of a message between workers. None: as measured on this machine's loopback, which takes a few seconds.
-        bandwidth_bytes_s: of a link, each way. None: as measured with the latency, or without bound.
+        memory_limit_bytes: bytes that a worker may hold.
+        latency_s: seconds that a message between workers takes. None: as measured on this machine's loopback, which takes a
+            few seconds.
+        bandwidth_bytes_s: bytes per second of a link, in either direction. None: as measured with the latency, or without bound.
         choose_lead: choose ``ahead`` and the order within a slot by the latency; None: where ``method`` is a name.
         compensate: choose the mini-batch too (batch compensation), and which stages keep their graphs: with no
             ``memory_limit_bytes``, within the memory that fdg needs at the base mini-batch.
-        max_batch_size: the largest to try; None: 32 times the base.
-        max_delay: in updates; met by more micro-batches.
-        lr_scaling: of the learning rate with the mini-batch.
+        max_batch_size: samples in the largest mini-batch to try; None: 32 times the base.
+        max_delay: the largest delay, in updates; met by more micro-batches.
+        lr_scaling: how the learning rate grows with the mini-batch.
         alternatives: evaluate the other methods too, and cuts into equal numbers of layers.
-        device: where to measure; None: where the model is.
+        device: device to measure on; None: where the model is.
         neighbours: processes that work at the same time as the measured one. None: as many as there are other workers
             on this machine's CPU, none on an accelerator.
         repeats: rounds of the measurement, of which the median counts.
@@ -106,152 +108,132 @@ def plan(
     Raises:
         PlanError: (a ValueError) what cannot be planned, with what would be possible; arguments out of range.
     """
-    say = progress or (lambda text: None)
-    row = get_method(method) if isinstance(method, str) else method
-    if not isinstance(row, Method):
-        raise TypeError(f"method is a {type(method).__name__}; pass a name or what get_method returns")
-    if row.local:
-        raise PlanError(
-            f"method={row.name!r}: a plan is made of the layers' costs, and the auxiliary networks, which depend on the cuts, are "
-            "none of them; plan with method='bp' and use its cuts, or simulate with times that you know"
-        )
-    if lr_scaling not in LR_SCALING:
-        raise PlanError(f"lr_scaling={lr_scaling!r}: choose one of {', '.join(map(repr, LR_SCALING))}")
-    if keep not in (None, "auto", "graph", "input"):
-        raise PlanError(f"keep={keep!r}: pass 'auto', 'graph' or 'input', or leave it out")
+    row, say = as_method(method), progress or (lambda text: None)
+    layers, base = layers_of(model), num_samples(checked_example(example)[0])
+    _check_choices(row, keep, lr_scaling)
     _check_number("memory_limit_bytes", memory_limit_bytes, 1)
-    _check_number("latency_s", latency_s, 0)
-    _check_number("bandwidth_bytes_s", bandwidth_bytes_s, 0, above=True)
-    for name, value in (
-        ("num_microbatches", num_microbatches),
-        ("max_delay", max_delay),
-        ("repeats", repeats),
-        ("neighbours", neighbours),
-    ):
-        least = 0 if name in ("max_delay", "neighbours") else 1
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise PlanError(f"{name}={value!r}: pass a whole number of at least {least}")
-    base = num_samples(checked_example(example)[0])
-    if max_batch_size is not None and (not isinstance(max_batch_size, int) or max_batch_size < base):
-        raise PlanError(
-            f"max_batch_size={max_batch_size!r} with an example of {base} samples, the base; pass at least that"
-        )
-    if num_microbatches is not None and max_delay is not None and isinstance(num_workers, int):
-        delay = steady_delay(row, max(1, num_workers), 0, num_microbatches, 0)
-        if delay > max_delay:
-            raise PlanError(
-                f"num_microbatches={num_microbatches} leaves a delay of {delay}, and max_delay={max_delay}; pass one of the two"
-            )
-    num_layers = len(layers_of(model))
-    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or not 1 <= num_workers <= num_layers:
-        raise PlanError(
-            f"num_workers={num_workers!r}: the model has {num_layers} layers; pass a number from 1 to {num_layers}"
-        )
+    _check_number("latency_s", latency_s)
+    _check_number("bandwidth_bytes_s", bandwidth_bytes_s, above=True)
+    for name, count, least in (("repeats", repeats, 1), ("neighbours", neighbours, 0)):
+        _check_count(name, count, least)
+    _check_sizes(row, base, len(layers), num_workers, num_microbatches, max_delay, max_batch_size)
     method_options(row)  # refuses what no file holds
     if neighbours is None:
-        where = device_of(layer for _, layer in layers_of(model)) if device is None else torch.device(device)
-        neighbours = num_workers - 1 if where.type == "cpu" else 0
+        on_cpu = (device_of(layer for _, layer in layers) if device is None else torch.device(device)).type == "cpu"
+        neighbours = num_workers - 1 if on_cpu else 0
     profiler = Profiler(
-        model,
-        example,
-        loss_fn,
-        optimizer=optimizer,
-        predict=row.predict or "rollout",
-        device=device,
-        neighbours=neighbours,
-        repeats=repeats,
-        autocast=autocast,
-    )
-    if num_microbatches is not None and num_microbatches > base:
-        raise PlanError(f"num_microbatches={num_microbatches} with an example of {base} samples; each needs one")
-    link = LinkSpeed(0.0, math.inf)
-    if num_workers > 1:
-        if latency_s is None:
-            say("measuring the link between two workers")
-            measured = measure_link()
-            link = LinkSpeed(measured.latency_s, bandwidth_bytes_s or measured.bandwidth_bytes_s)
-        else:
-            link = LinkSpeed(latency_s, bandwidth_bytes_s or math.inf)
-    if compensate and keep is None:
-        keep = "auto"
-    search = Search(
-        profiler, num_workers, link, keep, memory_limit_bytes, max_delay, num_microbatches, _tied_cuts(model), say
+        model, example, loss_fn, optimizer=optimizer, predict=row.predict or "rollout", device=device,
+        neighbours=neighbours, repeats=repeats, autocast=autocast,
     )  # fmt: skip
-    say(f"profiling {num_layers} layers")
-
-    batches: list[Evaluated] = []
-    if compensate:
-        if memory_limit_bytes is None:
-            unbound = dataclasses.replace(search, max_delay=None, num_microbatches=None)
-            memory_limit_bytes = unbound.evaluate(get_method("fdg"), base, keep=None, limit=None).memory
-            search = dataclasses.replace(search, limit=memory_limit_bytes)
-        batches = larger_batches(search, row, base, max_batch_size or 32 * base)
-        best = max(each.samples_per_s for each in batches)
-        smallest = next(each for each in batches if each.samples_per_s >= _SATURATED * best)
-        if search.max_delay is None:
-            search = dataclasses.replace(search, num_microbatches=smallest.num_microbatches)
-        chosen = search.best_of_tried(smallest)
-    else:
-        chosen = search.best_of_tried(search.evaluate(row, base))
-    batch_size = chosen.batch_size
-    search = dataclasses.replace(search, slower=statistics.mean(chosen.ratios))
-
-    leads: list[Evaluated] = []
-    if choose_lead is None:
-        choose_lead = isinstance(method, str)
-    if choose_lead and num_workers > 1 and not row.flush:
-        say("orders of work")
-        leads = search.leads(chosen)
-        allowed = [each for each in leads if max_delay is None or each.delay <= max_delay] or [chosen]
-        fastest = min(each.minibatch_s for each in allowed)
-        chosen = min(
-            (each for each in allowed if each.minibatch_s <= SLOWER * fastest),
-            key=lambda each: (each.delay, each.method.ahead),
-        )
-
-    say("one worker")
-    one_worker = search.one_worker(batch_size)
-    others, recomputing, even = [], None, None
-    if alternatives and num_workers > 1:
-        for name in OTHERS:
-            say(f"{name} for the same job")
-            try:
-                other = get_method(name)
-                others.append(search.evaluate(other, batch_size, keep=None, limit=None, own=not other.flush))
-            except PlanError:  # fewer samples than it needs micro-batches
-                continue
-        if keep == "auto":
-            recomputing = search.recomputing(chosen)
-        even = search.evaluate(
-            chosen.method, batch_size, keep=None, limit=None, cuts=equal_cuts(num_layers, num_workers)
-        )
-    factor = LR_SCALING[lr_scaling](batch_size / base)
-    described = [one_worker, *(each.choice() for each in others)]
-    if recomputing is not None:
-        described.append(dataclasses.replace(recomputing.choice(), method=f"{chosen.method.name}, recomputing"))
-    if even is not None:
-        described.append(dataclasses.replace(even.choice(), method=f"{chosen.method.name}, equal cuts"))
-    return Plan(
-        method=chosen.method.name,
-        options=method_options(chosen.method),
-        cuts=tuple(chosen.cuts),
-        keep=tuple(chosen.keeps),
-        num_microbatches=chosen.num_microbatches,
-        batch_size=batch_size,
-        lr_scale=factor,
-        warmup_updates=math.ceil(_WARMUP_MINIBATCHES * math.log2(factor)) if factor > 1 else 0,
-        model=describe_model(model),
-        latency_s=link.latency_s,
-        bandwidth_bytes_s=link.bandwidth_bytes_s if math.isfinite(link.bandwidth_bytes_s) else None,
-        memory_limit_bytes=memory_limit_bytes,
-        minibatch_s=chosen.minibatch_s,
-        one_worker_s=one_worker.minibatch_s,
-        advice=_advice(chosen, one_worker, others, search),
-        stages=chosen.stages(profiler.names),
-        alternatives=tuple(described),
-        leads=tuple(each.choice() for each in frontier(leads, chosen)),
-        batches=tuple(each.choice() for each in batches),
+    link = _link(num_workers, latency_s, bandwidth_bytes_s, say)
+    keep = "auto" if compensate and keep is None else keep
+    search = Search(
+        profiler, num_workers, link, keep, memory_limit_bytes, max_delay, num_microbatches, _tied_cuts(layers), say
     )
+    say(f"profiling {len(layers)} layers")
+    builder = _PlanBuilder(search, row, base)
+    if compensate:
+        builder.choose_batch(max_batch_size or 32 * base)
+    builder.choose_cuts()
+    if (isinstance(method, str) if choose_lead is None else choose_lead) and num_workers > 1 and not row.flush:
+        builder.choose_lead()
+    builder.compare(alternatives=alternatives)
+    return builder.plan(model, LR_SCALING[lr_scaling](builder.chosen.batch_size / base))
+
+
+class _PlanBuilder:
+    """The steps of a plan; every step goes on from what those before it have chosen.
+
+    Args:
+        search: evaluates methods.
+        method: the method to plan for.
+        base: samples in the base mini-batch.
+    """
+
+    def __init__(self, search: Search, method: Method, base: int) -> None:
+        self.search, self.method, self.base = search, method, base
+        self.batches: list[Evaluated] = []
+        self.leads: list[Evaluated] = []
+        self.others: list[Evaluated] = []
+        self.variants: list[Choice] = []
+
+    def choose_batch(self, most: int) -> None:
+        """The smallest mini-batch of those up to ``most`` samples that comes near the best throughput."""
+        if self.search.limit is None:
+            free = dataclasses.replace(self.search, max_delay=None, num_microbatches=None, keep=None)
+            self.search = dataclasses.replace(self.search, limit=free.evaluate(get_method("fdg"), self.base).memory)
+        self.batches = larger_batches(self.search, self.method, self.base, most)
+
+    def choose_cuts(self) -> None:
+        """The cuts that are fastest when they are tried."""
+        if self.batches:
+            best = max(batch.samples_per_s for batch in self.batches)
+            first = next(batch for batch in self.batches if batch.samples_per_s >= _SATURATED * best)
+            if self.search.max_delay is None:
+                self.search = dataclasses.replace(self.search, num_microbatches=first.num_microbatches)
+        else:
+            first = self.search.evaluate(self.method, self.base)
+        self.chosen = self.search.best_of_tried(first)
+        self.search = dataclasses.replace(self.search, slower=statistics.mean(self.chosen.ratios))
+
+    def choose_lead(self) -> None:
+        """The order of work with the least delay among those that are about as fast as the fastest."""
+        self.search.say("orders of work")
+        self.leads = self.search.leads(self.chosen)
+        max_delay = math.inf if self.search.max_delay is None else self.search.max_delay
+        allowed = [lead for lead in self.leads if lead.delay <= max_delay] or [self.chosen]
+        fastest = min(lead.minibatch_s for lead in allowed)
+        as_fast = [lead for lead in allowed if lead.minibatch_s <= SLOWER * fastest]
+        self.chosen = min(as_fast, key=lambda lead: (lead.delay, lead.method.ahead))
+
+    def compare(self, *, alternatives: bool) -> None:
+        """The same job by one worker, and by ``alternatives``: other methods, and other ways of the chosen method."""
+        search, chosen = self.search, self.chosen
+        search.say("one worker")
+        self.one_worker = search.one_worker(chosen.batch_size)
+        if not alternatives or search.num_workers == 1:
+            return
+        usual = dataclasses.replace(search, keep=None, limit=None)
+        for other in map(get_method, OTHERS):
+            search.say(f"{other.name} for the same job")
+            counted = dataclasses.replace(usual, num_microbatches=None) if other.flush else usual
+            with suppress(PlanError):  # fewer samples than it needs micro-batches
+                self.others.append(counted.evaluate(other, chosen.batch_size))
+        even = equal_cuts(len(search.profiler.names), search.num_workers)
+        variants = {
+            "recomputing": search.recomputing(chosen) if search.keep == "auto" else None,
+            "equal cuts": usual.evaluate(chosen.method, chosen.batch_size, cuts=even),
+        }
+        self.variants = [
+            dataclasses.replace(variant.choice(), method=f"{chosen.method.name}, {name}")
+            for name, variant in variants.items()
+            if variant is not None
+        ]
+
+    def plan(self, model: nn.Module | Sequence[nn.Module], lr_scale: float) -> Plan:
+        """The plan of what has been chosen."""
+        chosen, link = self.chosen, self.search.link
+        return Plan(
+            method=chosen.method.name,
+            options=method_options(chosen.method),
+            cuts=tuple(chosen.cuts),
+            keep=tuple(chosen.keeps),
+            num_microbatches=chosen.num_microbatches,
+            batch_size=chosen.batch_size,
+            lr_scale=lr_scale,
+            warmup_updates=math.ceil(_WARMUP_MINIBATCHES * math.log2(lr_scale)) if lr_scale > 1 else 0,
+            model=describe_model(model),
+            latency_s=link.latency_s,
+            bandwidth_bytes_s=link.bandwidth_bytes_s if math.isfinite(link.bandwidth_bytes_s) else None,
+            memory_limit_bytes=self.search.limit,
+            minibatch_s=chosen.minibatch_s,
+            one_worker_s=self.one_worker.minibatch_s,
+            advice=_advice(chosen, self.one_worker, self.others, self.search),
+            stages=chosen.stages(self.search.profiler.names),
+            alternatives=(self.one_worker, *(other.choice() for other in self.others), *self.variants),
+            leads=tuple(lead.choice() for lead in frontier(self.leads, chosen)),
+            batches=tuple(batch.choice() for batch in self.batches),
+        )
 
 
 def _advice(chosen: Evaluated, one_worker: Choice, others: Sequence[Evaluated], search: Search) -> str:
@@ -291,18 +273,75 @@ def _advice(chosen: Evaluated, one_worker: Choice, others: Sequence[Evaluated], 
     return text
 
 
-def _tied_cuts(model: nn.Sequential | Sequence[nn.Module]) -> frozenset[int]:
+def _link(
+    num_workers: int, latency_s: float | None, bandwidth_bytes_s: float | None, say: Callable[[str], None]
+) -> LinkSpeed:
+    """The link between two workers, measured where its latency was not given."""
+    if num_workers == 1:
+        return LinkSpeed(0.0, math.inf)
+    if latency_s is not None:
+        return LinkSpeed(latency_s, bandwidth_bytes_s or math.inf)
+    say("measuring the link between two workers")
+    measured = measure_link()
+    return LinkSpeed(measured.latency_s, bandwidth_bytes_s or measured.bandwidth_bytes_s)
+
+
+def _tied_cuts(layers: Sequence[tuple[str, nn.Module]]) -> frozenset[int]:
     """Cuts between layers that share a tensor: two stages would train it apart."""
     seen: dict[int, list[int]] = {}
-    for place, (_, layer) in enumerate(layers_of(model)):
+    for place, (_, layer) in enumerate(layers):
         for tensor in itertools.chain(layer.parameters(), layer.buffers()):
             seen.setdefault(id(tensor), []).append(place)
     return frozenset(cut for places in seen.values() for cut in range(places[0] + 1, places[-1] + 1))
 
 
-def _check_number(name: str, value: Any, least: float, *, above: bool = False) -> None:
-    if value is None:
+def _check_choices(method: Method, keep: object, lr_scaling: str) -> None:
+    if method.local:
+        raise PlanError(
+            f"method={method.name!r}: a plan is made of the layers' costs, and the auxiliary networks, which depend on the "
+            "cuts, are none of them; plan with method='bp' and use its cuts, or simulate with times that you know"
+        )
+    if lr_scaling not in LR_SCALING:
+        raise PlanError(f"lr_scaling={lr_scaling!r}: choose one of {', '.join(map(repr, LR_SCALING))}")
+    if keep not in (None, "auto", "graph", "input"):
+        raise PlanError(f"keep={keep!r}: pass 'auto', 'graph' or 'input', or leave it out")
+
+
+def _check_sizes(
+    method: Method,
+    base: int,
+    num_layers: int,
+    num_workers: int,
+    num_microbatches: int | None,
+    max_delay: int | None,
+    max_batch_size: int | None,
+) -> None:
+    """Refuse numbers that do not fit the model, the example of ``base`` samples, or each other."""
+    _check_count("num_microbatches", num_microbatches)
+    _check_count("max_delay", max_delay, 0)
+    if not is_whole(num_workers) or num_workers > num_layers:
+        raise PlanError(
+            f"num_workers={num_workers!r}: the model has {num_layers} layers; pass a number from 1 to {num_layers}"
+        )
+    if max_batch_size is not None and not is_whole(max_batch_size, base):
+        raise PlanError(
+            f"max_batch_size={max_batch_size!r} with an example of {base} samples, the base; pass at least that"
+        )
+    if num_microbatches is None:
         return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < least or (above and value == least):
+    if num_microbatches > base:
+        raise PlanError(f"num_microbatches={num_microbatches} with an example of {base} samples; each needs one")
+    if max_delay is not None and (delay := steady_delay(method, num_workers, 0, num_microbatches, 0)) > max_delay:
+        raise PlanError(
+            f"num_microbatches={num_microbatches} leaves a delay of {delay}, and max_delay={max_delay}; pass one of the two"
+        )
+
+
+def _check_count(name: str, value: int | None, least: int = 1) -> None:
+    if value is not None:
+        check_whole(name, value, least)
+
+
+def _check_number(name: str, value: float | None, least: float = 0, *, above: bool = False) -> None:
+    if value is not None and (not is_number(value, least) or (above and value == least)):
         raise PlanError(f"{name}={value!r}: pass a finite number {'above' if above else 'of at least'} {least}")

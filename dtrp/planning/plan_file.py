@@ -1,4 +1,4 @@
-"""The plan: what `dtrp.plan` chose, as a small file that people read and edit."""
+"""The plan: what `dtrp.plan` chose, and the small file that people read and edit."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ from torch import nn
 from ..atomic_file import whole_file
 from ..methods import Keep, Method, get_method, list_methods
 from ..splitting.stages import layers_of
+from ..typing import Json
+from .arguments import PlanError, is_number, is_whole
 
 _FORMAT = 1
 
 
-class PlanError(ValueError):
-    """What cannot be planned, and what would; or a plan that does not fit."""
-
-
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage: seconds a mini-batch, bytes at most, share of the time in which it works."""
+    """One stage of a plan.
+
+    Attributes:
+        layers: names of its layers.
+        keep: what it keeps from a forward to its backward.
+        slot_s: seconds for a mini-batch, of its work or of its slower link.
+        memory_bytes: the most that it holds.
+        utilization: share of the time in which it works.
+    """
 
     layers: tuple[str, ...]
     keep: Keep
@@ -37,18 +43,18 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Choice:
-    """What one method would take for the same job, at its own best cuts.
+    """What one method would take for the same job, at the cuts that are best for it.
 
     Attributes:
-        method, ahead, order: the row; ``one worker`` is backpropagation without a pipeline.
+        method, ahead, order: the method and its order of work; ``one worker`` is backpropagation without a pipeline.
         num_workers, num_microbatches: K and A.
         batch_size: samples in a mini-batch.
-        cuts: the first layer of each later stage.
-        minibatch_s: predicted time of a mini-batch.
-        samples_per_s: of the whole pipeline.
-        memory_bytes: of the worker that needs most.
-        delay: the largest, in updates.
-        utilization: of each worker.
+        cuts: index of the first layer of stages 1..K-1.
+        minibatch_s: predicted seconds for a mini-batch.
+        samples_per_s: throughput of the whole pipeline.
+        memory_bytes: bytes that the worker needs which needs most.
+        delay: the largest delay, in updates.
+        utilization: by worker, the share of the time in which it works.
     """
 
     method: str
@@ -72,24 +78,24 @@ class Plan:
     The first group of attributes is what `Pipeline` and ``dtrp train`` do, and may be edited; the rest says why.
 
     Attributes:
-        method: name of the row.
-        options: fields of the row that differ from the method's own.
+        method: name of the method.
+        options: fields of the method that differ from the built-in one of its name.
         cuts: index of the first layer of stages 1..K-1.
         keep: ``"graph"`` or ``"input"`` for each stage.
         num_microbatches: A.
         batch_size: samples in a mini-batch.
-        lr_scale: times the learning rate of the base mini-batch.
-        warmup_updates: over which the learning rate should rise.
-        model: of the model planned for: ``fingerprint`` of its names, shapes and dtypes, ``layers``, ``parameters``.
-        latency_s, bandwidth_bytes_s: of the links.
-        memory_limit_bytes: of a worker, if there was one.
-        minibatch_s: predicted.
-        one_worker_s: what one worker would take for as many samples.
-        advice: in a sentence or two.
-        stages: one by one.
+        lr_scale: factor on the learning rate of the base mini-batch.
+        warmup_updates: updates over which the learning rate should rise.
+        model: the model planned for: ``fingerprint`` of its names, shapes and dtypes, ``layers``, ``parameters``.
+        latency_s, bandwidth_bytes_s: seconds that a message takes, and bytes per second of a link; None: unbounded.
+        memory_limit_bytes: bytes that a worker may hold, if that was limited.
+        minibatch_s: predicted seconds for a mini-batch.
+        one_worker_s: seconds that one worker would take for as many samples.
+        advice: whether to use this plan, in a sentence or two.
+        stages: the stages, in order.
         alternatives: the same job by other methods; ``dtrp, recomputing``: by this plan with no more graphs kept than
             the method keeps; ``dtrp, equal cuts``.
-        leads: orders of work of the same method, the chosen one among them.
+        leads: orders of work of the same method, the chosen order among them.
         batches: other sizes of the mini-batch.
     """
 
@@ -115,7 +121,7 @@ class Plan:
 
     @property
     def num_workers(self) -> int:
-        """K."""
+        """K, the number of stages."""
         return len(self.cuts) + 1
 
     @property
@@ -125,12 +131,13 @@ class Plan:
 
     @property
     def speedup(self) -> float:
-        """Over one worker, predicted."""
+        """How many times as fast as one worker, predicted."""
         return self.one_worker_s / self.minibatch_s
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
-        text = json.dumps({"dtrp_plan": _FORMAT, **dataclasses.asdict(_rounded(self))}, indent=1)
+        entries = dataclasses.asdict(self, dict_factory=_rounded_entries)
+        text = json.dumps({"dtrp_plan": _FORMAT, **entries}, indent=1)
         with whole_file(path) as file:
             file.write((_compact(text) + "\n").encode())
 
@@ -149,57 +156,50 @@ class Plan:
         return cls.from_dict(values, str(path))
 
     @classmethod
-    def from_dict(cls, values: Any, source: str = "plan") -> Plan:
-        """As `load`, from what the file holds."""
+    def from_dict(cls, values: Json, source: str = "plan") -> Plan:
+        """As `load`, from what the file holds; ``source`` is the name for it in errors."""
         if not isinstance(values, Mapping) or "dtrp_plan" not in values:
             raise PlanError(f"{source} is no plan of dtrp: it has no entry 'dtrp_plan'")
         if values["dtrp_plan"] != _FORMAT:
             raise PlanError(
-                f"{source} is a plan of format {values['dtrp_plan']!r}; this version of dtrp reads format {_FORMAT}: plan again"
+                f"{source} is a plan of format {values['dtrp_plan']!r}; this version of dtrp reads format {_FORMAT}: "
+                "plan again"
             )
-        fields = {field.name: field for field in dataclasses.fields(cls)}
         given = {name: value for name, value in values.items() if name != "dtrp_plan"}
-        unknown = sorted(set(given) - set(fields))
-        missing = sorted(
-            name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in given
-        )
+        fields = {field.name: field.default for field in dataclasses.fields(cls)}
+        unknown = sorted(given.keys() - fields.keys())
+        missing = [name for name in sorted(fields.keys() - given.keys()) if fields[name] is dataclasses.MISSING]
         if unknown or missing:
             what = f"an unknown entry {unknown[0]!r}" if unknown else f"no entry {missing[0]!r}"
             raise PlanError(f"{source} has {what}; its entries are {', '.join(fields)}")
         try:
             for name, kind in (("stages", StagePlan), ("alternatives", Choice), ("leads", Choice), ("batches", Choice)):
-                given[name] = tuple(_of(kind, entry) for entry in given.get(name, ()))
-            given["keep"], given["cuts"] = tuple(given["keep"]), tuple(given["cuts"])
-            plan = cls(**given)
+                given[name] = tuple(kind(**_with_tuples(entry)) for entry in given.get(name, ()))
+            plan = cls(**{**given, "keep": tuple(given["keep"]), "cuts": tuple(given["cuts"])})
             plan._check(source)
         except (TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"{source} is no plan: {error}") from None
         return plan
 
     def _check(self, source: str) -> None:
-        def whole(value: Any, least: int) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= least
+        def require(holds: bool, rule: str) -> None:
+            if not holds:
+                raise PlanError(f"{source}: {rule}")
 
-        def number(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
-
-        bad: str | None = None
-        if not all(whole(cut, 1) for cut in self.cuts) or list(self.cuts) != sorted(set(self.cuts)):
-            bad = f"cuts={list(self.cuts)}: whole numbers of at least 1, in rising order"
-        elif len(self.keep) != self.num_workers or any(one not in ("graph", "input") for one in self.keep):
-            bad = f"keep={list(self.keep)}: 'graph' or 'input' for each of the {self.num_workers} stages"
-        elif not isinstance(self.model, Mapping) or not isinstance(self.model.get("fingerprint"), str):
-            bad = "model has no fingerprint"
-        elif not isinstance(self.options, Mapping):
-            bad = f"options={self.options!r}: fields of the method with their values"
+        cuts, keep = list(self.cuts), list(self.keep)
+        rising = all(map(is_whole, cuts)) and cuts == sorted(set(cuts))
+        require(rising, f"cuts={cuts}: whole numbers of at least 1, in rising order")
+        complete = len(keep) == self.num_workers and all(kept in ("graph", "input") for kept in keep)
+        require(complete, f"keep={keep}: 'graph' or 'input' for each of the {self.num_workers} stages")
+        known = isinstance(self.model, Mapping) and isinstance(self.model.get("fingerprint"), str)
+        require(known, "model has no fingerprint")
+        require(isinstance(self.options, Mapping), f"options={self.options!r}: fields of the method with their values")
         for name, least in (("num_microbatches", 1), ("batch_size", 1), ("warmup_updates", 0)):
-            if not whole(getattr(self, name), least):
-                bad = f"{name}={getattr(self, name)!r}: a whole number of at least {least}"
+            value = getattr(self, name)
+            require(is_whole(value, least), f"{name}={value!r}: a whole number of at least {least}")
         for name in ("lr_scale", "minibatch_s", "one_worker_s", "latency_s"):
-            if not number(getattr(self, name)):
-                bad = f"{name}={getattr(self, name)!r}: a number of at least 0"
-        if bad is not None:
-            raise PlanError(f"{source}: {bad}")
+            value = getattr(self, name)
+            require(is_number(value), f"{name}={value!r}: a number of at least 0")
         try:
             _ = self.row
         except (ValueError, TypeError) as error:
@@ -211,11 +211,11 @@ class Plan:
         Raises:
             PlanError: names, shapes or dtypes differ.
         """
-        own = describe_model(model)
-        if own["fingerprint"] != self.model["fingerprint"]:
+        given = describe_model(model)
+        if given["fingerprint"] != self.model["fingerprint"]:
             raise PlanError(
-                f"the plan is for a model with {_outline(self.model)}; this one has {_outline(own)}, or other names, shapes or "
-                "dtypes of its tensors. Plan again for this model"
+                f"the plan is for a model with {_outline(self.model)}; this one has {_outline(given)}, or other names, "
+                "shapes or dtypes of its tensors. Plan again for this model"
             )
 
 
@@ -223,18 +223,17 @@ def describe_model(model: nn.Module | Sequence[nn.Module]) -> dict[str, Any]:
     """What a plan remembers of its model; the fingerprint is of all names, shapes and dtypes."""
     layers = layers_of(model)
     digest = hashlib.sha256()
-    parameters = 0
     for layer, module in layers:
         digest.update(f"layer {layer}\n".encode())
         for kind, tensors in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
             for name, tensor in tensors:
                 digest.update(f"{kind} {name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-                parameters += tensor.numel() if kind == "parameter" else 0
+    parameters = sum(p.numel() for _, module in layers for p in module.parameters())
     return {"fingerprint": digest.hexdigest(), "layers": [name for name, _ in layers], "parameters": parameters}
 
 
 def method_options(method: Method) -> dict[str, Any]:
-    """The fields in which a method differs from the row of its name.
+    """The fields in which a method differs from the built-in one of its name.
 
     Raises:
         PlanError: a predictor object, which no file can hold.
@@ -244,15 +243,15 @@ def method_options(method: Method) -> dict[str, Any]:
             f"method {method.name!r} is no row of dtrp's, and a plan is a file, which names one: make it of the nearest, as "
             "get_method('dtrp', ahead=3)"
         )
-    own = get_method(method.name)
     if not isinstance(method.predict, (str, type(None))):
         raise PlanError(
             f"predict={method.predict!r}: a plan is a file, and holds predictors by name; plan with 'linear', 'rollout' or "
             "'informed', and pass your own predictor with the plan's cuts"
         )
-    fields = [field.name for field in dataclasses.fields(method) if field.name != "name"]
-    options = {name: getattr(method, name) for name in fields if getattr(method, name) != getattr(own, name)}
-    return {name: "none" if name == "predict" and value is None else value for name, value in options.items()}
+    built_in = get_method(method.name)
+    names = [field.name for field in dataclasses.fields(method)]
+    options = {name: getattr(method, name) for name in names if getattr(method, name) != getattr(built_in, name)}
+    return {**options, "predict": "none"} if options.get("predict", "") is None else options
 
 
 def _outline(model: Mapping[str, Any]) -> str:
@@ -260,9 +259,8 @@ def _outline(model: Mapping[str, Any]) -> str:
     return f"{len(layers)} layers ({layers[0]}..{layers[-1]}) and {model.get('parameters', 0):,} parameters"
 
 
-def _of(kind: type[Any], entry: Any) -> Any:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
-    return kind(**values)
+def _with_tuples(entry: Json) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
 
 
 def _compact(text: str) -> str:
@@ -279,17 +277,15 @@ def _compact(text: str) -> str:
     return "\n".join(lines)
 
 
-def _rounded(value: Any) -> Any:
-    """A plan with six digits of its floats: more were not measured."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, tuple):
-        return tuple(_rounded(one) for one in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(
-            value, **{field.name: _rounded(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        )
-    return value
+def _rounded_entries(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Entries with six digits of their floats: more were not measured."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.6g}")
+        return tuple(map(rounded, value)) if isinstance(value, tuple) else value
+
+    return {name: rounded(value) for name, value in entries}
 
 
 def as_plan(plan: Any) -> Plan:

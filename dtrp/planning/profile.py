@@ -1,6 +1,6 @@
-"""What each layer costs on the device that it will run on: time, activations, parameters.
+"""The profile of a model: time, activations and parameters of every layer, on the device that it will run on.
 
-Layers run one after another, each with a graph of its own, forward and then backward as in training, and once more
+Layers run in their order, each with a graph for itself, forward and then backward as in training, and once more
 without a graph. Times are medians of several such rounds. The model is a copy; the caller's weights, buffers and
 random numbers stay as they are.
 """
@@ -14,42 +14,42 @@ import itertools
 import operator
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ..measure.memory import StageSizes
-from ..methods import Keep, Method
 from ..predict import BuiltInPredictor, as_predictor
 from ..splitting.stages import called, check_device, layers_of, stage_device
-from ..stage.forward import LossFn
 from ..stage.saved_tensors import NOT_WEIGHED, weigh_graph
 from ..tensors.layout import aligned_clone, enter, parts_of
 from ..tensors.nbytes import states_bytes, tensor_bytes
 from ..tensors.pytree import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
+from ..typing import LossFn, OptimizerFactory, Tree
+from .arguments import PlanError
 from .neighbours import busy_neighbours
-from .plan_file import PlanError
-from .trial import StageTrial, relative_spread, try_stages
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One layer on one micro-batch: seconds (medians; ``spread`` the interquartile range of F+B over its median) and bytes.
+    """A layer on one micro-batch.
 
     Attributes:
-        name: in the model.
-        forward_s, nograd_forward_s, backward_s: with a graph, without one, and of the graph.
-        spread: how far its times scatter, relative.
-        graph_bytes: what its graph saves beside its input and its output.
-        input_bytes, output_bytes: of the tensors.
+        name: name in the model.
+        forward_s, nograd_forward_s, backward_s: median seconds of the forward with a graph, without a graph, and of the
+            backward.
+        spread: interquartile range of the seconds of forward and backward together, over their median.
+        graph_bytes: bytes that its graph saves beside its input and its output.
+        input_bytes, output_bytes: bytes of its input and its output.
         saves_input, saves_output: whether its graph saves them.
-        parameter_bytes, trained_bytes, buffer_bytes, optimizer_bytes: of what it holds.
+        parameter_bytes, trained_bytes, buffer_bytes, optimizer_bytes: bytes of its parameters, of those that require a
+            gradient, of its buffers, and of its optimizer's state.
         trains: whether it, or a layer before it, has something to train; else it runs without a graph.
     """
 
@@ -72,7 +72,13 @@ class LayerProfile:
 
 @dataclass(frozen=True)
 class StageProfile:
-    """The sum of a stage's layers: seconds of one micro-batch (update and prediction: of one time), and sizes."""
+    """The sum of a stage's layers.
+
+    Attributes:
+        forward_s, nograd_forward_s, backward_s: seconds for a micro-batch.
+        update_s, predict_s: seconds of one update, and of one prediction.
+        sizes: bytes of what the stage holds.
+    """
 
     forward_s: float
     nograd_forward_s: float
@@ -87,9 +93,10 @@ class Profile:
     """The layers of a model on micro-batches of ``samples`` samples.
 
     Attributes:
-        samples: in the micro-batch.
-        layers: one after another.
-        update_s, predict_s: of the whole model, to be shared out by the bytes of trained parameters.
+        samples: number of samples in the micro-batch.
+        layers: the layers, in order.
+        update_s, predict_s: seconds of an update and of a prediction of the whole model, to be shared out by the bytes of
+            trained parameters.
     """
 
     samples: int
@@ -99,23 +106,23 @@ class Profile:
 
     def stage(self, first: int, end: int) -> StageProfile:
         """Layers ``first`` to ``end - 1`` together."""
-        of = {name: sums[end] - sums[first] for name, sums in self._sums.items() if name != "between"}
-        before, last = self.layers[first], self.layers[end - 1]
-        # Of two neighbours' tensor, which is saved once whoever saves it; between stages it is an input or an output.
-        inside = self._sums["between"][end - 1] - self._sums["between"][first]
-        share = of["trained_bytes"] / max(1.0, self._sums["trained_bytes"][-1])
+        total = {name: sums[end] - sums[first] for name, sums in self._sums.items()}
+        last = self.layers[end - 1]
+        # A tensor between two layers is saved once, whichever of them saves it; between stages it is an input or an output.
+        between = self._sums["between"][end - 1] - self._sums["between"][first]
+        share = total["trained_bytes"] / max(1.0, self._sums["trained_bytes"][-1])
         return StageProfile(
-            forward_s=of["forward_s"],
-            nograd_forward_s=of["nograd_forward_s"],
-            backward_s=of["backward_s"],
+            forward_s=total["forward_s"],
+            nograd_forward_s=total["nograd_forward_s"],
+            backward_s=total["backward_s"],
             update_s=share * self.update_s,
             predict_s=share * self.predict_s,
             sizes=StageSizes(
-                weights=of["parameter_bytes"] + of["buffer_bytes"],
-                trained=of["trained_bytes"],
-                optimizer=of["optimizer_bytes"],
-                input=before.input_bytes,
-                graph=of["graph_bytes"] + inside + (last.output_bytes if last.saves_output else 0),
+                weights=total["parameter_bytes"] + total["buffer_bytes"],
+                trained=total["trained_bytes"],
+                optimizer=total["optimizer_bytes"],
+                input=self.layers[first].input_bytes,
+                graph=total["graph_bytes"] + between + (last.output_bytes if last.saves_output else 0),
                 output=last.output_bytes,
                 trains=last.trains,
             ),
@@ -123,17 +130,14 @@ class Profile:
 
     @cached_property
     def _sums(self) -> dict[str, list[float]]:
-        """Sums over the first n layers, n = 0..L."""
+        """Sums over the first n layers, n = 0..L; ``between``: of the tensors that are saved behind them."""
         names = [field.name for field in dataclasses.fields(LayerProfile) if field.name.endswith(("_s", "_bytes"))]
-        sums = {
-            name: [0.0, *itertools.accumulate(float(getattr(layer, name)) for layer in self.layers)] for name in names
-        }
-        between = [
+        values = {name: [float(getattr(layer, name)) for layer in self.layers] for name in names}
+        values["between"] = [
             float(before.output_bytes) if before.saves_output or after.saves_input else 0.0
             for before, after in itertools.pairwise(self.layers)
-        ]
-        sums["between"] = [0.0, *itertools.accumulate(between), 0.0]
-        return sums
+        ] + [0.0]
+        return {name: list(itertools.accumulate(summands, initial=0.0)) for name, summands in values.items()}
 
     @property
     def whole(self) -> StageProfile:
@@ -142,32 +146,36 @@ class Profile:
 
     @property
     def spread(self) -> float:
-        """The median over the layers."""
+        """The median of the layers' spreads."""
         return statistics.median(layer.spread for layer in self.layers)
 
 
 class Profiler:
-    """Profiles a model at any micro-batch size, each once.
+    """Measures a model at any micro-batch size, at each size once.
 
     Args:
         model: an `nn.Sequential`, or a list of modules.
         example: a batch (x, y); the samples are used over again where more are needed.
-        loss_fn: as `Pipeline`'s; its time is the last layer's.
-        optimizer: as `Pipeline`'s, called with a copy's parameters; None: updates take no time, and the state no memory.
-        predict: what the method predicts with, or None.
-        device: where to measure; None: where the model is.
+        loss_fn: the loss, as in `Pipeline`; its time is counted to the last layer.
+        optimizer: makes the optimizer of a copy's parameters; None: updates take no time, and the state no memory.
+        predict: the method's predictor, or None.
+        device: device to measure on; None: where the model is.
         neighbours: processes that work on the same model meanwhile, where workers share a machine's memory and caches.
         repeats, warmup: rounds that count, and rounds before that do not.
         autocast: makes the region in which the forward runs.
+
+    Attributes:
+        names: names of the layers.
+        layers: copies of the layers, on ``device``.
     """
 
     def __init__(
         self,
         model: nn.Sequential | Sequence[nn.Module],
-        example: tuple[Any, Any],
+        example: tuple[Tree, Tree],
         loss_fn: LossFn,
         *,
-        optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+        optimizer: OptimizerFactory | None = None,
         predict: Any = None,
         device: torch.device | str | None = None,
         neighbours: int = 0,
@@ -175,31 +183,30 @@ class Profiler:
         warmup: int = 2,
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
-        self.example = checked_example(example)
-        self._loss_fn, self._make_optimizer = loss_fn, optimizer
+        self._example = checked_example(example)
+        self.loss_fn, self.make_optimizer = loss_fn, optimizer
+        self.neighbours, self.autocast = neighbours, autocast or nullcontext
+        self._repeats, self._warmup = repeats, warmup
         named = layers_of(model)
         self.names = [name for name, _ in named]
-        self._layers = copy.deepcopy(
-            [layer for _, layer in named]
-        )  # at once: a tensor that two share, they share again
-        self.device = check_device(torch.device(device) if device is not None else device_of(self._layers))
-        for layer in self._layers:
+        # At once: a tensor that two layers share, they share again.
+        self.layers = copy.deepcopy([layer for _, layer in named])
+        self.device = check_device(torch.device(device) if device is not None else device_of(self.layers))
+        for layer in self.layers:
             layer.to(self.device)
-        self._module: Any = torch.get_device_module(self.device) if self.device.type != "cpu" else None
         self._parameters = list(
-            dict.fromkeys(p for layer in self._layers for p in layer.parameters() if p.requires_grad)
+            dict.fromkeys(p for layer in self.layers for p in layer.parameters() if p.requires_grad)
         )
-        trainable = [any(p.requires_grad for p in layer.parameters()) for layer in self._layers]
-        self._trains = list(itertools.accumulate(trainable, operator.or_))  # it, or a layer before it
-        self._changes: list[bool | None] = [None] * len(self._layers)  # whether it writes its input; None: not seen yet
+        trainable = [any(p.requires_grad for p in layer.parameters()) for layer in self.layers]
+        self._trains = list(itertools.accumulate(trainable, operator.or_))  # the layer, or a layer before it
+        self._changes: list[bool | None] = [None] * len(self.layers)  # whether it writes its input; None: not seen yet
         self._optimizer = optimizer(list(self._parameters)) if optimizer is not None and self._parameters else None
         self._predictor = self._checked_predictor(predict)
-        self._neighbours, self._repeats, self._warmup = neighbours, repeats, warmup
-        self._autocast = autocast or nullcontext
-        self._known: dict[tuple[int, int], Profile] = {}
+        self._profiles: dict[tuple[int, int], Profile] = {}
+        self._times: dict[tuple[str, int], list[float]] = defaultdict(list)  # by what runs, and the layer
 
     def _checked_predictor(self, predict: Any) -> BuiltInPredictor | None:
-        """The predictor, where it is one of dtrp's and knows the optimizer."""
+        """The predictor, where it is built in and knows the optimizer."""
         predictor = as_predictor(predict)
         if not isinstance(predictor, BuiltInPredictor) or self._optimizer is None:
             return None
@@ -211,161 +218,160 @@ class Profiler:
 
     def at(self, samples: int, *, neighbours: int | None = None) -> Profile:
         """The profile of micro-batches of ``samples`` samples."""
-        neighbours = self._neighbours if neighbours is None else neighbours
-        key = samples, neighbours
-        if key not in self._known:
-            x, y = (map_tensors(lambda t: t.to(self.device), _tiled(value, samples)) for value in self.example)
-            with self._quietly(), busy_neighbours(neighbours, self._layers, x):
-                self._known[key] = self._measure(x, y)
-        return self._known[key]
+        key = samples, self.neighbours if neighbours is None else neighbours
+        if key not in self._profiles:
+            x, y = self.batch(samples)
+            with self.measuring(x, neighbours):
+                self._profiles[key] = self._measure(x, y)
+        return self._profiles[key]
 
-    def try_stages(
-        self,
-        method: Method,
-        cuts: Sequence[int],
-        keep: Sequence[Keep],
-        num_microbatches: int,
-        samples: int,
-        *,
-        steps: int,
-        neighbours: int | None = None,
-    ) -> list[StageTrial]:
-        """Some steps of the stages that these cuts make, as `try_stages` does them."""
-        x, y = (map_tensors(lambda t: t.to(self.device), _tiled(value, samples)) for value in self.example)
-        named = list(zip(self.names, self._layers, strict=True))
-        with self._quietly():
-            return try_stages(
-                named, (x, y), self._loss_fn, self._make_optimizer, method, cuts, keep, num_microbatches,
-                neighbours=self._neighbours if neighbours is None else neighbours, steps=steps, autocast=self._autocast,
-            )  # fmt: skip
+    def batch(self, samples: int) -> tuple[Tree, Tree]:
+        """The example with so many samples, on the device."""
+        x, y = (map_tensors(lambda t: t.to(self.device), _tiled(value, samples)) for value in self._example)
+        return x, y
 
-    def _quietly(self) -> AbstractContextManager[Any]:
-        """Random numbers are drawn and given back."""
-        devices = [self.device] if self._module is not None else []
-        return torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda")
+    @contextmanager
+    def measuring(self, x: Tree, neighbours: int | None) -> Iterator[None]:
+        """Within it ``neighbours`` processes work on x, and random numbers are drawn and given back."""
+        devices = [self.device] if self.device.type != "cpu" else []
+        neighbours = self.neighbours if neighbours is None else neighbours
+        with (
+            torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda"),
+            busy_neighbours(neighbours, self.layers, x),
+        ):
+            yield
 
-    def _measure(self, x: Any, y: Any) -> Profile:
-        count = len(self._layers)
-        forward: list[list[float]] = [[] for _ in range(count)]
-        backward: list[list[float]] = [[] for _ in range(count)]
-        nograd: list[list[float]] = [[] for _ in range(count)]
-        update: list[float] = []
-        predict: list[float] = []
-        sizes: list[tuple[int, int, int, bool, bool]] = []
-        spare = [torch.empty_like(p) for p in self._parameters] if self._predictor is not None else []
-        for number in range(-2, self._warmup + self._repeats):  # -2: which layers write their input; -1: what they save
-            graphs: list[tuple[list[list[Tensor]], list[Tensor]]] = []
-            h = x
-            for place, layer in enumerate(self._layers):
-                start = self._now()
-                if number == -1:
-                    ran, saved = weigh_graph(functools.partial(self._run_layer, place, h, y), layer)
-                    if saved is None:
-                        raise PlanError(f"layer {self.names[place]}: {NOT_WEIGHED}; make the Pipeline without a plan")
-                    sizes.append(_sizes(saved, ran[0], tensors_of(ran[2])))
-                else:
-                    ran = self._run_layer(place, h, y)
-                forward[place].append(self._now() - start)
-                _, gradients, out = ran
-                graphs.append((gradients, tensors_of(out)))
-                h = map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), out)
-            incoming: list[Tensor | None] = []
-            for place in reversed(range(count)):
-                gradients, made = graphs.pop()
-                start = self._now()
-                roots = [t for t in made if t.requires_grad] if place == count - 1 else []
-                starts = [(t, g) for t, g in zip(made, incoming, strict=False) if t.requires_grad and g is not None]
-                if roots:
-                    torch.autograd.backward(roots)
-                elif starts:
-                    torch.autograd.backward([t for t, _ in starts], [g for _, g in starts])
-                backward[place].append(self._now() - start)
-                incoming = [own[0] if own else None for own in gradients]
-                del made, roots, starts
-            if self._optimizer is not None:
-                start = self._now()
-                self._optimizer.step()
-                update.append(self._now() - start)
-                if self._predictor is not None:
-                    start = self._now()
-                    known = self._parameters if self._predictor.uses_gradients else ()  # whatever their values
-                    self._predictor(self._parameters, self._optimizer, 1, spare, gradients=known, share=0.5)
-                    predict.append(self._now() - start)
-            for p in self._parameters:
-                p.grad = None
-            h = x
-            for place, layer in enumerate(self._layers):
-                copied = map_tensors(aligned_clone, h) if self._changes[place] is not False else h
-                start = self._now()
-                with torch.no_grad(), self._autocast():
-                    h = called(layer, copied, self.names[place])
-                nograd[place].append(self._now() - start)
-        for times in (*forward, *backward, *nograd, update, predict):
-            del times[: 2 + self._warmup]
+    def _measure(self, x: Tree, y: Tree) -> Profile:
+        saved: list[dict[str, Any]] = []
+        self._round(x, y)  # which layers write their input
+        self._round(x, y, saved)
+        for _ in range(self._warmup):
+            self._round(x, y)
+        self._times.clear()
+        for _ in range(self._repeats):
+            self._round(x, y)
         return Profile(
             samples=num_samples(x),
-            layers=tuple(
-                LayerProfile(
-                    name=name,
-                    forward_s=statistics.median(forward[place]),
-                    nograd_forward_s=statistics.median(nograd[place]),
-                    backward_s=statistics.median(backward[place]),
-                    spread=relative_spread([f + b for f, b in zip(forward[place], backward[place], strict=True)]),
-                    graph_bytes=sizes[place][0],
-                    input_bytes=sizes[place][1],
-                    output_bytes=sizes[place][2],
-                    saves_input=sizes[place][3],
-                    saves_output=sizes[place][4],
-                    parameter_bytes=sum(map(tensor_bytes, layer.parameters())),
-                    trained_bytes=sum(tensor_bytes(p) for p in layer.parameters() if p.requires_grad),
-                    buffer_bytes=sum(map(tensor_bytes, layer.buffers())),
-                    optimizer_bytes=self._state_bytes(layer),
-                    trains=self._trains[place],
-                )
-                for place, (name, layer) in enumerate(zip(self.names, self._layers, strict=True))
-            ),
-            update_s=statistics.median(update) if update else 0.0,
-            predict_s=statistics.median(predict) if predict else 0.0,
+            layers=tuple(itertools.starmap(self._layer_profile, enumerate(saved))),
+            update_s=self._median("update"),
+            predict_s=self._median("predict"),
         )
 
-    def _run_layer(self, place: int, h: Any, y: Any) -> tuple[list[Tensor], list[list[Tensor]], Any]:
-        """A layer's forward as in a stage: (tensors of its input, where their gradients will be, output or loss).
+    def _layer_profile(self, place: int, graph: dict[str, Any]) -> LayerProfile:
+        layer = self.layers[place]
+        times = zip(self._times["forward", place], self._times["backward", place], strict=True)
+        states = [] if self._optimizer is None else [self._optimizer.state.get(p, {}) for p in layer.parameters()]
+        return LayerProfile(
+            name=self.names[place],
+            forward_s=self._median("forward", place),
+            nograd_forward_s=self._median("forward without a graph", place),
+            backward_s=self._median("backward", place),
+            spread=relative_spread(list(map(sum, times))),
+            **graph,
+            parameter_bytes=sum(map(tensor_bytes, layer.parameters())),
+            trained_bytes=sum(tensor_bytes(p) for p in layer.parameters() if p.requires_grad),
+            buffer_bytes=sum(map(tensor_bytes, layer.buffers())),
+            optimizer_bytes=states_bytes(states),
+            trains=self._trains[place],
+        )
 
-        With a graph if it, or a layer before it, has something to train.
+    def _round(self, x: Tree, y: Tree, saved: list[dict[str, Any]] | None = None) -> None:
+        """Every layer's forward and backward, an update, and the forwards without a graph; ``saved`` is told of the graphs."""
+        graphs: list[tuple[list[list[Tensor]], list[Tensor]]] = []
+        h = x
+        for place, layer in enumerate(self.layers):
+            run = functools.partial(self._run_layer, place, h, y)
+            with self._timed("forward", place):
+                (inputs, gradients, out), sizes = (run(), None) if saved is None else weigh_graph(run, layer)
+            outputs = tensors_of(out)
+            if saved is not None:
+                if sizes is None:
+                    raise PlanError(f"layer {self.names[place]}: {NOT_WEIGHED}; make the Pipeline without a plan")
+                saved.append(_graph_sizes(sizes, inputs, outputs))
+            graphs.append((gradients, outputs))
+            h = map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), out)
+        self._backward(graphs)
+        self._update()
+        h = x
+        for place, layer in enumerate(self.layers):
+            copied = map_tensors(aligned_clone, h) if self._changes[place] is not False else h
+            with self._timed("forward without a graph", place), torch.no_grad(), self.autocast():
+                h = called(layer, copied, self.names[place])
+
+    def _run_layer(self, place: int, h: Tree, y: Tree) -> tuple[list[Tensor], list[list[Tensor]], Tree]:
+        """A layer's forward as in a stage, with a graph if the layer, or one before it, has something to train.
+
+        Returns:
+            The tensors of its input, lists in which their gradients will be, and its output or the loss.
         """
         tensors, form = flatten(h)
         gradients: list[list[Tensor]] = [[] for _ in tensors]
-        with torch.set_grad_enabled(self._trains[place]), self._autocast():
+        with torch.set_grad_enabled(self._trains[place]), self.autocast():
             copies = self._changes[place] is not False
-            given = [
-                enter(t, own, copy=copies) if t.requires_grad else aligned_clone(t) if copies else t
-                for t, own in zip(tensors, gradients, strict=True)
+            inputs = [
+                enter(t, gradient, copy=copies) if t.requires_grad else aligned_clone(t) if copies else t
+                for t, gradient in zip(tensors, gradients, strict=True)
             ]
-            before = [t._version for t in given]
-            out = called(self._layers[place], unflatten(form, iter(given)), self.names[place])
-            self._changes[place] = [t._version for t in given] != before
-            return given, gradients, self._loss_fn(out, y) if place == len(self._layers) - 1 else out
+            before = [t._version for t in inputs]
+            out = called(self.layers[place], unflatten(form, iter(inputs)), self.names[place])
+            self._changes[place] = [t._version for t in inputs] != before
+            return inputs, gradients, self.loss_fn(out, y) if place == len(self.layers) - 1 else out
 
-    def _state_bytes(self, layer: nn.Module) -> int:
-        if self._optimizer is None:
-            return 0
-        return states_bytes(self._optimizer.state.get(p, {}) for p in layer.parameters())
+    def _backward(self, graphs: list[tuple[list[list[Tensor]], list[Tensor]]]) -> None:
+        """The layers' backwards, from the loss on; every graph is freed after its backward."""
+        incoming: Sequence[Sequence[Tensor | None]] = [[None]]  # the loss needs no gradient
+        for place in reversed(range(len(graphs))):
+            gradients, outputs = graphs.pop()
+            with self._timed("backward", place):
+                reached = [(t, g[0]) for t, g in zip(outputs, incoming, strict=True) if t.requires_grad and g]
+                if reached:
+                    torch.autograd.backward([t for t, _ in reached], [g for _, g in reached])
+            incoming = gradients
+
+    def _update(self) -> None:
+        if self._optimizer is not None:
+            with self._timed("update"):
+                self._optimizer.step()
+        if self._optimizer is not None and self._predictor is not None:
+            room = list(map(torch.empty_like, self._parameters))
+            gradients = self._parameters if self._predictor.uses_gradients else ()  # whatever their values
+            with self._timed("predict"):
+                self._predictor(self._parameters, self._optimizer, 1, room, gradients=gradients, share=0.5)
+        for p in self._parameters:
+            p.grad = None
+
+    @contextmanager
+    def _timed(self, what: str, place: int = 0) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._times[what, place].append(self._now() - start)
 
     def _now(self) -> float:
-        if self._module is not None:
-            self._module.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize(self.device)
         return time.perf_counter()
 
-
-def _sizes(saved: dict[int, int], given: Sequence[Tensor], made: Sequence[Tensor]) -> tuple[int, int, int, bool, bool]:
-    """(graph, input, output bytes; whether the graph saves a part of the input, and of the output)."""
-    places = [{part.untyped_storage().data_ptr() for t in tensors for part in parts_of(t)} for tensors in (given, made)]
-    saves = [not own.isdisjoint(saved) for own in places]
-    rest = sum(size for place, size in saved.items() if place not in places[0] | places[1])
-    return rest, sum(map(tensor_bytes, given)), sum(map(tensor_bytes, made)), saves[0], saves[1]
+    def _median(self, what: str, place: int = 0) -> float:
+        return statistics.median(self._times[what, place] or [0.0])
 
 
-def checked_example(example: Any) -> tuple[Any, Any]:
+def _graph_sizes(saved: Mapping[int, int], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> dict[str, Any]:
+    """The entries of a `LayerProfile` that tell of its graph: ``saved`` bytes by storage, the layer's input and output."""
+    ends = _storages([*inputs, *outputs])
+    return {
+        "graph_bytes": sum(size for storage, size in saved.items() if storage not in ends),
+        "input_bytes": sum(map(tensor_bytes, inputs)),
+        "output_bytes": sum(map(tensor_bytes, outputs)),
+        "saves_input": not _storages(inputs).isdisjoint(saved),
+        "saves_output": not _storages(outputs).isdisjoint(saved),
+    }
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {part.untyped_storage().data_ptr() for t in tensors for part in parts_of(t)}
+
+
+def checked_example(example: Any) -> tuple[Tree, Tree]:
     """A batch (x, y), as `Pipeline.step` takes it.
 
     Raises:
@@ -386,13 +392,13 @@ def checked_example(example: Any) -> tuple[Any, Any]:
     return x, y
 
 
-def _tiled(value: Any, samples: int) -> Any:
-    """The samples over again, or fewer of them; what is one for all stays so."""
-    own = num_samples(value)
-    times = -(-samples // own)
+def _tiled(value: Tree, samples: int) -> Tree:
+    """The samples over again, or fewer of them; a tensor that is the same for all samples stays as it is."""
+    present = num_samples(value)
+    times = -(-samples // present)
 
     def tiled(t: Tensor) -> Tensor:
-        if not t.dim() or len(t) != own:
+        if not t.dim() or len(t) != present:
             return t
         return t[:samples] if times == 1 else torch.cat([t] * times)[:samples]
 
@@ -400,5 +406,14 @@ def _tiled(value: Any, samples: int) -> Any:
 
 
 def device_of(layers: Iterable[nn.Module]) -> torch.device:
-    """Where they are; the CPU, if they hold nothing."""
+    """The device that layers are on; the CPU, if they hold nothing."""
     return next((place for place in map(stage_device, layers) if place is not None), torch.device("cpu"))
+
+
+def relative_spread(times: Sequence[float]) -> float:
+    """The interquartile range over the median."""
+    median = statistics.median(times)
+    if len(times) < 4 or not median:
+        return 0.0
+    low, _, high = statistics.quantiles(times, n=4)
+    return (high - low) / median

@@ -20,13 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 from ..measure.memory import StageSizes, footprint
-from ..methods import Keep, Method, get_method
+from ..methods import Keep, Method
 from ..schedule import Action, Slot, StageOrder
-from .plan_file import PlanError
+from ..validation import as_method
+from .arguments import PlanError, check_whole, is_number
 
+T = TypeVar("T")
 Seconds = float | Callable[[Random], float]
 PerStage = Seconds | Sequence[Seconds]
 
@@ -49,13 +51,13 @@ class Simulation:
     """What `simulate` found.
 
     Attributes:
-        minibatch_s: time per mini-batch in steady state.
-        total_s: of the whole run, start-up and flush included.
+        minibatch_s: seconds per mini-batch in steady state.
+        total_s: seconds of the whole run, start-up and flush included.
         utilization: ``{stage: share of the time in which it works}``, in steady state.
         peak_stash: ``{stage: most micro-batches between their F and the end of their B}``.
         delays: ``{stage: Counter({delay: micro-batches})}``, in updates, as `Pipeline.delays`.
         peak_bytes: ``{stage: bytes}``, the most that it holds at once (`dtrp.measure.memory`); None without sizes.
-        update_ends: when each of the last stage's updates ended, in seconds.
+        update_ends: times in seconds at which the updates of the last stage ended.
     """
 
     minibatch_s: float
@@ -65,7 +67,7 @@ class Simulation:
     delays: dict[int, Counter[int]]
     peak_bytes: dict[int, float] | None
     update_ends: tuple[float, ...] = field(repr=False)
-    _again: Callable[[], list[_Trace]] = field(repr=False)
+    _play_again: Callable[[], list[_Trace]] = field(repr=False)
 
     @property
     def bubble(self) -> dict[int, float]:
@@ -77,7 +79,7 @@ class Simulation:
         """Every action of the run, stage by stage, in the order of time (from a second run, which remembers them)."""
         return [
             SimulatedSpan(stage, action.kind, action.index, start, end)
-            for stage, trace in enumerate(self._again())
+            for stage, trace in enumerate(self._play_again())
             for action, start, end in zip(trace.actions(), trace.starts, trace.ends, strict=True)
         ]
 
@@ -111,131 +113,83 @@ def simulate(
     >>> simulate("bp", num_stages=4, num_minibatches=8, num_microbatches=4, forward_s=1, backward_s=2).minibatch_s
     21.0
 
-    A time is a number of seconds, or a function of a `random.Random` that draws one each time. Times and speeds are one
-    for all stages, or a sequence of one a stage; latencies, bandwidths and message sizes one for all hops, or
-    one a hop, hop k joining stages k and k+1.
+    A time is a number of seconds, or a function of a `random.Random` that draws a new one at every use. Times and speeds
+    hold for all stages, or are a sequence with a value for every stage; latencies, bandwidths and message sizes hold for
+    all hops, or are a sequence with a value for every hop, hop k joining stages k and k+1.
 
     Args:
         method: a `Method` or a name.
         num_stages: K.
-        num_minibatches: the length of the run. The steady state needs a few times K.
-        num_microbatches: A, or one number for each mini-batch.
-        forward_s: of F(m), the forward of **one micro-batch**, with a graph; also what a recompute takes. An auxiliary
-            network's is part of it, here and below.
-        backward_s: of B(m), without its recompute.
-        nograd_forward_s: of F(m) where no graph is made; None: as ``forward_s``.
-        update_s: of U.
-        predict_s: of the prediction before an F, where the method predicts and there is a delay.
-        latency_s: of every message.
-        bandwidth_bytes_s: of a link, each way.
-        message_bytes: of a micro-batch's activations, and of their gradients.
-        speed: a stage of speed 2 takes half the times above.
+        num_minibatches: length of the run. The steady state needs a few times K.
+        num_microbatches: A, or a sequence with a number for every mini-batch.
+        forward_s: seconds of F(m), the forward of **one micro-batch**, with a graph; a recompute takes as long. The time of
+            an auxiliary network is a part of it, and of the times below.
+        backward_s: seconds of B(m), without its recompute.
+        nograd_forward_s: seconds of F(m) where no graph is made; None: as ``forward_s``.
+        update_s: seconds of U.
+        predict_s: seconds of the prediction before an F, where the method predicts and there is a delay.
+        latency_s: seconds that every message takes.
+        bandwidth_bytes_s: bytes per second of a link, in either direction.
+        message_bytes: bytes of a micro-batch's activations, and of their gradients.
+        speed: factor on the speed; a stage of speed 2 takes half the times above.
         keep: what stages keep in place of what the method says, as in ``Pipeline(keep=)``.
-        weight_bytes: of a stage's parameters, all trained; given, the result has ``peak_bytes``.
-        optimizer_bytes: of its optimizer's state.
-        input_bytes: of its input, a micro-batch.
-        graph_bytes: of its activation graph, a micro-batch.
-        seed: of the draws.
+        weight_bytes: bytes of a stage's parameters, all trained; given, the result has ``peak_bytes``.
+        optimizer_bytes: bytes of its optimizer's state.
+        input_bytes: bytes of its input, a micro-batch.
+        graph_bytes: bytes of its activation graph, a micro-batch.
+        seed: seed of the draws.
 
     Raises:
         ValueError: a number out of range, or as many as there are no stages or hops.
     """
-    method = get_method(method) if isinstance(method, str) else method
-    if not isinstance(method, Method):
-        raise TypeError(f"method is a {type(method).__name__}; pass a name or what get_method returns")
-    for name, count in (("num_stages", num_stages), ("num_minibatches", num_minibatches)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise PlanError(f"{name}={count!r}: pass a whole number of at least 1")
-    given = num_microbatches
-    sizes = list(given) if isinstance(given, Sequence) else [given] * num_minibatches
-    if len(sizes) != num_minibatches or not all(isinstance(size, int) and size >= 1 for size in sizes):
-        raise PlanError(
-            f"num_microbatches={num_microbatches!r}: pass one number of at least 1, or one for each of the "
-            f"num_minibatches={num_minibatches}"
-        )
-    stages = num_stages
-    forward = _times("forward_s", forward_s, stages)
-    backward = _times("backward_s", backward_s, stages)
-    nograd = forward if nograd_forward_s is None else _times("nograd_forward_s", nograd_forward_s, stages)
-    update = _times("update_s", update_s, stages)
-    predict = _times("predict_s", predict_s, stages)
-    latency = _times("latency_s", latency_s, stages - 1, "hop")
-    speeds = _numbers("speed", speed, stages, above=True)
-    sent = _numbers("message_bytes", message_bytes, stages - 1, "hop")
-    bandwidth = _numbers("bandwidth_bytes_s", bandwidth_bytes_s, stages - 1, "hop", above=True, finite=False)
-    on_wire = [size / rate for size, rate in zip(sent, bandwidth, strict=True)]
-    keeps = keeps_of(method, stages, keep)
+    method = as_method(method)
+    check_whole("num_stages", num_stages)
+    check_whole("num_minibatches", num_minibatches)
+    sizes = _sizes(num_microbatches, num_minibatches)
+    hops = num_stages - 1
+    speeds = _numbers("speed", speed, num_stages, above=True)
+    forward = _times("forward_s", forward_s, speeds)
+    nograd = forward if nograd_forward_s is None else _times("nograd_forward_s", nograd_forward_s, speeds)
+    backward = _times("backward_s", backward_s, speeds)
+    update = _times("update_s", update_s, speeds)
+    predict = _times("predict_s", predict_s, speeds)
+    latency = _times("latency_s", latency_s, [1.0] * hops, "hop")
+    sent = _numbers("message_bytes", message_bytes, hops, "hop")
+    bandwidth = _numbers("bandwidth_bytes_s", bandwidth_bytes_s, hops, "hop", above=True, finite=False)
+    keeps = keeps_of(method, num_stages, keep)
     peak_bytes = None
     if weight_bytes is not None:
-        weights = _numbers("weight_bytes", weight_bytes, stages)
-        states = _numbers("optimizer_bytes", optimizer_bytes, stages)
-        inputs = _numbers("input_bytes", input_bytes, stages)
-        graphs = _numbers("graph_bytes", graph_bytes, stages)
-        peak_bytes = {}
-        for k, keeps_what in enumerate(keeps):
-            output = inputs[k + 1] if k < stages - 1 else 0.0
-            held = StageSizes(weights[k], weights[k], states[k], inputs[k], graphs[k], output)
-            peak_bytes[k] = footprint(method.keeping(keeps_what), stages, k, max(sizes), held).total
-
-    def run(*, remember: bool) -> list[_Trace]:
-        links = list(zip(on_wire, latency, strict=True))
-        down = [None, *(_Link(*link, Random(f"{seed} down {k}")) for k, link in enumerate(links)), None]
-        up = [None, *(_Link(*link, Random(f"{seed} up {k}")) for k, link in enumerate(links)), None]
-        traces = [_Trace(partial(StageOrder, method, stages, k), sizes, remember=remember) for k in range(stages)]
-        workers = []
-        for k, trace in enumerate(traces):
-            recomputes = keeps[k] == "input"
-            predicts = method.predict is not None and k < stages - 1
-            times = _Times(
-                _scaled(nograd[k] if recomputes else forward[k], speeds[k]),
-                _scaled(forward[k], speeds[k]) if recomputes else None,
-                _scaled(backward[k], speeds[k]),
-                _scaled(update[k], speeds[k]),
-                _scaled(predict[k], speeds[k]) if predicts else None,
-            )
-            random = Random(f"{seed} stage {k}")
-            gradients = (None, None) if method.local else (up[k + 1], up[k])
-            workers.append(_worker(times, down[k], down[k + 1], *gradients, trace, random))
-        while not all(trace.finished for trace in traces):
-            for worker in itertools.chain(workers, reversed(workers)):
-                next(worker, None)  # as far as it can go
-        return traces
-
-    traces = run(remember=False)
-    ends = traces[-1].update_ends
-    minibatch_s = steady_state(ends)
-    return Simulation(
-        minibatch_s=minibatch_s,
-        total_s=max(trace.clock for trace in traces),
-        utilization={
-            k: min(1.0, trace.busy / num_minibatches / minibatch_s) if minibatch_s else 0.0
-            for k, trace in enumerate(traces)
-        },
-        peak_stash={k: trace.peak for k, trace in enumerate(traces)},
-        delays={k: trace.delays for k, trace in enumerate(traces)},
-        peak_bytes=peak_bytes,
-        update_ends=tuple(ends),
-        _again=partial(run, remember=True),
-    )
+        weights = _numbers("weight_bytes", weight_bytes, num_stages)
+        states = _numbers("optimizer_bytes", optimizer_bytes, num_stages)
+        inputs = _numbers("input_bytes", input_bytes, num_stages)
+        graphs = _numbers("graph_bytes", graph_bytes, num_stages)
+        held = map(StageSizes, weights, weights, states, inputs, graphs, [*inputs[1:], 0.0])
+        needs = [footprint(method.keeping(keeps[k]), num_stages, k, max(sizes), stage) for k, stage in enumerate(held)]
+        peak_bytes = {k: need.total for k, need in enumerate(needs)}
+    stages = [
+        _Stage(nograd[k] if kept == "input" else forward[k], forward[k] if kept == "input" else 0.0, backward[k], update[k],
+               predict[k] if method.predict is not None and k < hops else 0.0)
+        for k, kept in enumerate(keeps)
+    ]  # fmt: skip
+    links = [(size / rate, time) for size, rate, time in zip(sent, bandwidth, latency, strict=True)]
+    return _Run(method, sizes, stages, links, seed).simulation(peak_bytes)
 
 
 def keeps_of(method: Method, num_stages: int, keep: Keep | Sequence[Keep] | None = None) -> list[Keep]:
-    """What each stage keeps: the method's choice, or ``keep`` for all or for each; the last stage has its graph at hand.
+    """What every stage keeps: ``keep``, or the method's choice; the last stage has its graph at hand.
 
     Raises:
         PlanError: another value, or as many as there are no stages.
     """
-    each = [keep] * num_stages if keep is None or isinstance(keep, str) else list(keep)
-    if len(each) != num_stages or any(one not in (None, "graph", "input") for one in each):
+    keeps = [keep] * num_stages if keep is None or isinstance(keep, str) else list(keep)
+    if len(keeps) != num_stages or any(kept not in (None, "graph", "input") for kept in keeps):
         raise PlanError(f"keep={keep!r}: pass 'graph' or 'input', or one of them for each of the {num_stages} stages")
-    return [
-        "input" if method.keeping(one or method.keep).recomputes(num_stages, k) else "graph"
-        for k, one in enumerate(each)
-    ]
+    rows = [method.keeping(kept or method.keep) for kept in keeps]
+    return ["input" if row.recomputes(num_stages, k) else "graph" for k, row in enumerate(rows)]
 
 
 def steady_state(ends: Sequence[float]) -> float:
-    """The time between ends once they repeat: over the shortest period that the last of them show, else the last half."""
+    """The time between two ends once they repeat: over the shortest period that the last ends show, else over their last half."""
     if len(ends) < 2:
         return ends[0] if ends else 0.0
     steps = [b - a for a, b in itertools.pairwise(ends)]
@@ -247,32 +201,37 @@ def steady_state(ends: Sequence[float]) -> float:
     return (ends[-1] - ends[half - 1]) / (len(ends) - half)
 
 
-class _Times(NamedTuple):
+class _Stage(NamedTuple):
+    """Seconds of a stage's actions."""
+
     forward: Seconds
-    recompute: Seconds | None  # None: the stage keeps its graph
+    recompute: Seconds
     backward: Seconds
     update: Seconds
-    predict: Seconds | None
+    predict: Seconds
 
 
 class _Link:
-    """One way of a hop: when its messages arrive, in their order."""
+    """A hop in one direction: when its messages arrive, in their order."""
 
-    def __init__(self, on_wire: float, latency: Seconds, random: Random) -> None:
+    def __init__(self, wire_s: float, latency: Seconds, random: Random) -> None:
         self.arrivals: deque[float] = deque()
-        self._on_wire, self._latency, self._random = on_wire, latency, random
-        self._free = 0.0  # when it can send the next one
+        self._wire_s, self._latency, self._random = wire_s, latency, random
+        self._free = 0.0  # when it can send the next message
         self._last = 0.0
 
     def send(self, now: float) -> None:
-        if self._on_wire:
-            now = self._free = max(now, self._free) + self._on_wire
+        if self._wire_s:
+            now = self._free = max(now, self._free) + self._wire_s
         latency = self._latency
         if callable(latency):  # messages do not overtake each other
             self._last = max(self._last, now + latency(self._random))
             self.arrivals.append(self._last)
         else:
             self.arrivals.append(now + latency)
+
+
+_Links = tuple[_Link | None, _Link | None]
 
 
 class _Trace:
@@ -292,127 +251,175 @@ class _Trace:
         return (action for slots in self.slots() for slot in slots for action in slot)
 
     def slots(self) -> Iterator[list[Slot]]:
-        """Of each mini-batch, and of the flush."""
+        """The slots of every mini-batch, then those of the flush."""
         order = self.order()
-        for size in self.sizes:
-            yield order.minibatch(size)
+        yield from map(order.minibatch, self.sizes)
         yield order.flush()
 
 
-def _worker(
-    times: _Times,
-    inputs: _Link | None,
-    outputs: _Link | None,
-    gradients: _Link | None,
-    input_gradients: _Link | None,
-    trace: _Trace,
-    random: Random,
-) -> Iterator[None]:
-    """A stage; yields where it has to wait for what has not been sent yet."""
-    # One turn of this loop a slot: what it reads lies in local names.
-    forward, recompute, backward, update, predict = times
-    input_from = inputs.arrivals if inputs is not None else None
-    gradient_from = gradients.arrivals if gradients is not None else None
-    output_to = outputs.send if outputs is not None else None
-    gradient_to = input_gradients.send if input_gradients is not None else None
-    drawn = any(callable(one) for one in times)
+@dataclass(frozen=True)
+class _Run:
+    """A schedule and its times.
+
+    Attributes:
+        method: the order of work.
+        sizes: by mini-batch, its micro-batches.
+        stages: by stage, its times.
+        links: by hop, the seconds for which a message occupies it, and the latency.
+        seed: seed of the draws.
+    """
+
+    method: Method
+    sizes: Sequence[int]
+    stages: Sequence[_Stage]
+    links: Sequence[tuple[float, Seconds]]
+    seed: int
+
+    def simulation(self, peak_bytes: dict[int, float] | None) -> Simulation:
+        """What the run shows; ``peak_bytes`` is passed on."""
+        traces = self.play(remember=False)
+        ends = traces[-1].update_ends
+        minibatch_s = steady_state(ends)
+        shares = [trace.busy / len(self.sizes) / minibatch_s if minibatch_s else 0.0 for trace in traces]
+        return Simulation(
+            minibatch_s=minibatch_s,
+            total_s=max(trace.clock for trace in traces),
+            utilization={k: min(1.0, share) for k, share in enumerate(shares)},
+            peak_stash={k: trace.peak for k, trace in enumerate(traces)},
+            delays={k: trace.delays for k, trace in enumerate(traces)},
+            peak_bytes=peak_bytes,
+            update_ends=tuple(ends),
+            _play_again=partial(self.play, remember=True),
+        )
+
+    def play(self, *, remember: bool) -> list[_Trace]:
+        """Every stage's trace; ``remember``: with the times of its actions."""
+        down = [None, *self._links("down"), None]
+        up = [None, *([None] * len(self.links) if self.method.local else self._links("up")), None]
+        traces = []
+        workers = []
+        for k, times in enumerate(self.stages):
+            trace = _Trace(partial(StageOrder, self.method, len(self.stages), k), self.sizes, remember=remember)
+            random = Random(f"{self.seed} stage {k}")
+            traces.append(trace)
+            workers.append(_work(trace, times, random, received=(down[k], up[k + 1]), sent=(down[k + 1], up[k])))
+        while not all(trace.finished for trace in traces):
+            for worker in itertools.chain(workers, reversed(workers)):
+                next(worker, None)  # as far as it can go
+        return traces
+
+    def _links(self, direction: str) -> list[_Link]:
+        return [_Link(*link, Random(f"{self.seed} {direction} {k}")) for k, link in enumerate(self.links)]
+
+
+def _work(trace: _Trace, times: _Stage, random: Random, received: _Links, sent: _Links) -> Iterator[None]:
+    """A stage at work; yields where it has to wait for what has not been sent yet.
+
+    Args:
+        trace: what happens is written into it.
+        times: the stage's times.
+        random: draws the times that are functions.
+        received: links that bring the inputs and the gradients.
+        sent: links that take the outputs and the gradients of the inputs.
+    """
+    # The loop runs once an action: what it reads lies in local names.
+    inputs, gradients = (link.arrivals if link is not None else None for link in received)
+    send_output, send_gradient = (link.send if link is not None else None for link in sent)
     remember, starts, ends, updated = trace.remember, trace.starts.append, trace.ends.append, trace.update_ends.append
-    f, b, u = (0.0 if callable(one) else one for one in (forward, backward, update))
-    r, p = (0.0 if one is None or callable(one) else one for one in (recompute, predict))
+    drawn = any(map(callable, times))
+    f, r, b, u, p = (0.0 if callable(time) else time for time in times)
     clock = busy = 0.0
     held = peak = version = 0
     predicted = -1, -1
     delays: dict[int, int] = {}
     for minibatch, slots in enumerate(trace.slots()):
-        for slot in slots:
-            for action in slot:
-                kind = action.kind
-                start = clock
-                if drawn:
-                    f, r, b, u, p = (
-                        one(random) if callable(one) else one or 0.0
-                        for one in (forward, recompute, backward, update, predict)
-                    )
-                if kind == "F":
-                    delay = minibatch - version
-                    delays[delay] = delays.get(delay, 0) + 1
-                    first = bool(delay and p and predicted != (version, delay))
-                    if first:
-                        predicted = version, delay
-                        clock += p
-                        busy += p
-                    if input_from is not None:
-                        while not input_from:
-                            yield
-                        arrived = input_from.popleft()
-                        if arrived > clock:
-                            clock = arrived
-                            if not first:
-                                start = clock
-                    clock += f
-                    busy += f
-                    if output_to is not None:
-                        output_to(clock)
-                    held += 1
-                    if held > peak:
-                        peak = held
-                elif kind == "B":
-                    clock += r
-                    if gradient_from is not None:
-                        while not gradient_from:
-                            yield
-                        arrived = gradient_from.popleft()
-                        if arrived > clock:
-                            clock = arrived
-                            if not r:
-                                start = clock
-                    clock += b
-                    busy += r + b
-                    if gradient_to is not None:
-                        gradient_to(clock)
-                    held -= 1
-                else:
-                    clock += u
-                    busy += u
-                    version += 1
-                    updated(clock)
-                if remember:
-                    starts(start)
-                    ends(clock)
+        for action in itertools.chain.from_iterable(slots):
+            start = clock
+            if drawn:
+                f, r, b, u, p = (time(random) if callable(time) else time for time in times)
+            if action.kind == "F":
+                before, work = 0.0, f
+                arrivals, send = inputs, send_output
+                delay = minibatch - version
+                delays[delay] = delays.get(delay, 0) + 1
+                if delay and p and predicted != (version, delay):
+                    predicted = version, delay
+                    before = p
+                    busy += p
+                busy += f
+                held += 1
+                if held > peak:
+                    peak = held
+            elif action.kind == "B":
+                before, work = r, b
+                arrivals, send = gradients, send_gradient
+                busy += r + b
+                held -= 1
+            else:
+                before, work = 0.0, u
+                arrivals, send = None, updated
+                busy += u
+                version += 1
+            clock += before
+            if arrivals is not None:
+                while not arrivals:
+                    yield
+                arrived = arrivals.popleft()
+                if arrived > clock:
+                    clock = arrived
+                    if not before:
+                        start = clock
+            clock += work
+            if send is not None:
+                send(clock)
+            if remember:
+                starts(start)
+                ends(clock)
     trace.clock, trace.busy, trace.peak, trace.delays = clock, busy, peak, Counter(delays)
     trace.finished = True
 
 
-def _times(name: str, value: PerStage, count: int, of: str = "stage") -> list[Seconds]:
-    each = list(value) if isinstance(value, Sequence) else [value] * count
-    if len(each) != count:
-        raise PlanError(f"{name} has {len(each)} values; pass one, or {count}, one a {of}")
-    for one in each:
-        if not callable(one) and not _is_time(one):
-            raise PlanError(f"{name}={one!r}: pass seconds of at least 0, or a function of a random.Random")
-    return each
+def _sizes(num_microbatches: int | Sequence[int], num_minibatches: int) -> list[int]:
+    """The number of micro-batches of every mini-batch."""
+    sizes = list(num_microbatches) if isinstance(num_microbatches, Sequence) else [num_microbatches] * num_minibatches
+    if len(sizes) != num_minibatches or not all(isinstance(size, int) and size >= 1 for size in sizes):
+        raise PlanError(
+            f"num_microbatches={num_microbatches!r}: pass one number of at least 1, or one for each of the "
+            f"num_minibatches={num_minibatches}"
+        )
+    return sizes
+
+
+def _listed(name: str, value: T | Sequence[T], count: int, place: str) -> list[T]:
+    """A value for every stage or hop."""
+    values = list(cast(Sequence[T], value)) if isinstance(value, Sequence) else [value] * count
+    if len(values) != count:
+        raise PlanError(f"{name} has {len(values)} values; pass one, or {count}, one a {place}")
+    return values
+
+
+def _times(name: str, value: PerStage, speeds: Sequence[float], place: str = "stage") -> list[Seconds]:
+    times: list[Seconds] = _listed(name, value, len(speeds), place)
+    for time in times:
+        if not callable(time) and not is_number(time):
+            raise PlanError(f"{name}={time!r}: pass seconds of at least 0, or a function of a random.Random")
+    return list(map(_scaled, times, speeds))
 
 
 def _numbers(
     name: str,
     value: float | Sequence[float],
     count: int,
-    of: str = "stage",
+    place: str = "stage",
     *,
     above: bool = False,
     finite: bool = True,
 ) -> list[float]:
-    each = list(value) if isinstance(value, Sequence) else [value] * count
-    if len(each) != count:
-        raise PlanError(f"{name} has {len(each)} values; pass one, or {count}, one a {of}")
-    for one in each:
-        if not (_is_time(one) or (not finite and one == math.inf)) or (above and one <= 0):
-            raise PlanError(f"{name}={one!r}: pass a number {'above' if above else 'of at least'} 0")
-    return [float(one) for one in each]
-
-
-def _is_time(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    numbers = _listed(name, value, count, place)
+    for number in numbers:
+        if not (is_number(number) or (not finite and number == math.inf)) or (above and number <= 0):
+            raise PlanError(f"{name}={number!r}: pass a number {'above' if above else 'of at least'} 0")
+    return [float(number) for number in numbers]
 
 
 def _scaled(time: Seconds, speed: float) -> Seconds:

@@ -7,11 +7,11 @@ memory warmer than in a run. So the stages that have been chosen are run, and th
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,93 +22,94 @@ from ..measure.trace import Tracer
 from ..methods import Keep, Method
 from ..schedule import lead
 from ..splitting.stages import stage_of
-from ..stage.forward import LossFn
 from ..stage.stage import Stage
 from ..tensors.pytree import tensors_of
-from .neighbours import busy_neighbours
+from ..typing import OptimizerFactory
+from .profile import Profiler, relative_spread
+
+_STEPS = 12
 
 
 class StageTrial(NamedTuple):
-    """Seconds of a stage's work for a mini-batch: the median, and the interquartile range over it."""
+    """A stage's seconds of work for a mini-batch: the median, and the interquartile range over it."""
 
     minibatch_s: float
     spread: float
 
 
 def try_stages(
-    layers: Sequence[tuple[str, nn.Module]],
-    batch: tuple[Any, Any],
-    loss_fn: LossFn,
-    optimizer: Callable[[list[nn.Parameter]], Optimizer] | None,
+    profiler: Profiler,
     method: Method,
     cuts: Sequence[int],
-    keep: Sequence[Keep],
+    keeps: Sequence[Keep],
     num_microbatches: int,
+    batch_size: int,
     *,
-    neighbours: int,
-    steps: int,
-    autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+    neighbours: int | None = None,
 ) -> list[StageTrial]:
-    """Train copies of the layers for some steps, at a learning rate of 0.
+    """Train copies of the profiler's layers for some steps, at a learning rate of 0.
 
     Args:
-        layers: with their names, where they are to be tried.
-        batch: one mini-batch, for every step.
-        loss_fn: as `Pipeline`'s.
-        optimizer: as `Pipeline`'s; None: SGD.
-        method: the row.
-        cuts: the first layer of each later stage.
-        keep: what each stage keeps.
+        profiler: has the layers, the example, the loss and the optimizer.
+        method: the method.
+        cuts: index of the first layer of stages 1..K-1.
+        keeps: what every stage keeps.
         num_microbatches: A.
-        neighbours: processes that work meanwhile.
-        steps: to be timed, after the start-up.
-        autocast: makes the region in which steps run.
+        batch_size: samples in a mini-batch.
+        neighbours: processes that work meanwhile; None: as many as beside the profiler.
+
+    Returns:
+        A trial for every stage.
     """
-    copies = copy.deepcopy([layer for _, layer in layers])
+    batch = profiler.batch(batch_size)
+    with profiler.measuring(batch[0], neighbours):
+        stages = _stages(profiler, method, cuts, keeps, tensors_of(batch[0])[0].device)
+        engine = LocalEngine(stages, method, num_microbatches, Tracer(False))
+        startup = math.ceil(lead(method, len(stages), 0) / num_microbatches) + 3
+        busy_s = []  # by step and stage, since the beginning
+        for _ in range(startup + _STEPS):
+            with profiler.autocast():
+                engine.step(*batch)
+            busy_s.append([spent.seconds()["busy"] for spent in engine.working_times])
+        engine.close()
+    trials = []
+    for busy in zip(*busy_s[startup - 1 :], strict=True):
+        times = [after - before for before, after in itertools.pairwise(busy)]
+        trials.append(StageTrial(statistics.median(times), relative_spread(times)))
+    return trials
+
+
+def _stages(
+    profiler: Profiler, method: Method, cuts: Sequence[int], keeps: Sequence[Keep], device: torch.device
+) -> list[Stage]:
+    """Copies of the layers in stages; no Pipeline, which under torchrun would be one of several ranks."""
+    layers = copy.deepcopy(profiler.layers)
     bounds = [0, *cuts, len(layers)]
-    num_stages = len(cuts) + 1
-
-    def still(parameters: list[nn.Parameter]) -> Optimizer:
-        made = optimizer(parameters) if optimizer is not None else torch.optim.SGD(parameters, lr=0.0)
-        for group in made.param_groups:
-            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-        return made
-
-    # Not a Pipeline, which under torchrun would be one of several ranks.
-    stages = [
+    last = len(cuts)
+    return [
         Stage(
             k,
-            num_stages,
-            stage_of((str(i), copies[i]) for i in range(bounds[k], bounds[k + 1])),
-            method.keeping(keep[k]),
-            still,
+            last + 1,
+            stage_of((str(i), layers[i]) for i in range(bounds[k], bounds[k + 1])),
+            method.keeping(keep),
+            _at_rest(profiler.make_optimizer),
             None,
-            loss_fn=loss_fn if k == num_stages - 1 else None,
-            needs_input_grad=any(p.requires_grad for layer in copies[: bounds[k]] for p in layer.parameters()),
-            device=tensors_of(batch[0])[0].device,
+            loss_fn=profiler.loss_fn if k == last else None,
+            needs_input_grad=any(p.requires_grad for layer in layers[: bounds[k]] for p in layer.parameters()),
+            device=device,
             seed=0,
         )
-        for k in range(num_stages)
+        for k, keep in enumerate(keeps)
     ]
-    engine = LocalEngine(stages, method, num_microbatches, Tracer(False))
-    startup = math.ceil(lead(method, num_stages, 0) / num_microbatches) + 3
-    times: list[list[float]] = [[] for _ in range(num_stages)]
-    with busy_neighbours(neighbours, copies, batch[0]):
-        for step in range(startup + steps):
-            before = [spent.seconds()["busy"] for spent in engine.working_times]
-            with autocast() if autocast is not None else nullcontext():
-                engine.step(*batch)
-            if step >= startup:
-                for own, spent, then in zip(times, engine.working_times, before, strict=True):
-                    own.append(spent.seconds()["busy"] - then)
-    engine.close()
-    return [StageTrial(statistics.median(own), relative_spread(own)) for own in times]
 
 
-def relative_spread(times: Sequence[float]) -> float:
-    """The interquartile range over the median."""
-    median = statistics.median(times)
-    if len(times) < 4 or not median:
-        return 0.0
-    low, _, high = statistics.quantiles(times, n=4)
-    return (high - low) / median
+def _at_rest(make_optimizer: OptimizerFactory | None) -> OptimizerFactory:
+    """The optimizer at a learning rate of 0; None: SGD."""
+
+    def make(parameters: list[nn.Parameter]) -> Optimizer:
+        optimizer = torch.optim.SGD(parameters, lr=0.0) if make_optimizer is None else make_optimizer(parameters)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+        return optimizer
+
+    return make

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..did_you_mean import nearest, unknown
+from .chain_partition import partition_chain
 from .export import attribute, module_path
 
 _MEMORY = 16  # what an element written costs, in floating-point operations
@@ -267,42 +268,20 @@ def _blocks(model: nn.Module) -> set[str]:
 
 def _best(positions: Sequence[_Position], num_stages: int, before: Sequence[float]) -> tuple[float, list[str]]:
     """The cuts whose slowest stage is fastest, and of those as good to a tenth the one where least passes, evenly."""
-    if len(positions) < num_stages - 1:
-        return math.inf, []
-    slowest = _divide(positions, num_stages, before, math.inf).slowest
-    found = _divide(positions, num_stages, before, 1.1 * slowest)
-    return found.slowest, [positions[end - 1].name for end in found.ends[:-1]]
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """The first stages of a division."""
-
-    slowest: float = 0.0
-    crossing: int = 0
-    squares: float = 0.0  # of the stages' work: the more even, the smaller
-    ends: tuple[int, ...] = ()
-
-
-def _divide(positions: Sequence[_Position], num_stages: int, before: Sequence[float], limit: float) -> _Cut:
-    """The division with the least slowest stage; under a finite limit of it the one where least passes."""
     bounds = [0, *(p.place for p in positions), len(before) - 1]
-    rows: dict[int, _Cut] = {0: _Cut()}
-    for stage in range(num_stages):
-        last = stage == num_stages - 1
-        following: dict[int, _Cut] = {}
-        for end in [len(bounds) - 1] if last else range(1, len(bounds) - 1):
-            options = []
-            for start, row in rows.items():
-                work = before[bounds[end]] - before[bounds[start]]
-                if start < end and work <= limit:
-                    crossing = row.crossing + (0 if last else positions[end - 1].crossing)
-                    options.append(_Cut(max(row.slowest, work), crossing, row.squares + work * work, (*row.ends, end)))
-            if options:
-                first = "slowest" if limit == math.inf else "crossing"
-                following[end] = min(options, key=lambda cut: (getattr(cut, first), cut.squares))
-        rows = following
-    return rows[len(bounds) - 1]
+
+    def work(first: int, end: int, stage: int) -> float:
+        return before[bounds[end]] - before[bounds[first]]
+
+    fastest, _ = partition_chain(len(positions) + 1, num_stages, work)
+    slowest, cuts = partition_chain(
+        len(positions) + 1,
+        num_stages,
+        work,
+        allowed=lambda *part: work(*part) <= 1.1 * fastest,
+        crossing=[0, *(p.crossing for p in positions)],
+    )
+    return slowest, [positions[cut - 1].name for cut in cuts]
 
 
 def _used_twice(model: nn.Module, graph: fx.GraphModule, points: Sequence[str]) -> bool:
