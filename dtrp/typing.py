@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ OptimizerFactory: TypeAlias = Callable[[list[nn.Parameter]], Optimizer]
 
 SchedulerFactory: TypeAlias = Callable[[Optimizer], Any]
 """An optimizer -> its learning-rate scheduler."""
+
+AutocastFactory: TypeAlias = Callable[[], AbstractContextManager[Any]]
+"""() -> the region in which forwards run, as ``lambda: torch.autocast("cpu", torch.bfloat16)``."""
 
 Json: TypeAlias = Any
 """None, bool, int, float, str, and lists and dicts with string keys of them."""

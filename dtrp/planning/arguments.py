@@ -1,13 +1,12 @@
-"""The numbers that callers of this package pass, checked; and the error by which they are refused."""
+"""Checks of the numbers that callers pass, and the error by which they are refused."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 
 class PlanError(ValueError):
-    """What cannot be planned, and what would; or a plan that does not fit."""
+    """A plan that cannot be made, with what would be possible; or a plan that does not fit."""
 
 
 def is_number(value: object, least: float = 0) -> bool:
@@ -20,7 +19,7 @@ def is_whole(value: object, least: int = 1) -> bool:
     return isinstance(value, int) and is_number(value, least)
 
 
-def check_whole(name: str, value: Any, least: int = 1) -> None:
+def check_whole(name: str, value: object, least: int = 1) -> None:
     """Refuse what is no whole number of at least ``least``."""
     if not is_whole(value, least):
         raise PlanError(f"{name}={value!r}: pass a whole number of at least {least}")

@@ -41,37 +41,37 @@ def balance(
         The index of the first layer of stages 1..K-1.
 
     Raises:
-        PlanError: (a ValueError) nothing fits the limit, with by how much, and what would; costs that are negative or not
-            finite; fewer layers than workers.
+        PlanError: (a ValueError) no cuts fit the limit, with by how much, and what would; costs that are negative or
+            not finite; fewer layers than workers.
     """
     costs = _checked("costs", costs)
     last = costs if last_costs is None else _checked("last_costs", last_costs, len(costs))
     check_whole("num_workers", num_workers)
-    if num_workers > len(costs):
+    if num_workers > (most := len(costs)):
         raise PlanError(
-            f"num_workers={num_workers} but there are {len(costs)} layers to cut between; pass num_workers<={len(costs)}"
+            f"num_workers={num_workers} but there are {most} layers to cut between; pass num_workers<={most}"
         )
-    if memory is not None and memory_limit_bytes is None:
-        raise PlanError("memory without memory_limit_bytes: pass both, or neither")
-    if memory is None and memory_limit_bytes is not None:
-        raise PlanError("memory_limit_bytes without memory: pass both, or neither")
+    if (memory is None) != (memory_limit_bytes is None):
+        present, absent = ("memory", "memory_limit_bytes")[:: 1 if memory_limit_bytes is None else -1]
+        raise PlanError(f"{present} without {absent}: pass both, or neither")
     if memory_limit_bytes is not None and not 0 <= memory_limit_bytes < math.inf:
         raise PlanError(f"memory_limit_bytes={memory_limit_bytes!r}: pass a number of bytes of at least 0")
-    if memory is not None and not callable(memory):
-        memory = _sum_of(_checked("memory", memory, len(costs)))
 
     def cost(first: int, end: int, stage: int) -> float:
         return sum((last if stage == num_workers - 1 else costs)[first:end])
 
-    return cuts_within(len(costs), num_workers, cost, memory, memory_limit_bytes)
+    if memory is None or memory_limit_bytes is None:
+        return cuts_within(len(costs), num_workers, cost, cost, math.inf)
+    size = memory if callable(memory) else _sum_of(_checked("memory", memory, len(costs)))
+    return cuts_within(len(costs), num_workers, cost, size, memory_limit_bytes)
 
 
 def cuts_within(
     num_layers: int,
     num_workers: int,
     cost: PartCost,
-    memory: PartCost | None,
-    limit: float | None,
+    memory: PartCost,
+    limit: float,
     forbidden: frozenset[int] = frozenset(),
 ) -> list[int]:
     """As `balance`, for any cost of a stage, and with places that must not be cut.
@@ -80,22 +80,22 @@ def cuts_within(
     """
 
     def fits(first: int, end: int, stage: int) -> bool:
-        return memory is None or limit is None or memory(first, end, stage) <= limit
+        return limit == math.inf or memory(first, end, stage) <= limit
 
     slowest, cuts = partition_chain(num_layers, num_workers, cost, allowed=fits, forbidden=forbidden)
     if math.isfinite(slowest):
         return cuts
     # The smallest limit that some cuts meet: the same search with bytes for costs.
-    needed, _ = partition_chain(num_layers, num_workers, memory or cost, forbidden=forbidden)
-    if limit is None or not math.isfinite(needed):
+    needed, _ = partition_chain(num_layers, num_workers, memory, forbidden=forbidden)
+    if math.isfinite(needed):
         raise PlanError(
-            f"no {num_workers - 1} of the places between {num_layers} layers can be cut: layers share tensors across the "
-            "others; pass fewer workers, or give each layer its own"
+            f"no cuts into {num_workers} stages fit memory_limit_bytes={limit:,.0f}: the best need {needed:,.0f} bytes "
+            f"in their largest stage, {needed - limit:,.0f} too many. Pass memory_limit_bytes>={math.ceil(needed)}, "
+            "more workers, smaller mini-batches, or more micro-batches"
         )
     raise PlanError(
-        f"no cuts into {num_workers} stages fit memory_limit_bytes={limit:,.0f}: the best need {needed:,.0f} bytes in "
-        f"their largest stage, {needed - limit:,.0f} too many. Pass memory_limit_bytes>={math.ceil(needed)}, more workers, smaller "
-        "mini-batches, or more micro-batches"
+        f"no {num_workers - 1} of the places between {num_layers} layers can be cut: layers share tensors across the "
+        "others; pass fewer workers, or give each layer its own"
     )
 
 

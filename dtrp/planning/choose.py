@@ -1,13 +1,13 @@
 """`plan`: a model, a batch and some workers into a `Plan`.
 
-For a method, A micro-batches and mini-batches of n samples: the layers are profiled on micro-batches of n/A, cut where
-the slowest stage is fastest (each stage keeping its graph where that is allowed and fits), and the schedule is simulated
-with the times of the stages and links. The choices, each from that one evaluation::
+A method with A micro-batches and mini-batches of n samples is evaluated so: the layers are profiled on micro-batches
+of n/A samples and cut where the slowest stage is fastest (stages keep their graphs where that is allowed and fits), and
+the schedule is simulated with the times of the stages and links. By such evaluations are chosen::
 
     cuts, keep      for the method that was asked for
     the lead        the least delay among those orders of work that are within 2 % of the fastest
-    the batch       the smallest mini-batch within 5 % of the best samples/s, within the memory; as many micro-batches as cost
-                    nothing; the learning rate with it
+    the batch       the smallest mini-batch within 5 % of the best samples/s, within the memory; as many micro-batches
+                    as cost nothing; the learning rate with it
     whether to      the same job by other methods, and by one worker
 """
 
@@ -18,8 +18,8 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
-from typing import Any, Literal
+from contextlib import suppress
+from typing import Literal
 
 import torch
 from torch import nn
@@ -28,20 +28,16 @@ from ..methods import Keep, Method, get_method
 from ..schedule import steady_delay
 from ..splitting.stages import equal_cuts, layers_of
 from ..tensors.pytree import num_samples
-from ..typing import LossFn, OptimizerFactory, Tree
+from ..typing import AutocastFactory, LossFn, OptimizerFactory, Tree
 from ..validation import as_method
 from .arguments import PlanError, check_whole, is_number, is_whole
 from .link_probe import LinkSpeed, measure_link
 from .plan_file import Choice, Plan, describe_model, method_options
 from .profile import Profiler, checked_example, device_of
-from .search import SLOWER, Evaluated, Search, frontier, larger_batches
+from .search import Evaluated, Search, about_fastest, frontier, larger_batches
 
-LR_SCALING: dict[str, Callable[[float], float]] = {
-    "linear": lambda factor: factor,
-    "sqrt": math.sqrt,
-    "none": lambda factor: 1.0,
-}
-OTHERS = ("gpipe", "bp", "pipedream", "fdg", "dtrp")  # what a plan is compared with, beside one worker
+LR_SCALING: dict[str, Callable[[float], float]] = {"linear": float, "sqrt": math.sqrt, "none": lambda factor: 1.0}
+OTHERS = ("gpipe", "bp", "pipedream", "fdg", "dtrp")  # methods that a plan is compared with, beside one worker
 _SATURATED = 0.95  # of the best throughput
 _WARMUP_MINIBATCHES = 20  # for a doubling of the learning rate
 
@@ -68,31 +64,33 @@ def plan(
     device: torch.device | str | None = None,
     neighbours: int | None = None,
     repeats: int = 7,
-    autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+    autocast: AutocastFactory | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Profile a model and choose how to train it on ``num_workers`` workers.
 
     Args:
-        model: an `nn.Sequential`, or a list of modules, cut anywhere between its layers; or what `dtrp.split` returns, better
-            in many stages, of which those of the plan are made. It is left as it is.
+        model: an `nn.Sequential`, or a list of modules, cut anywhere between its layers; or what `dtrp.split` returns,
+            better in many stages, of which those of the plan are made. It is left as it is.
         example: a batch (x, y) as `Pipeline.step` takes it; its size is the base mini-batch.
         loss_fn: the loss, as in `Pipeline`.
         num_workers: K.
         method: a name or a `Method`.
-        optimizer: makes the optimizer, as in `Pipeline`; None: updates take no time and the optimizer's state no memory.
-        num_microbatches: A. None: 1, or as many as ``max_delay`` asks for; for a method that flushes, the fastest of K, 2K, 4K;
-            with ``compensate`` as many as cost nothing, none smaller than the base.
-        keep: None: what the method keeps, or with ``compensate`` as ``"auto"``: graphs in each stage that has room for them.
+        optimizer: makes the optimizer, as in `Pipeline`; None: updates take no time, and the optimizer no memory.
+        num_microbatches: A. None: 1, or as many as ``max_delay`` asks for; for a method that flushes, the fastest of K,
+            2K, 4K; with ``compensate`` as many as cost nothing, none smaller than the base.
+        keep: what stages keep. None: what the method keeps, or with ``compensate`` as ``"auto"``: graphs in each stage
+            that has room for them.
         memory_limit_bytes: bytes that a worker may hold.
-        latency_s: seconds that a message between workers takes. None: as measured on this machine's loopback, which takes a
-            few seconds.
-        bandwidth_bytes_s: bytes per second of a link, in either direction. None: as measured with the latency, or without bound.
+        latency_s: seconds that a message between workers takes. None: as measured on this machine's loopback, in a few
+            seconds.
+        bandwidth_bytes_s: bytes per second of a link, in either direction. None: as measured with the latency, or
+            without bound.
         choose_lead: choose ``ahead`` and the order within a slot by the latency; None: where ``method`` is a name.
         compensate: choose the mini-batch too (batch compensation), and which stages keep their graphs: with no
             ``memory_limit_bytes``, within the memory that fdg needs at the base mini-batch.
         max_batch_size: samples in the largest mini-batch to try; None: 32 times the base.
-        max_delay: the largest delay, in updates; met by more micro-batches.
+        max_delay: largest delay, in updates; met by more micro-batches.
         lr_scaling: how the learning rate grows with the mini-batch.
         alternatives: evaluate the other methods too, and cuts into equal numbers of layers.
         device: device to measure on; None: where the model is.
@@ -114,9 +112,10 @@ def plan(
     _check_number("memory_limit_bytes", memory_limit_bytes, 1)
     _check_number("latency_s", latency_s)
     _check_number("bandwidth_bytes_s", bandwidth_bytes_s, above=True)
-    for name, count, least in (("repeats", repeats, 1), ("neighbours", neighbours, 0)):
-        _check_count(name, count, least)
-    _check_sizes(row, base, len(layers), num_workers, num_microbatches, max_delay, max_batch_size)
+    check_whole("repeats", repeats)
+    _check_count("neighbours", neighbours, 0)
+    _check_sizes(base, len(layers), num_workers, max_batch_size)
+    _check_microbatches(row, base, num_workers, num_microbatches, max_delay)
     method_options(row)  # refuses what no file holds
     if neighbours is None:
         on_cpu = (device_of(layer for _, layer in layers) if device is None else torch.device(device)).type == "cpu"
@@ -127,9 +126,8 @@ def plan(
     )  # fmt: skip
     link = _link(num_workers, latency_s, bandwidth_bytes_s, say)
     keep = "auto" if compensate and keep is None else keep
-    search = Search(
-        profiler, num_workers, link, keep, memory_limit_bytes, max_delay, num_microbatches, _tied_cuts(layers), say
-    )
+    limit, tied = memory_limit_bytes or math.inf, _tied_cuts(layers)
+    search = Search(profiler, num_workers, link, keep, limit, max_delay, num_microbatches, tied, say)
     say(f"profiling {len(layers)} layers")
     builder = _PlanBuilder(search, row, base)
     if compensate:
@@ -146,7 +144,7 @@ class _PlanBuilder:
 
     Args:
         search: evaluates methods.
-        method: the method to plan for.
+        method: method to plan for.
         base: samples in the base mini-batch.
     """
 
@@ -159,7 +157,7 @@ class _PlanBuilder:
 
     def choose_batch(self, most: int) -> None:
         """The smallest mini-batch of those up to ``most`` samples that comes near the best throughput."""
-        if self.search.limit is None:
+        if self.search.limit == math.inf:
             free = dataclasses.replace(self.search, max_delay=None, num_microbatches=None, keep=None)
             self.search = dataclasses.replace(self.search, limit=free.evaluate(get_method("fdg"), self.base).memory)
         self.batches = larger_batches(self.search, self.method, self.base, most)
@@ -182,9 +180,7 @@ class _PlanBuilder:
         self.leads = self.search.leads(self.chosen)
         max_delay = math.inf if self.search.max_delay is None else self.search.max_delay
         allowed = [lead for lead in self.leads if lead.delay <= max_delay] or [self.chosen]
-        fastest = min(lead.minibatch_s for lead in allowed)
-        as_fast = [lead for lead in allowed if lead.minibatch_s <= SLOWER * fastest]
-        self.chosen = min(as_fast, key=lambda lead: (lead.delay, lead.method.ahead))
+        self.chosen = min(about_fastest(allowed), key=lambda lead: (lead.delay, lead.method.ahead))
 
     def compare(self, *, alternatives: bool) -> None:
         """The same job by one worker, and by ``alternatives``: other methods, and other ways of the chosen method."""
@@ -193,26 +189,22 @@ class _PlanBuilder:
         self.one_worker = search.one_worker(chosen.batch_size)
         if not alternatives or search.num_workers == 1:
             return
-        usual = dataclasses.replace(search, keep=None, limit=None)
+        usual = dataclasses.replace(search, keep=None, limit=math.inf)
         for other in map(get_method, OTHERS):
             search.say(f"{other.name} for the same job")
             counted = dataclasses.replace(usual, num_microbatches=None) if other.flush else usual
             with suppress(PlanError):  # fewer samples than it needs micro-batches
                 self.others.append(counted.evaluate(other, chosen.batch_size))
         even = equal_cuts(len(search.profiler.names), search.num_workers)
-        variants = {
-            "recomputing": search.recomputing(chosen) if search.keep == "auto" else None,
-            "equal cuts": usual.evaluate(chosen.method, chosen.batch_size, cuts=even),
-        }
-        self.variants = [
-            dataclasses.replace(variant.choice(), method=f"{chosen.method.name}, {name}")
-            for name, variant in variants.items()
-            if variant is not None
-        ]
+        variants = [("equal cuts", usual.evaluate(chosen.method, chosen.batch_size, cuts=even))]
+        if search.keep == "auto" and (recomputing := search.recomputing(chosen)) is not None:
+            variants.insert(0, ("recomputing", recomputing))
+        for name, variant in variants:
+            self.variants.append(dataclasses.replace(variant.choice(), method=f"{chosen.method.name}, {name}"))
 
     def plan(self, model: nn.Module | Sequence[nn.Module], lr_scale: float) -> Plan:
         """The plan of what has been chosen."""
-        chosen, link = self.chosen, self.search.link
+        chosen, link, limit = self.chosen, self.search.link, self.search.limit
         return Plan(
             method=chosen.method.name,
             options=method_options(chosen.method),
@@ -225,7 +217,7 @@ class _PlanBuilder:
             model=describe_model(model),
             latency_s=link.latency_s,
             bandwidth_bytes_s=link.bandwidth_bytes_s if math.isfinite(link.bandwidth_bytes_s) else None,
-            memory_limit_bytes=self.search.limit,
+            memory_limit_bytes=None if limit == math.inf else int(limit),
             minibatch_s=chosen.minibatch_s,
             one_worker_s=self.one_worker.minibatch_s,
             advice=_advice(chosen, self.one_worker, self.others, self.search),
@@ -237,12 +229,12 @@ class _PlanBuilder:
 
 
 def _advice(chosen: Evaluated, one_worker: Choice, others: Sequence[Evaluated], search: Search) -> str:
-    workers, limit = len(chosen.keeps), math.inf if search.limit is None else search.limit
+    workers, slots = len(chosen.options), chosen.slots_s
     if workers == 1:
         return "One worker: there is no pipeline to plan."
-    speedup = one_worker.minibatch_s / chosen.minibatch_s
-    times = f"{1e3 * chosen.minibatch_s:.3g} ms a mini-batch with {workers} workers, {1e3 * one_worker.minibatch_s:.3g} ms with one"
-    slots = chosen.slots_s
+    together, alone = 1e3 * chosen.minibatch_s, 1e3 * one_worker.minibatch_s
+    speedup = alone / together
+    times = f"{together:.3g} ms a mini-batch with {workers} workers, {alone:.3g} ms with one"
     slowest = max(range(workers), key=slots.__getitem__)
     if max(slots) > 1.2 * statistics.mean(slots):
         why = f"stage {slowest} takes {1e3 * slots[slowest]:.3g} ms by itself, the slowest of an uneven split"
@@ -252,22 +244,15 @@ def _advice(chosen: Evaluated, one_worker: Choice, others: Sequence[Evaluated], 
     else:
         why = "stages repeat their forward" if "input" in chosen.keeps else "the work is evenly split"
     if speedup < 1.05:
-        if one_worker.memory_bytes > limit:
-            return (
-                f"Slower than one worker would be ({times}; {why}), but that needs {one_worker.memory_bytes:,} bytes."
-            )
+        if (needed := one_worker.memory_bytes) > search.limit:
+            return f"Slower than one worker would be ({times}; {why}), but that needs {needed:,} bytes."
         return f"Do not pipeline this: {times}; {why}. Train on one worker, or on replicas of the whole model."
     text = f"{speedup:.2f} times as fast as one worker: {times}."
-    better = [
-        each
-        for each in others
-        if each.method.flush and each.minibatch_s <= 1.02 * chosen.minibatch_s and each.memory <= limit
-    ]
-    if better and chosen.delay:
-        best = min(better, key=lambda each: each.minibatch_s)
-        text += (
-            f" {best.method.name} with {best.num_microbatches} micro-batches is as fast, without any delay: prefer it."
-        )
+    flushing = [other for other in others if other.method.flush and other.memory <= search.limit]
+    best = min(flushing, key=lambda other: other.minibatch_s, default=chosen)
+    if chosen.delay and best is not chosen and best.minibatch_s <= 1.02 * chosen.minibatch_s:
+        count = best.num_microbatches
+        text += f" {best.method.name} with {count} micro-batches is as fast, without any delay: prefer it."
     if speedup < 0.6 * workers:
         text += f" {workers} workers could do better: {why}."
     return text
@@ -298,8 +283,8 @@ def _tied_cuts(layers: Sequence[tuple[str, nn.Module]]) -> frozenset[int]:
 def _check_choices(method: Method, keep: object, lr_scaling: str) -> None:
     if method.local:
         raise PlanError(
-            f"method={method.name!r}: a plan is made of the layers' costs, and the auxiliary networks, which depend on the "
-            "cuts, are none of them; plan with method='bp' and use its cuts, or simulate with times that you know"
+            f"method={method.name!r}: a plan is made of the layers' costs, and the auxiliary networks, which depend on "
+            "the cuts, are none of them; plan with method='bp' and use its cuts, or simulate with times that you know"
         )
     if lr_scaling not in LR_SCALING:
         raise PlanError(f"lr_scaling={lr_scaling!r}: choose one of {', '.join(map(repr, LR_SCALING))}")
@@ -307,18 +292,7 @@ def _check_choices(method: Method, keep: object, lr_scaling: str) -> None:
         raise PlanError(f"keep={keep!r}: pass 'auto', 'graph' or 'input', or leave it out")
 
 
-def _check_sizes(
-    method: Method,
-    base: int,
-    num_layers: int,
-    num_workers: int,
-    num_microbatches: int | None,
-    max_delay: int | None,
-    max_batch_size: int | None,
-) -> None:
-    """Refuse numbers that do not fit the model, the example of ``base`` samples, or each other."""
-    _check_count("num_microbatches", num_microbatches)
-    _check_count("max_delay", max_delay, 0)
+def _check_sizes(base: int, num_layers: int, num_workers: int, max_batch_size: int | None) -> None:
     if not is_whole(num_workers) or num_workers > num_layers:
         raise PlanError(
             f"num_workers={num_workers!r}: the model has {num_layers} layers; pass a number from 1 to {num_layers}"
@@ -327,13 +301,17 @@ def _check_sizes(
         raise PlanError(
             f"max_batch_size={max_batch_size!r} with an example of {base} samples, the base; pass at least that"
         )
-    if num_microbatches is None:
-        return
-    if num_microbatches > base:
-        raise PlanError(f"num_microbatches={num_microbatches} with an example of {base} samples; each needs one")
-    if max_delay is not None and (delay := steady_delay(method, num_workers, 0, num_microbatches, 0)) > max_delay:
+
+
+def _check_microbatches(method: Method, base: int, num_workers: int, count: int | None, max_delay: int | None) -> None:
+    _check_count("num_microbatches", count)
+    _check_count("max_delay", max_delay, 0)
+    if count is not None and count > base:
+        raise PlanError(f"num_microbatches={count} with an example of {base} samples; each needs one")
+    delay = 0 if count is None else steady_delay(method, num_workers, 0, count, 0)
+    if max_delay is not None and delay > max_delay:
         raise PlanError(
-            f"num_microbatches={num_microbatches} leaves a delay of {delay}, and max_delay={max_delay}; pass one of the two"
+            f"num_microbatches={count} leaves a delay of {delay}, and max_delay={max_delay}; pass one of the two"
         )
 
 

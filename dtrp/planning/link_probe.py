@@ -1,7 +1,7 @@
-"""What a message between two workers of this machine takes.
+"""The time that a message between two workers of this machine takes.
 
-Two processes send one message to and fro over gloo, as stages do, small ones and large ones; half a round trip is a
-hop, and what a large one takes longer is its size over the bandwidth.
+Two processes send a message to and fro over gloo, as stages do: a small message, then a large one. Half a round trip is
+a hop, and the time that a large message takes longer is its size over the bandwidth.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, TimeoutExpired
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from .helper_processes import helper_processes
 
 _SMALL_BYTES, _LARGE_BYTES = 1024, 4 * 2**20
 _ROUNDS = 30
@@ -36,37 +38,26 @@ def measure_link() -> LinkSpeed:
     """Measure the loopback of this machine, with two processes; takes a few seconds.
 
     Raises:
-        RuntimeError: the processes could not talk to each other, with what they said.
+        RuntimeError: the processes could not talk to each other, with their last line of stderr.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment["OMP_NUM_THREADS"] = "1"
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import work; work({rank}, {folder!r})"],
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, text=True,
-            )
-            for rank in range(2)
-        ]  # fmt: skip
-        try:
-            said = [process.communicate(timeout=_TIMEOUT_S)[1] for process in processes]
-        except subprocess.TimeoutExpired:
-            said = [f"it took more than {_TIMEOUT_S:g} s"]
-        finally:
-            for process in processes:
-                process.kill()
-                process.communicate()
+        calls = [f"from {__name__} import work; work({rank}, {folder!r})" for rank in range(2)]
+        with helper_processes(calls, stdout=DEVNULL, stderr=PIPE) as processes:
+            try:
+                errors = [process.communicate(timeout=_TIMEOUT_S)[1] for process in processes]
+            except TimeoutExpired:
+                errors = [f"it took more than {_TIMEOUT_S:g} s"]
         if any(process.returncode for process in processes):
-            reason = next((text.strip().splitlines()[-1] for text in said if text.strip()), "they said nothing")
+            reason = next((text.strip().splitlines()[-1] for text in errors if text.strip()), "they said nothing")
             raise RuntimeError(f"the link between two processes could not be measured ({reason}); pass latency_s")
         small, large = json.loads(Path(folder, _RESULT).read_text())
     return LinkSpeed(small, (_LARGE_BYTES - _SMALL_BYTES) / max(1e-9, large - small))
 
 
 def work(rank: int, folder: str) -> None:
-    """What each of the two does."""
+    """The work of one of the two processes."""
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=Path(folder, "store").as_uri(), rank=rank, world_size=2)
     torch.set_num_threads(1)
     medians = []
@@ -76,12 +67,8 @@ def work(rank: int, folder: str) -> None:
         for _ in range(_ROUNDS):
             time.sleep(0.005)  # a stage works in between, and its threads sleep
             start = time.perf_counter()
-            if rank == 0:
-                dist.send(buffer, 1)
-                dist.recv(buffer, 1)
-            else:
-                dist.recv(buffer, 0)
-                dist.send(buffer, 0)
+            for transfer in (dist.send, dist.recv) if rank == 0 else (dist.recv, dist.send):
+                transfer(buffer, 1 - rank)
             hops.append((time.perf_counter() - start) / 2)
         medians.append(statistics.median(hops))
     if rank == 0:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 from torch import nn
 
@@ -30,7 +29,7 @@ class StagePlan:
         layers: names of its layers.
         keep: what it keeps from a forward to its backward.
         slot_s: seconds for a mini-batch, of its work or of its slower link.
-        memory_bytes: the most that it holds.
+        memory_bytes: bytes that it holds at most.
         utilization: share of the time in which it works.
     """
 
@@ -46,14 +45,15 @@ class Choice:
     """What one method would take for the same job, at the cuts that are best for it.
 
     Attributes:
-        method, ahead, order: the method and its order of work; ``one worker`` is backpropagation without a pipeline.
+        method, ahead, order: name of the method, and its order of work; ``one worker`` is backpropagation without a
+            pipeline.
         num_workers, num_microbatches: K and A.
         batch_size: samples in a mini-batch.
         cuts: index of the first layer of stages 1..K-1.
         minibatch_s: predicted seconds for a mini-batch.
         samples_per_s: throughput of the whole pipeline.
         memory_bytes: bytes that the worker needs which needs most.
-        delay: the largest delay, in updates.
+        delay: largest delay, in updates.
         utilization: by worker, the share of the time in which it works.
     """
 
@@ -93,21 +93,21 @@ class Plan:
         one_worker_s: seconds that one worker would take for as many samples.
         advice: whether to use this plan, in a sentence or two.
         stages: the stages, in order.
-        alternatives: the same job by other methods; ``dtrp, recomputing``: by this plan with no more graphs kept than
-            the method keeps; ``dtrp, equal cuts``.
+        alternatives: evaluations of the same job by other methods; ``dtrp, recomputing``: by this plan with no more
+            graphs kept than the method keeps; ``dtrp, equal cuts``.
         leads: orders of work of the same method, the chosen order among them.
         batches: other sizes of the mini-batch.
     """
 
     method: str
-    options: dict[str, Any]
+    options: dict[str, Json]
     cuts: tuple[int, ...]
     keep: tuple[Keep, ...]
     num_microbatches: int
     batch_size: int
     lr_scale: float
     warmup_updates: int
-    model: dict[str, Any]
+    model: dict[str, Json]
     latency_s: float
     bandwidth_bytes_s: float | None
     memory_limit_bytes: int | None
@@ -137,9 +137,8 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
         entries = dataclasses.asdict(self, dict_factory=_rounded_entries)
-        text = json.dumps({"dtrp_plan": _FORMAT, **entries}, indent=1)
         with whole_file(path) as file:
-            file.write((_compact(text) + "\n").encode())
+            file.write(_text({"dtrp_plan": _FORMAT, **entries}).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -195,11 +194,11 @@ class Plan:
         require(known, "model has no fingerprint")
         require(isinstance(self.options, Mapping), f"options={self.options!r}: fields of the method with their values")
         for name, least in (("num_microbatches", 1), ("batch_size", 1), ("warmup_updates", 0)):
-            value = getattr(self, name)
-            require(is_whole(value, least), f"{name}={value!r}: a whole number of at least {least}")
+            require(
+                is_whole(value := getattr(self, name), least), f"{name}={value!r}: a whole number of at least {least}"
+            )
         for name in ("lr_scale", "minibatch_s", "one_worker_s", "latency_s"):
-            value = getattr(self, name)
-            require(is_number(value), f"{name}={value!r}: a number of at least 0")
+            require(is_number(value := getattr(self, name)), f"{name}={value!r}: a number of at least 0")
         try:
             _ = self.row
         except (ValueError, TypeError) as error:
@@ -219,7 +218,7 @@ class Plan:
             )
 
 
-def describe_model(model: nn.Module | Sequence[nn.Module]) -> dict[str, Any]:
+def describe_model(model: nn.Module | Sequence[nn.Module]) -> dict[str, Json]:
     """What a plan remembers of its model; the fingerprint is of all names, shapes and dtypes."""
     layers = layers_of(model)
     digest = hashlib.sha256()
@@ -232,7 +231,7 @@ def describe_model(model: nn.Module | Sequence[nn.Module]) -> dict[str, Any]:
     return {"fingerprint": digest.hexdigest(), "layers": [name for name, _ in layers], "parameters": parameters}
 
 
-def method_options(method: Method) -> dict[str, Any]:
+def method_options(method: Method) -> dict[str, Json]:
     """The fields in which a method differs from the built-in one of its name.
 
     Raises:
@@ -240,13 +239,13 @@ def method_options(method: Method) -> dict[str, Any]:
     """
     if method.name not in list_methods():
         raise PlanError(
-            f"method {method.name!r} is no row of dtrp's, and a plan is a file, which names one: make it of the nearest, as "
-            "get_method('dtrp', ahead=3)"
+            f"method {method.name!r} is no row of dtrp's, and a plan is a file, which names one: make it of the "
+            "nearest, as get_method('dtrp', ahead=3)"
         )
     if not isinstance(method.predict, (str, type(None))):
         raise PlanError(
-            f"predict={method.predict!r}: a plan is a file, and holds predictors by name; plan with 'linear', 'rollout' or "
-            "'informed', and pass your own predictor with the plan's cuts"
+            f"predict={method.predict!r}: a plan is a file, and holds predictors by name; plan with 'linear', "
+            "'rollout' or 'informed', and pass your own predictor with the plan's cuts"
         )
     built_in = get_method(method.name)
     names = [field.name for field in dataclasses.fields(method)]
@@ -254,33 +253,29 @@ def method_options(method: Method) -> dict[str, Any]:
     return {**options, "predict": "none"} if options.get("predict", "") is None else options
 
 
-def _outline(model: Mapping[str, Any]) -> str:
+def _outline(model: Mapping[str, Json]) -> str:
     layers = model.get("layers") or ["?"]
     return f"{len(layers)} layers ({layers[0]}..{layers[-1]}) and {model.get('parameters', 0):,} parameters"
 
 
-def _with_tuples(entry: Json) -> dict[str, Any]:
+def _with_tuples(entry: Json) -> dict[str, Json]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
 
 
-def _compact(text: str) -> str:
+def _text(entries: dict[str, Json]) -> str:
     """JSON with an entry of the plan a line, and of its tables a row a line."""
-    lines: list[str] = []
-    for line in text.splitlines():
-        depth = len(line) - len(line.lstrip(" "))
-        bare = line.strip()
-        closes = bare[0] in "]}"
-        if depth <= (1 if not closes else 0) or (depth == 2 and bare == "{"):
-            lines.append(line)
-        else:
-            lines[-1] += bare if closes or lines[-1][-1] in "[{" else f" {bare}"
-    return "\n".join(lines)
+    lines = []
+    for name, value in entries.items():
+        is_table = isinstance(value, tuple) and value and isinstance(value[0], dict)
+        text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "]" if is_table else json.dumps(value)
+        lines.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _rounded_entries(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+def _rounded_entries(entries: list[tuple[str, Json]]) -> dict[str, Json]:
     """Entries with six digits of their floats: more were not measured."""
 
-    def rounded(value: Any) -> Any:
+    def rounded(value: Json) -> Json:
         if isinstance(value, float):
             return float(f"{value:.6g}")
         return tuple(map(rounded, value)) if isinstance(value, tuple) else value
@@ -288,12 +283,12 @@ def _rounded_entries(entries: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: rounded(value) for name, value in entries}
 
 
-def as_plan(plan: Any) -> Plan:
+def as_plan(plan: Plan | str | os.PathLike[str] | Mapping[str, Json]) -> Plan:
     """A plan, or the file or dictionary that holds one."""
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, (str, os.PathLike)):
-        return Plan.load(cast("str | os.PathLike[str]", plan))
+        return Plan.load(plan)
     if isinstance(plan, Mapping):
         return Plan.from_dict(plan)
     raise TypeError(f"plan is a {type(plan).__name__}; pass what dtrp.plan returns, or the path of its file")

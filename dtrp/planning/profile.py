@@ -15,8 +15,8 @@ import operator
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,15 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from ..measure.memory import StageSizes
-from ..predict import BuiltInPredictor, as_predictor
+from ..predict import BuiltInPredictor, Predictor, as_predictor
 from ..splitting.stages import called, check_device, layers_of, stage_device
 from ..stage.saved_tensors import NOT_WEIGHED, weigh_graph
 from ..tensors.layout import aligned_clone, enter, parts_of
 from ..tensors.nbytes import states_bytes, tensor_bytes
 from ..tensors.pytree import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
-from ..typing import LossFn, OptimizerFactory, Tree
+from ..typing import AutocastFactory, LossFn, OptimizerFactory, Tree
 from .arguments import PlanError
 from .neighbours import busy_neighbours
+
+_GraphEntries = dict[str, Any]  # entries of a LayerProfile that tell of its graph
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ class Profile:
     Attributes:
         samples: number of samples in the micro-batch.
         layers: the layers, in order.
-        update_s, predict_s: seconds of an update and of a prediction of the whole model, to be shared out by the bytes of
-            trained parameters.
+        update_s, predict_s: seconds of an update and of a prediction of the whole model, to be shared out by the bytes
+            of trained parameters.
     """
 
     samples: int
@@ -108,25 +110,20 @@ class Profile:
         """Layers ``first`` to ``end - 1`` together."""
         total = {name: sums[end] - sums[first] for name, sums in self._sums.items()}
         last = self.layers[end - 1]
-        # A tensor between two layers is saved once, whichever of them saves it; between stages it is an input or an output.
+        # A tensor between two layers is saved once, whichever saves it; between stages it is an input or an output.
         between = self._sums["between"][end - 1] - self._sums["between"][first]
         share = total["trained_bytes"] / max(1.0, self._sums["trained_bytes"][-1])
-        return StageProfile(
-            forward_s=total["forward_s"],
-            nograd_forward_s=total["nograd_forward_s"],
-            backward_s=total["backward_s"],
-            update_s=share * self.update_s,
-            predict_s=share * self.predict_s,
-            sizes=StageSizes(
-                weights=total["parameter_bytes"] + total["buffer_bytes"],
-                trained=total["trained_bytes"],
-                optimizer=total["optimizer_bytes"],
-                input=self.layers[first].input_bytes,
-                graph=total["graph_bytes"] + between + (last.output_bytes if last.saves_output else 0),
-                output=last.output_bytes,
-                trains=last.trains,
-            ),
+        sizes = StageSizes(
+            weights=total["parameter_bytes"] + total["buffer_bytes"],
+            trained=total["trained_bytes"],
+            optimizer=total["optimizer_bytes"],
+            input=self.layers[first].input_bytes,
+            graph=total["graph_bytes"] + between + (last.output_bytes if last.saves_output else 0),
+            output=last.output_bytes,
+            trains=last.trains,
         )
+        seconds = total["forward_s"], total["nograd_forward_s"], total["backward_s"]
+        return StageProfile(*seconds, share * self.update_s, share * self.predict_s, sizes)
 
     @cached_property
     def _sums(self) -> dict[str, list[float]]:
@@ -176,12 +173,12 @@ class Profiler:
         loss_fn: LossFn,
         *,
         optimizer: OptimizerFactory | None = None,
-        predict: Any = None,
+        predict: str | Predictor | None = None,
         device: torch.device | str | None = None,
         neighbours: int = 0,
         repeats: int = 7,
         warmup: int = 2,
-        autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+        autocast: AutocastFactory | None = None,
     ) -> None:
         self._example = checked_example(example)
         self.loss_fn, self.make_optimizer = loss_fn, optimizer
@@ -194,9 +191,8 @@ class Profiler:
         self.device = check_device(torch.device(device) if device is not None else device_of(self.layers))
         for layer in self.layers:
             layer.to(self.device)
-        self._parameters = list(
-            dict.fromkeys(p for layer in self.layers for p in layer.parameters() if p.requires_grad)
-        )
+        trained = (p for layer in self.layers for p in layer.parameters() if p.requires_grad)
+        self._parameters = list(dict.fromkeys(trained))
         trainable = [any(p.requires_grad for p in layer.parameters()) for layer in self.layers]
         self._trains = list(itertools.accumulate(trainable, operator.or_))  # the layer, or a layer before it
         self._changes: list[bool | None] = [None] * len(self.layers)  # whether it writes its input; None: not seen yet
@@ -205,16 +201,14 @@ class Profiler:
         self._profiles: dict[tuple[int, int], Profile] = {}
         self._times: dict[tuple[str, int], list[float]] = defaultdict(list)  # by what runs, and the layer
 
-    def _checked_predictor(self, predict: Any) -> BuiltInPredictor | None:
+    def _checked_predictor(self, predict: str | Predictor | None) -> BuiltInPredictor | None:
         """The predictor, where it is built in and knows the optimizer."""
         predictor = as_predictor(predict)
-        if not isinstance(predictor, BuiltInPredictor) or self._optimizer is None:
-            return None
-        try:
-            predictor.check(self._optimizer)
-        except TypeError:
-            return None
-        return predictor
+        if isinstance(predictor, BuiltInPredictor) and self._optimizer is not None:
+            with suppress(TypeError):
+                predictor.check(self._optimizer)
+                return predictor
+        return None
 
     def at(self, samples: int, *, neighbours: int | None = None) -> Profile:
         """The profile of micro-batches of ``samples`` samples."""
@@ -234,15 +228,12 @@ class Profiler:
     def measuring(self, x: Tree, neighbours: int | None) -> Iterator[None]:
         """Within it ``neighbours`` processes work on x, and random numbers are drawn and given back."""
         devices = [self.device] if self.device.type != "cpu" else []
-        neighbours = self.neighbours if neighbours is None else neighbours
-        with (
-            torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda"),
-            busy_neighbours(neighbours, self.layers, x),
-        ):
+        random_numbers = torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda")
+        with random_numbers, busy_neighbours(self.neighbours if neighbours is None else neighbours, self.layers, x):
             yield
 
     def _measure(self, x: Tree, y: Tree) -> Profile:
-        saved: list[dict[str, Any]] = []
+        saved: list[_GraphEntries] = []
         self._round(x, y)  # which layers write their input
         self._round(x, y, saved)
         for _ in range(self._warmup):
@@ -250,14 +241,10 @@ class Profiler:
         self._times.clear()
         for _ in range(self._repeats):
             self._round(x, y)
-        return Profile(
-            samples=num_samples(x),
-            layers=tuple(itertools.starmap(self._layer_profile, enumerate(saved))),
-            update_s=self._median("update"),
-            predict_s=self._median("predict"),
-        )
+        layers = tuple(itertools.starmap(self._layer_profile, enumerate(saved)))
+        return Profile(num_samples(x), layers, self._median("update"), self._median("predict"))
 
-    def _layer_profile(self, place: int, graph: dict[str, Any]) -> LayerProfile:
+    def _layer_profile(self, place: int, graph: _GraphEntries) -> LayerProfile:
         layer = self.layers[place]
         times = zip(self._times["forward", place], self._times["backward", place], strict=True)
         states = [] if self._optimizer is None else [self._optimizer.state.get(p, {}) for p in layer.parameters()]
@@ -275,8 +262,14 @@ class Profiler:
             trains=self._trains[place],
         )
 
-    def _round(self, x: Tree, y: Tree, saved: list[dict[str, Any]] | None = None) -> None:
-        """Every layer's forward and backward, an update, and the forwards without a graph; ``saved`` is told of the graphs."""
+    def _round(self, x: Tree, y: Tree, saved: list[_GraphEntries] | None = None) -> None:
+        """Every layer's forward and backward, an update, and the forwards without a graph.
+
+        Args:
+            x: inputs.
+            y: targets.
+            saved: given, it receives every layer's entry of what its graph saves.
+        """
         graphs: list[tuple[list[list[Tensor]], list[Tensor]]] = []
         h = x
         for place, layer in enumerate(self.layers):
@@ -332,11 +325,11 @@ class Profiler:
         if self._optimizer is not None:
             with self._timed("update"):
                 self._optimizer.step()
-        if self._optimizer is not None and self._predictor is not None:
-            room = list(map(torch.empty_like, self._parameters))
-            gradients = self._parameters if self._predictor.uses_gradients else ()  # whatever their values
-            with self._timed("predict"):
-                self._predictor(self._parameters, self._optimizer, 1, room, gradients=gradients, share=0.5)
+            if self._predictor is not None:
+                room = list(map(torch.empty_like, self._parameters))
+                gradients = self._parameters if self._predictor.uses_gradients else ()  # whatever their values
+                with self._timed("predict"):
+                    self._predictor(self._parameters, self._optimizer, 1, room, gradients=gradients, share=0.5)
         for p in self._parameters:
             p.grad = None
 
@@ -371,7 +364,7 @@ def _storages(tensors: Iterable[Tensor]) -> set[int]:
     return {part.untyped_storage().data_ptr() for t in tensors for part in parts_of(t)}
 
 
-def checked_example(example: Any) -> tuple[Tree, Tree]:
+def checked_example(example: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
     """A batch (x, y), as `Pipeline.step` takes it.
 
     Raises:
@@ -380,15 +373,11 @@ def checked_example(example: Any) -> tuple[Tree, Tree]:
     if not isinstance(example, (tuple, list)) or len(example) != 2:
         raise TypeError("example: pass a batch (x, y), tensors or trees of them, with samples along dimension 0")
     try:
-        x, y = check_samples("x", example[0]), check_samples("y", example[1])
-    except TypeError as error:
-        raise TypeError(f"example: {error}") from error
-    except ValueError as error:
-        raise PlanError(f"example: {error}") from error
-    if num_samples(x) != num_samples(y):
-        raise PlanError(
-            f"example: x has {num_samples(x)} samples and y has {num_samples(y)}; pass as many targets as inputs"
-        )
+        x, y = map(check_samples, ("x", "y"), example)
+    except (TypeError, ValueError) as error:
+        raise (TypeError if isinstance(error, TypeError) else PlanError)(f"example: {error}") from error
+    if (inputs := num_samples(x)) != (targets := num_samples(y)):
+        raise PlanError(f"example: x has {inputs} samples and y has {targets}; pass as many targets as inputs")
     return x, y
 
 

@@ -1,19 +1,19 @@
 """The search of a plan: a method for a job, cut, simulated, and tried.
 
-An evaluation profiles the layers on micro-batches of n/A, cuts where the slowest stage is fastest (each stage keeping its
-graph where that is allowed and fits), and simulates the schedule with the times of the stages and links.
+An evaluation profiles the layers on micro-batches of n/A samples, cuts where the slowest stage is fastest (stages keep
+their graphs where that is allowed and fits), and simulates the schedule with the times of the stages and links.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
+import operator
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Literal
 
 from ..measure.memory import footprint
@@ -28,11 +28,11 @@ from .profile import Profiler, StageProfile
 from .simulate import Seconds, Simulation, simulate
 from .trial import try_stages
 
-SLOWER = 1.02  # what takes this many times as long as the fastest counts as equally fast
 _LEADS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
 _LEAST_JITTER = 0.03  # no stage takes the same time twice
 _MOST_TRIED = 5  # cuts
 _WORTH_TRYING = 1.12  # of the time of the fastest, by the sums of layers
+_MINIBATCH_S = operator.attrgetter("minibatch_s")
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ class StageOption:
     """Some of the layers as a stage, with a choice of what the stage keeps.
 
     Attributes:
-        method: the method, with what this stage keeps.
+        method: method, with what this stage keeps.
         num_stages, index: K, and the place of the stage, from 0.
         num_microbatches: A.
+        bandwidth_bytes_s: bytes per second of its links.
         layers: time and memory that its layers need.
     """
 
@@ -50,6 +51,7 @@ class StageOption:
     num_stages: int
     index: int
     num_microbatches: int
+    bandwidth_bytes_s: float
     layers: StageProfile
 
     @property
@@ -66,11 +68,11 @@ class StageOption:
         work_s = self.num_microbatches * (forward_s + self.layers.backward_s) + self.layers.update_s
         return work_s + self.layers.predict_s if predicts else work_s
 
-    def wire_s(self, bandwidth_bytes_s: float) -> float:
-        """Seconds for which the slower of its links sends, for a mini-batch."""
+    def slot_s(self, ratio: float = 1.0) -> float:
+        """Seconds for a mini-batch: of its work, ``ratio`` times the sum of the layers, or of its slower link."""
         received = self.layers.sizes.input if self.index else 0.0
         sent = self.layers.sizes.output if self.index < self.num_stages - 1 else 0.0
-        return self.num_microbatches * max(received, sent) / bandwidth_bytes_s
+        return max(ratio * self.work_s, self.num_microbatches * max(received, sent) / self.bandwidth_bytes_s)
 
     @cached_property
     def memory_bytes(self) -> float:
@@ -83,11 +85,10 @@ class Evaluated:
     """A method for a job, cut and simulated.
 
     Attributes:
-        method: the method.
+        method: method evaluated.
         num_microbatches, batch_size: A, and samples in a mini-batch.
         cuts: index of the first layer of stages 1..K-1.
         options: the stages, with what they keep.
-        wire_s: by stage, seconds for which its slower link sends, for a mini-batch.
         ratios: by stage, the time that it takes over the sum of its layers.
         spread: relative interquartile range of the stages' times.
         simulation: the schedule, with times that scatter so.
@@ -98,7 +99,6 @@ class Evaluated:
     batch_size: int
     cuts: list[int]
     options: list[StageOption]
-    wire_s: list[float]
     ratios: list[float]
     spread: float
     simulation: Simulation
@@ -110,8 +110,7 @@ class Evaluated:
     @property
     def delay(self) -> int:
         """The largest delay, in updates."""
-        num_stages = len(self.options)
-        return max(steady_delay(self.method, num_stages, k, self.num_microbatches, 0) for k in range(num_stages))
+        return steady_delay(self.method, len(self.options), 0, self.num_microbatches, 0)
 
     @property
     def minibatch_s(self) -> float:
@@ -120,8 +119,7 @@ class Evaluated:
     @property
     def slots_s(self) -> list[float]:
         """By stage, seconds for a mini-batch: of its work, or of its link if that is more."""
-        work = [ratio * option.work_s for ratio, option in zip(self.ratios, self.options, strict=True)]
-        return list(map(max, work, self.wire_s))
+        return [option.slot_s(ratio) for option, ratio in zip(self.options, self.ratios, strict=True)]
 
     @property
     def samples_per_s(self) -> float:
@@ -134,12 +132,13 @@ class Evaluated:
 
     def stages(self, names: Sequence[str]) -> tuple[StagePlan, ...]:
         """The stages as a plan tells of them; ``names`` are those of the layers."""
-        spans = zip([0, *self.cuts], [*self.cuts, len(names)], strict=True)
+        bounds = [0, *self.cuts, len(names)]
+        used = self.simulation.utilization
         return tuple(
-            StagePlan(tuple(names[first:end]), option.keep, slot_s, math.ceil(option.memory_bytes), utilization)
-            for (first, end), option, slot_s, utilization in zip(
-                spans, self.options, self.slots_s, self.simulation.utilization.values(), strict=True
+            StagePlan(
+                tuple(names[bounds[k] : bounds[k + 1]]), option.keep, slot_s, math.ceil(option.memory_bytes), used[k]
             )
+            for k, (option, slot_s) in enumerate(zip(self.options, self.slots_s, strict=True))
         )
 
     def choice(self) -> Choice:
@@ -169,7 +168,7 @@ class Search:
         num_workers: K.
         link: latency and bandwidth between workers.
         keep: what stages keep; ``"auto"``: graphs where they fit; None: what the method says.
-        limit: bytes that a worker may hold; None: any number.
+        limit: bytes that a worker may hold.
         max_delay: updates; met by more micro-batches. None: any delay.
         num_microbatches: A; None: as many as the method or ``max_delay`` asks for.
         forbidden: cuts that would part a tensor from itself.
@@ -181,7 +180,7 @@ class Search:
     num_workers: int
     link: LinkSpeed
     keep: Literal["auto"] | Keep | None
-    limit: float | None
+    limit: float
     max_delay: int | None
     num_microbatches: int | None
     forbidden: frozenset[int]
@@ -194,14 +193,14 @@ class Search:
         """A method at the cuts and the A that are best for it.
 
         Args:
-            method: the method.
+            method: method to evaluate.
             batch_size: samples in a mini-batch.
             cuts: index of the first layer of stages 1..K-1, where they are known.
             like: an evaluation of the same stages, which have been tried.
         """
         counts = self._microbatch_counts(method, batch_size)
         tried = _all_possible(partial(self._at, method, batch_size, count, cuts, like) for count in counts)
-        return min(tried, key=lambda evaluated: evaluated.minibatch_s)
+        return min(tried, key=_MINIBATCH_S)
 
     def _microbatch_counts(self, method: Method, batch_size: int) -> list[int]:
         """The numbers of micro-batches to evaluate."""
@@ -215,15 +214,14 @@ class Search:
             # Of two samples at least: not every layer trains on one.
             counts = [factor * self.num_workers for factor in (2, 4) if 2 * factor * self.num_workers <= batch_size]
             return [self.num_workers, *counts]
-        if self.max_delay is None:
-            return [1]
+        max_delay = math.inf if self.max_delay is None else self.max_delay
         for count in range(1, batch_size + 1):
             delay = steady_delay(method, self.num_workers, 0, count, 0)
-            if delay <= self.max_delay:
+            if delay <= max_delay:
                 return [count]
         raise PlanError(
-            f"max_delay={self.max_delay} with mini-batches of {batch_size} samples: as many micro-batches leave a delay of "
-            f"{delay}; raise it, or take a method that flushes"
+            f"max_delay={self.max_delay} with mini-batches of {batch_size} samples: as many micro-batches leave a "
+            f"delay of {delay}; raise it, or take a method that flushes"
         )
 
     def _at(
@@ -239,47 +237,35 @@ class Search:
         keeps: Sequence[Keep] = ("graph", "input") if self.keep == "auto" else (self.keep or method.keep,)
         rows = [method.keeping(keep) for keep in keeps]
 
+        @cache
         def best(first: int, end: int, stage: int) -> StageOption:
-            layers = profile.stage(first, end)
-            return self._fastest([StageOption(row, num_stages, stage, num_microbatches, layers) for row in rows])
+            common = num_stages, stage, num_microbatches, self.link.bandwidth_bytes_s, profile.stage(first, end)
+            return self._fastest([StageOption(row, *common) for row in rows])
+
+        def slot_s(first: int, end: int, stage: int) -> float:
+            return best(first, end, stage).slot_s()
+
+        def memory_bytes(first: int, end: int, stage: int) -> float:
+            return best(first, end, stage).memory_bytes
 
         if cuts is None:
-            cuts = cuts_within(
-                num_layers,
-                num_stages,
-                lambda *span: self._slot_s(best(*span)),
-                lambda *span: best(*span).memory_bytes,
-                self.limit,
-                self.forbidden,
-            )
+            cuts = cuts_within(num_layers, num_stages, slot_s, memory_bytes, self.limit, self.forbidden)
         options = list(map(best, [0, *cuts], [*cuts, num_layers], range(num_stages)))
-        if self.limit is not None and max(option.memory_bytes for option in options) > self.limit:
-            return self._at(method, batch_size, num_microbatches)  # not at the cuts that were given
+        if max(option.memory_bytes for option in options) > self.limit:  # at cuts that were given
+            return self._at(method, batch_size, num_microbatches)
         ratios = [self.slower] * num_stages if like is None else like.ratios
         spread = profile.spread if like is None else like.spread
-        return Evaluated(
-            method=method,
-            num_microbatches=num_microbatches,
-            batch_size=batch_size,
-            cuts=list(cuts),
-            options=options,
-            wire_s=[option.wire_s(self.link.bandwidth_bytes_s) for option in options],
-            ratios=ratios,
-            spread=spread,
-            simulation=self._simulate(method, options, ratios, spread),
-        )
-
-    def _slot_s(self, option: StageOption) -> float:
-        return max(option.work_s, option.wire_s(self.link.bandwidth_bytes_s))
+        simulation = self._simulate(method, options, ratios, spread)
+        return Evaluated(method, num_microbatches, batch_size, cuts, options, ratios, spread, simulation)
 
     def _fastest(self, options: Sequence[StageOption]) -> StageOption:
         """The fastest option that fits the memory, else the smallest; of equals the first."""
-        if self.limit is None:
-            return min(options, key=self._slot_s)
+        if self.limit == math.inf:
+            return min(options, key=StageOption.slot_s)
         fitting = [option for option in options if option.memory_bytes <= self.limit]
         if not fitting:
             return min(options, key=lambda option: option.memory_bytes)
-        return min(fitting, key=lambda option: (self._slot_s(option), option.memory_bytes))
+        return min(fitting, key=lambda option: (option.slot_s(), option.memory_bytes))
 
     def _simulate(
         self, method: Method, options: Sequence[StageOption], ratios: Sequence[float], spread: float
@@ -327,7 +313,7 @@ class Search:
         return dataclasses.replace(untried, ratios=ratios, spread=spread, simulation=simulation)
 
     def best_of_tried(self, first: Evaluated) -> Evaluated:
-        """Of the cuts found, cuts into equal numbers of layers, and these cuts moved by a layer: the fastest when tried.
+        """The fastest, when tried, of the cuts found, cuts into equal numbers of layers, and cuts moved by a layer.
 
         Sums of layers are good to some percent, and which of two cuts is better is often a matter of less.
         """
@@ -342,27 +328,22 @@ class Search:
                     moved = self._at(first.method, first.batch_size, first.num_microbatches, list(cuts))
                     if tuple(moved.cuts) == cuts:  # else they do not fit the memory
                         known[cuts] = moved
-            limit = _WORTH_TRYING * min(evaluated.minibatch_s for evaluated in known.values())
+            limit = _WORTH_TRYING * min(map(_MINIBATCH_S, known.values()))
             untried = [cuts for cuts in known if cuts not in tried and known[cuts].minibatch_s <= limit]
             if not untried:
                 break
             cuts = min(untried, key=lambda cuts: (cuts != tuple(first.cuts), known[cuts].minibatch_s))
             tried[cuts] = self.tried(known[cuts])
-            best = min(tried.values(), key=lambda evaluated: evaluated.minibatch_s)
+            best = min(tried.values(), key=_MINIBATCH_S)
         return best
 
     def _near(self, cuts: Sequence[int]) -> list[tuple[int, ...]]:
-        """Cuts into equal numbers of layers, and these cuts with one moved by a layer; those that may be."""
+        """Cuts into equal numbers of layers, and these cuts with a cut moved by a layer, where that is allowed."""
         num_layers = len(self.profiler.names)
-        near = [tuple(equal_cuts(num_layers, self.num_workers))]
-        for place, step in itertools.product(range(len(cuts)), (-1, 1)):
-            near.append(tuple(cut + step * (k == place) for k, cut in enumerate(cuts)))
-        return [
-            moved
-            for moved in near
-            if all(a < b for a, b in itertools.pairwise([0, *moved, num_layers]))
-            and not self.forbidden.intersection(moved)
-        ]
+        moved = [[*cuts[:k], cuts[k] + step, *cuts[k + 1 :]] for k in range(len(cuts)) for step in (-1, 1)]
+        near = [equal_cuts(num_layers, self.num_workers), *moved]
+        rising = [cuts for cuts in near if [0, *cuts, num_layers] == sorted({0, *cuts, num_layers})]
+        return [tuple(cuts) for cuts in rising if not self.forbidden.intersection(cuts)]
 
     def leads(self, chosen: Evaluated) -> list[Evaluated]:
         """The same method in other orders of work, at the same cuts."""
@@ -378,7 +359,7 @@ class Search:
                 if order(method) not in known:
                     with suppress(PlanError):  # a longer lead does not fit the memory
                         known[order(method)] = self.evaluate(method, chosen.batch_size, cuts=chosen.cuts, like=chosen)
-            fastest = min(evaluated.minibatch_s for evaluated in known.values())
+            fastest = min(map(_MINIBATCH_S, known.values()))
             stale = 0 if fastest < 0.99 * best else stale + 1
             best = min(best, fastest)
             if ahead > chosen.method.ahead and stale >= 3:  # more of it brings nothing
@@ -386,8 +367,8 @@ class Search:
         return sorted(known.values(), key=lambda evaluated: (evaluated.delay, evaluated.method.ahead))
 
     def recomputing(self, chosen: Evaluated) -> Evaluated | None:
-        """The same job at the same cuts, where each stage recomputes as its method says; None: that is what was chosen."""
-        usual = dataclasses.replace(self, num_microbatches=chosen.num_microbatches, keep=None, limit=None)
+        """The same job at the same cuts, where stages recompute as their method says; None: that is what was chosen."""
+        usual = dataclasses.replace(self, num_microbatches=chosen.num_microbatches, keep=None, limit=math.inf)
         same = usual.evaluate(chosen.method, chosen.batch_size, cuts=chosen.cuts, like=chosen)
         return same if same.keeps != chosen.keeps and "input" in same.keeps else None
 
@@ -398,8 +379,8 @@ class Search:
         if self._tries:
             seconds = try_stages(self.profiler, bp, [], ["graph"], 1, batch_size, neighbours=0)[0].minibatch_s
         return Choice(
-            method="one worker", ahead=1, order="forward-first", num_workers=1, num_microbatches=1, batch_size=batch_size,
-            cuts=(), minibatch_s=seconds, samples_per_s=batch_size / seconds,
+            method="one worker", ahead=1, order="forward-first", num_workers=1, num_microbatches=1,
+            batch_size=batch_size, cuts=(), minibatch_s=seconds, samples_per_s=batch_size / seconds,
             memory_bytes=math.ceil(footprint(bp, 1, 0, 1, whole.sizes).total), delay=0, utilization=(1.0,),
         )  # fmt: skip
 
@@ -407,14 +388,14 @@ class Search:
 def larger_batches(search: Search, method: Method, base: int, most: int) -> list[Evaluated]:
     """Mini-batches from the base on, doubling while they fit and until twice the size brings nothing.
 
-    Where nothing says how many micro-batches, a larger mini-batch is cut into parts of the base's size or more: into as many
-    as cost nothing, since each of them lessens the delay.
+    Where nothing says how many micro-batches, a larger mini-batch is cut into parts of the base's size or more: into as
+    many as cost nothing, since every part lessens the delay.
 
     Args:
-        search: the search.
-        method: the method.
+        search: evaluates the mini-batches.
+        method: method to evaluate.
         base: samples in the smallest mini-batch.
-        most: samples in the largest one.
+        most: samples in the largest mini-batch.
     """
     evaluated: list[Evaluated] = []
     size, stale = base, 0
@@ -429,9 +410,7 @@ def larger_batches(search: Search, method: Method, base: int, most: int) -> list
             if not evaluated:
                 raise
             break
-        fastest = min(option.minibatch_s for option in options)
-        as_fast = [option for option in options if option.minibatch_s <= SLOWER * fastest]
-        tried = search.tried(max(as_fast, key=lambda option: option.num_microbatches))
+        tried = search.tried(max(about_fastest(options), key=lambda option: option.num_microbatches))
         best = max((other.samples_per_s for other in evaluated), default=0.0)
         stale = stale + 1 if tried.samples_per_s < 1.02 * best else 0
         evaluated.append(tried)
@@ -439,32 +418,35 @@ def larger_batches(search: Search, method: Method, base: int, most: int) -> list
     return evaluated
 
 
+def about_fastest(evaluated: Sequence[Evaluated]) -> list[Evaluated]:
+    """The fastest evaluation, and those that are within 2 % of it."""
+    limit = 1.02 * min(map(_MINIBATCH_S, evaluated))
+    return [option for option in evaluated if option.minibatch_s <= limit]
+
+
 def frontier(leads: Sequence[Evaluated], chosen: Evaluated) -> list[Evaluated]:
     """For each delay the fastest, as long as more delay makes it faster; and the chosen one, which is about as fast."""
-
-    def order(evaluated: Evaluated) -> tuple[int, float]:
-        return evaluated.delay, evaluated.minibatch_s
-
+    order = operator.attrgetter("delay", "minibatch_s")
     fastest: list[Evaluated] = []
     for evaluated in sorted(leads, key=order):
         if not fastest or evaluated.minibatch_s < 0.999 * fastest[-1].minibatch_s:
             fastest.append(evaluated)
-    if leads and all(evaluated is not chosen for evaluated in fastest):
+    if leads and chosen not in fastest:
         fastest.append(chosen)
     return sorted(fastest, key=order)
 
 
 def _all_possible(evaluations: Iterable[Callable[[], Evaluated]]) -> list[Evaluated]:
-    """The evaluations that can be made: another number of micro-batches may fit. Raises the last error where none can."""
+    """The evaluations that can be made (another number of micro-batches may fit); raises where none can."""
     made: list[Evaluated] = []
-    failed: PlanError | None = None
+    failures: list[PlanError] = []
     for evaluate in evaluations:
         try:
             made.append(evaluate())
         except PlanError as error:
-            failed = error
-    if failed is not None and not made:
-        raise failed
+            failures.append(error)
+    if not made:
+        raise failures[-1]
     return made
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from random import Random
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, cast
 
 from ..measure.memory import StageSizes, footprint
 from ..methods import Keep, Method
@@ -28,9 +28,9 @@ from ..schedule import Action, Slot, StageOrder
 from ..validation import as_method
 from .arguments import PlanError, check_whole, is_number
 
-T = TypeVar("T")
 Seconds = float | Callable[[Random], float]
 PerStage = Seconds | Sequence[Seconds]
+_StageTimes = tuple[Seconds, ...]  # of the forward, its recompute, the backward, the update and the prediction
 
 
 class SimulatedSpan(NamedTuple):
@@ -113,17 +113,17 @@ def simulate(
     >>> simulate("bp", num_stages=4, num_minibatches=8, num_microbatches=4, forward_s=1, backward_s=2).minibatch_s
     21.0
 
-    A time is a number of seconds, or a function of a `random.Random` that draws a new one at every use. Times and speeds
-    hold for all stages, or are a sequence with a value for every stage; latencies, bandwidths and message sizes hold for
-    all hops, or are a sequence with a value for every hop, hop k joining stages k and k+1.
+    A time is a number of seconds, or a function of a `random.Random` that draws a new time at every use. Times and
+    speeds hold for all stages, or are a sequence with a value for every stage; latencies, bandwidths and message sizes
+    hold for all hops, or are a sequence with a value for every hop, hop k joining stages k and k+1.
 
     Args:
         method: a `Method` or a name.
         num_stages: K.
         num_minibatches: length of the run. The steady state needs a few times K.
         num_microbatches: A, or a sequence with a number for every mini-batch.
-        forward_s: seconds of F(m), the forward of **one micro-batch**, with a graph; a recompute takes as long. The time of
-            an auxiliary network is a part of it, and of the times below.
+        forward_s: seconds of F(m), the forward of **one micro-batch**, with a graph; a recompute takes as long. The
+            time of an auxiliary network is a part of it, and of the times below.
         backward_s: seconds of B(m), without its recompute.
         nograd_forward_s: seconds of F(m) where no graph is made; None: as ``forward_s``.
         update_s: seconds of U.
@@ -155,7 +155,7 @@ def simulate(
     predict = _times("predict_s", predict_s, speeds)
     latency = _times("latency_s", latency_s, [1.0] * hops, "hop")
     sent = _numbers("message_bytes", message_bytes, hops, "hop")
-    bandwidth = _numbers("bandwidth_bytes_s", bandwidth_bytes_s, hops, "hop", above=True, finite=False)
+    bandwidth = _numbers("bandwidth_bytes_s", bandwidth_bytes_s, hops, "hop", above=True, most=math.inf)
     keeps = keeps_of(method, num_stages, keep)
     peak_bytes = None
     if weight_bytes is not None:
@@ -166,11 +166,10 @@ def simulate(
         held = map(StageSizes, weights, weights, states, inputs, graphs, [*inputs[1:], 0.0])
         needs = [footprint(method.keeping(keeps[k]), num_stages, k, max(sizes), stage) for k, stage in enumerate(held)]
         peak_bytes = {k: need.total for k, need in enumerate(needs)}
-    stages = [
-        _Stage(nograd[k] if kept == "input" else forward[k], forward[k] if kept == "input" else 0.0, backward[k], update[k],
-               predict[k] if method.predict is not None and k < hops else 0.0)
-        for k, kept in enumerate(keeps)
-    ]  # fmt: skip
+    first = [nograd[k] if kept == "input" else forward[k] for k, kept in enumerate(keeps)]
+    again = [forward[k] if kept == "input" else 0.0 for k, kept in enumerate(keeps)]
+    predict = [predict[k] if method.predict is not None and k < hops else 0.0 for k in range(num_stages)]
+    stages = list(zip(first, again, backward, update, predict, strict=True))
     links = [(size / rate, time) for size, rate, time in zip(sent, bandwidth, latency, strict=True)]
     return _Run(method, sizes, stages, links, seed).simulation(peak_bytes)
 
@@ -189,7 +188,7 @@ def keeps_of(method: Method, num_stages: int, keep: Keep | Sequence[Keep] | None
 
 
 def steady_state(ends: Sequence[float]) -> float:
-    """The time between two ends once they repeat: over the shortest period that the last ends show, else over their last half."""
+    """The time between two ends once they repeat: over the shortest period that the last ends show, else their half."""
     if len(ends) < 2:
         return ends[0] if ends else 0.0
     steps = [b - a for a, b in itertools.pairwise(ends)]
@@ -199,16 +198,6 @@ def steady_state(ends: Sequence[float]) -> float:
         if all(abs(steps[i] - steps[i - period]) <= tolerance for i in range(len(steps) - 1, half, -1)):
             return (ends[-1] - ends[-1 - period]) / period
     return (ends[-1] - ends[half - 1]) / (len(ends) - half)
-
-
-class _Stage(NamedTuple):
-    """Seconds of a stage's actions."""
-
-    forward: Seconds
-    recompute: Seconds
-    backward: Seconds
-    update: Seconds
-    predict: Seconds
 
 
 class _Link:
@@ -235,10 +224,10 @@ _Links = tuple[_Link | None, _Link | None]
 
 
 class _Trace:
-    """What has happened in one stage."""
+    """What has happened in a stage."""
 
-    def __init__(self, order: Callable[[], StageOrder], sizes: Sequence[int], *, remember: bool) -> None:
-        self.order, self.sizes, self.remember = order, sizes, remember
+    def __init__(self, run: _Run, stage: int, *, remember: bool) -> None:
+        self.run, self.stage, self.remember = run, stage, remember
         self.starts, self.ends = array("d"), array("d")
         self.update_ends: list[float] = []
         self.delays: Counter[int] = Counter()
@@ -252,8 +241,8 @@ class _Trace:
 
     def slots(self) -> Iterator[list[Slot]]:
         """The slots of every mini-batch, then those of the flush."""
-        order = self.order()
-        yield from map(order.minibatch, self.sizes)
+        order = StageOrder(self.run.method, len(self.run.stages), self.stage)
+        yield from map(order.minibatch, self.run.sizes)
         yield order.flush()
 
 
@@ -262,7 +251,7 @@ class _Run:
     """A schedule and its times.
 
     Attributes:
-        method: the order of work.
+        method: method whose order of work it is.
         sizes: by mini-batch, its micro-batches.
         stages: by stage, its times.
         links: by hop, the seconds for which a message occupies it, and the latency.
@@ -271,7 +260,7 @@ class _Run:
 
     method: Method
     sizes: Sequence[int]
-    stages: Sequence[_Stage]
+    stages: Sequence[_StageTimes]
     links: Sequence[tuple[float, Seconds]]
     seed: int
 
@@ -296,13 +285,12 @@ class _Run:
         """Every stage's trace; ``remember``: with the times of its actions."""
         down = [None, *self._links("down"), None]
         up = [None, *([None] * len(self.links) if self.method.local else self._links("up")), None]
-        traces = []
+        traces: list[_Trace] = []
         workers = []
         for k, times in enumerate(self.stages):
-            trace = _Trace(partial(StageOrder, self.method, len(self.stages), k), self.sizes, remember=remember)
+            traces.append(_Trace(self, k, remember=remember))
             random = Random(f"{self.seed} stage {k}")
-            traces.append(trace)
-            workers.append(_work(trace, times, random, received=(down[k], up[k + 1]), sent=(down[k + 1], up[k])))
+            workers.append(_work(traces[k], times, random, received=(down[k], up[k + 1]), sent=(down[k + 1], up[k])))
         while not all(trace.finished for trace in traces):
             for worker in itertools.chain(workers, reversed(workers)):
                 next(worker, None)  # as far as it can go
@@ -312,20 +300,22 @@ class _Run:
         return [_Link(*link, Random(f"{self.seed} {direction} {k}")) for k, link in enumerate(self.links)]
 
 
-def _work(trace: _Trace, times: _Stage, random: Random, received: _Links, sent: _Links) -> Iterator[None]:
+def _work(trace: _Trace, times: _StageTimes, random: Random, received: _Links, sent: _Links) -> Iterator[None]:
     """A stage at work; yields where it has to wait for what has not been sent yet.
 
     Args:
         trace: what happens is written into it.
-        times: the stage's times.
+        times: times of the stage.
         random: draws the times that are functions.
         received: links that bring the inputs and the gradients.
         sent: links that take the outputs and the gradients of the inputs.
     """
     # The loop runs once an action: what it reads lies in local names.
-    inputs, gradients = (link.arrivals if link is not None else None for link in received)
-    send_output, send_gradient = (link.send if link is not None else None for link in sent)
+    inputs, gradients = (None if link is None else link.arrivals for link in received)
+    send_output, send_gradient = (None if link is None else link.send for link in sent)
     remember, starts, ends, updated = trace.remember, trace.starts.append, trace.ends.append, trace.update_ends.append
+    arrivals: deque[float] | None
+    send: Callable[[float], None] | None
     drawn = any(map(callable, times))
     f, r, b, u, p = (0.0 if callable(time) else time for time in times)
     clock = busy = 0.0
@@ -390,36 +380,35 @@ def _sizes(num_microbatches: int | Sequence[int], num_minibatches: int) -> list[
     return sizes
 
 
-def _listed(name: str, value: T | Sequence[T], count: int, place: str) -> list[T]:
-    """A value for every stage or hop."""
-    values = list(cast(Sequence[T], value)) if isinstance(value, Sequence) else [value] * count
+def _values(
+    name: str, value: PerStage, count: int, place: str, valid: Callable[[Seconds], bool], rule: str
+) -> list[Seconds]:
+    """A value for every stage or hop, checked."""
+    values = list(value) if isinstance(value, Sequence) else [value] * count
     if len(values) != count:
         raise PlanError(f"{name} has {len(values)} values; pass one, or {count}, one a {place}")
+    for number in values:
+        if not valid(number):
+            raise PlanError(f"{name}={number!r}: pass {rule}")
     return values
 
 
 def _times(name: str, value: PerStage, speeds: Sequence[float], place: str = "stage") -> list[Seconds]:
-    times: list[Seconds] = _listed(name, value, len(speeds), place)
-    for time in times:
-        if not callable(time) and not is_number(time):
-            raise PlanError(f"{name}={time!r}: pass seconds of at least 0, or a function of a random.Random")
-    return list(map(_scaled, times, speeds))
+    def valid(time: Seconds) -> bool:
+        return callable(time) or is_number(time)
+
+    rule = "seconds of at least 0, or a function of a random.Random"
+    return list(map(_scaled, _values(name, value, len(speeds), place, valid, rule), speeds))
 
 
 def _numbers(
-    name: str,
-    value: float | Sequence[float],
-    count: int,
-    place: str = "stage",
-    *,
-    above: bool = False,
-    finite: bool = True,
+    name: str, value: float | Sequence[float], count: int, place: str = "stage", *, above: bool = False, most: float = 0
 ) -> list[float]:
-    numbers = _listed(name, value, count, place)
-    for number in numbers:
-        if not (is_number(number) or (not finite and number == math.inf)) or (above and number <= 0):
-            raise PlanError(f"{name}={number!r}: pass a number {'above' if above else 'of at least'} 0")
-    return [float(number) for number in numbers]
+    def valid(number: Seconds) -> bool:
+        return (is_number(number) or number == most) and not (above and number == 0)
+
+    rule = f"a number {'above' if above else 'of at least'} 0"
+    return cast(list[float], _values(name, value, count, place, valid, rule))
 
 
 def _scaled(time: Seconds, speed: float) -> Seconds:

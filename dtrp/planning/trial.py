@@ -1,6 +1,6 @@
 """A few steps of the real thing: the chosen stages on the engine, in this process.
 
-Sums of layers leave out what a stage does beside its layers, and layers that are measured one by one find their
+Sums of layers leave out what a stage does beside its layers, and layers that are measured one after another find their
 memory warmer than in a run. So the stages that have been chosen are run, and their times corrected by what that shows.
 """
 
@@ -51,7 +51,7 @@ def try_stages(
 
     Args:
         profiler: has the layers, the example, the loss and the optimizer.
-        method: the method.
+        method: method of the run.
         cuts: index of the first layer of stages 1..K-1.
         keeps: what every stage keeps.
         num_microbatches: A.
@@ -82,7 +82,7 @@ def try_stages(
 def _stages(
     profiler: Profiler, method: Method, cuts: Sequence[int], keeps: Sequence[Keep], device: torch.device
 ) -> list[Stage]:
-    """Copies of the layers in stages; no Pipeline, which under torchrun would be one of several ranks."""
+    """Copies of the layers in stages; no Pipeline, which under torchrun would be a rank among several."""
     layers = copy.deepcopy(profiler.layers)
     bounds = [0, *cuts, len(layers)]
     last = len(cuts)

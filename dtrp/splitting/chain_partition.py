@@ -38,20 +38,17 @@ def partition_chain(
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
     for part in range(num_parts):
         parts_left = num_parts - 1 - part
-        ends = range(part + 1, num_items - parts_left + 1) if parts_left else [num_items]
         extended: dict[int, tuple[float, float, tuple[int, ...]]] = {}
-        for end in ends:
-            if end in forbidden:
-                continue
-            found = math.inf, math.inf
+        for end in range(part + 1, num_items - parts_left + 1) if parts_left else [num_items]:
             for first, (value, squares, firsts) in best.items():
-                if first >= end or value > found[0]:
+                found = extended.get(end, (math.inf,))
+                if first >= end or end in forbidden or value > found[0]:
                     continue
                 part_cost = cost(first, end, part)
                 total = max(value, part_cost) if crossing is None else value + crossing[first]
                 candidate = total, squares + part_cost * part_cost
-                if candidate < found and allowed(first, end, part):
-                    found, extended[end] = candidate, (*candidate, (*firsts, first))
+                if candidate < found[:2] and allowed(first, end, part):
+                    extended[end] = (*candidate, (*firsts, first))
         best = extended
     if num_items not in best:
         return math.inf, []
