@@ -31,6 +31,7 @@ from ..stage.saved_tensors import NOT_WEIGHED, weigh_graph
 from ..tensors.layout import aligned_clone, enter, parts_of
 from ..tensors.nbytes import states_bytes, tensor_bytes
 from ..tensors.pytree import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
+from ..tensors.torch_private import write_count
 from ..typing import AutocastFactory, LossFn, OptimizerFactory, Tree
 from .arguments import PlanError
 from .neighbours import busy_neighbours
@@ -305,9 +306,9 @@ class Profiler:
                 enter(t, gradient, copy=copies) if t.requires_grad else aligned_clone(t) if copies else t
                 for t, gradient in zip(tensors, gradients, strict=True)
             ]
-            before = [t._version for t in inputs]
+            before = list(map(write_count, inputs))
             out = called(self.layers[place], unflatten(form, iter(inputs)), self.names[place])
-            self._changes[place] = [t._version for t in inputs] != before
+            self._changes[place] = list(map(write_count, inputs)) != before
             return inputs, gradients, self.loss_fn(out, y) if place == len(self.layers) - 1 else out
 
     def _backward(self, graphs: list[tuple[list[list[Tensor]], list[Tensor]]]) -> None:

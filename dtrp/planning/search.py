@@ -199,7 +199,7 @@ class Search:
             like: an evaluation of the same stages, which have been tried.
         """
         counts = self._microbatch_counts(method, batch_size)
-        tried = _all_possible(partial(self._at, method, batch_size, count, cuts, like) for count in counts)
+        tried = _all_possible(partial(self._evaluate_with, method, batch_size, count, cuts, like) for count in counts)
         return min(tried, key=_MINIBATCH_S)
 
     def _microbatch_counts(self, method: Method, batch_size: int) -> list[int]:
@@ -224,7 +224,7 @@ class Search:
             f"delay of {delay}; raise it, or take a method that flushes"
         )
 
-    def _at(
+    def _evaluate_with(
         self,
         method: Method,
         batch_size: int,
@@ -232,6 +232,7 @@ class Search:
         cuts: list[int] | None = None,
         like: Evaluated | None = None,
     ) -> Evaluated:
+        """A method with so many micro-batches, at other cuts than ``cuts`` where those do not fit the memory."""
         profile = self.profiler.at(math.ceil(batch_size / num_microbatches))
         num_layers, num_stages = len(profile.layers), self.num_workers
         keeps: Sequence[Keep] = ("graph", "input") if self.keep == "auto" else (self.keep or method.keep,)
@@ -252,7 +253,7 @@ class Search:
             cuts = cuts_within(num_layers, num_stages, slot_s, memory_bytes, self.limit, self.forbidden)
         options = list(map(best, [0, *cuts], [*cuts, num_layers], range(num_stages)))
         if max(option.memory_bytes for option in options) > self.limit:  # at cuts that were given
-            return self._at(method, batch_size, num_microbatches)
+            return self._evaluate_with(method, batch_size, num_microbatches)
         ratios = [self.slower] * num_stages if like is None else like.ratios
         spread = profile.spread if like is None else like.spread
         simulation = self._simulate(method, options, ratios, spread)
@@ -325,7 +326,7 @@ class Search:
         while len(tried) < _MOST_TRIED:
             for cuts in self._near(best.cuts):
                 if cuts not in known:
-                    moved = self._at(first.method, first.batch_size, first.num_microbatches, list(cuts))
+                    moved = self._evaluate_with(first.method, first.batch_size, first.num_microbatches, list(cuts))
                     if tuple(moved.cuts) == cuts:  # else they do not fit the memory
                         known[cuts] = moved
             limit = _WORTH_TRYING * min(map(_MINIBATCH_S, known.values()))
