@@ -249,6 +249,36 @@ def test_attention_in_eval_mode_with_padding(make: Any, method: str, dtype: torc
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+class Adapted(nn.Module):
+    """Trained on a frozen encoder, whose padded places it reads."""
+
+    def __init__(self, below: bool) -> None:
+        super().__init__()
+        self.below = nn.Linear(8, 8) if below else nn.Identity()
+        self.encoder = Encoder().requires_grad_(False)
+        self.above = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, padded: Tensor) -> Any:
+        return self.above(self.encoder(self.below(x), padded)[0]), padded
+
+
+@pytest.mark.parametrize("method", [*FLUSHING, *KEEPING, *RECOMPUTING])
+@pytest.mark.parametrize("below", [False, True], ids=["nothing is trained below", "something is trained below"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_frozen_encoder_takes_the_path_that_it_takes_in_a_plain_loop(below: bool, method: str) -> None:
+    """In the first mini-batch too; without anything trained below it, that of inference."""
+    model = Both(Adapted(below), Head()).double().eval()
+    data = padded_batches(torch.float64)
+    want = plain_gradients(model, data, mse_loss)
+    got = pipeline_gradients([model[0], model[1]], data, mse_loss, method=method)
+    check_gradients(got, [{name: g for name, g in here.items() if g is not None} for here in want])
+    model[0].requires_grad_(False)
+    pipe = dtrp.Pipeline([model[0], model[1]], lambda p: torch.optim.SGD(p, lr=0.0), mse_loss, method=method)
+    x, y = data[0]
+    assert torch.equal(pipe.step(x, y), mse_loss(model(x), y).detach())
+    pipe.flush()
+
+
 def test_the_switch_of_the_fast_path_is_put_back() -> None:
     enabled = torch.backends.mha.get_fastpath_enabled
     torch.backends.mha.set_fastpath_enabled(False)

@@ -87,6 +87,17 @@ class Repeatable:
         self._started = False
         self._moving: set[Slot] = set()  # buffers that the module has been seen to move
         self._looked: set[tuple[bool, ...]] = set()  # for them, in these modes
+        attention = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+        self._frozen_attention = [
+            member
+            for member in members(whole)
+            if isinstance(member, attention) and not any(p.requires_grad for p in member.parameters())
+        ]
+
+    @property
+    def may_be_fused(self) -> bool:
+        """Whether torch may run attention by its inference path though gradients are on, where none is asked for."""
+        return any(not member.training for member in self._frozen_attention)
 
     def at(self, weights: dict[str, Tensor]) -> Exchange:
         """Within it the module has these for its own."""
@@ -124,7 +135,7 @@ class Repeatable:
             with (
                 self._places.hold(weights),
                 self._entered_state(state, own, buffers),
-                nullcontext() if self._compiles else watch,
+                nullcontext() if self._compiles or self.may_be_fused else watch,  # it keeps torch off that path
             ):
                 out = self._call(x)
                 judged = out if self._call_aux is None else self._judged(out)

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from ..tensors.module_mode import members, modes_of
-from ..tensors.pytree import tensors_of
+from ..tensors.pytree import map_tensors, tensors_of
 from .stash import Held
 
 if TYPE_CHECKING:
-    from .forward import Repeatable
+    from .forward import Moves, Repeatable
 
 _CURE = (
     "keep this stage's graphs, which repeats nothing: Pipeline(keep='graph'), or keep=[...] with 'graph' at its place"
@@ -91,8 +91,7 @@ class Repetition:
         compares = held.version == held.micro.minibatch == self._minibatch
         before = (self._state(), Generators(self._module)) if is_first and compares else None
         try:
-            with torch.no_grad(), slow_paths:
-                out, _ = self._repeatable.run(held, weights, "ahead")
+            out = self._run(held, weights, "ahead")
         except Exception as error:
             if is_first and wants_gradients(error) and self._runs_with_gradients(held, weights):
                 raise RuntimeError(
@@ -106,6 +105,14 @@ class Repetition:
         if before is not None:
             self._try(held, weights, *before)
         return out
+
+    def _run(self, held: Held, weights: dict[str, Tensor], buffers: Moves) -> Any:
+        """The output, without a graph; by the path that attention takes where there is one."""
+        if self._repeatable.may_be_fused:  # which depends on what has a gradient: the graph is let go at once
+            with torch.enable_grad():
+                return map_tensors(Tensor.detach, self._repeatable.run(held, weights, buffers)[0])
+        with torch.no_grad(), slow_paths:
+            return self._repeatable.run(held, weights, buffers)[0]
 
     def expected(self, held: Held) -> list[Tensor] | None:
         """The output of the repetition that is next; None where it is not known: somebody else has changed something since."""
@@ -137,8 +144,7 @@ class Repetition:
         again = Held(held.micro, held.version, held.autocast, held.leaf, 0, held.target)
         attributes = {member: dict(vars(member)) for member in members(self._module)}
         try:
-            with torch.no_grad(), slow_paths:
-                out, _ = self._repeatable.run(again, weights, "tried")
+            out = self._run(again, weights, "tried")
         finally:
             for member, values in attributes.items():
                 now = vars(member)
