@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import click
+import rich  # noqa: F401  (commands import it when they run; a missing package is to be reported at once)
 
 from .. import __version__
 from .comparing import compare, report
@@ -17,7 +18,7 @@ __all__ = ["Stopped", "cli", "run"]
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run a command; a user's mistake is one line on stderr and exit code 2."""
+    """Run a command, and return its exit code. A user's mistake gives a line on stderr and code 2."""
     try:
         cli.main(arguments, prog_name="dtrp", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -1,4 +1,4 @@
-"""``dtrp compare`` and ``dtrp report``."""
+"""The commands ``dtrp compare`` and ``dtrp report``."""
 
 from __future__ import annotations
 
@@ -8,30 +8,25 @@ from typing import Any
 import click
 
 from ..methods import list_methods
-from ..train.config import CHOICES, TrainConfig
-from .option_types import Count, Names, Numbers
+from ..train.config import CELL_SETTINGS, CHOICES, SAVE_SETTINGS, TrainConfig
+from .option_types import names, numbers
 from .options import together, train_options
 
-_OF_A_CELL = (
-    "method", "prediction", "stages", "cuts", "num_microbatches", "seed", "out", "overwrite", "plan", "workers", "replicas",
-    "max_restarts",
-    "memory_limit", "keep",
+# Options of `dtrp train` that a comparison sets for each cell, or cannot have. A cell that is interrupted begins again.
+_NOT_SHARED = (
+    *CELL_SETTINGS, *SAVE_SETTINGS, "cuts", "out", "overwrite", "plan", "workers", "replicas", "max_restarts", "memory_limit",
+    "keep",
 )  # fmt: skip
-_OF_SAVES = ("save_every", "keep_last")  # a cell that is broken off begins again
-
 
 _grid_options = together(
     click.option(
-        "--methods",
-        type=Names("method", tuple(list_methods())),
-        default="bp,fdg,dtr,dtrp",
-        help="Some of them: bp,dtrp.",
+        "--methods", type=names("method", list_methods()), default="bp,fdg,dtr,dtrp", help="Some of them: bp,dtrp."
     ),
-    click.option("--stages", type=Numbers("whole numbers", "1,2,4"), default="4", help="Every K."),
+    click.option("--stages", type=numbers("whole numbers", "1,2,4"), default="4", help="Every K."),
     click.option("--num-microbatches", default="1", help="Every A; K for as many as stages: 1,K."),
     click.option(
         "--predictions",
-        type=Names("prediction", CHOICES["prediction"]),
+        type=names("prediction", CHOICES["prediction"]),
         help="For methods that predict: linear,rollout,informed.",
     ),
     click.option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each, with seeds 0, 1, ..."),
@@ -43,30 +38,17 @@ _grid_options = together(
 )
 
 
-@click.command(short_help="Train by several methods, and compare accuracy, time and memory.")
+@click.command(
+    short_help="Train by several methods, and compare accuracy, time and memory.",
+    context_settings={"default_map": {"prediction_error_every": "auto"}},
+)
 @_grid_options
 @click.option("--workers/--one-process", default=False, help="A process for each stage.")
 @click.option(
-    "--prediction-error-every",
-    type=Count("auto"),
-    default="auto",
-    help="Compare predicted with true weights at every n-th micro-batch (0: never); auto: the 17th, in a short run sooner.",
-)
-@click.option(
     "--out", type=click.Path(), required=True, help="Folder of the comparison; one that is there is gone on with."
 )
-@train_options(without=(*_OF_A_CELL, *_OF_SAVES, "prediction_error_every"))
-def compare(
-    methods: tuple[str, ...],
-    stages: tuple[int, ...],
-    num_microbatches: str,
-    predictions: tuple[str, ...] | None,
-    seeds: int,
-    once: bool,
-    workers: bool,
-    out: str,
-    **options: Any,
-) -> None:
+@train_options(without=_NOT_SHARED)
+def compare(out: str, *, workers: bool, num_microbatches: str, seeds: int, **options: Any) -> None:
     """Train by several methods, and show accuracy, time, memory, delay and prediction error side by side.
 
     Every cell of the grid is a run of its own. Break it off and start it again: what is finished is not repeated. Every other
@@ -75,31 +57,24 @@ def compare(
     from ..train.comparison import Comparison, grid
     from .console import show_comparison
 
+    parts = {name: options.pop(name) for name in ("methods", "stages", "predictions", "once")}
     base = TrainConfig(**options, workers=1 if workers else None)
     try:
-        cells = grid(
-            methods,
-            stages,
-            [word.strip() for word in num_microbatches.split(",")],
-            range(seeds),
-            predictions or (),
-            once=once,
-        )
+        microbatches = [word.strip() for word in num_microbatches.split(",")]
+        cells = grid(microbatches=microbatches, seeds=range(seeds), **parts)
         comparison = Comparison(base, cells, out)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-
     try:
         failed = comparison.run(_train_cell, click.echo)
     except OSError as error:
         raise click.ClickException(f"cannot write to {out}: {error}") from error
-    groups = comparison.groups()
-    if groups:
+    if groups := comparison.groups():
         show_comparison(groups)
     if failed:
-        names = ", ".join(cell.name for cell in failed[:3]) + (", ..." if len(failed) > 3 else "")
+        shown = ", ".join(cell.name for cell in failed[:3]) + (", ..." if len(failed) > 3 else "")
         raise click.ClickException(
-            f"{len(failed)} of {len(cells)} cells failed ({names}); why stands in {out}/*.failed. The same command tries them again"
+            f"{len(failed)} of {len(cells)} cells failed ({shown}); why stands in {out}/*.failed. The same command tries them again"
         )
 
 

@@ -1,12 +1,12 @@
-"""What a run shows: a progress line on a terminal, plain lines elsewhere, and a table at the end."""
+"""What commands show: the progress of a run, live on a terminal and as plain lines elsewhere, and tables of results."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import time
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Callable, Collection, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -17,19 +17,19 @@ from rich.table import Table
 from rich.text import Text
 
 from ..planning import Choice, Plan, Simulation
-from ..train.comparison import Group as Cells
-from ..train.comparison import megabytes_by_stage, prediction_error, shown_delay, weight_distance
+from ..train import comparison
+from ..train.comparison import mean_text, megabytes_by_stage, prediction_error, shown_delay, weight_distance
 from ..train.results import EpochMetrics, TrainResult, describe_layers, summarize_delays
 from ..train.trainer import Reporter, Trainer
 
 _LINE_EVERY_S = 30.0
 _MEMORY = "memory by stage, MB"
-_ONE_TABLE = 150  # columns of text that a comparison takes
+_COMPARISON_WIDTH = 150  # in columns of text
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class ConsoleReporter(Reporter):
-    """Prints a run; a context manager that gives the terminal back."""
+    """Prints lines about a run, and a table of its stages at the end."""
 
     def __init__(self, console: Console, *, table: bool = True) -> None:
         self.console = console
@@ -37,15 +37,14 @@ class ConsoleReporter(Reporter):
 
     def start(self, trainer: Trainer) -> None:
         config, data, pipe = trainer.config, trainer.dataset, trainer.pipe
-        self._of_text = config.data == "text"
-        self.console.print(
-            f"{config.model} on {config.data}: {len(data.train_y)} training and {len(data.test_y)} test "
-            f"{'windows' if config.data == 'text' else 'images'}; "
-            f"{config.method}, {pipe.num_stages} stage{'s' if pipe.num_stages > 1 else ''}{_processes(trainer)}, "
-            f"mini-batches of {config.batch_size} in "
-            f"{pipe.num_microbatches} micro-batch{'es' if pipe.num_microbatches > 1 else ''}, "
-            f"{trainer.total_updates} updates",
-            highlight=False,
+        self._has_text = config.data == "text"
+        processes = ""
+        if not (pipe.is_first and pipe.is_last and config.replicas == 1):
+            processes = " in a process each" + (f" and {config.replicas} replicas" if config.replicas > 1 else "")
+        self.note(
+            f"{config.model} on {config.data}: {len(data.train_y)} training and {len(data.test_y)} test {data.samples}; "
+            f"{config.method}, {pipe.num_stages} stage{'s' if pipe.num_stages > 1 else ''}{processes}, "
+            f"{_minibatches(config.batch_size, pipe.num_microbatches)}, {trainer.total_updates} updates"
         )
 
     def note(self, text: str) -> None:
@@ -62,36 +61,32 @@ class ConsoleReporter(Reporter):
                 f"epoch {metrics.epoch:3}  train {metrics.train_loss:.4f}  test {metrics.test_loss:.4f}  "
                 f"accuracy {metrics.test_accuracy:.2%}  {metrics.elapsed_s:.0f} s"
             )
-        self.console.print(line, highlight=False)
+        self.note(line)
 
     def _perplexity(self, metrics: EpochMetrics) -> str:
-        """What the loss of a text is told in."""
-        if not self._of_text:
+        """The loss of text in its usual units; empty for images."""
+        if not self._has_text:
             return ""
         loss = metrics.test_loss
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return f"perplexity {perplexity:.3f}  bits per character {loss / math.log(2):.3f}  "
 
     def finish(self, result: TrainResult) -> None:
-        if self.table:
-            self.console.print(_stage_table(result))
-            last = result.epochs[-1]
-            left_out = ", ".join(
-                f"{len(s.skipped_updates)} at stage {s.stage}" for s in result.stages if s.skipped_updates
-            )
-            if left_out:
-                self.console.print(f"updates left out, their gradient not being finite: {left_out}", highlight=False)
-            self.console.print(
-                f"{self._perplexity(last)}test accuracy {last.test_accuracy:.2%}, {result.samples_per_s:.0f} samples/s "
-                "(median of the epochs)",
-                highlight=False,
-            )
-            if result.config.out:
-                self.console.print(f"written to {result.config.out}", highlight=False)
+        if not self.table:
+            return
+        self.console.print(_stage_table(result))
+        last = result.epochs[-1]
+        skipped = [f"{len(s.skipped_updates)} at stage {s.stage}" for s in result.stages if s.skipped_updates]
+        if skipped:
+            self.note(f"updates left out, their gradient not being finite: {', '.join(skipped)}")
+        speed = f"{result.samples_per_s:.0f} samples/s (median of the epochs)"
+        self.note(f"{self._perplexity(last)}test accuracy {last.test_accuracy:.2%}, {speed}")
+        if result.config.out:
+            self.note(f"written to {result.config.out}")
 
 
 class PlainReporter(ConsoleReporter):
-    """Lines for a log: one an epoch, and one every half minute of a long epoch."""
+    """Prints lines for a log: after each epoch, and every half minute of a long epoch."""
 
     def start(self, trainer: Trainer) -> None:
         super().start(trainer)
@@ -106,16 +101,13 @@ class PlainReporter(ConsoleReporter):
         if since < _LINE_EVERY_S:
             return
         left = (now - self._began) / update * (self._total - update)
-        self.console.print(
-            f"  update {update:6} of {self._total}  loss {loss():.4f}  {self._samples / since:6.0f} samples/s  "
-            f"{left:6.0f} s left",
-            highlight=False,
-        )
+        speed = f"{self._samples / since:6.0f} samples/s"
+        self.note(f"  update {update:6} of {self._total}  loss {loss():.4f}  {speed}  {left:6.0f} s left")
         self._printed, self._samples = now, 0
 
 
 class LiveReporter(ConsoleReporter):
-    """Two lines that refresh: how far the run is, and the curves of loss and accuracy so far."""
+    """Shows two lines that refresh: the progress, and the curves of loss and accuracy."""
 
     def __enter__(self) -> LiveReporter:
         self._progress = Progress(
@@ -134,9 +126,7 @@ class LiveReporter(ConsoleReporter):
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._live.stop()
 
     def _lines(self) -> RenderableType:
@@ -148,16 +138,13 @@ class LiveReporter(ConsoleReporter):
         free = self.console.width - sum(map(len, texts)) + 2 * len(texts) - 2
         width = max(4, min(40, free // len(texts)))
         curves = (curve(values, width) for values in (self._losses, self._accuracies))
-        shown = "  ".join(text.format(own) for text, own in zip(texts, curves, strict=False))
+        shown = "  ".join(text.format(blocks) for text, blocks in zip(texts, curves, strict=False))
         return Group(self._progress, Text(shown, no_wrap=True))
 
     def start(self, trainer: Trainer) -> None:
         super().start(trainer)
         self._task = self._progress.add_task("", total=trainer.total_updates, epoch=1, speed="-")
-        self._every, self._due = (
-            trainer.total_updates // 500,
-            0,
-        )  # a curve of a few hundred points, however long the run
+        self._every, self._due = trainer.total_updates // 500, 0  # points of a curve: a few hundred in any run
         self._shown = self._since = time.perf_counter()
         self._samples = 0
 
@@ -170,9 +157,8 @@ class LiveReporter(ConsoleReporter):
         if update > self._due:
             self._losses.append(self._loss)
             self._due = update + self._every
-        self._progress.update(
-            self._task, completed=update, epoch=epoch + 1, speed=f"{self._samples / (now - self._since):.0f}"
-        )
+        speed = f"{self._samples / (now - self._since):.0f}"
+        self._progress.update(self._task, completed=update, epoch=epoch + 1, speed=speed)
         self._shown = now
 
     def epoch(self, metrics: EpochMetrics) -> None:
@@ -187,7 +173,7 @@ class LiveReporter(ConsoleReporter):
 
 
 def curve(values: Sequence[float], width: int = 10) -> str:
-    """A line of blocks as high as the values, the means of ``width`` equal parts of them, between their extremes.
+    """A line of blocks whose heights show the values, or the means of ``width`` equal parts of them.
 
     >>> curve([0, 1, 2, 3, 4, 5, 6, 7])
     '▁▂▃▄▅▆▇█'
@@ -203,9 +189,11 @@ def curve(values: Sequence[float], width: int = 10) -> str:
 
 
 def make_reporter(*, table: bool = True, quiet: bool = False) -> LiveReporter | PlainReporter:
-    """The reporter that suits standard output; ``quiet``: plain lines on a terminal too.
+    """The reporter for standard output: live on a terminal that can refresh lines, else with plain lines.
 
-    Only a terminal that can refresh lines gets such; a log file does not, whatever colours the environment forces.
+    Args:
+        table: whether to print a table at the end.
+        quiet: whether to print plain lines on a terminal too.
     """
     console = Console(soft_wrap=False)
     if console.is_terminal and console.file.isatty() and not console.is_dumb_terminal and not quiet:
@@ -213,73 +201,62 @@ def make_reporter(*, table: bool = True, quiet: bool = False) -> LiveReporter | 
     return PlainReporter(_wide_console(), table=table)
 
 
-def _processes(trainer: Trainer) -> str:
-    config = trainer.config
-    if trainer.pipe.is_first and trainer.pipe.is_last and config.replicas == 1:
-        return ""
-    return " in a process each" + (f" and {config.replicas} replicas" if config.replicas > 1 else "")
+def _minibatches(batch_size: int, num_microbatches: int) -> str:
+    return f"mini-batches of {batch_size} in {num_microbatches} micro-batch{'es' if num_microbatches > 1 else ''}"
+
+
+def _table(title: str | None, headings: Sequence[str], left: Collection[str] = ()) -> Table:
+    """A table with these columns, of which some are aligned to the left and the others to the right."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right")
+    return table
 
 
 def _stage_table(result: TrainResult) -> Table:
-    table = Table(title=f"{result.config.method}: the stages", title_justify="left")
-    table.add_column("stage", justify="right")
-    table.add_column("layers")
-    for heading in ("parameters", "delay (updates)", "stash, peak", "stash + graph, peak"):
-        table.add_column(heading, justify="right")
+    headings = ("stage", "layers", "parameters", "delay (updates)", "stash, peak", "stash + graph, peak")
+    table = _table(f"{result.config.method}: the stages", headings, left=("layers",))
     for stage in result.stages:
-        table.add_row(
-            str(stage.stage),
-            describe_layers(stage.layers),
-            f"{stage.parameters:,}",
-            summarize_delays(stage.delays),
-            decimal(stage.memory["stash_peak"]),
-            decimal(stage.activations_peak),
-        )
+        sizes = decimal(stage.memory["stash_peak"]), decimal(stage.activations_peak)
+        delays = summarize_delays(stage.delays)
+        table.add_row(str(stage.stage), describe_layers(stage.layers), f"{stage.parameters:,}", delays, *sizes)
     return table
 
 
 def show_side_by_side(results: Sequence[TrainResult]) -> None:
-    """Runs of several methods at the same stages, a column each."""
+    """Show runs of several methods with the same number of stages, a column for each."""
     console = Console() if Console().is_terminal else Console(width=100)
-    table = Table(title="side by side", title_justify="left")
-    table.add_column("")
-    for result in results:
-        table.add_column(result.config.method, justify="right")
+    stages = range(len(results[0].stages))
+    table = _table("side by side", ("", *(result.config.method for result in results)), left=("",))
     table.add_row("test accuracy", *(f"{result.epochs[-1].test_accuracy:.2%}" for result in results))
     table.add_row("samples/s, one process", *(f"{result.samples_per_s:.0f}" for result in results), end_section=True)
-    for k in range(len(results[0].stages)):
+    for k in stages:
         table.add_row(f"stage {k}: activations held, peak", *(decimal(r.stages[k].activations_peak) for r in results))
-    table.add_row(
-        "all stages",
-        *(decimal(sum(stage.activations_peak for stage in r.stages)) for r in results),
-        end_section=True,
-    )
-    for k in range(len(results[0].stages)):
+    totals = (decimal(sum(stage.activations_peak for stage in result.stages)) for result in results)
+    table.add_row("all stages", *totals, end_section=True)
+    for k in stages:
         table.add_row(f"stage {k}: delay (updates)", *(summarize_delays(r.stages[k].delays) for r in results))
     console.print(table)
     console.print(
         "In one process the stages take turns: nobody waits, and who repeats forwards takes longer. With a process for each stage "
-        f"(dtrp train --workers {len(results[0].stages)}) backpropagation waits and dtrp does not.",
+        f"(dtrp train --workers {len(stages)}) backpropagation waits and dtrp does not.",
         highlight=False,
     )
 
 
 def show_plan(plan: Plan) -> None:
-    """A plan's choices and what they were chosen from."""
+    """Show the choices of a plan, and the alternatives."""
     console = _wide_console()
-    stages = Table(title=f"{plan.method}: the stages", title_justify="left")
-    for heading in ("stage", "layers", "keeps", "slot", "at work", "memory, at most"):
-        stages.add_column(heading, justify="left" if heading in ("layers", "keeps") else "right")
+    headings = ("stage", "layers", "keeps", "slot", "at work", "memory, at most")
+    stages = _table(f"{plan.method}: the stages", headings, left=("layers", "keeps"))
     for k, stage in enumerate(plan.stages):
-        stages.add_row(
-            str(k), describe_layers(stage.layers), stage.keep, _seconds(stage.slot_s), f"{stage.utilization:.0%}",
-            decimal(stage.memory_bytes),
-        )  # fmt: skip
+        numbers = _seconds([stage.slot_s]), f"{stage.utilization:.0%}", decimal(stage.memory_bytes)
+        stages.add_row(str(k), describe_layers(stage.layers), stage.keep, *numbers)
     console.print(stages)
     row = plan.row
     console.print(
-        f"mini-batches of {plan.batch_size} in {plan.num_microbatches} micro-batch{'es' if plan.num_microbatches > 1 else ''}; "
-        f"ahead {row.ahead:g}, {'backward' if row.backward_first else 'forward'} first; learning rate times {plan.lr_scale:g}"
+        f"{_minibatches(plan.batch_size, plan.num_microbatches)}; ahead {row.ahead:g}, "
+        f"{'backward' if row.backward_first else 'forward'} first; learning rate times {plan.lr_scale:g}"
         + (f", {plan.warmup_updates} updates of warm-up" if plan.warmup_updates else ""),
         highlight=False,
     )
@@ -294,28 +271,22 @@ def show_plan(plan: Plan) -> None:
 
 
 def _choices_table(title: str, choices: Sequence[Choice]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("method")
     headings = ("ahead", "order", "A", "mini-batch", "time", "samples/s", "memory, at most", "delay", "at work, each")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "order" else "right")
+    table = _table(title, ("method", *headings), left=("method", "order"))
     for choice in choices:
         table.add_row(
             choice.method, f"{choice.ahead:g}", choice.order, str(choice.num_microbatches), str(choice.batch_size),
-            _seconds(choice.minibatch_s), f"{choice.samples_per_s:.0f}", decimal(choice.memory_bytes), str(choice.delay),
+            _seconds([choice.minibatch_s]), f"{choice.samples_per_s:.0f}", decimal(choice.memory_bytes), str(choice.delay),
             _shares(choice.utilization),
         )  # fmt: skip
     return table
 
 
 def show_simulations(rows: Sequence[tuple[str, Simulation]]) -> None:
-    """What `simulate` found, a method a row."""
-    table = Table()
-    table.add_column("method")
+    """Show what `simulate` returned, a row for each method."""
+    headings = ["time a mini-batch", "whole run", "at work, each", "stash, peak", "delay (updates)"]
     sized = any(simulation.peak_bytes is not None for _, simulation in rows)
-    memory = ("memory, each",) if sized else ()
-    for heading in ("time a mini-batch", "whole run", "at work, each", "stash, peak", "delay (updates)", *memory):
-        table.add_column(heading, justify="right")
+    table = _table(None, ["method", *headings, *(["memory, each"] if sized else [])], left=("method",))
     for name, simulation in rows:
         table.add_row(
             name,
@@ -330,21 +301,18 @@ def show_simulations(rows: Sequence[tuple[str, Simulation]]) -> None:
 
 
 def _wide_console() -> Console:
-    """As wide as the terminal; a log has room for every column."""
+    """A console as wide as the terminal, or with room for every column in a log."""
     console = Console()
     return console if console.file.isatty() else Console(width=220)
 
 
-def _seconds(seconds: float, spread: float = math.nan) -> str:
-    unit, factor = ("s", 1.0) if seconds >= 1 else ("ms", 1e3)
-    if math.isnan(spread):
-        return f"{factor * seconds:.3g} {unit}"
-    return _mean((factor * seconds, factor * spread), _digits(factor * seconds), f" {unit}")
-
-
-def _digits(value: float) -> int:
-    """Decimals that show three digits of a number."""
-    return max(0, 2 - math.floor(math.log10(value))) if 0 < value < math.inf else 2
+def _seconds(values: Sequence[float]) -> str:
+    """The mean of some times in s or ms, with their standard deviation."""
+    mean = statistics.fmean(values)
+    unit, factor = ("s", 1.0) if mean >= 1 else ("ms", 1e3)
+    return (
+        f"{factor * mean:.3g} {unit}" if len(values) == 1 else mean_text([factor * v for v in values], unit=f" {unit}")
+    )
 
 
 def _shares(shares: Sequence[float]) -> str:
@@ -352,45 +320,45 @@ def _shares(shares: Sequence[float]) -> str:
 
 
 def _few(words: Sequence[str]) -> str:
+    """All of a few words; the first and the last of many."""
     return " ".join(words) if len(words) <= 8 else f"{' '.join(words[:3])} .. {' '.join(words[-3:])}"
 
 
-def show_comparison(groups: Sequence[Cells]) -> None:
-    """Runs of several methods, a row for those that differ in their seed alone; mean and standard deviation.
+def show_comparison(groups: Sequence[comparison.Group]) -> None:
+    """Show runs of several methods: a row for those that differ in their seed alone, with means and standard deviations.
 
-    On a narrow terminal in two tables.
+    A narrow terminal gets two tables.
     """
     console = _wide_console()
-    columns: list[tuple[str, Callable[[Cells], str]]] = [
-        ("seeds", lambda group: str(len(group.seeds))),
-        ("accuracy", lambda group: _mean(group.mean(lambda summary: 100 * float(summary["test_accuracy"])), 2, " %")),
-        ("test loss", lambda group: _mean(group.mean(lambda summary: float(summary["test_loss"])), 3)),
-        ("time a mini-batch", lambda group: _seconds(*group.mean(lambda summary: float(summary["minibatch_s"])))),
-        (_MEMORY, lambda group: _few(megabytes_by_stage(group.summaries))),
-        ("delay", lambda group: shown_delay(group.summaries)),
-        ("distance of weights, %", lambda group: _percent(group.mean(weight_distance))),
-        ("prediction error", lambda group: _ratio(group.mean(prediction_error))),
-    ]
-    narrow = console.width < _ONE_TABLE
-    for shown in (columns[:4], columns[4:]) if narrow else (columns,):
-        title = "side by side (mean ± standard deviation over seeds)" if shown[0] is columns[0] else None
-        table = Table(
-            title=title, title_justify="left", pad_edge=not narrow, box=box.SIMPLE_HEAD if narrow else box.HEAVY_HEAD
-        )
+    columns: dict[str, Callable[[comparison.Group], str]] = {
+        "seeds": lambda group: str(len(group.seeds)),
+        "accuracy": lambda group: mean_text(group.values(lambda summary: 100 * summary["test_accuracy"]), 2, " %"),
+        "test loss": lambda group: mean_text(group.values(lambda summary: summary["test_loss"]), 3),
+        "time a mini-batch": lambda group: _seconds(group.values(lambda summary: summary["minibatch_s"])),
+        _MEMORY: lambda group: _few(megabytes_by_stage(group.summaries)),
+        "delay": lambda group: shown_delay(group.summaries),
+        "distance of weights, %": lambda group: _measured([100 * d for d in group.values(weight_distance)]),
+        "prediction error": lambda group: _measured(group.values(prediction_error), 2),
+    }
+    texts = {heading: [text(group) for group in groups] for heading, text in columns.items()}
+    narrow = console.width < _COMPARISON_WIDTH
+    style = {"pad_edge": not narrow, "box": box.SIMPLE_HEAD if narrow else box.HEAVY_HEAD}
+    title: str | None = "side by side (mean ± standard deviation over seeds)"
+    for headings in (list(columns)[:4], list(columns)[4:]) if narrow else (list(columns),):
+        table = Table(title=title, title_justify="left", **style)  # type: ignore[arg-type]
         table.add_column("method", min_width=max((len(group.cell.method) for group in groups), default=0))
         for heading in ("K", "A"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for heading, of in shown:
-            cells = [of(group) for group in groups]
-            whole = (
-                0 if heading == _MEMORY else max(map(len, cells), default=0)
-            )  # a list of sizes may have several lines
-            table.add_column(heading, justify="right", min_width=whole)
-        for group in groups:
-            cell = group.cell
-            table.add_row(cell.title, str(cell.stages), str(cell.num_microbatches), *(of(group) for _, of in shown))
+        for heading in headings:
+            # A list of sizes may wrap.
+            width = 0 if heading == _MEMORY else max(map(len, texts[heading]), default=0)
+            table.add_column(heading, justify="right", min_width=width)
+        for i, cell in enumerate(group.cell for group in groups):
+            shown = (texts[heading][i] for heading in headings)
+            table.add_row(cell.title, str(cell.stages), str(cell.num_microbatches), *shown)
         console.print(table)
-    if any(not math.isnan(group.mean(weight_distance)[0]) for group in groups):
+        title = None
+    if any(text != "-" for text in texts["distance of weights, %"]):
         for line in (
             "distance of weights: of those that a forward read, predicted or not, from those of its backward, over their norm",
             "prediction error: this over the distance without prediction (below 1: prediction helps)",
@@ -398,17 +366,6 @@ def show_comparison(groups: Sequence[Cells]) -> None:
             console.print(line, highlight=False)
 
 
-def _mean(mean_and_deviation: tuple[float, float], digits: int, unit: str = "") -> str:
-    mean, deviation = mean_and_deviation
-    return f"{mean:.{digits}f}{unit}" if math.isnan(deviation) else f"{mean:.{digits}f} ± {deviation:.{digits}f}{unit}"
-
-
-def _percent(mean_and_deviation: tuple[float, float]) -> str:
-    """Of a number that only runs with a delay have."""
-    mean, deviation = (100 * value for value in mean_and_deviation)
-    return "-" if math.isnan(mean) else _mean((mean, deviation), _digits(mean))
-
-
-def _ratio(mean_and_deviation: tuple[float, float]) -> str:
-    """The same."""
-    return "-" if math.isnan(mean_and_deviation[0]) else _mean(mean_and_deviation, 2)
+def _measured(values: Sequence[float], digits: int | None = None) -> str:
+    """The mean of a number that only runs with a delay have; "-" where a run has none."""
+    return "-" if any(map(math.isnan, values)) else mean_text(values, digits)

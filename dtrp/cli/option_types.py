@@ -1,110 +1,113 @@
-"""What the options of the command line take, beside plain numbers and words."""
+"""Types of command-line options: names, lists of names and numbers, sizes, and times."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import click
 
 from ..did_you_mean import unknown
 
+T = TypeVar("T")
+_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 
-class Name(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """One of some names; a wrong one is answered with the nearest right one."""
 
-    def __init__(self, label: str, names: tuple[str, ...]) -> None:
-        self.name = label
+class Parsed(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Values that a function parses.
+
+    Args:
+        name: placeholder of a value in the help, in lower case.
+        parse: function from the text, or from a value in a file; its ValueError is the message about a wrong value.
+    """
+
+    def __init__(self, name: str, parse: Callable[[Any], Any]) -> None:
+        self.name, self.parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Name(Parsed):
+    """A name out of several; a wrong one is answered with the nearest right one."""
+
+    def __init__(self, label: str, names: Sequence[str]) -> None:
+        super().__init__(label, lambda value: _known(label, value, names))
         self.names = names
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         return f"[{'|'.join(self.names)}]"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value in self.names:
-            return str(value)
-        self.fail(unknown(self.name, value, self.names), param, ctx)
+
+def names(label: str, known: Sequence[str]) -> Parsed:
+    """Several names: ``bp,dtrp``."""
+    return Parsed(label, lambda value: tuple(_known(label, word, known) for word in _parts(value)))
 
 
-class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+def numbers(what: str, example: str) -> Parsed:
     """Whole numbers: ``1,2,4``, or a list in a file."""
 
-    def __init__(self, what: str, example: str) -> None:
-        self.what, self.name = what, example
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        parts = value.split(",") if isinstance(value, str) else value
+    def parse(value: Any) -> tuple[int, ...]:
         try:
-            return tuple(int(part) for part in parts)
+            return tuple(map(int, _parts(value)))
         except (TypeError, ValueError):
-            self.fail(f"{value!r} is no list of {self.what} like {self.name}", param, ctx)
+            raise ValueError(f"{value!r} is no list of {what} like {example}") from None
+
+    return Parsed(example, parse)
 
 
-class Names(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Some of the names: ``bp,dtrp``."""
-
-    def __init__(self, label: str, names: tuple[str, ...]) -> None:
-        self.name = label
-        self.names = names
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        words = tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else tuple(value)
-        for word in words:
-            if word not in self.names:
-                self.fail(unknown(self.name, word, self.names), param, ctx)
-        return words
-
-
-class Count(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+def count(word: str) -> Parsed:
     """A whole number, or a word that is checked later."""
 
-    def __init__(self, word: str) -> None:
-        self.name = f"number|{word}"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+    def parse(value: Any) -> int | str:
         text = str(value).strip()
         try:
             return int(text)
         except ValueError:
             return text
 
-
-class Bytes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """A number of bytes: ``800MB``, ``2GiB``, ``1000000``."""
-
-    name = "size"
-    _UNITS: ClassVar[dict[str, int]] = {
-        "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-        "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-    }  # fmt: skip
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", str(value))
-        if not match or match[2].lower() not in self._UNITS:
-            self.fail(f"{value!r} is no size like 800MB or 2GiB", param, ctx)
-        return int(float(match[1]) * self._UNITS[match[2].lower()])
+    return Parsed(f"number|{word}", parse)
 
 
-class Sizes(Bytes):
-    """Bytes: one number, or one for each hop: ``1MB,4MB``."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, int):
-            return value
-        sizes = [super(Sizes, self).convert(part, param, ctx) for part in str(value).split(",")]
-        return sizes[0] if len(sizes) == 1 else sizes
+def _bytes(value: Any) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", str(value))
+    if not match or match[2].lower() not in _BYTES:
+        raise ValueError(f"{value!r} is no size like 800MB or 2GiB")
+    return int(float(match[1]) * _BYTES[match[2].lower()])
 
 
-class Times(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Seconds: one number, or one for each stage or hop: ``0.1,0.2,0.1``."""
+def _seconds(value: Any) -> float | list[float]:
+    try:
+        return _single([float(part) for part in str(value).split(",")])
+    except ValueError:
+        raise ValueError(f"{value!r} is no number of seconds, nor a list like 0.1,0.2,0.1") from None
 
-    name = "seconds"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | list[float]:
-        if isinstance(value, float):
-            return value
-        try:
-            numbers = [float(part) for part in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is no number of seconds, nor a list like 0.1,0.2,0.1", param, ctx)
-        return numbers[0] if len(numbers) == 1 else numbers
+SIZE = Parsed("size", _bytes)
+"""A number of bytes: ``800MB``, ``2GiB``, ``1000000``."""
+SIZES = Parsed("size", lambda value: _single([_bytes(part) for part in str(value).split(",")]))
+"""Bytes: a number, or one for each hop: ``1MB,4MB``."""
+TIMES = Parsed("seconds", _seconds)
+"""Seconds: a number, or one for each stage or hop: ``0.1,0.2,0.1``."""
+INTERVAL = Parsed("updates|time", str)
+"""A number of updates, or a time, which is checked later."""
+
+
+def _known(label: str, value: Any, known: Sequence[str]) -> str:
+    if value not in known:
+        raise ValueError(unknown(label, value, known))
+    return str(value)
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _single(values: list[T]) -> T | list[T]:
+    """The value of a list with a single value; else the list."""
+    return values[0] if len(values) == 1 else values

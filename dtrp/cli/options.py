@@ -1,11 +1,12 @@
-"""The options of ``dtrp train``, which other commands have in part, and the files that they are read from."""
+"""The options of ``dtrp train``, some of which other commands have too, and the files that give their values."""
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import click
 import yaml
@@ -15,14 +16,76 @@ from ..did_you_mean import unknown
 from ..methods import list_methods
 from ..models import list_models
 from ..train.config import CHOICES, TrainConfig
-from .option_types import Bytes, Count, Name, Numbers
+from .option_types import INTERVAL, SIZE, Name, count, numbers
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULTS = TrainConfig()
-_MODELS = Name("model", tuple(list_models()))
-DATA = Name("data", tuple(list_data()))
-METHODS = Name("method", tuple(list_methods()))
-CHOICE_TYPES = {field: Name(field.replace("_", " "), names) for field, names in CHOICES.items()}
+_NAMES = {**CHOICES, "data": list_data(), "model": list_models(), "method": list_methods()}
+NAME_TYPES = {field: Name(field.replace("_", " "), names) for field, names in _NAMES.items()}
+# The types of the other options are those of the fields of TrainConfig.
+_TYPES = {
+    **NAME_TYPES,
+    **dict.fromkeys(("data_dir", "plan", "out"), click.Path()),
+    **dict.fromkeys(("stages", "prediction_error_every"), count("auto")),
+    "workers": count("2:4"),
+    "cuts": numbers("layer numbers", "3,6,9"),
+    "memory_limit": SIZE,
+    "save_every": INTERVAL,
+}
+_HELP = {
+    "--data": "Data set; digits is embedded, the others lie on disk.",
+    "--data-dir": "Where the data set lies (for CIFAR, the current folder); for text, the file.",
+    "--image-size": "Side that the images of --data folder are brought to (32).",
+    "--augment/--no-augment": "Random crop and flip, where the data set suits it.",
+    "--model": "Network.",
+    "--layers": "Blocks of gpt (6).",
+    "--width": "Features of a token in gpt, a multiple of --heads (128).",
+    "--heads": "Heads of each attention in gpt (4).",
+    "--context": "Characters that gpt reads at once (64).",
+    "--channels-last/--no-channels-last": "Convolutions in torch's channels_last memory format, which is often the faster one.",
+    "--method": "Training method; see 'dtrp methods'.",
+    "--stages": "K: the parts the network is cut into, of equal numbers of layers (4); auto: as many as there are workers.",
+    "--workers": "Train in as many processes, a stage each, instead of in one; 2:4: go on with as many as there are.",
+    "--max-restarts": "Failures of a worker after which all start again from the last save (0; of 2:4, 10).",
+    "--replicas": "Copies of the pipeline, each with --workers processes and its share of every mini-batch.",
+    "--cuts": "First layer of each stage but the first, instead of --stages.",
+    "--num-microbatches": "Parts of a mini-batch; about half the lead keeps the delay at 2 updates or less.",
+    "--ahead": "Forwards ahead of the first backward, per stage behind (the method's own).",
+    "--order": "Within a slot (the method's own).",
+    "--keep": "What stages keep: auto (graphs, where --memory-limit allows), graph or input, or one for each: input,graph.",
+    "--memory-limit": "Of a stage, for --keep auto: 800MB, 2GiB.",
+    "--plan": "What 'dtrp plan' wrote: method, cuts, batch size and learning rate scale.",
+    "--grad-shrink": "Every stage multiplies the gradient it receives by this (fdg's beta).",
+    "--lr-shrink": "Learning rate times this, per stage behind (dtrp's gamma).",
+    "--prediction": "Weight prediction instead of the method's own.",
+    "--epochs": "Passes over the training split.",
+    "--max-updates": "Stop after so many mini-batches.",
+    "--limit-train": "Use the first N training samples.",
+    "--limit-test": "Use the first N test samples.",
+    "--batch-size": "Samples in a mini-batch.",
+    "--optimizer": "Optimizer of each stage.",
+    "--lr": "Base learning rate (sgd 0.03, the others 0.001).",
+    "--momentum": "Of sgd.",
+    "--nesterov/--no-nesterov": "Nesterov momentum for sgd.",
+    "--weight-decay": "Weight decay (decoupled for adamw and nadam).",
+    "--lr-schedule": "constant; cosine to 0; multistep: a tenth at half and again at three quarters of the run.",
+    "--warmup-updates": "Updates over which the learning rate rises.",
+    "--max-grad-norm": "Clip a mini-batch's gradient to this norm.",
+    "--clip": "Whose norm: each stage's, or that of all stages together (for methods that flush).",
+    "--on-nonfinite": "A loss or gradient that is inf or nan: end the run, or leave that update out.",
+    "--device": "Device, or one per stage: cuda:0,cuda:1,...",
+    "--dtype": "bfloat16: autocast over float32 weights.",
+    "--threads": "CPU threads (torch's default).",
+    "--seed": "Of weights, order, augmentation and dropout.",
+    "--trace": "Write what ran when to trace.json in --out, for Perfetto and for 'dtrp report'.",
+    "--tensorboard": "Write events to tensorboard/ in --out, while it trains (tensorboard --logdir).",
+    "--prediction-error-every": "Compare predicted with true weights at every n-th micro-batch (0: never); auto: the 17th, in a "
+    "short run sooner.",
+    "--out": "Folder for config, metrics.jsonl, model.pt and, at the end, summary.json.",
+    "--overwrite": "Replace the run in --out.",
+    "--save-every": "Save within an epoch too: every 500 updates, or every 90s, 5m or 1h.",
+    "--keep-last": "Saves that are kept in --out, beside that of the best epoch; 0: none is made.",
+}
 
 
 def load_run(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -65,157 +128,38 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     return value
 
 
-def _option(words: str, **settings: Any) -> tuple[str, Callable[[Command], Command]]:
-    """An option by the name of its parameter, with the default that `TrainConfig` has."""
-    name = words.split("/")[0].removeprefix("--").replace("-", "_")
-    default = getattr(DEFAULTS, name, None)
-    return name, click.option(words, **settings, **({} if default is None else {"default": default}))
+def _train_option(words: str, text: str) -> Callable[[Command], Command]:
+    """An option with the type and the default of its field in `TrainConfig`."""
+    field = _field(words)
+    hint, default = get_type_hints(TrainConfig)[field], getattr(DEFAULTS, field)
+    settings: dict[str, Any] = {} if default is None else {"default": default}
+    if hint is bool:
+        settings["is_flag"] = True
+    else:
+        settings["type"] = _TYPES.get(field) or next(kind for kind in get_args(hint) or [hint] if kind is not NoneType)
+    return click.option(words, help=text, **settings)
 
 
-_TRAIN_OPTIONS = dict(
-    [
-        _option(
-            "--config",
-            type=click.Path(),
-            callback=_load_config,
-            is_eager=True,
-            expose_value=False,
-            help="YAML or TOML file of these options (a run's own 'config' too); the command line wins.",
-        ),
-        _option("--data", type=DATA, help="Data set; digits is embedded, the others lie on disk."),
-        _option(
-            "--data-dir",
-            type=click.Path(),
-            help="Where the data set lies (for CIFAR, the current folder); for text, the file.",
-        ),
-        _option("--image-size", type=int, help="Side that the images of --data folder are brought to (32)."),
-        _option("--augment/--no-augment", help="Random crop and flip, where the data set suits it."),
-        _option("--model", type=_MODELS, help="Network."),
-        _option("--layers", type=int, help="Blocks of gpt (6)."),
-        _option("--width", type=int, help="Features of a token in gpt, a multiple of --heads (128)."),
-        _option("--heads", type=int, help="Heads of each attention in gpt (4)."),
-        _option("--context", type=int, help="Characters that gpt reads at once (64)."),
-        _option(
-            "--channels-last/--no-channels-last",
-            help="Convolutions in torch's channels_last memory format, which is often the faster one.",
-        ),
-        _option("--method", type=METHODS, help="Training method; see 'dtrp methods'."),
-        _option(
-            "--stages",
-            type=Count("auto"),
-            help="K: the parts the network is cut into, of equal numbers of layers (4); auto: as many as there are workers.",
-        ),
-        _option(
-            "--workers",
-            type=Count("2:4"),
-            help="Train in as many processes, a stage each, instead of in one; 2:4: go on with as many as there are.",
-        ),
-        _option(
-            "--max-restarts",
-            type=int,
-            help="Failures of a worker after which all start again from the last save (0; of 2:4, 10).",
-        ),
-        _option(
-            "--replicas",
-            type=int,
-            help="Copies of the pipeline, each with --workers processes and its share of every mini-batch.",
-        ),
-        _option(
-            "--cuts",
-            type=Numbers("layer numbers", "3,6,9"),
-            help="First layer of each stage but the first, instead of --stages.",
-        ),
-        _option(
-            "--num-microbatches",
-            type=int,
-            help="Parts of a mini-batch; about half the lead keeps the delay at 2 updates or less.",
-        ),
-        _option(
-            "--ahead", type=float, help="Forwards ahead of the first backward, per stage behind (the method's own)."
-        ),
-        _option("--order", type=CHOICE_TYPES["order"], help="Within a slot (the method's own)."),
-        _option(
-            "--keep",
-            help="What stages keep: auto (graphs, where --memory-limit allows), graph or input, or one for each: input,graph.",
-        ),
-        _option("--memory-limit", type=Bytes(), help="Of a stage, for --keep auto: 800MB, 2GiB."),
-        _option(
-            "--plan",
-            type=click.Path(),
-            help="What 'dtrp plan' wrote: method, cuts, batch size and learning rate scale.",
-        ),
-        _option(
-            "--grad-shrink", type=float, help="Every stage multiplies the gradient it receives by this (fdg's beta)."
-        ),
-        _option("--lr-shrink", type=float, help="Learning rate times this, per stage behind (dtrp's gamma)."),
-        _option("--prediction", type=CHOICE_TYPES["prediction"], help="Weight prediction instead of the method's own."),
-        _option("--epochs", type=int, help="Passes over the training split."),
-        _option("--max-updates", type=int, help="Stop after so many mini-batches."),
-        _option("--limit-train", type=int, help="Use the first N training samples."),
-        _option("--limit-test", type=int, help="Use the first N test samples."),
-        _option("--batch-size", type=int, help="Samples in a mini-batch."),
-        _option("--optimizer", type=CHOICE_TYPES["optimizer"], help="Optimizer of each stage."),
-        _option("--lr", type=float, help="Base learning rate (sgd 0.03, the others 0.001)."),
-        _option("--momentum", type=float, help="Of sgd."),
-        _option("--nesterov/--no-nesterov", help="Nesterov momentum for sgd."),
-        _option("--weight-decay", type=float, help="Weight decay (decoupled for adamw and nadam)."),
-        _option(
-            "--lr-schedule",
-            type=CHOICE_TYPES["lr_schedule"],
-            help="constant; cosine to 0; multistep: a tenth at half and again at three quarters of the run.",
-        ),
-        _option("--warmup-updates", type=int, help="Updates over which the learning rate rises."),
-        _option("--max-grad-norm", type=float, help="Clip a mini-batch's gradient to this norm."),
-        _option(
-            "--clip",
-            type=CHOICE_TYPES["clip"],
-            help="Whose norm: each stage's, or that of all stages together (for methods that flush).",
-        ),
-        _option(
-            "--on-nonfinite",
-            type=CHOICE_TYPES["on_nonfinite"],
-            help="A loss or gradient that is inf or nan: end the run, or leave that update out.",
-        ),
-        _option("--device", help="Device, or one per stage: cuda:0,cuda:1,..."),
-        _option("--dtype", type=CHOICE_TYPES["dtype"], help="bfloat16: autocast over float32 weights."),
-        _option("--threads", type=int, help="CPU threads (torch's default)."),
-        _option("--seed", type=int, help="Of weights, order, augmentation and dropout."),
-        _option(
-            "--trace",
-            is_flag=True,
-            help="Write what ran when to trace.json in --out, for Perfetto and for 'dtrp report'.",
-        ),
-        _option(
-            "--tensorboard",
-            is_flag=True,
-            help="Write events to tensorboard/ in --out, while it trains (tensorboard --logdir).",
-        ),
-        _option(
-            "--prediction-error-every",
-            type=Count("auto"),
-            help="Compare predicted with true weights at every n-th micro-batch (0: never); auto: the 17th, in a short run sooner.",
-        ),
-        _option(
-            "--out", type=click.Path(), help="Folder for config, metrics.jsonl, model.pt and, at the end, summary.json."
-        ),
-        _option("--overwrite", is_flag=True, help="Replace the run in --out."),
-        _option(
-            "--save-every",
-            metavar="UPDATES|TIME",
-            help="Save within an epoch too: every 500 updates, or every 90s, 5m or 1h.",
-        ),
-        _option(
-            "--keep-last",
-            type=int,
-            help="Saves that are kept in --out, beside that of the best epoch; 0: none is made.",
-        ),
-    ]
+def _field(words: str) -> str:
+    """``--augment/--no-augment`` as ``augment``."""
+    return words.split("/")[0].removeprefix("--").replace("-", "_")
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(),
+    callback=_load_config,
+    is_eager=True,
+    expose_value=False,
+    help="YAML or TOML file of these options (a run's own 'config' too); the command line wins.",
 )
 
 
-def train_options(*names: str, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
-    """Some options of ``dtrp train``, by the names of their parameters; or all, but for some."""
-    return together(*(_TRAIN_OPTIONS[name] for name in names or _TRAIN_OPTIONS if name not in without))
+def train_options(*names: str, without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Options of ``dtrp train``, by their fields in `TrainConfig`; without names: all, and ``--config``."""
+    chosen = [words for words in _HELP if _field(words) not in without and (not names or _field(words) in names)]
+    first = () if names else (config_option,)
+    return together(*first, *(_train_option(words, _HELP[words]) for words in chosen))
 
 
 def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

@@ -1,4 +1,4 @@
-"""A run that a command starts, here or in as many processes as it asks for, and its end as the command's."""
+"""Starts a run for a command, in this process or in several, and turns the end of the run into that of the command."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..train.config import TrainConfig, config_text
 from ..train.config_checks import check_settings, worker_range, workers_per_replica
 from ..train.from_plan import resolved
 from ..train.results import TrainResult
-from ..train.run_folder import RunFolder, left_by
+from ..train.run_folder import RunFolder
 from ..train.trainer import Interrupted, Reporter, Trainer
 from .stopped import Stopped
 
 
 def checked(config: TrainConfig) -> Trainer:
-    """The run of a configuration.
+    """The run with these settings, ready to train.
 
     Raises:
         click.ClickException: a setting that does not fit.
@@ -33,10 +33,10 @@ def checked(config: TrainConfig) -> Trainer:
 
 
 def trained(trainer: Trainer, reporter: Reporter) -> TrainResult:
-    """How a run ended.
+    """Train, and return the results.
 
     Raises:
-        click.ClickException: it failed.
+        click.ClickException: the run failed.
         Stopped: it was asked to stop.
     """
     try:
@@ -55,65 +55,63 @@ def trained(trainer: Trainer, reporter: Reporter) -> TrainResult:
 
 
 def train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
-    """``dtrp train`` in as many processes as it asks for.
+    """Run ``dtrp train`` in as many processes as the settings ask for.
 
     Raises:
-        click.ClickException: a setting that does not fit, or a worker failed.
-        Stopped: they were asked to stop.
+        click.ClickException: a setting that does not fit, or a worker that failed.
+        Stopped: the workers were asked to stop.
     """
-    from ..launch.elastic import run_elastic  # torchrun's interface takes a while to import
-    from ..launch.torchrun import WorkersError, WorkersStopped, run_workers
+    from ..launch.torchrun import WorkersError, WorkersStopped  # torchrun's interface takes a while to import
 
     try:
         settings, _ = resolved(config)
         check_settings(settings)
         if not isinstance(config.workers, str):
             config = dataclasses.replace(config, workers=workers_per_replica(settings))
-        text = config_text(config)
         if config.out:
-            own = config_text(dataclasses.replace(settings, workers=config.workers))  # as a run writes it down
-            left = left_by(config.out, own, overwrite=config.overwrite)
-            resume = config.resume or left == "unfinished"
-            RunFolder(config.out, overwrite=config.overwrite or left == "begun", resume=resume)
+            RunFolder.open(
+                dataclasses.replace(settings, workers=config.workers)
+            )  # with the settings that the run will write
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     with tempfile.NamedTemporaryFile("w", prefix="dtrp-", suffix=".yaml") as file:
-        file.write(text)
+        file.write(config_text(config))
         file.flush()
-        arguments = ["-m", "dtrp", "train", "--config", file.name]
-        if quiet:
-            arguments.append("--quiet")
+        arguments = ["-m", "dtrp", "train", "--config", file.name, *(["--quiet"] if quiet else [])]
         if config.resume:
             arguments += ["--resume", str(config.out)]
         elif config.out:
             arguments += ["--out", config.out, *(["--overwrite"] if config.overwrite else [])]
         try:
-            if isinstance(config.workers, str):
-                least, most = worker_range(config.workers)
-                restarts = 10 if config.max_restarts is None else config.max_restarts
-                out = Path(str(config.out)).expanduser()
-                before = read_summary(out)  # of a run that is trained longer
-                run_elastic(
-                    arguments,
-                    least,
-                    most,
-                    max_restarts=restarts,
-                    is_finished=lambda: read_summary(out) not in (None, before),
-                    say=lambda line: None if quiet else click.echo(line),
-                )
-            else:
-                assert config.workers is not None
-                num_processes = config.workers * config.replicas
-                # The last stage of the first replica knows the loss.
-                run_workers(arguments, num_processes, shown=config.workers - 1, max_restarts=config.max_restarts or 0)
+            _launch(arguments, config, quiet=quiet)
         except WorkersStopped as error:
-            said = error.log.strip().rpartition("\n")[2].removeprefix("dtrp: ")
-            raise Stopped(said if said.startswith("stopped after") else "interrupted", 128 + error.signal) from None
+            last_line = error.log.strip().rpartition("\n")[2].removeprefix("dtrp: ")
+            message = last_line if last_line.startswith("stopped after") else "interrupted"
+            raise Stopped(message, 128 + error.signal) from None
         except WorkersError as error:
-            message = str(error)
-            own_words = message.startswith("dtrp: ")
-            if error.log.strip() and (error.exit_code < 0 or not own_words):  # what native code says is there alone
+            message, from_dtrp = str(error).removeprefix("dtrp: "), str(error).startswith("dtrp: ")
+            if error.log.strip() and (error.exit_code < 0 or not from_dtrp):  # messages of native code are there alone
                 click.echo(error.log, err=True)
-            if not own_words:
-                message = f"dtrp: rank {error.rank} failed: {message}"
-            raise click.ClickException(message.removeprefix("dtrp: ")) from None
+            raise click.ClickException(message if from_dtrp else f"rank {error.rank} failed: {message}") from None
+
+
+def _launch(arguments: list[str], config: TrainConfig, *, quiet: bool) -> None:
+    """Run ``python`` with these arguments in every worker."""
+    from ..launch.elastic import run_elastic
+    from ..launch.torchrun import run_workers
+
+    if not isinstance(config.workers, str):
+        assert config.workers is not None
+        # The last stage of the first replica knows the loss.
+        shown, restarts = config.workers - 1, config.max_restarts or 0
+        run_workers(arguments, config.workers * config.replicas, shown=shown, max_restarts=restarts)
+        return
+    out = Path(str(config.out)).expanduser()
+    before = read_summary(out)  # of a run that is trained longer
+    run_elastic(
+        arguments,
+        *worker_range(config.workers),
+        max_restarts=10 if config.max_restarts is None else config.max_restarts,
+        is_finished=lambda: read_summary(out) not in (None, before),
+        say=lambda line: None if quiet else click.echo(line),
+    )

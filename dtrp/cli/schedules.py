@@ -1,21 +1,24 @@
-"""The commands that need no network: ``dtrp schedule``, ``dtrp simulate`` and ``dtrp methods``."""
+"""The commands without a network: ``dtrp schedule``, ``dtrp simulate`` and ``dtrp methods``."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import IO, Any
 
 import click
 
 from ..methods import get_method, list_methods
 from ..schedule import Schedule, ScheduleError
 from ..train.config import TrainConfig
-from .option_types import Name, Sizes, Times
-from .options import METHODS, together, train_options
+from .option_types import SIZES, TIMES, Name
+from .options import NAME_TYPES, together, train_options
+
+_METHODS = NAME_TYPES["method"]
+_AT_LEAST_1 = click.IntRange(min=1)
 
 
 class GridError(click.ClickException):
-    """An invalid schedule: the rule on one line, then the grid with the cell marked."""
+    """An invalid schedule: the rule is the message, and the grid with the marked cell goes to standard output."""
 
     def format_message(self) -> str:
         rule, _, grid = self.message.partition("\n")
@@ -25,21 +28,13 @@ class GridError(click.ClickException):
 
 
 @click.command(short_help="Print which stage does what in which slot.")
-@click.option("--method", type=METHODS, default="dtrp", help="Training method.")
-@click.option("--stages", type=click.IntRange(min=1), default=4, help="K.")
-@click.option("--minibatches", type=click.IntRange(min=1), default=8, help="Mini-batches in the run.")
-@click.option("--num-microbatches", type=click.IntRange(min=1), default=1, help="Micro-batches in each.")
+@click.option("--method", type=_METHODS, default="dtrp", help="Training method.")
+@click.option("--stages", type=_AT_LEAST_1, default=4, help="K.")
+@click.option("--minibatches", type=_AT_LEAST_1, default=8, help="Mini-batches in the run.")
+@click.option("--num-microbatches", type=_AT_LEAST_1, default=1, help="Micro-batches in each.")
 @train_options("ahead", "order")
 @click.option("--check", type=click.File(), help="Read a grid from a file ('-': standard input) and check it instead.")
-def schedule(
-    method: str,
-    stages: int,
-    minibatches: int,
-    num_microbatches: int,
-    ahead: float | None,
-    order: str | None,
-    check: Any,
-) -> None:
+def schedule(stages: int, minibatches: int, num_microbatches: int, check: IO[str] | None, **row: Any) -> None:
     """Print who does what and when, and the delays that follow.
 
     A row is a stage, a column one slot (a forward and a backward). What is sent in one column is there in the
@@ -51,8 +46,7 @@ def schedule(
         if check is not None:
             grid = Schedule.parse(check.read())
         else:
-            row = make_method(TrainConfig(method=method, ahead=ahead, order=order))
-            grid = Schedule.build(row, stages, minibatches, num_microbatches)
+            grid = Schedule.build(make_method(TrainConfig(**row)), stages, minibatches, num_microbatches)
         grid.validate()
     except ScheduleError as error:
         raise GridError(str(error)) from error
@@ -63,37 +57,45 @@ def schedule(
 
 _time_options = together(
     click.option(
-        "--forward", type=Times(), default=1.0, help="Seconds of a micro-batch's forward; one, or one a stage."
+        "--forward", "forward_s", type=TIMES, default=1.0, help="Seconds of a micro-batch's forward; one, or one a stage."
     ),
-    click.option("--backward", type=Times(), default=2.0, help="Seconds of its backward; one, or one a stage."),
-    click.option("--nograd-forward", type=Times(), help="Seconds of a forward without a graph (as --forward)."),
-    click.option("--update", type=Times(), default=0.0, help="Seconds of an update; one, or one a stage."),
-    click.option("--latency", type=Times(), default=0.0, help="Seconds a message takes; one, or one a hop."),
-    click.option("--bandwidth", type=Sizes(), help="Of a link, bytes a second (unbounded); one, or one a hop."),
-    click.option("--message", type=Sizes(), default=0, help="Size of a micro-batch's activations; one, or one a hop."),
-    click.option("--predict", type=Times(), default=0.0, help="Seconds of a prediction; one, or one a stage."),
-    click.option("--speed", type=Times(), default=1.0, help="Of the devices; one, or one a stage."),
+    click.option("--backward", "backward_s", type=TIMES, default=2.0, help="Seconds of its backward; one, or one a stage."),
+    click.option("--nograd-forward", "nograd_forward_s", type=TIMES, help="Seconds of a forward without a graph (as --forward)."),
+    click.option("--update", "update_s", type=TIMES, default=0.0, help="Seconds of an update; one, or one a stage."),
+    click.option("--latency", "latency_s", type=TIMES, default=0.0, help="Seconds a message takes; one, or one a hop."),
+    click.option("--bandwidth", type=SIZES, help="Of a link, bytes a second (unbounded); one, or one a hop."),
     click.option(
-        "--weights", type=Sizes(), help="Bytes of a stage's parameters: shows the memory; one, or one a stage."
+        "--message", "message_bytes", type=SIZES, default=0, help="Size of a micro-batch's activations; one, or one a hop."
     ),
-    click.option("--optimizer-state", type=Sizes(), default=0, help="Bytes of its optimizer's state."),
-    click.option("--input", type=Sizes(), default=0, help="Bytes of its input, a micro-batch."),
-    click.option("--graph", type=Sizes(), default=0, help="Bytes of its activations, a micro-batch."),
-)
+    click.option("--predict", "predict_s", type=TIMES, default=0.0, help="Seconds of a prediction; one, or one a stage."),
+    click.option("--speed", type=TIMES, default=1.0, help="Of the devices; one, or one a stage."),
+    click.option(
+        "--weights", "weight_bytes", type=SIZES, help="Bytes of a stage's parameters: shows the memory; one, or one a stage."
+    ),
+    click.option("--optimizer-state", "optimizer_bytes", type=SIZES, default=0, help="Bytes of its optimizer's state."),
+    click.option("--input", "input_bytes", type=SIZES, default=0, help="Bytes of its input, a micro-batch."),
+    click.option("--graph", "graph_bytes", type=SIZES, default=0, help="Bytes of its activations, a micro-batch."),
+)  # fmt: skip
 
 
 @click.command(short_help="Estimate the time of a schedule, without a network.")
-@click.option("--method", "names", type=METHODS, multiple=True, default=("dtrp",), help="May be given several times.")
-@click.option("--stages", type=click.IntRange(min=1), default=4, help="K.")
-@click.option(
-    "--minibatches", type=click.IntRange(min=1), help="Mini-batches in the run (long enough for a steady state)."
-)
-@click.option("--num-microbatches", type=click.IntRange(min=1), default=1, help="Micro-batches in each.")
+@click.option("--method", "names", type=_METHODS, multiple=True, default=("dtrp",), help="May be given several times.")
+@click.option("--stages", "num_stages", type=_AT_LEAST_1, default=4, help="K.")
+@click.option("--minibatches", type=_AT_LEAST_1, help="Mini-batches in the run (long enough for a steady state).")
+@click.option("--num-microbatches", type=_AT_LEAST_1, default=1, help="Micro-batches in each.")
 @train_options("ahead", "order")
 @click.option("--keep", type=Name("keep", ("graph", "input")), help="What stages keep (the method's own).")
 @_time_options
 @click.option("--timeline", is_flag=True, help="List every action too.")
-def simulate(**options: Any) -> None:
+def simulate(
+    names: tuple[str, ...],
+    minibatches: int | None,
+    ahead: float | None,
+    order: str | None,
+    *,
+    timeline: bool,
+    **options: Any,
+) -> None:
     """Run a schedule with given times, without a network: time per mini-batch, waiting, delays.
 
     Any unit of time will do. Methods that are named together are simulated under the same times.
@@ -102,48 +104,29 @@ def simulate(**options: Any) -> None:
     from ..train.build import make_method
     from .console import show_simulations
 
-    stages, size = options["stages"], options["num_microbatches"]
+    bandwidth = options.pop("bandwidth")
+    options["bandwidth_bytes_s"] = math.inf if bandwidth is None else bandwidth
     rows = []
     try:
-        for name in options["names"]:
-            method = make_method(TrainConfig(method=name, ahead=options["ahead"], order=options["order"]))
-            lead = math.ceil(method.ahead * stages)
-            simulation = run_simulation(
-                method,
-                num_stages=stages,
-                num_minibatches=options["minibatches"] or 4 * math.ceil(lead / size) + 20,
-                num_microbatches=size,
-                forward_s=options["forward"],
-                backward_s=options["backward"],
-                nograd_forward_s=options["nograd_forward"],
-                update_s=options["update"],
-                latency_s=options["latency"],
-                bandwidth_bytes_s=math.inf if options["bandwidth"] is None else options["bandwidth"],
-                predict_s=options["predict"],
-                speed=options["speed"],
-                weight_bytes=options["weights"],
-                optimizer_bytes=options["optimizer_state"],
-                input_bytes=options["input"],
-                graph_bytes=options["graph"],
-                message_bytes=options["message"],
-                keep=options["keep"],
-            )
-            rows.append((name, simulation))
+        for name in names:
+            method = make_method(TrainConfig(method=name, ahead=ahead, order=order))
+            lead = math.ceil(method.ahead * options["num_stages"])
+            length = minibatches or 4 * math.ceil(lead / options["num_microbatches"]) + 20
+            rows.append((name, run_simulation(method, num_minibatches=length, **options)))
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     show_simulations(rows)
-    if options["timeline"]:
-        for name, simulation in rows:
-            for span in sorted(simulation.timeline, key=lambda span: (span.start_s, span.stage)):
-                click.echo(
-                    f"{name}  stage {span.stage}  {span.kind}{span.number}  {span.start_s:.6g} to {span.end_s:.6g}"
-                )
+    for name, simulation in rows if timeline else ():
+        for span in sorted(simulation.timeline, key=lambda span: (span.start_s, span.stage)):
+            click.echo(f"{name}  stage {span.stage}  {span.kind}{span.number}  {span.start_s:.6g} to {span.end_s:.6g}")
 
 
 @click.command(short_help="List the training methods, or explain one.")
-@click.argument("name", type=METHODS, required=False)
+@click.argument("name", type=_METHODS, required=False)
 def methods(name: str | None) -> None:
     """List the methods, or say what one does: its update rule, delay, memory and source."""
-    for each in [name] if name else list_methods():
-        text = get_method(each).__doc__ or ""
-        click.echo(f"{each}\n\n{text}" if name else f"{each:12}{text.splitlines()[0]}")
+    if name:
+        click.echo(f"{name}\n\n{get_method(name).__doc__ or ''}")
+        return
+    for method in list_methods():
+        click.echo(f"{method:12}{(get_method(method).__doc__ or '').splitlines()[0]}")

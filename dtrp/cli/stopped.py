@@ -4,7 +4,12 @@ from __future__ import annotations
 
 
 class Stopped(BaseException):
-    """The run was asked to stop and did. No error, as `KeyboardInterrupt` is none: who notes errors and goes on lets it pass."""
+    """A run was asked to stop, and has. Like `KeyboardInterrupt` no `Exception`, so handlers that note errors let it pass.
+
+    Args:
+        message: the line for the user.
+        code: exit code of the command.
+    """
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""``dtrp train`` and ``dtrp demo``. What needs torch is imported when a command runs, so that ``--help`` need not wait for it."""
+"""The commands ``dtrp train`` and ``dtrp demo``. They import torch when they run, so that ``--help`` need not wait for it."""
 
 from __future__ import annotations
 
@@ -37,21 +37,19 @@ def train(*, quiet: bool, resume: str | None, **options: Any) -> None:
     from .console import make_reporter
     from .running import checked, train_in_workers, trained
 
-    # --stages and --cuts say the same thing: one that is typed replaces the other where a file brought it.
+    # --stages and --cuts exclude each other: an option on the command line replaces the other one from a file.
     source = click.get_current_context().get_parameter_source
     for typed, other in (("stages", "cuts"), ("cuts", "stages")):
         if source(typed) == ParameterSource.COMMANDLINE and source(other) == ParameterSource.DEFAULT_MAP:
             options[other] = None
     if resume is not None:
-        if source("out") == ParameterSource.COMMANDLINE or source("overwrite") == ParameterSource.COMMANDLINE:
+        if ParameterSource.COMMANDLINE in (source("out"), source("overwrite")):
             raise click.UsageError("--resume goes on in the run's own folder; leave --out and --overwrite out")
         options = {**options, "out": resume, "overwrite": False}
         finished = read_summary(Path(resume))
         if finished is not None and not launched() and options["epochs"] <= finished["epochs"]:
-            click.echo(
-                f"{resume} is finished: {finished['epochs']} epochs, {finished['updates']} updates; to train longer, "
-                "pass --epochs"
-            )
+            done = f"{finished['epochs']} epochs, {finished['updates']} updates"
+            click.echo(f"{resume} is finished: {done}; to train longer, pass --epochs")
             return
     config = TrainConfig(**options, resume=resume is not None)
     if (config.workers is not None or config.replicas > 1) and not launched():
@@ -60,8 +58,7 @@ def train(*, quiet: bool, resume: str | None, **options: Any) -> None:
     if config.out and launched() and left_by(config.out, "", overwrite=False) == "finished":
         return  # a worker has failed after the end
     trainer = checked(config)
-    reporter = make_reporter(quiet=quiet) if trainer.reports else Reporter()
-    with reporter:
+    with make_reporter(quiet=quiet) if trainer.reports else Reporter() as reporter:
         trained(trainer, reporter)
 
 
@@ -69,19 +66,15 @@ def train(*, quiet: bool, resume: str | None, **options: Any) -> None:
 @click.option("--epochs", type=int, default=12, help="Passes over the training split.")
 @click.option("--threads", type=int, default=1, help="CPU threads; the networks are too small for more.")
 @click.option("--seed", type=int, default=0, help="Of weights, order and dropout.")
-def demo(epochs: int, threads: int | None, seed: int) -> None:
+def demo(**options: int) -> None:
     """Train a small ResNet on handwritten digits with bp and with dtrp, and show the two side by side."""
     from .console import make_reporter, show_side_by_side
     from .running import checked, trained
 
-    base = TrainConfig(
-        data="digits", model="resnet20", stages=4, num_microbatches=4, batch_size=64, epochs=epochs, lr=0.05,
-        threads=threads, seed=seed,
-    )  # fmt: skip
+    base = TrainConfig(data="digits", model="resnet20", stages=4, num_microbatches=4, batch_size=64, lr=0.05, **options)  # type: ignore[arg-type]
     results = []
     for method in ("bp", "dtrp"):
         trainer = checked(dataclasses.replace(base, method=method))
-        reporter = make_reporter(table=False)
-        with reporter:
+        with make_reporter(table=False) as reporter:
             results.append(trained(trainer, reporter))
     show_side_by_side(results)

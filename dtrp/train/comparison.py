@@ -68,7 +68,7 @@ def grid(
     stages: Sequence[int],
     microbatches: Sequence[str],
     seeds: Sequence[int],
-    predictions: Sequence[str] = (),
+    predictions: Sequence[str] | None = None,
     *,
     once: bool = False,
 ) -> list[Cell]:
@@ -94,7 +94,7 @@ def grid(
         count = num_stages if word == "K" else int(word)
         if once and row.flush and flushing.setdefault((seed, method, count), num_stages) != num_stages:
             continue
-        for prediction in predictions if row.predict is not None and predictions else (None,):
+        for prediction in predictions if predictions and row.predict is not None else (None,):
             cells[Cell(method, num_stages, count, seed, prediction)] = None
     return list(cells)
 

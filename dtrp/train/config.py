@@ -22,6 +22,7 @@ CHOICES = {
     "on_nonfinite": ("stop", "skip"),
 }
 
+DATA_AND_MODEL = ("data", "data_dir", "image_size", "model", "layers", "width", "heads", "context", "channels_last")
 CELL_SETTINGS = ("method", "prediction", "stages", "num_microbatches", "seed")  # of a run in a comparison
 SAVE_SETTINGS = ("save_every", "keep_last")
 SETTINGS_WITHOUT_EFFECT = (  # on what a run learns
