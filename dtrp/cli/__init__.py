@@ -9,9 +9,9 @@ import rich  # noqa: F401  (commands import it when they run; a missing package 
 
 from .. import __version__
 from .comparing import compare, report
+from .endings import Stopped
 from .planning import plan
 from .schedules import methods, schedule, simulate
-from .stopped import Stopped
 from .training import demo, train
 
 __all__ = ["Stopped", "cli", "run"]

@@ -9,6 +9,7 @@ import click
 
 from ..methods import list_methods
 from ..train.config import CELL_SETTINGS, CHOICES, SAVE_SETTINGS, TrainConfig
+from .endings import mistakes
 from .option_types import names, numbers
 from .options import together, train_options
 
@@ -59,12 +60,10 @@ def compare(out: str, *, workers: bool, num_microbatches: str, seeds: int, **opt
 
     parts = {name: options.pop(name) for name in ("methods", "stages", "predictions", "once")}
     base = TrainConfig(**options, workers=1 if workers else None)
-    try:
+    with mistakes(ValueError, OSError):
         microbatches = [word.strip() for word in num_microbatches.split(",")]
         cells = grid(microbatches=microbatches, seeds=range(seeds), **parts)
         comparison = Comparison(base, cells, out)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     try:
         failed = comparison.run(_train_cell, click.echo)
     except OSError as error:
@@ -109,10 +108,8 @@ def report(runs: tuple[str, ...], out: str, figures: str | None, *, tensorboard:
         from ..report import write_report  # matplotlib takes a while to import
     except ImportError as error:
         raise click.ClickException(f"{error}; install the extra: pip install 'dtrp[report]'") from error
-    try:
+    with mistakes(ValueError, OSError):
         collection = write_report(list(runs), out, figures, tensorboard=tensorboard)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     click.echo(
         f"{len(collection.runs)} run{'s' if len(collection.runs) > 1 else ''}; written to {out}"
         + (f", figures to {figures}" if figures else "")

@@ -343,8 +343,8 @@ def show_comparison(groups: Sequence[comparison.Group]) -> None:
     texts = {heading: [text(group) for group in groups] for heading, text in columns.items()}
     narrow = console.width < _COMPARISON_WIDTH
     style = {"pad_edge": not narrow, "box": box.SIMPLE_HEAD if narrow else box.HEAVY_HEAD}
-    title: str | None = "side by side (mean ± standard deviation over seeds)"
     for headings in (list(columns)[:4], list(columns)[4:]) if narrow else (list(columns),):
+        title = "side by side (mean ± standard deviation over seeds)" if "seeds" in headings else None
         table = Table(title=title, title_justify="left", **style)  # type: ignore[arg-type]
         table.add_column("method", min_width=max((len(group.cell.method) for group in groups), default=0))
         for heading in ("K", "A"):
@@ -357,7 +357,6 @@ def show_comparison(groups: Sequence[comparison.Group]) -> None:
             shown = (texts[heading][i] for heading in headings)
             table.add_row(cell.title, str(cell.stages), str(cell.num_microbatches), *shown)
         console.print(table)
-        title = None
     if any(text != "-" for text in texts["distance of weights, %"]):
         for line in (
             "distance of weights: of those that a forward read, predicted or not, from those of its backward, over their norm",

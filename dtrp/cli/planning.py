@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
-from ..train.config import DATA_AND_MODEL, TrainConfig, option_name
+from ..train.config import DATA_AND_MODEL, TrainConfig, option_words
+from .endings import mistakes
 from .option_types import SIZE, Name
 from .options import DEFAULTS, together, train_options
 
 _OPTIMIZER = ("optimizer", "momentum", "weight_decay")
 _RUN_SETTINGS = (*DATA_AND_MODEL, *_OPTIMIZER, "method", "batch_size", "prediction", "device", "dtype", "threads")
 # Options of the `dtrp train` that trains by a plan, beside the plan.
-_REPEATED = (*DATA_AND_MODEL, *_OPTIMIZER, "dtype")
+_REPEATED = (*(field for field in DATA_AND_MODEL if field not in ("data", "model")), *_OPTIMIZER, "dtype")
 _AT_LEAST_1 = click.IntRange(min=1)
 
 _search_options = together(
@@ -81,20 +82,15 @@ def plan(out: str, *, overwrite: bool, **options: Any) -> None:
     if not path.absolute().parent.is_dir():
         raise click.ClickException(f"{path.absolute().parent} is no folder; make it, or pass another --out")
     config = TrainConfig(**{name: options.pop(name) for name in _RUN_SETTINGS})
-    try:
+    with mistakes(ValueError, TypeError, OSError, ImportError, RuntimeError):
         made = make_plan(config, say=lambda text: click.echo(f"{text} ...", err=True), **options)
         made.save(path)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from error
     show_plan(made)
     click.echo(f"written to {path}; train by it:\n  {_training_command(config, options['num_workers'])} --plan {out}")
 
 
 def _training_command(config: TrainConfig, workers: int) -> str:
     """The ``dtrp train`` that trains by the plan, but for ``--plan``."""
-    words = ["dtrp train"]
-    for field in _REPEATED:
-        value = getattr(config, field)
-        if field in ("data", "model") or value != getattr(DEFAULTS, field):
-            words.append(option_name(field) if value is True else f"{option_name(field)} {value}")
-    return " ".join([*words, *([f"--workers {workers}"] if workers > 1 else [])])
+    settings = {field.replace("_", "-"): getattr(config, field) for field in _REPEATED}
+    words = ["--data", config.data, "--model", config.model, *option_words(settings)]
+    return " ".join(["dtrp train", *words, *([f"--workers {workers}"] if workers > 1 else [])])

@@ -17,7 +17,7 @@ from ..train.from_plan import resolved
 from ..train.results import TrainResult
 from ..train.run_folder import RunFolder
 from ..train.trainer import Interrupted, Reporter, Trainer
-from .stopped import Stopped
+from .endings import Stopped, mistakes
 
 
 def checked(config: TrainConfig) -> Trainer:
@@ -26,10 +26,8 @@ def checked(config: TrainConfig) -> Trainer:
     Raises:
         click.ClickException: a setting that does not fit.
     """
-    try:
+    with mistakes(ValueError, TypeError, OSError, ImportError, StageError, WorkerError):
         return Trainer(config)
-    except (ValueError, TypeError, OSError, ImportError, StageError, WorkerError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 def trained(trainer: Trainer, reporter: Reporter) -> TrainResult:
@@ -63,7 +61,7 @@ def train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
     """
     from ..launch.torchrun import WorkersError, WorkersStopped  # torchrun's interface takes a while to import
 
-    try:
+    with mistakes(ValueError, OSError):
         settings, _ = resolved(config)
         check_settings(settings)
         if not isinstance(config.workers, str):
@@ -72,8 +70,6 @@ def train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
             RunFolder.open(
                 dataclasses.replace(settings, workers=config.workers)
             )  # with the settings that the run will write
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     with tempfile.NamedTemporaryFile("w", prefix="dtrp-", suffix=".yaml") as file:
         file.write(config_text(config))
         file.flush()

@@ -10,21 +10,12 @@ import click
 from ..methods import get_method, list_methods
 from ..schedule import Schedule, ScheduleError
 from ..train.config import TrainConfig
+from .endings import mistakes
 from .option_types import SIZES, TIMES, Name
 from .options import NAME_TYPES, together, train_options
 
 _METHODS = NAME_TYPES["method"]
 _AT_LEAST_1 = click.IntRange(min=1)
-
-
-class GridError(click.ClickException):
-    """An invalid schedule: the rule is the message, and the grid with the marked cell goes to standard output."""
-
-    def format_message(self) -> str:
-        rule, _, grid = self.message.partition("\n")
-        if grid:
-            click.echo(grid)
-        return rule
 
 
 @click.command(short_help="Print which stage does what in which slot.")
@@ -42,16 +33,18 @@ def schedule(stages: int, minibatches: int, num_microbatches: int, check: IO[str
     """
     from ..train.build import make_method
 
-    try:
-        if check is not None:
-            grid = Schedule.parse(check.read())
-        else:
-            grid = Schedule.build(make_method(TrainConfig(**row)), stages, minibatches, num_microbatches)
-        grid.validate()
-    except ScheduleError as error:
-        raise GridError(str(error)) from error
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+    with mistakes(ValueError):
+        try:
+            if check is not None:
+                grid = Schedule.parse(check.read())
+            else:
+                grid = Schedule.build(make_method(TrainConfig(**row)), stages, minibatches, num_microbatches)
+            grid.validate()
+        except ScheduleError as error:
+            rule, _, marked_grid = str(error).partition("\n")
+            if marked_grid:
+                click.echo(marked_grid)
+            raise click.ClickException(rule) from error
     click.echo(str(grid))
 
 
@@ -107,14 +100,12 @@ def simulate(
     bandwidth = options.pop("bandwidth")
     options["bandwidth_bytes_s"] = math.inf if bandwidth is None else bandwidth
     rows = []
-    try:
+    with mistakes(ValueError):
         for name in names:
             method = make_method(TrainConfig(method=name, ahead=ahead, order=order))
             lead = math.ceil(method.ahead * options["num_stages"])
             length = minibatches or 4 * math.ceil(lead / options["num_microbatches"]) + 20
             rows.append((name, run_simulation(method, num_minibatches=length, **options)))
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
     show_simulations(rows)
     for name, simulation in rows if timeline else ():
         for span in sorted(simulation.timeline, key=lambda span: (span.start_s, span.stage)):

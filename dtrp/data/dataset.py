@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -71,26 +72,23 @@ class Dataset(Splits):
     augment: bool
 
     def __post_init__(self) -> None:
+        for message in self._mistakes():
+            raise ValueError(message)
+
+    def _mistakes(self) -> Iterator[str]:
+        """Messages about wrong shapes, dtypes and classes."""
         for split, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
             if x.dim() != 4 or x.shape[2] != x.shape[3] or x.shape[1] != self.in_channels:
-                raise ValueError(
-                    f"{split}_x has shape {tuple(x.shape)}; pass square images (N, {self.in_channels}, H, H)"
-                )
+                yield f"{split}_x has shape {tuple(x.shape)}; pass square images (N, {self.in_channels}, H, H)"
             if x.dtype != torch.uint8 and not x.is_floating_point():
-                raise ValueError(f"{split}_x is {x.dtype}; pass uint8, or floats in 0..1")
+                yield f"{split}_x is {x.dtype}; pass uint8, or floats in 0..1"
             if y.shape != x.shape[:1] or y.dtype != torch.int64:
-                raise ValueError(
-                    f"{split}_y has shape {tuple(y.shape)} and is {y.dtype}; pass int64 of shape ({len(x)},)"
-                )
-            if len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
-                raise ValueError(
-                    f"{split}_y holds {int(y.min())}..{int(y.max())} but num_classes={self.num_classes}; "
-                    f"pass classes in 0..{self.num_classes - 1}"
-                )
+                yield f"{split}_y has shape {tuple(y.shape)} and is {y.dtype}; pass int64 of shape ({len(x)},)"
+            if len(y) and not 0 <= int(y.min()) <= int(y.max()) < (most := self.num_classes):
+                found = f"{int(y.min())}..{int(y.max())}"
+                yield f"{split}_y holds {found} but num_classes={most}; pass classes in 0..{most - 1}"
         if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise ValueError(
-                f"{len(self.class_names)} class_names but num_classes={self.num_classes}; pass one a class"
-            )
+            yield f"{len(self.class_names)} class_names but num_classes={self.num_classes}; pass one a class"
 
     @property
     def in_channels(self) -> int:

@@ -11,7 +11,6 @@ from ..tensors.rng import generator
 from .dataset import Dataset, image_dataset, required
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_TEST_NAMES = ("test", "val")
 Files = dict[str, list[Path]]  # by class
 
 
@@ -39,27 +38,27 @@ def load_folder(data_dir: Path, seed: int, image_size: int) -> Dataset:
         raise FileNotFoundError(
             f"no folder {data_dir}; pass data_dir (--data-dir), a folder with train/<class>/ and test/<class>/"
         )
-    tests = [name for name in _TEST_NAMES if (data_dir / name).is_dir()]
-    if (data_dir / "train").is_dir():
-        if not tests:
-            raise ValueError(
-                f"{data_dir} has train but no test (or val); add {data_dir / 'test'}, or pass {data_dir / 'train'} as "
-                "data_dir, to split it 80/20"
-            )
-        train, test = _classes(data_dir / "train"), _classes(data_dir / tests[0])
-        unknown = sorted(set(test) - set(train))
-        if unknown:
-            raise ValueError(
-                f"{data_dir / tests[0]} has class {unknown[0]!r}, which {data_dir / 'train'} has not; remove it there, "
-                "or add it here"
-            )
-    elif tests:
-        raise ValueError(f"{data_dir} has {tests[0]} but no train; add {data_dir / 'train'}")
-    else:
-        train, test = _split(_classes(data_dir), data_dir, seed)
+    train, test = _splits(data_dir, seed)
     names = tuple(train)
     train_images, test_images = (_read(files, names, image_size) for files in (train, test))
     return image_dataset("folder", train_images, test_images, len(names), names, augment=True)
+
+
+def _splits(data_dir: Path, seed: int) -> tuple[Files, Files]:
+    """Training and test images."""
+    train_dir = data_dir / "train"
+    test_dir = next((path for path in (data_dir / "test", data_dir / "val") if path.is_dir()), None)
+    if not train_dir.is_dir():
+        if test_dir is not None:
+            raise ValueError(f"{data_dir} has {test_dir.name} but no train; add {train_dir}")
+        return _split(_classes(data_dir), data_dir, seed)
+    if test_dir is None:
+        instead = f"add {data_dir / 'test'}, or pass {train_dir} as data_dir, to split it 80/20"
+        raise ValueError(f"{data_dir} has train but no test (or val); {instead}")
+    train, test = _classes(train_dir), _classes(test_dir)
+    for name in sorted(set(test) - set(train)):
+        raise ValueError(f"{test_dir} has class {name!r}, which {train_dir} has not; remove it there, or add it here")
+    return train, test
 
 
 def _classes(folder: Path) -> Files:

@@ -25,8 +25,7 @@ class Embedding(nn.Module):
         length = tokens.shape[1]
         if length > self.context:
             raise ValueError(f"{length} tokens but the context is {self.context}; pass at most as many")
-        out: Tensor = self.token(tokens) + self.place(torch.arange(length, device=tokens.device))
-        return out
+        return torch.add(self.token(tokens), self.place(torch.arange(length, device=tokens.device)))
 
 
 class Attention(nn.Module):
@@ -60,8 +59,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
+        return torch.add(x, self.mlp(self.norm2(x)))
 
 
 def gpt(num_tokens: int, *, layers: int = 6, width: int = 128, heads: int = 4, context: int = 64) -> nn.Sequential:

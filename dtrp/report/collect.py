@@ -168,28 +168,32 @@ def _compared_settings(run: Run) -> dict[str, Json]:
 
 def _read_run(folder: Path) -> Run:
     try:
-        config = yaml.safe_load((folder / "config").read_text())
-        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return _parse_run(folder)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{folder} is no whole run: {error}") from None
+
+
+def _parse_run(folder: Path) -> Run:
+    config = yaml.safe_load((folder / "config").read_text())
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if not isinstance(config, dict) or not metrics:
-        raise ValueError(f"{folder} is no whole run: it has no settings, or no epoch yet")
+        raise ValueError("it has no settings, or no epoch yet")
     if not all(isinstance(line, dict) and line.keys() >= _NEEDED_METRICS for line in metrics):
-        raise ValueError(f"{folder} is no whole run: a line of its metrics.jsonl is not that of an epoch")
+        raise ValueError("a line of its metrics.jsonl is not that of an epoch")
     summary = read_summary(folder)
     if summary is not None:
-        _check_summary(folder, summary)
+        _check_summary(summary)
     try:
         cell = Cell(
             str(config.get("method", "?")), _stages(config, summary), int(config.get("num-microbatches", 1)),
             int(config.get("seed", 0)), config.get("prediction"),
         )  # fmt: skip
     except (TypeError, ValueError):
-        raise ValueError(f"{folder} is no whole run: its number of micro-batches or its seed is none") from None
+        raise ValueError("its number of micro-batches or its seed is none") from None
     return Run(folder, cell, config, tuple(metrics), summary)
 
 
-def _check_summary(folder: Path, summary: Summary) -> None:
+def _check_summary(summary: Summary) -> None:
     """Refuse a summary without a number that the report shows.
 
     Raises:
@@ -205,7 +209,7 @@ def _check_summary(folder: Path, summary: Summary) -> None:
         summary["environment"].items()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{folder} is no whole run: its summary.json, of another version perhaps, has not all that is shown ({error!r})"
+            f"its summary.json, of another version perhaps, has not all that is shown ({error!r})"
         ) from None
 
 

@@ -22,7 +22,7 @@ from ..methods import Method
 from ..schedule import Schedule
 from ..train.build import make_method
 from ..train.comparison import mean_text, megabytes_by_stage, prediction_error, shown_delay, weight_distance
-from ..train.config import TrainConfig, config_text
+from ..train.config import TrainConfig, option_words
 from .collect import Collection, Run, collect
 from .events import write_events
 from .figures import Plot, on_white, png, svg
@@ -169,13 +169,4 @@ def _schedules(collection: Collection) -> list[tuple[str, str]]:
 
 def _command(run: Run) -> str:
     """The command line that trains the run again."""
-    defaults = yaml.safe_load(config_text(TrainConfig()))
-    words = ["dtrp", "train"]
-    for key, value in run.config.items():
-        if value == defaults.get(key):
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{key}" if value else f"--no-{key}")
-        else:
-            words += [f"--{key}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-    return shlex.join([*words, "--out", f"again/{run.folder.name}"])
+    return shlex.join(["dtrp", "train", *option_words(run.config), "--out", f"again/{run.folder.name}"])

@@ -24,10 +24,8 @@ _MOST_TIMELINES = 12
 Facet: TypeAlias = tuple[str, str, Groups]
 """A figure of several with the same kind of number: (suffix of its name, suffix of its title, groups)."""
 
-LEARNING, MEMORY, TIME, DELAY, TIMELINES = (
-    "Accuracy and loss", "Memory", "Time", "Delay and prediction", "What ran when",
-)  # fmt: skip
-SECTIONS = (LEARNING, MEMORY, TIME, DELAY, TIMELINES)
+SECTIONS = ("Accuracy and loss", "Memory", "Time", "Delay and prediction", "What ran when")
+LEARNING, MEMORY, TIME, DELAY, TIMELINES = SECTIONS
 
 
 def make_plots(collection: Collection) -> list[Plot]:
@@ -86,17 +84,15 @@ def _facets(collection: Collection, groups: Groups, *, backprop: bool = False) -
 
     ``backprop``: a facet without a synchronous method gets a synchronous group of another K, as its numbers are the same there.
     """
-    sizes = dict.fromkeys((run.cell.stages, run.cell.num_microbatches) for runs in groups.values() for run in runs)
-    if len(groups) <= _MOST_GROUPS or len(sizes) == 1:
+    by_size: dict[tuple[int, int], Groups] = {}
+    for runs in groups.values():
+        cell, label = runs[0].cell, collection.label(runs[0], short=True)
+        by_size.setdefault((cell.stages, cell.num_microbatches), {})[label] = runs
+    if len(groups) <= _MOST_GROUPS or len(by_size) == 1:
         return [("", "", groups)] if groups else []
     facets = []
     synchronous = {label: runs for label, runs in groups.items() if _flushes(runs[0])}
-    for stages, parts in sizes:
-        shown = {
-            collection.label(runs[0], short=True): runs
-            for runs in groups.values()
-            if (runs[0].cell.stages, runs[0].cell.num_microbatches) == (stages, parts)
-        }
+    for (stages, parts), shown in by_size.items():
         if backprop and synchronous and not any(_flushes(runs[0]) for runs in shown.values()):
             label = min(synchronous, key=lambda label: synchronous[label][0].cell.num_microbatches != parts)
             shown = {label: synchronous[label], **shown}
@@ -145,8 +141,8 @@ def _curves(facets: Sequence[Facet]) -> list[Plot]:
     ):
         curves = _faceted(template, facets, partial(_by_epoch, key=key, factor=factor))
         for plot, (_, _, groups) in zip(curves, facets, strict=True):
-            several = any(len(runs) > 1 for runs in groups.values())
-            notes = ["Bands: one standard deviation over seeds."] if several else []
+            seeds = max(map(len, groups.values()))
+            notes = ["Bands: one standard deviation over seeds."] if seeds > 1 else []
             if gaps := [f"{label} ({epochs})" for label, line in plot.series.items() if (epochs := _gaps(line))]:
                 notes.append(f"Not finite, and so not drawn: {', '.join(gaps)}.")
             plots.append(dataclasses.replace(plot, note=" ".join(notes)))

@@ -26,13 +26,9 @@ def weights_dtype(config: TrainConfig) -> torch.dtype:
 
 def make_method(config: TrainConfig) -> Method:
     """The method of a run, with its options."""
-    options = {
-        "grad_shrink": config.grad_shrink,
-        "lr_shrink": config.lr_shrink,
-        "predict": config.prediction,
-        "ahead": config.ahead,
-        "backward_first": None if config.order is None else config.order == "backward-first",
-    }
+    options = {field: getattr(config, field) for field in ("grad_shrink", "lr_shrink", "ahead")}
+    options["predict"] = config.prediction
+    options["backward_first"] = None if config.order is None else config.order == "backward-first"
     return get_method(config.method, **{key: value for key, value in options.items() if value is not None})
 
 
@@ -52,8 +48,8 @@ def example(config: TrainConfig, dataset: Dataset | TextDataset, samples: int) -
     options = {"dataset": few, "seed": 0, "epoch": 0, "augment": False, "dtype": weights_dtype(config)}
     x, y = next(batches(few.train_x, few.train_y, samples, **options))  # type: ignore[arg-type]
     assert x is not None
-    times = -(-samples // len(x))
-    return torch.cat([x] * times)[:samples], torch.cat([y] * times)[:samples]
+    indices = torch.arange(samples, device=x.device) % len(x)
+    return x[indices], y[indices]
 
 
 def make_model(config: TrainConfig, dataset: Dataset | TextDataset) -> nn.Sequential:

@@ -23,13 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-import yaml
-
 from ..atomic_file import whole_file
 from ..measure.memory import held_at_most
 from ..methods import get_method
 from ..typing import Json
-from .config import CELL_SETTINGS, TrainConfig, config_text, with_defaults
+from .config import CELL_SETTINGS, TrainConfig, config_text, read_settings
 from .config_checks import check_settings
 
 _SETTINGS = "compare.yaml"
@@ -134,13 +132,9 @@ class Comparison:
 
     def _differing(self, known: Path) -> str:
         """The differences between a file's settings and these. A setting that an older file lacks has its default."""
-        try:
-            theirs = yaml.safe_load(known.read_text())
-        except yaml.YAMLError:
-            theirs = None
-        if not isinstance(theirs, dict):
+        theirs, ours = read_settings(known.read_text()), read_settings(self._settings)
+        if theirs is None or ours is None:
             return "no settings"
-        theirs, ours = with_defaults(theirs), with_defaults(yaml.safe_load(self._settings))
         keys = dict.fromkeys([*theirs, *ours])
         return ", ".join(
             f"{key} {theirs.get(key)} and not {ours.get(key)}" for key in keys if theirs.get(key) != ours.get(key)
@@ -228,13 +222,10 @@ class Group:
 
 def group_cells(cells: Iterable[tuple[Cell, Summary]]) -> list[Group]:
     """Runs, grouped by all but the seed, in the order of ``cells``."""
-    groups: dict[str, list[tuple[Cell, Summary]]] = {}
+    groups: dict[Cell, list[tuple[int, Summary]]] = {}
     for cell, summary in cells:
-        groups.setdefault(cell.group, []).append((cell, summary))
-    return [
-        Group(dataclasses.replace(runs[0][0], seed=-1), tuple(c.seed for c, _ in runs), tuple(s for _, s in runs))
-        for runs in groups.values()
-    ]
+        groups.setdefault(dataclasses.replace(cell, seed=-1), []).append((cell.seed, summary))
+    return [Group(cell, *zip(*runs, strict=True)) for cell, runs in groups.items()]
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

@@ -118,6 +118,17 @@ def with_defaults(values: Mapping[str, Json]) -> dict[str, Json]:
     return {**_written(TrainConfig()), **values}
 
 
+def read_settings(text: str) -> dict[str, Json] | None:
+    """The settings in the text of such a file, with defaults as `with_defaults`; None where it holds no settings."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return with_defaults(values) if isinstance(values, dict) else None
+
+
 def _written(config: TrainConfig) -> dict[str, Json]:
     """The settings that a file holds, by the name of their option."""
     return {
@@ -125,6 +136,19 @@ def _written(config: TrainConfig) -> dict[str, Json]:
         for field, value in vars(config).items()
         if value is not None and field not in _NOT_WRITTEN
     }
+
+
+def option_words(values: Mapping[str, Json]) -> list[str]:
+    """The words of a ``dtrp train`` command with these settings, by the name of their option; those with defaults are left out."""
+    defaults, words = _written(TrainConfig()), []
+    for name, value in values.items():
+        if value == defaults.get(name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return words
 
 
 def option_name(field: str) -> str:

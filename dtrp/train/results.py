@@ -90,12 +90,9 @@ def summary(result: TrainResult) -> dict[str, Json]:
         "config": dict(vars(result.config)),
         "epochs": last.epoch,
         "updates": last.update,
-        "test_accuracy": last.test_accuracy,
-        "test_loss": last.test_loss,
-        "train_loss": last.train_loss,
+        **{name: getattr(last, name) for name in ("test_accuracy", "test_loss", "train_loss", "elapsed_s")},
         "samples_per_s": result.samples_per_s,
         "minibatch_s": result.config.batch_size / result.samples_per_s,
-        "elapsed_s": last.elapsed_s,
         "stages": [
             {**vars(stage), "prediction_errors": [error[1:] for error in stage.prediction_errors]}
             for stage in result.stages

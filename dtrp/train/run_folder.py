@@ -16,7 +16,7 @@ from ..atomic_file import whole_file
 from ..launch.ranks import launch_name
 from ..saving import state_dict
 from ..typing import Json
-from .config import SAVE_SETTINGS, TrainConfig, config_text, with_defaults
+from .config import SAVE_SETTINGS, TrainConfig, config_text, read_settings
 
 
 def left_by(path: str, config: str, *, overwrite: bool) -> str | None:
@@ -52,15 +52,8 @@ def _text(path: Path) -> str:
 
 def _settings(config: str) -> dict[str, Json] | None:
     """The settings in a text, but for those of saves; None where it has none."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(config)
-    except yaml.YAMLError:
-        return None
-    if not isinstance(values, dict):
-        return None
-    return {key: value for key, value in with_defaults(values).items() if key.replace("-", "_") not in SAVE_SETTINGS}
+    values = read_settings(config)
+    return values and {key: value for key, value in values.items() if key.replace("-", "_") not in SAVE_SETTINGS}
 
 
 class RunFolder:
@@ -130,13 +123,12 @@ class RunFolder:
             _sign(folder)
             yield folder
             folder.chmod(0o755)
+            replaced = folder.with_name(folder.name + ".old")
             if self.path.exists():
-                old = folder.with_name(folder.name + ".old")
-                self.path.rename(old)
-                folder.rename(self.path)
-                shutil.rmtree(old)
-            else:
-                folder.rename(self.path)
+                self.path.rename(replaced)
+            folder.rename(self.path)
+            if replaced.exists():
+                shutil.rmtree(replaced)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..data import Dataset, TextDataset, batches
+from ..data import batches
 from ..launch.ranks import join, launched, watch_launcher
 from ..launch.signals import StopSignals
 from ..measure.prediction_error import look_every
+from ..methods import Method
 from ..models import auxiliary
 from ..pipeline import Pipeline
 from . import build
@@ -39,6 +40,7 @@ from .tensorboard import Events, StageScalars
 
 _TEST_BATCH = 500
 _TIMEOUT_S = 300.0
+_PIPELINE_SETTINGS = ("cuts", "num_microbatches", "seed", "max_grad_norm", "clip", "on_nonfinite", "trace")
 _SAVE, _STOP = 1, 2  # proposals to all ranks: to save, and to save and stop
 
 
@@ -120,6 +122,7 @@ class Trainer:
         num_workers = workers_per_replica(config, world_size) if ranks else None
         self.replica, stage = divmod(rank, num_workers or 1)
         self.run_folder = RunFolder.open(config) if config.out and rank == 0 else None
+        method = build.make_method(config)
         devices = build.find_devices(config.device)
         device = devices[stage if stage < len(devices) else 0]
         self._device_type = device.type
@@ -127,16 +130,15 @@ class Trainer:
         threads = config.threads or (1 if num_workers else None)
         if threads is not None:
             torch.set_num_threads(threads)
-        dataset = build.load_dataset(config).limit(config.limit_train, config.limit_test)
-        self.dataset = dataset.to(device)
-        self.total_updates = config.epochs * math.ceil(len(dataset.train_y) / config.batch_size)
+        self.dataset = build.load_dataset(config).limit(config.limit_train, config.limit_test).to(device)
+        self.total_updates = config.epochs * math.ceil(len(self.dataset.train_y) / config.batch_size)
         if config.max_updates is not None:
             self.total_updates = min(self.total_updates, config.max_updates)
         torch.manual_seed(config.seed)
-        model = build.make_model(config, dataset).to(build.weights_dtype(config))
+        model = build.make_model(config, self.dataset).to(build.weights_dtype(config))
         if plan is not None:
             plan.check_model(model)
-        self.pipe = self._make_pipeline(model, dataset, devices, num_workers)
+        self.pipe = self._make_pipeline(method, model, devices, num_workers)
         if launched() and world_size == 1:
             watch_launcher(lambda: None, lambda: False)  # on ranks, the engine does
         self.reports = self.pipe.is_last and self.replica == 0
@@ -148,10 +150,10 @@ class Trainer:
         self._stage_scalars = StageScalars()
 
     def _make_pipeline(
-        self, model: nn.Sequential, dataset: Dataset | TextDataset, devices: list[torch.device], num_workers: int | None
+        self, method: Method, model: nn.Sequential, devices: list[torch.device], num_workers: int | None
     ) -> Pipeline:
         """The pipeline of the run; ``num_workers``: K where each stage has a process, else None."""
-        config, method = self.config, build.make_method(self.config)
+        config, dataset = self.config, self.dataset
         num_stages = num_workers if num_workers is not None else config.fixed_stages
         if num_stages is None and config.cuts is None:
             num_stages = min(4, len(model))
@@ -163,21 +165,15 @@ class Trainer:
             build.make_optimizer(config),
             build.class_loss,
             num_stages=num_stages,
-            cuts=config.cuts,
             method=method,
-            num_microbatches=config.num_microbatches,
             keep=config.keep.split(",") if config.keep and "," in config.keep else config.keep,  # type: ignore[arg-type]
             memory_limit_bytes=config.memory_limit,
             lr_scheduler=lambda optimizer: LambdaLR(optimizer, factor),
             aux=aux,
-            seed=config.seed,
             devices=devices if len(devices) > 1 else devices[0],
             mesh=self._make_mesh(num_workers),
             timeout_s=_TIMEOUT_S,
-            max_grad_norm=config.max_grad_norm,
-            clip=config.clip,  # type: ignore[arg-type]
-            on_nonfinite=config.on_nonfinite,  # type: ignore[arg-type]
-            trace=config.trace,
+            **{field: getattr(config, field) for field in _PIPELINE_SETTINGS},
         )
         every = config.prediction_error_every
         if isinstance(every, str):
@@ -238,8 +234,7 @@ class Trainer:
                 reporter.note(note)
             self._start = time.perf_counter() - self._position.elapsed_s
             if config.tensorboard:
-                self._begin_events()
-                ending.callback(self._end_events)
+                self._open_events(ending)
             while self._position.epoch < config.epochs and pipe.num_updates < self.total_updates:
                 self._run_epoch(reporter)
             result = self._finish()
@@ -343,19 +338,15 @@ class Trainer:
             self._events.flush()  # a run that resumes from the save lacks no event
         saves.write(self.pipe, position, portable=self.config.elastic)
 
-    def _begin_events(self) -> None:
-        """Make the run's folder now, and the writer of events on the rank that reports."""
+    def _open_events(self, ending: ExitStack) -> None:
+        """Make the run's folder now, and the writer of events on the rank that reports; ``ending`` closes it."""
         if self.run_folder is not None:
             self.run_folder.begin(config_text(self.config))
         self.pipe.gather(None)  # the folder is there
         if self.reports:
             after, settings = self.pipe.num_updates, config_text(self.config)
             self._events = Events(self._folder / "tensorboard", after=after, settings=settings)
-
-    def _end_events(self) -> None:
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+            ending.callback(self._events.close)
 
     def _stop(self) -> NoReturn:
         """End the run, as all ranks have agreed, after a save."""
@@ -365,9 +356,7 @@ class Trainer:
 
     def _shard(self, batch: Tensor | None) -> Tensor | None:
         """This replica's part of a mini-batch."""
-        if batch is None or self.config.replicas == 1:
-            return batch
-        return torch.tensor_split(batch, self.config.replicas)[self.replica]
+        return None if batch is None else torch.tensor_split(batch, self.config.replicas)[self.replica]
 
     def test(self) -> tuple[float, float]:
         """(mean loss, accuracy in 0..1) on the test split, with the weights as they are; replicas share the batches."""

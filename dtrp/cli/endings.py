@@ -1,0 +1,30 @@
+"""How commands end before their time: with a user's mistake, or because they were asked to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+
+class Stopped(BaseException):
+    """A run was asked to stop, and has. Like `KeyboardInterrupt` no `Exception`, so handlers that note errors let it pass.
+
+    Args:
+        message: the line for the user.
+        code: exit code of the command.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextmanager
+def mistakes(*kinds: type[Exception]) -> Iterator[None]:
+    """Report exceptions of these kinds as a user's mistake: their message, and exit code 2."""
+    try:
+        yield
+    except kinds as error:
+        raise click.ClickException(str(error)) from error
