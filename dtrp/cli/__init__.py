@@ -1,4 +1,4 @@
-"""The command line: ``dtrp train``, ``compare``, ``report``, ``demo``, ``plan``, ``simulate``, ``schedule`` and ``methods``."""
+"""The command line: ``dtrp`` and its commands."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ _grid_options = together(
 def compare(out: str, *, workers: bool, num_microbatches: str, seeds: int, **options: Any) -> None:
     """Train by several methods, and show accuracy, time, memory, delay and prediction error side by side.
 
-    Every cell of the grid is a run of its own. Break it off and start it again: what is finished is not repeated. Every other
-    option is one of 'dtrp train'.
+    Every cell of the grid is a run of its own. Break it off and start it again: what is finished is not repeated. Every
+    other option is one of 'dtrp train'.
     """
     from ..train.comparison import Comparison, grid
     from .console import show_comparison

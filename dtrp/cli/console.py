@@ -325,7 +325,7 @@ def _few(words: Sequence[str]) -> str:
 
 
 def show_comparison(groups: Sequence[comparison.Group]) -> None:
-    """Show runs of several methods: a row for those that differ in their seed alone, with means and standard deviations.
+    """Show runs of several methods, with means and standard deviations over seeds: a row for each group.
 
     A narrow terminal gets two tables.
     """

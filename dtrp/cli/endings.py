@@ -9,7 +9,7 @@ import click
 
 
 class Stopped(BaseException):
-    """A run was asked to stop, and has. Like `KeyboardInterrupt` no `Exception`, so handlers that note errors let it pass.
+    """A run was asked to stop, and has. Not an `Exception`, so that handlers of errors let it pass.
 
     Args:
         message: the line for the user.

@@ -1,4 +1,4 @@
-"""The commands ``dtrp train`` and ``dtrp demo``. They import torch when they run, so that ``--help`` need not wait for it."""
+"""The commands ``dtrp train`` and ``dtrp demo``. They import torch when they run, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def train(*, quiet: bool, resume: str | None, **options: Any) -> None:
 @click.option("--epochs", type=int, default=12, help="Passes over the training split.")
 @click.option("--threads", type=int, default=1, help="CPU threads; the networks are too small for more.")
 @click.option("--seed", type=int, default=0, help="Of weights, order and dropout.")
-def demo(**options: int) -> None:
+def demo(**options: Any) -> None:
     """Train a small ResNet on handwritten digits with bp and with dtrp, and show the two side by side."""
     from .console import make_reporter, show_side_by_side
     from .running import checked, trained
 
-    base = TrainConfig(data="digits", model="resnet20", stages=4, num_microbatches=4, batch_size=64, lr=0.05, **options)  # type: ignore[arg-type]
+    base = TrainConfig(model="resnet20", stages=4, num_microbatches=4, batch_size=64, lr=0.05, **options)
     results = []
     for method in ("bp", "dtrp"):
         trainer = checked(dataclasses.replace(base, method=method))

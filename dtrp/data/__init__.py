@@ -68,7 +68,8 @@ def load_data(
     Args:
         name: one of `list_data`.
         data_dir: folder of the data's files; for text, the file. None: for CIFAR, the current folder.
-        seed: random seed for the images of random, and for the split of a folder that has none. The others do not depend on it.
+        seed: random seed for the images of random, and for the split of a folder that has none. The others do not
+            depend on it.
         image_size: H and W of the images, for folder and random. None: 32.
         context: characters in a window, for text. None: 64.
 

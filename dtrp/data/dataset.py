@@ -56,8 +56,8 @@ class Dataset(Splits):
         train_y, test_y: classes (N,), int64, in 0..num_classes - 1.
         num_classes: number of classes in both splits together.
         class_names: a name for each class; None where they have no names.
-        mean, std: mean and standard deviation of each channel (C,), float32, over the whole training split scaled to 0..1
-            (`limit` does not change them); see `channel_stats`.
+        mean, std: mean and standard deviation of each channel (C,), float32, over the whole training split scaled to
+            0..1 (`limit` does not change them); see `channel_stats`.
         augment: whether a shifted or mirrored image is still of its class, so that training may crop and flip.
 
     Raises:

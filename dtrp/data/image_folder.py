@@ -18,8 +18,8 @@ def load_folder(data_dir: Path, seed: int, image_size: int) -> Dataset:
     """Images from files, uint8 (N, 3, image_size, image_size).
 
     Either ``train/<class>/*`` and ``test/<class>/*`` (or ``val``), or ``<class>/*`` alone, of which a fifth of each
-    class, drawn by ``seed`` and at least one image, becomes the test split. Classes are numbered in the order of their names.
-    Images come from the classes in turn, so that the first n are a sample of all classes.
+    class, drawn by ``seed`` and at least one image, becomes the test split. Classes are numbered in the order of their
+    names. Images come from the classes in turn, so that the first n are a sample of all classes.
 
     An image is converted to RGB, cropped to a square around its centre, and resized.
 

@@ -27,22 +27,24 @@ def batches(
     images: bool = True,
     start: int = 0,
 ) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """The normalized batches of an epoch, on the device of ``x``. Each image comes once, so the last batch may be smaller.
+    """The normalized batches of an epoch, on the device of ``x``.
 
-    Order and crops depend on ``seed`` and ``epoch`` only: they are drawn on the CPU, by separate generators. So a run that
-    stopped within an epoch continues with the images that are left, with ``start``. For testing, ``shuffle=False,
-    augment=False`` gives every image unchanged, in the order of ``x``.
+    Each image comes once, so the last batch may be smaller.
+
+    Order and crops depend on ``seed`` and ``epoch`` only: they are drawn on the CPU, by separate generators. So a run
+    that stopped within an epoch continues with the images that are left, with ``start``. For testing,
+    ``shuffle=False, augment=False`` gives every image unchanged, in the order of ``x``.
 
     Args:
-        x: images (N, C, H, H), uint8 or floats in 0..1, from a split of ``dataset``; or windows of text (N, context), int64,
-            which are not normalized.
+        x: images (N, C, H, H), uint8 or floats in 0..1, from a split of ``dataset``; or windows of text (N, context),
+            int64, which are not normalized.
         y: classes of the images (N,), int64; or the next characters (N, context), int64.
         batch_size: images in a batch.
         dataset: data set whose ``mean`` and ``std`` normalize the images.
         seed: random seed of the order and the crops.
         epoch: number of the epoch, from 0.
-        augment: whether to pad with zeros by 4 (less for images below 32), crop at random and mirror with probability 1/2.
-            The zeros surround the normalized image, so they are the mean colour.
+        augment: whether to pad with zeros by 4 (less for images below 32), crop at random and mirror with probability
+            1/2. The zeros surround the normalized image, so they are the mean colour.
         shuffle: whether each epoch has an order of its own; False: the order of ``x``.
         dtype: floating-point dtype of the image batches.
         images: whether to make the images; a worker that only computes the loss needs none.

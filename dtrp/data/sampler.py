@@ -13,10 +13,10 @@ _STATE = ("num_samples", "seed", "shuffle", "epoch", "position")
 
 
 class ResumableSampler(Sampler[int]):
-    """Visits each sample once per epoch, in an order that depends on ``seed`` and the epoch alone, and keeps its position.
+    """Visits each sample once per epoch, in an order that depends on ``seed`` and the epoch alone.
 
-    A `torch.utils.data.DataLoader` reads ahead, so the samples drawn are not the samples trained on: the loop reports its
-    progress with `advance`. Iteration starts at the first sample of the epoch that has not been trained on::
+    A `torch.utils.data.DataLoader` reads ahead, so the samples drawn are not the samples trained on: the loop reports
+    its progress with `advance`. Iteration starts at the first sample of the epoch that has not been trained on::
 
         sampler = dtrp.ResumableSampler(dataset, seed=0)
         loader = DataLoader(dataset, batch_size=64, sampler=sampler, num_workers=2)

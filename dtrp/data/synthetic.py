@@ -15,8 +15,8 @@ _CLASSES, _TRAIN, _TEST = 10, 2_000, 500
 def load_random(seed: int, image_size: int) -> Dataset:
     """2,000 training and 500 test images, uint8 (3, image_size, image_size), in ten classes of equal size.
 
-    An image is the smooth random pattern of its class, and noise: 0.5 + 0.15 pattern + 0.2 noise, clamped to 0..1, in units
-    of 255. The pattern is 4x4 normal numbers, enlarged; the noise is a normal number per pixel and channel.
+    An image is the smooth random pattern of its class, and noise: 0.5 + 0.15 pattern + 0.2 noise, clamped to 0..1, in
+    units of 255. The pattern is 4x4 normal numbers, enlarged; the noise is a normal number per pixel and channel.
     """
     draws = generator("random", seed)
     coarse = torch.randn(_CLASSES, 3, 4, 4, generator=draws, dtype=torch.float32)

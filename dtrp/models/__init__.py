@@ -1,6 +1,7 @@
 """Networks for the command line and the benchmarks: plain `nn.Sequential`s of named blocks.
 
-The GPT takes text; all others take images. A model can be cut between any two of its blocks, and no block writes to its input.
+The GPT takes text; all others take images. A model can be cut between any two of its blocks, and no block writes to its
+input.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def get_model(
 ) -> nn.Sequential:
     """The network called ``name``: images (N, in_channels, H, W) to logits (N, num_classes).
 
-    ``gpt`` maps tokens (N, T) from ``num_classes`` characters to logits (N, T, num_classes); it ignores ``in_channels`` and
-    ``image_size``.
+    ``gpt`` maps tokens (N, T) from ``num_classes`` characters to logits (N, T, num_classes); it ignores ``in_channels``
+    and ``image_size``.
 
     >>> [block for block, _ in get_model("resnet20").named_children()][:3]
     ['stem', 'block1', 'block2']
@@ -75,15 +76,16 @@ def get_model(
         in_channels: channels of an image.
         num_classes: number of classes, which is that of the logits.
         image_size: H and W. It fixes the inputs of mlp, and the VGGs need at least 32; the others take any size.
-        stem: first layers of resnet18, 34 and 50: ``"cifar"`` (3x3, stride 1) or ``"imagenet"`` (7x7, stride 2, max-pool).
+        stem: first layers of resnet18, 34 and 50: ``"cifar"`` (3x3, stride 1) or ``"imagenet"`` (7x7, stride 2,
+            max-pool).
         layers: number of blocks of gpt; None: 6.
         width: features of a token in gpt; None: 128.
         heads: number of attention heads in gpt; None: 4.
         context: largest number of tokens that gpt takes at once; None: 64.
 
     Raises:
-        ValueError: an unknown name (with the nearest right one), a stem or a size that the model has no choice of, a number
-            out of range.
+        ValueError: an unknown name (with the nearest right one), a stem or a size that the model has no choice of, a
+            number out of range.
     """
     if name not in _NAMES:
         raise ValueError(unknown("model", name, _NAMES))

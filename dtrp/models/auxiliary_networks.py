@@ -31,8 +31,8 @@ def auxiliary(example: Tree, num_classes: int) -> Callable[[Sequence[nn.Module]]
 
         pipe = dtrp.Pipeline(model, optimizer, loss_fn, num_stages=4, method="dgl", aux=auxiliary(x, 10))
 
-    - For images (N, C, H, W), the paper's MLP-SR: averaged to a quarter of H and W; three 1x1 convolutions with BatchNorm and
-      ReLU; averaged to 2x2; three hidden layers of width 4C with BatchNorm and ReLU; a linear layer.
+    - For images (N, C, H, W), the paper's MLP-SR: averaged to a quarter of H and W; three 1x1 convolutions with
+      BatchNorm and ReLU; averaged to 2x2; three hidden layers of width 4C with BatchNorm and ReLU; a linear layer.
     - For features (N, C): the same hidden layers, of width C, and a linear layer (ours).
     - For features (N, T, C), such as text: LayerNorm and a linear layer, at each of the T positions (ours).
 
@@ -45,7 +45,8 @@ def auxiliary(example: Tree, num_classes: int) -> Callable[[Sequence[nn.Module]]
         num_classes: number of classes, which is that of the logits.
 
     Returns:
-        A function from the stages to a network for each stage but the last; None for a stage without trainable parameters.
+        A function from the stages to a network for each stage but the last; None for a stage without trainable
+        parameters.
 
     Raises:
         ValueError: raised by that function, for a stage whose output fits none of these networks.

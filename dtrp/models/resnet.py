@@ -93,8 +93,9 @@ class Bottleneck(nn.Module):
 def cifar_resnet(depth: int, *, width: int = 16, in_channels: int = 3, num_classes: int = 10) -> nn.Sequential:
     """The paper's CIFAR network: (N, in_channels, H, W) to (N, num_classes).
 
-    A 3x3 stem; three groups of n basic blocks, of ``width``, 2 and 4 times ``width`` channels, where the second and third
-    group halve the image size; the mean over H and W; a linear layer. Shortcuts are option A. Takes any image size.
+    A 3x3 stem; three groups of n basic blocks, of ``width``, 2 and 4 times ``width`` channels, where the second and
+    third group halve the image size; the mean over H and W; a linear layer. Shortcuts are option A. Takes any image
+    size.
 
     >>> len(cifar_resnet(14, width=8))  # a stem, 3 x 2 blocks, a head
     8
@@ -128,9 +129,9 @@ def cifar_resnet(depth: int, *, width: int = 16, in_channels: int = 3, num_class
 def resnet(depth: int, *, in_channels: int = 3, num_classes: int = 10, stem: str = "cifar") -> nn.Sequential:
     """The paper's ImageNet network of 18, 34 or 50 layers: (N, in_channels, H, W) to (N, num_classes).
 
-    Four groups of 64, 128, 256 and 512 channels (four times as many in bottlenecks), shortcuts of option B. Takes any image
-    size: with ``stem="cifar"`` (3x3, stride 1) the last group is at H / 8, with ``"imagenet"`` (7x7, stride 2, and a 3x3
-    max-pool, stride 2) at H / 32.
+    Four groups of 64, 128, 256 and 512 channels (four times as many in bottlenecks), shortcuts of option B. Takes any
+    image size: with ``stem="cifar"`` (3x3, stride 1) the last group is at H / 8, with ``"imagenet"`` (7x7, stride 2,
+    and a 3x3 max-pool, stride 2) at H / 32.
     """
     num_blocks, bottleneck = _GROUPS[depth]
     block_class, expansion = (Bottleneck, 4) if bottleneck else (BasicBlock, 1)

@@ -46,7 +46,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + linear(gelu(linear(norm(x)))) of 4 * width hidden units; (N, T, width) to the same."""
+    """x + attention(norm(x)), then x + linear(gelu(linear(norm(x)))) of 4 * width hidden units.
+
+    (N, T, width) to the same.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -63,13 +66,13 @@ class Block(nn.Module):
 
 
 def gpt(num_tokens: int, *, layers: int = 6, width: int = 128, heads: int = 4, context: int = 64) -> nn.Sequential:
-    """Tokens (N, T), int64, with T up to ``context``, to the logits of the next token at each position (N, T, num_tokens).
+    """Tokens (N, T), int64, with T <= ``context``, to the logits of the next token at each position (N, T, num_tokens).
 
-    Source: Radford et al., Language models are unsupervised multitask learners, 2019 (GPT-2), with two differences. There is
-    no dropout, and the head does not share the weight of the embedding, which lies in another stage. GPT-2's initialization
-    with deviation 0.02 suits a width of 768 and more. Here the weights of linear layers are normal with deviation
-    sqrt(2 / (inputs + outputs)) (Glorot and Bengio 2010), divided by sqrt(2 layers) where a block adds to its input, as in
-    GPT-2; the embeddings have deviation 0.5, so that an update changes the input of the blocks by little.
+    Source: Radford et al., Language models are unsupervised multitask learners, 2019 (GPT-2), with two differences.
+    There is no dropout, and the head does not share the weight of the embedding, which lies in another stage. GPT-2's
+    initialization with deviation 0.02 suits a width of 768 and more. Here the weights of linear layers are normal with
+    deviation sqrt(2 / (inputs + outputs)) (Glorot and Bengio 2010), divided by sqrt(2 layers) where a block adds to its
+    input, as in GPT-2; the embeddings have deviation 0.5, so that an update changes the input of the blocks by little.
 
     Args:
         num_tokens: size of the vocabulary.

@@ -69,7 +69,7 @@ class Collection:
     begun: tuple[str, ...] = ()
 
     def groups(self) -> Groups:
-        """The runs, grouped by all but the seed. A group has unfinished runs only where none of its runs is finished."""
+        """The runs, grouped by all but the seed; unfinished runs only in groups without a finished run."""
         groups: Groups = {}
         for run in self.runs:
             groups.setdefault(self.label(run), []).append(run)
@@ -105,7 +105,8 @@ def collect(folders: Sequence[str]) -> Collection:
     """Read the runs in some folders; a run that is in several of them is read once.
 
     Args:
-        folders: folders of runs, of comparisons, or of both. In a folder of several runs a damaged run counts as failed.
+        folders: folders of runs, of comparisons, or of both. In a folder of several runs a damaged run counts as
+            failed.
 
     Raises:
         ValueError: a folder without runs, or no run with a finished epoch.
@@ -146,7 +147,7 @@ def collect(folders: Sequence[str]) -> Collection:
 
 
 def _runs_and_failures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The folders of runs, and the ``.failed`` files of cells without a summary, in a folder and in the folders in it."""
+    """The folders of runs, and the ``.failed`` files of cells without a summary, in a folder and its subfolders."""
     inside = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.is_dir()]
     paths: list[Path] = []
     notes: list[Path] = []
@@ -161,7 +162,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _compared_settings(run: Run) -> dict[str, Json]:
-    """The settings that tell groups apart. Of workers only whether there are any: their number is that of the stages."""
+    """The settings that tell groups apart; of workers only whether there are any, as their number is that of stages."""
     config = {key: value for key, value in with_defaults(run.config).items() if key not in _NOT_COMPARED}
     return {**config, "workers": "yes"} if config.get("workers") else config
 

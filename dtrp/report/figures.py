@@ -1,8 +1,8 @@
 """Draws the figures of a report, from numbers that the page also contains.
 
-Lines differ in dash and marker as well as in colour (Okabe and Ito's, which people with any colour vision tell apart); two lines
-of the same colour differ in both. Figures have no background, and their text has the colour of the page's text, so they suit
-light and dark pages.
+Lines differ in dash and marker as well as in colour (Okabe and Ito's, which people with any colour vision tell apart);
+two lines of the same colour differ in both. Figures have no background, and their text has the colour of the page's
+text, so they suit light and dark pages.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PLAIN_TEXT: Any = {"text.parse_math": False, "axes.formatter.useoffset": False}
 
 
 Series: TypeAlias = dict[str, dict[str, list[Any]]]
-"""Lists of x and y by label and, for a band, low and high: ``{label: {"x": [...], "y": [...], "low": [...], "high": [...]}}``."""
+"""Numbers by label, ``{label: {"x": [...], "y": [...]}}``, with lists "low" and "high" for a band."""
 
 
 class Look(NamedTuple):
@@ -50,14 +50,14 @@ class Plot:
         name: name of the file, and of the figure in the page.
         title, x_label, y_label: texts in the figure.
         series: numbers by label.
-        kind: ``"lines"``; ``"bars"``: groups of bars, with their names in x; ``"rows"``: horizontal bars, with their names in x;
-            ``"timeline"``: horizontal bars that start at x, in the row y, of a ``width``; ``"points"``: points with their bands
-            as lines, over whole numbers, or in a row for each name in x.
+        kind: ``"lines"``; ``"bars"``: groups of bars, with their names in x; ``"rows"``: horizontal bars, with their
+            names in x; ``"timeline"``: horizontal bars that start at x, in the row y, of a ``width``; ``"points"``:
+            points with their bands as lines, over whole numbers, or in a row for each name in x.
         note: sentence below the figure.
         section: section of the page.
         limits: limits of the axis of values; None: from the numbers.
-        looks: labels whose position here decides their style, so that a label looks the same in all figures. The style of
-            other labels follows from their position in ``series``.
+        looks: labels whose position here decides their style, so that a label looks the same in all figures. The style
+            of other labels follows from their position in ``series``.
     """
 
     name: str

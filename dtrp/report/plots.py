@@ -82,7 +82,8 @@ def summary_of(run: Run) -> Summary:
 def _facets(collection: Collection, groups: Groups, *, backprop: bool = False) -> list[Facet]:
     """The groups by figure: all in one, or those of each number of stages and micro-batches.
 
-    ``backprop``: a facet without a synchronous method gets a synchronous group of another K, as its numbers are the same there.
+    ``backprop``: a facet without a synchronous method gets a synchronous group of another K, as its numbers are the
+    same there.
     """
     by_size: dict[tuple[int, int], Groups] = {}
     for runs in groups.values():
@@ -112,7 +113,7 @@ def _faceted(
 
 
 def one_scale(plots: Iterable[Plot], *, from_zero: bool = False) -> list[Plot]:
-    """Figures of the same kind on the same scale of y, so that they can be compared by eye. That of bars begins at zero."""
+    """Figures of the same kind with the same scale of y, to be compared by eye. The scale of bars begins at zero."""
     plots = list(plots)
     lines = [line for plot in plots for line in plot.series.values()]
     highs, lows = ([y for line in lines for y in line.get(key, line["y"]) if y is not None] for key in ("high", "low"))
@@ -290,7 +291,7 @@ def _timeline(label: str, run: Run) -> Plot:
 
 
 def _band(samples: Iterable[Sequence[float]]) -> dict[str, list[Json]]:
-    """The mean of each point's values, and the band of one standard deviation around it; that of a single value has no width."""
+    """The mean of each point's values, and the band of one standard deviation around it (none for a single value)."""
     band: dict[str, list[Json]] = {"y": [], "low": [], "high": []}
     for values in samples:
         mean, spread = mean_and_spread(values)

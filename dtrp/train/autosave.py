@@ -58,17 +58,17 @@ class Position:
             values = json.loads(text)
             values["metrics"] = [EpochMetrics(**line) for line in values["metrics"]]
             values["best"] = values["best"] and tuple(values["best"])
-            at = cls(**values)
-            numbers = [at.loss_sum, at.learned, at.trained_s, at.elapsed_s]
-            numbers += [number for metrics in at.metrics for number in vars(metrics).values()]
-            right = all(type(n) is int and n >= 0 for n in (at.epoch, at.samples))
-            right &= all(type(n) in (int, float) for n in numbers) and len(at.metrics) == at.epoch
-            right &= at.best is None or list(map(type, at.best)) == [int, float]
+            position = cls(**values)
+            numbers = [position.loss_sum, position.learned, position.trained_s, position.elapsed_s]
+            numbers += [number for metrics in position.metrics for number in vars(metrics).values()]
+            right = all(type(n) is int and n >= 0 for n in (position.epoch, position.samples))
+            right &= all(type(n) in (int, float) for n in numbers) and len(position.metrics) == position.epoch
+            right &= position.best is None or list(map(type, position.best)) == [int, float]
         except (TypeError, ValueError, KeyError, RecursionError):
             right = False
         if not right:
             raise ValueError("it does not say where the run was")
-        return at
+        return position
 
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600}
@@ -163,9 +163,9 @@ class Saves:
         notes: list[str] = []
         shape = (pipe.method.name, pipe.num_stages, pipe.num_microbatches, num_replicas)
         options = [state_dict.options_of(stage) for stage in pipe._engine.stages]
-        for path, found, position in self._readable(notes, check):
-            saved_shape = (found.method, found.num_stages, found.num_microbatches, found.num_replicas)
-            if found.kind == "exact" and saved_shape != shape:
+        for path, save, position in self._readable(notes, check):
+            saved_shape = (save.method, save.num_stages, save.num_microbatches, save.num_replicas)
+            if save.kind == "exact" and saved_shape != shape:
                 notes.append(
                     f"{path.name} holds what was in flight in another pipeline; the last portable save is taken"
                 )
@@ -182,7 +182,7 @@ class Saves:
             notes += [str(warning.message) for warning in caught if not isinstance(warning.message, OtherOptions)]
             for stage, stage_options in zip(pipe._engine.stages, options, strict=True):
                 state_dict.set_options(stage, stage_options)
-            how = "what was in flight included" if found.kind == "exact" else "from a portable save"
+            how = "what was in flight included" if save.kind == "exact" else "from a portable save"
             notes.append(f"going on after update {pipe.num_updates}, {how}")
             return position, notes
         raise CheckpointError(
@@ -195,15 +195,15 @@ class Saves:
         """The saves with a whole manifest; `Pipeline.load` checks the other files."""
         for path in self._all():
             try:
-                found = glance(path)
-                position = Position.read(found.extra.get("position") if isinstance(found.extra, dict) else None)
-                if path != self._path(found.num_updates):
-                    raise ValueError(f"it says that it is of update {found.num_updates}")
+                save = glance(path)
+                position = Position.read(save.extra.get("position") if isinstance(save.extra, dict) else None)
+                if path != self._path(save.num_updates):
+                    raise ValueError(f"it says that it is of update {save.num_updates}")
                 check(position)
             except ValueError as error:
                 notes.append(f"{path.name} is left aside: {error}")
             else:
-                yield path, found, position
+                yield path, save, position
 
     def _all(self) -> list[Path]:
         """The paths of all saves, newest first."""

@@ -5,8 +5,8 @@
         dtrp-K4-A4-seed0/       a run of `dtrp train`; finished when it has its summary.json
         dtrp-K4-A4-seed1.failed why this cell failed; the next start tries it again
 
-A cell is a method, a number of stages and of micro-batches, a prediction and a seed. Cells differ in nothing else and share no
-state, so a cell that fails does not affect the others.
+A cell is a method, a number of stages and of micro-batches, a prediction and a seed. Cells differ in nothing else and
+share no state, so a cell that fails does not affect the others.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def grid(
         microbatches: numbers of micro-batches A, as text; ``"K"`` stands for the number of stages.
         seeds: random seeds of the runs.
         predictions: predictions for the methods that predict, in place of the method's default.
-        once: run a method that flushes at only one K for each A. Its accuracy is the same at every K, its time and memory are not.
+        once: run a method that flushes at only one K for each A. Its accuracy is the same at every K, its time and
+            memory are not.
 
     Raises:
         ValueError: a number of micro-batches that is not a number.
@@ -132,13 +133,11 @@ class Comparison:
 
     def _differing(self, known: Path) -> str:
         """The differences between a file's settings and these. A setting that an older file lacks has its default."""
-        theirs, ours = read_settings(known.read_text()), read_settings(self._settings)
-        if theirs is None or ours is None:
+        saved, given = read_settings(known.read_text()), read_settings(self._settings)
+        if saved is None or given is None:
             return "no settings"
-        keys = dict.fromkeys([*theirs, *ours])
-        return ", ".join(
-            f"{key} {theirs.get(key)} and not {ours.get(key)}" for key in keys if theirs.get(key) != ours.get(key)
-        )
+        differing = (key for key in {**saved, **given} if saved.get(key) != given.get(key))
+        return ", ".join(f"{key} {saved.get(key)} and not {given.get(key)}" for key in differing)
 
     def config(self, cell: Cell) -> TrainConfig:
         """Settings of the run of a cell."""
@@ -275,7 +274,7 @@ def peak_bytes(summary: Summary) -> list[int]:
 
 
 def megabytes_by_stage(summaries: Sequence[Summary]) -> list[str]:
-    """Peak memory of each stage in MB: the mean over the runs, and the standard deviation where its digits are not 0."""
+    """Peak memory of each stage in MB: the mean over the runs, and the standard deviation where it is not 0.0."""
     texts = []
     for sizes in zip(*map(peak_bytes, summaries), strict=True):
         mean, spread = (value / 1e6 for value in mean_and_spread(sizes))

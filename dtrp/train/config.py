@@ -139,7 +139,7 @@ def _written(config: TrainConfig) -> dict[str, Json]:
 
 
 def option_words(values: Mapping[str, Json]) -> list[str]:
-    """The words of a ``dtrp train`` command with these settings, by the name of their option; those with defaults are left out."""
+    """The words of a ``dtrp train`` command with these settings, by option name, but for those that are defaults."""
     defaults, words = _written(TrainConfig()), []
     for name, value in values.items():
         if value == defaults.get(name):

@@ -34,7 +34,7 @@ class EpochMetrics:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """Numbers of a stage at the end of a run: micro-batches by their delay in updates; memory in bytes; times in seconds."""
+    """Numbers of a stage in a finished run: micro-batches by delay in updates, memory in bytes, times in seconds."""
 
     stage: int
     layers: tuple[str, ...]

@@ -28,9 +28,9 @@ def left_by(path: str, config: str, *, overwrite: bool) -> str | None:
         overwrite: whether the command may replace a run.
 
     Returns:
-        ``"unfinished"``: a run with these settings and with saves, which continues (with ``overwrite``, only if this launch
-        has begun it); ``"begun"``: such a run without saves and without a finished epoch; ``"finished"``: a finished run of
-        this launch; None: anything else.
+        ``"unfinished"``: a run with these settings and with saves, which continues (with ``overwrite``, only if this
+        launch has begun it); ``"begun"``: such a run without saves and without a finished epoch; ``"finished"``: a
+        finished run of this launch; None: anything else.
     """
     folder = Path(path).expanduser()
     same_launch = (name := launch_name()) is not None and _text(folder / "launch") == name
@@ -59,9 +59,9 @@ def _settings(config: str) -> dict[str, Json] | None:
 class RunFolder:
     """The folder of ``--out``: ``config``, ``metrics.jsonl`` and ``model.pt`` after the last finished epoch.
 
-    A finished run also has ``summary.json``. ``saves`` holds checkpoints (`dtrp.train.autosave`), and ``launch`` names the
-    torchrun that has started the ranks, if any. The folder appears, whole, after the first epoch or with the first save, and
-    replaces what was there.
+    A finished run also has ``summary.json``. ``saves`` holds checkpoints (`dtrp.train.autosave`), and ``launch`` names
+    the torchrun that has started the ranks, if any. The folder appears, whole, after the first epoch or with the first
+    save, and replaces what was there.
 
     Args:
         path: the folder.
@@ -111,7 +111,7 @@ class RunFolder:
 
     @contextmanager
     def _existing(self, config: str) -> Iterator[Path]:
-        """The folder to write to; a new one appears under its name, replacing what was there, if the context ends well."""
+        """The folder to write to. A new one takes its place, and that of an old run, when the context ends well."""
         if self._exists:
             yield self.path
             return

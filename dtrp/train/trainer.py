@@ -75,7 +75,7 @@ class _LossSum:
     """The sum of an epoch's finite losses, weighted by samples; kept on the device of the losses, and not waited for.
 
     Args:
-        loss_sum, learned: the sum, and the number of samples with a finite loss, of an epoch that is continued.
+        loss_sum, learned: sum and number of samples with a finite loss, in the part of the epoch before a resume.
     """
 
     def __init__(self, loss_sum: float, learned: float) -> None:
@@ -95,16 +95,16 @@ class _LossSum:
 class Trainer:
     """A run, checked and ready to train.
 
-    In a process that torchrun or `dtrp.launch.torchrun` has started, it is a rank of the run: it trains one stage, on the
-    share of each mini-batch that belongs to its replica.
+    In a process that torchrun or `dtrp.launch.torchrun` has started, it is a rank of the run: it trains one stage, on
+    the share of each mini-batch that belongs to its replica.
 
     Args:
         config: settings of the run.
 
     Attributes:
-        config: the settings, completed by the plan if there is one.
-        dataset: training and test data.
-        pipe: the pipeline.
+        config: settings, completed by the plan if there is one.
+        dataset: training and test data, on the device of the first stage of this process.
+        pipe: pipeline, or this rank's part of it.
         total_updates: number of updates of the run.
         reports: whether this rank shows the progress.
         notes: notes for the user about a run that continues.
@@ -260,11 +260,11 @@ class Trainer:
             samples_per_s=samples / trained_s,
             elapsed_s=time.perf_counter() - self._start,
         )
-        told = pipe.gather((measured if self.reports else None, self._stop_signals.asked is not None))
-        metrics = next(metrics for metrics, _ in told if metrics is not None)
+        ranks = pipe.gather((measured if self.reports else None, self._stop_signals.asked is not None))
+        metrics = next(metrics for metrics, _ in ranks if metrics is not None)
         self._record(metrics)
         reporter.epoch(metrics)
-        if any(asked for _, asked in told) and pipe.num_updates < self.total_updates:
+        if any(asked for _, asked in ranks) and pipe.num_updates < self.total_updates:
             self._stop()
 
     def _record(self, metrics: EpochMetrics) -> None:
@@ -330,8 +330,8 @@ class Trainer:
         """Save in the middle of an epoch: a portable save where the number of stages may change, else an exact one."""
         if self.run_folder is not None:
             self.run_folder.begin(config_text(self.config))
-        told = self.pipe.gather(losses.values() if self.reports else None)
-        loss_sum, learned = next(values for values in told if values is not None)
+        ranks = self.pipe.gather(losses.values() if self.reports else None)
+        loss_sum, learned = next(values for values in ranks if values is not None)
         position = dataclasses.replace(self._position, samples=samples, loss_sum=loss_sum, learned=learned)
         position.trained_s, position.elapsed_s = (time.perf_counter() - since for since in (began, self._start))
         if self._events is not None:
