@@ -53,7 +53,7 @@ _search_options = together(
 @click.option(
     "--keep",
     type=Name("keep", ("auto", "graph", "input")),
-    help="What stages keep (the method's own; with --compensate auto).",
+    help="What stages keep (the method's; with --compensate auto).",
 )
 @click.option("--memory-limit", "memory_limit_bytes", type=SIZE, help="Of a worker: 800MB, 2GiB.")
 @_search_options

@@ -77,7 +77,7 @@ _time_options = together(
 @click.option("--minibatches", type=_AT_LEAST_1, help="Mini-batches in the run (long enough for a steady state).")
 @click.option("--num-microbatches", type=_AT_LEAST_1, default=1, help="Micro-batches in each.")
 @train_options("ahead", "order")
-@click.option("--keep", type=Name("keep", ("graph", "input")), help="What stages keep (the method's own).")
+@click.option("--keep", type=Name("keep", ("graph", "input")), help="What stages keep (the method's).")
 @_time_options
 @click.option("--timeline", is_flag=True, help="List every action too.")
 def simulate(
