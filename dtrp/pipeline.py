@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ from .stage.gradients import Clip, GradientRule, OnNonfinite
 from .stage.local_loss import Auxiliary, WithAux, aux_of_stages
 from .stage.reach import Reach, refuse_gradient
 from .stage.stage import Stage
-from .stage.tied import check_ties, find_ties
+from .stage.tied import Tie, check_ties, find_ties
 from .tensors.module_mode import follow
 from .tensors.pytree import check_samples, flatten, num_samples
 from .validation import (
@@ -218,12 +218,7 @@ class Pipeline(Driver):
             )
 
         if ranks is None:
-            places = _places(modules, devices)
-            if ties and len(set(places)) > 1:
-                raise ValueError(
-                    f"{ties[0]} are one tensor, which cannot be on {' and '.join(map(str, dict.fromkeys(places)))}; pass one "
-                    "device, give each stage its own, or start a rank for each stage, where each has a copy"
-                )
+            places = _places(modules, devices, ties=ties)
             _move(aux_networks, places)
             stages = [make_stage(index, place) for index, place in enumerate(places)]
             self._engine = LocalEngine(stages, self.method, num_microbatches, self._tracer)
@@ -352,7 +347,10 @@ def _check_world(num_stages: int, ranks: Ranks) -> None:
 
 
 def _places(
-    modules: Sequence[nn.Module], devices: Device | Sequence[Device] | None, only: int | None = None
+    modules: Sequence[nn.Module],
+    devices: Device | Sequence[Device] | None,
+    only: int | None = None,
+    ties: Sequence[Tie] = (),
 ) -> list[torch.device]:
     """Each stage's device; the modules are moved there if ``devices`` says so.
 
@@ -360,6 +358,7 @@ def _places(
         modules: the stages.
         devices: as given to `Pipeline`.
         only: the one stage that this process hosts: the others' devices are not touched.
+        ties: parameters that several stages hold, where this process hosts them all.
     """
     if devices is not None:
         given = [devices] * len(modules) if isinstance(devices, (torch.device, str, int)) else list(devices)
@@ -375,8 +374,7 @@ def _places(
             ]
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(f"devices={devices!r}: torch cannot use them ({str(error).splitlines()[0]})") from error
-        for index in hosted:
-            check_device(places[index])
+        _check_places(places, ties, hosted)
         for index in hosted:
             modules[index].to(places[index])
         return places
@@ -387,9 +385,19 @@ def _places(
     for own in found:
         current = own or current
         result.append(current)
-    for place in result if only is None else [result[only]]:
-        check_device(place)
+    _check_places(result, ties, range(len(modules)) if only is None else [only])
     return result
+
+
+def _check_places(places: Sequence[torch.device], ties: Sequence[Tie], hosted: Iterable[int]) -> None:
+    """Refuse devices on which a stage cannot work, and tied parameters on several."""
+    if ties and len(set(places)) > 1:
+        raise ValueError(
+            f"{ties[0]} are one tensor, which cannot be on {' and '.join(map(str, dict.fromkeys(places)))}; pass one "
+            "device, give each stage its own, or start a rank for each stage, where each has a copy"
+        )
+    for index in hosted:
+        check_device(places[index])
 
 
 def _move(aux: Sequence[tuple[str, nn.Module] | None], places: Sequence[torch.device]) -> None:
