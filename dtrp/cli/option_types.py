@@ -88,14 +88,14 @@ def _seconds(value: Any) -> float | list[float]:
         raise ValueError(f"{value!r} is no number of seconds, nor a list like 0.1,0.2,0.1") from None
 
 
+# A number of bytes: ``800MB``, ``2GiB``, ``1000000``.
 SIZE = Parsed("size", _bytes)
-"""A number of bytes: ``800MB``, ``2GiB``, ``1000000``."""
+# Bytes: a number, or one for each hop: ``1MB,4MB``.
 SIZES = Parsed("size", lambda value: _single([_bytes(part) for part in str(value).split(",")]))
-"""Bytes: a number, or one for each hop: ``1MB,4MB``."""
+# Seconds: a number, or one for each stage or hop: ``0.1,0.2,0.1``.
 TIMES = Parsed("seconds", _seconds)
-"""Seconds: a number, or one for each stage or hop: ``0.1,0.2,0.1``."""
+# A number of updates, or a time, which is checked later.
 INTERVAL = Parsed("updates|time", str)
-"""A number of updates, or a time, which is checked later."""
 
 
 def _known(label: str, value: Any, known: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -109,22 +109,27 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     if not isinstance(values, dict):
         raise click.BadParameter(f"{value} holds no options; write lines like 'method: dtrp'")
     known = {p.name: p for p in ctx.command.params if p.name and p.name not in ("config", "resume")}
-    defaults = {}
-    for key, entry in values.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            known_names = (k.replace("_", "-") for k in sorted(known))
-            raise click.BadParameter(f"{value}: {unknown('option', key, known_names)}")
-        if isinstance(entry, dict) or (isinstance(entry, list) and name != "cuts"):
-            raise click.BadParameter(f"{value}: {key} holds {entry!r}; give one value")
-        if isinstance(entry, bool) and not getattr(known[name], "is_flag", False):
-            raise click.BadParameter(
-                f"{value}: {key} holds {entry!r}, and is no switch; give its value (in quotes, if it is a word)"
-            )
-        if entry is not None:
-            defaults[name] = entry if isinstance(entry, (str, bool, list)) else str(entry)
+    for message in _wrong_entries(values, known):
+        raise click.BadParameter(f"{value}: {message}")
+    defaults = {
+        str(key).replace("-", "_"): entry if isinstance(entry, (str, bool, list)) else str(entry)
+        for key, entry in values.items()
+        if entry is not None
+    }
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return value
+
+
+def _wrong_entries(values: dict[str, Any], known: Mapping[str, click.Parameter]) -> Iterator[str]:
+    """Messages about entries of a file that no option takes."""
+    for key, entry in values.items():
+        option = known.get(str(key).replace("-", "_"))
+        if option is None:
+            yield unknown("option", key, (name.replace("_", "-") for name in sorted(known)))
+        elif isinstance(entry, dict) or (isinstance(entry, list) and option.name != "cuts"):
+            yield f"{key} holds {entry!r}; give one value"
+        elif isinstance(entry, bool) and not getattr(option, "is_flag", False):
+            yield f"{key} holds {entry!r}, and is no switch; give its value (in quotes, if it is a word)"
 
 
 def _train_option(words: str, text: str) -> Callable[[Command], Command]:

@@ -6,10 +6,13 @@ import dataclasses
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
+
+# Images (N, C, H, H) and their classes (N,).
+Split: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,15 +112,9 @@ class Dataset(Splits):
 
 
 def image_dataset(
-    name: str,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    num_classes: int,
-    class_names: tuple[str, ...] | None = None,
-    *,
-    augment: bool,
+    name: str, train: Split, test: Split, num_classes: int, class_names: tuple[str, ...] | None, *, augment: bool
 ) -> Dataset:
-    """The data set of two splits, pairs of images and classes, with the channel statistics of the training split."""
+    """The data set of two splits, with the channel statistics of the training split."""
     return Dataset(name, *train, *test, num_classes, class_names, *channel_stats(train[0]), augment)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tensors.rng import generator
-from .dataset import Dataset, image_dataset, required
+from .dataset import Dataset, Split, image_dataset, required
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 Files = dict[str, list[Path]]  # by class
@@ -89,7 +89,7 @@ def _split(classes: Files, folder: Path, seed: int) -> tuple[Files, Files]:
     return train, test
 
 
-def _read(classes: Files, names: tuple[str, ...], image_size: int) -> tuple[Tensor, Tensor]:
+def _read(classes: Files, names: tuple[str, ...], image_size: int) -> Split:
     """Images and their classes: the first image of each class, then the second of each, and so on."""
     turns = sorted(
         (turn, names.index(name), file) for name, files in classes.items() for turn, file in enumerate(files)

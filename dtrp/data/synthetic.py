@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from ..tensors.rng import generator
-from .dataset import Dataset, image_dataset
+from .dataset import Dataset, Split, image_dataset
 
 _CLASSES, _TRAIN, _TEST = 10, 2_000, 500
 
@@ -22,11 +21,11 @@ def load_random(seed: int, image_size: int) -> Dataset:
     coarse = torch.randn(_CLASSES, 3, 4, 4, generator=draws, dtype=torch.float32)
     patterns = F.interpolate(coarse, size=(image_size, image_size), mode="bilinear", align_corners=True)
 
-    def split(num: int) -> tuple[Tensor, Tensor]:
+    def split(num: int) -> Split:
         y = torch.arange(num) % _CLASSES
         noise = torch.randn(num, 3, image_size, image_size, generator=draws, dtype=torch.float32)
         x = 0.5 + 0.15 * patterns[y] + 0.2 * noise
         return (x.clamp(0, 1) * 255).round().to(torch.uint8), y
 
     train, test = split(_TRAIN), split(_TEST)  # in this order, which decides what is drawn
-    return image_dataset("random", train, test, _CLASSES, augment=False)
+    return image_dataset("random", train, test, _CLASSES, None, augment=False)

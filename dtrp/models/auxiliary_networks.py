@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..tensors.module_mode import in_mode
 from ..tensors.pytree import map_tensors
 from ..typing import Tree
-from .layers import check_positive, conv_norm_relu
+from .layers import Named, check_positive, conv_norm_relu
 
 _DEPTH = 3  # number of convolutions, and of hidden layers
 
@@ -78,7 +78,7 @@ def _network(stage: int, out: Tree, num_classes: int) -> nn.Module:
             f"stage {stage} passes on {what}, and the auxiliary networks made here take features (N, C), (N, T, C) or "
             "(N, C, H, W); pass modules of your own, aux=[...], or cut the model elsewhere"
         )
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers: Named = OrderedDict()
     width = out.shape[-1] if out.dim() == 3 else out.shape[1]
     if out.dim() == 3:
         layers["norm"] = nn.LayerNorm(width)

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 from torch import nn
+
+# Layers or blocks by name, for an `nn.Sequential`.
+Named: TypeAlias = OrderedDict[str, nn.Module]
+
+# (input channels, output channels, stride) -> a residual block.
+BlockMaker: TypeAlias = Callable[[int, int, int], nn.Module]
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -13,7 +20,7 @@ def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> n
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
 
 
-def conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> OrderedDict[str, nn.Module]:
+def conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> Named:
     """Named layers for an `nn.Sequential`: convolution, BatchNorm, ReLU."""
     return OrderedDict(
         conv=conv(in_channels, out_channels, kernel, stride),
@@ -22,24 +29,19 @@ def conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int
     )
 
 
-def pooled_linear(channels: int, num_classes: int) -> OrderedDict[str, nn.Module]:
+def pooled_linear(channels: int, num_classes: int) -> Named:
     """Named layers from features (N, channels, H, W), averaged over H and W, to logits (N, num_classes)."""
     return OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(channels, num_classes))
 
 
-def add_groups(
-    blocks: OrderedDict[str, nn.Module],
-    channels: int,
-    groups: Iterable[tuple[int, int]],
-    make_block: Callable[[int, int, int], nn.Module],
-) -> int:
+def add_groups(blocks: Named, channels: int, groups: Iterable[tuple[int, int]], make_block: BlockMaker) -> int:
     """Append groups of residual blocks; the first block of every group but the first has stride 2.
 
     Args:
         blocks: named blocks to append to; a new block is named for its place in it.
         channels: input channels of the first group.
         groups: output channels and number of blocks of each group.
-        make_block: (input channels, output channels, stride) -> a block.
+        make_block: maker of blocks.
 
     Returns:
         The output channels of the last group.

@@ -10,7 +10,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import add_groups, check_positive, conv, conv_norm_relu, pooled_linear, with_kaiming_init
+from .layers import Named, add_groups, check_positive, conv, conv_norm_relu, pooled_linear, with_kaiming_init
 
 STEMS = ("cifar", "imagenet")
 
@@ -120,7 +120,7 @@ def cifar_resnet(depth: int, *, width: int = 16, in_channels: int = 3, num_class
         shortcut = nn.Identity() if stride == 1 else PaddedShortcut(channels, out_channels, stride)
         return BasicBlock(channels, out_channels, stride, shortcut)
 
-    blocks: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Sequential(conv_norm_relu(in_channels, width, 3)))
+    blocks: Named = OrderedDict(stem=nn.Sequential(conv_norm_relu(in_channels, width, 3)))
     channels = add_groups(blocks, width, ((width * 2**group, num_blocks) for group in range(3)), block)
     blocks["head"] = nn.Sequential(pooled_linear(channels, num_classes))
     return with_kaiming_init(nn.Sequential(blocks))
@@ -144,7 +144,7 @@ def resnet(depth: int, *, in_channels: int = 3, num_classes: int = 10, stem: str
     first = conv_norm_relu(in_channels, 64, *((3, 1) if stem == "cifar" else (7, 2)))
     if stem == "imagenet":
         first["pool"] = nn.MaxPool2d(3, stride=2, padding=1)
-    blocks: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Sequential(first))
+    blocks: Named = OrderedDict(stem=nn.Sequential(first))
     groups = ((64 * 2**group * expansion, num) for group, num in enumerate(num_blocks))
     channels = add_groups(blocks, 64, groups, block)
     blocks["head"] = nn.Sequential(pooled_linear(channels, num_classes))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import check_positive
+from .layers import Named, check_positive
 
 
 class Embedding(nn.Module):
@@ -88,7 +88,7 @@ def gpt(num_tokens: int, *, layers: int = 6, width: int = 128, heads: int = 4, c
     if width % heads:
         nearest = max(heads, round(width / heads) * heads)
         raise ValueError(f"width={width} but {heads} heads share it in equal parts; pass width={nearest}")
-    blocks: OrderedDict[str, nn.Module] = OrderedDict(embedding=Embedding(num_tokens, width, context))
+    blocks: Named = OrderedDict(embedding=Embedding(num_tokens, width, context))
     for i in range(1, layers + 1):
         blocks[f"block{i}"] = Block(width, heads)
     blocks["head"] = nn.Sequential(

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from .layers import conv_norm_relu, pooled_linear, with_kaiming_init
+from .layers import Named, conv_norm_relu, pooled_linear, with_kaiming_init
 
 # Output channels of the 3x3 convolutions; a max-pool at the end of each row halves H and W.
 _ROWS = {
@@ -27,7 +27,7 @@ def vgg(depth: int, *, in_channels: int = 3, num_classes: int = 10, image_size: 
             f"image_size={image_size} but vgg{depth} halves the image {len(rows)} times; "
             f"pass image_size>={2 ** len(rows)}, or take a resnet, which fits any"
         )
-    blocks: OrderedDict[str, nn.Module] = OrderedDict()
+    blocks: Named = OrderedDict()
     channels = in_channels
     for row in rows:
         for i, out_channels in enumerate(row):

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import add_groups, conv, pooled_linear, with_kaiming_init
+from .layers import Named, add_groups, conv, pooled_linear, with_kaiming_init
 
 
 class PreActivationBlock(nn.Module):
@@ -42,10 +42,10 @@ def wide_resnet(depth: int, widening: int, *, in_channels: int = 3, num_classes:
     Source: Zagoruyko and Komodakis, Wide residual networks, arXiv:1605.07146.
     """
     num_blocks = (depth - 4) // 6
-    blocks: OrderedDict[str, nn.Module] = OrderedDict(stem=conv(in_channels, 16, 3))
+    blocks: Named = OrderedDict(stem=conv(in_channels, 16, 3))
     groups = ((16 * widening * 2**group, num_blocks) for group in range(3))
     channels = add_groups(blocks, 16, groups, PreActivationBlock)
-    head: OrderedDict[str, nn.Module] = OrderedDict(norm=nn.BatchNorm2d(channels), relu=nn.ReLU())
+    head: Named = OrderedDict(norm=nn.BatchNorm2d(channels), relu=nn.ReLU())
     head.update(pooled_linear(channels, num_classes))
     blocks["head"] = nn.Sequential(head)
     return with_kaiming_init(nn.Sequential(blocks))

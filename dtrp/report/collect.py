@@ -47,8 +47,8 @@ class Run:
             return []
 
 
+# Runs that differ in their seed alone, by a name for them.
 Groups: TypeAlias = dict[str, list[Run]]
-"""Runs that differ in their seed alone, by a name for them."""
 
 _NEEDED_METRICS = {"epoch", "update", "samples_per_s", "train_loss", "test_loss", "test_accuracy"}
 _NOT_COMPARED = {field.replace("_", "-") for field in (*CELL_SETTINGS, *SETTINGS_WITHOUT_EFFECT)}

@@ -29,8 +29,8 @@ _INK = "#123456"  # placeholder in an SVG for the colour of the page's text
 _PLAIN_TEXT: Any = {"text.parse_math": False, "axes.formatter.useoffset": False}
 
 
+# Numbers by label, ``{label: {"x": [...], "y": [...]}}``, with lists "low" and "high" for a band.
 Series: TypeAlias = dict[str, dict[str, list[Any]]]
-"""Numbers by label, ``{label: {"x": [...], "y": [...]}}``, with lists "low" and "high" for a band."""
 
 
 class Look(NamedTuple):

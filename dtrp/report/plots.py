@@ -21,8 +21,8 @@ from .figures import Plot, Series
 MINIBATCHES_SHOWN = 6  # in a timeline
 _MOST_GROUPS = 6  # in a figure without facets
 _MOST_TIMELINES = 12
+# A figure of several with the same kind of number: (suffix of its name, suffix of its title, groups).
 Facet: TypeAlias = tuple[str, str, Groups]
-"""A figure of several with the same kind of number: (suffix of its name, suffix of its title, groups)."""
 
 SECTIONS = ("Accuracy and loss", "Memory", "Time", "Delay and prediction", "What ran when")
 LEARNING, MEMORY, TIME, DELAY, TIMELINES = SECTIONS

@@ -31,8 +31,8 @@ from .config import CELL_SETTINGS, TrainConfig, config_text, read_settings
 from .config_checks import check_settings
 
 _SETTINGS = "compare.yaml"
+# Contents of a run's ``summary.json``.
 Summary: TypeAlias = dict[str, Json]
-"""Contents of a run's ``summary.json``."""
 
 
 @dataclass(frozen=True)
