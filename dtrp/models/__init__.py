@@ -1,4 +1,4 @@
-"""Networks for the command line and the benchmarks: plain `nn.Sequential`s of named blocks.
+"""Networks for the command line and the benchmarks, each a plain `nn.Sequential` of named blocks.
 
 The GPT takes text; all others take images. A model can be cut between any two of its blocks, and no block writes to its
 input.
