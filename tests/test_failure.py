@@ -167,7 +167,7 @@ def test_a_run_that_failed_at_its_end_runs_exit_handlers_and_ends_with_a_failure
     """Those too that are older than torch: of `logging`, of temporary folders."""
     program = f"""
 import atexit; atexit.register(print, "older")
-from dtrp.ranks import end_with_failure
+from dtrp.launch.ranks import end_with_failure
 atexit.register(print, "newer"); atexit.register(end_with_failure)
 {frozen}"""
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)

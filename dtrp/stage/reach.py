@@ -51,8 +51,11 @@ class Reach:
                 tensors = [*module.parameters(), *module.buffers()]
             for storage in _storages(tensors):
                 holders.setdefault(id(storage), (storage, set()))[1].add(k)
-        for storage, owners in holders.values():
-            if len(owners) == 1:
+        # What this rank's stage holds too, frozen, is right there.
+        mine = [] if here is None else [*_storages([*stages[here].parameters(), *stages[here].buffers()])]
+        shared = set(map(id, mine))
+        for key, (storage, owners) in holders.items():
+            if len(owners) == 1 and (key not in shared or here in owners):
                 self._origins[storage] = owners.pop()
 
     def covers(self, minibatch: int) -> bool:
@@ -246,7 +249,12 @@ def _strange(tensors: Iterable[Tensor], seen: set[Any], inside: Callable[[], Ite
 
 
 def _node(t: Tensor) -> Any:
-    return torch.autograd.graph.get_gradient_edge(t).node
+    """Where the gradient of a tensor goes; None for a view that was made without autograd, of a tensor that requires one."""
+    if t.grad_fn is not None:
+        return t.grad_fn
+    with torch.enable_grad():
+        viewed = t.view_as(t).grad_fn
+    return None if viewed is None else viewed.next_functions[0][0]
 
 
 def _name_in(holder: Any, leaf: Tensor, depth: int = 3) -> str | None:
