@@ -68,7 +68,7 @@ def batches(
         raise ValueError(f"dtype={dtype}: normalized images need a float; pass torch.float32")
     order = epoch_order(len(x), seed=seed, epoch=epoch) if shuffle else torch.arange(len(x), device="cpu")
     left = order[start:].to(x.device if images else y.device)
-    chosen = (indices for indices in torch.split(left, batch_size) if len(indices))
+    chosen = (indices for indices in torch.split(left, min(batch_size, max(1, len(left)))) if len(indices))
     if not images:
         return ((None, y[indices]) for indices in chosen)
     if isinstance(dataset, TextDataset):

@@ -119,6 +119,9 @@ class Stage:
         self.module = module
         self.aux = None if aux is None else aux[1]
         self.whole: nn.Module = module if aux is None else WithAux(module, *aux)  # what is trained here
+        named = [(name, p) for name, p in self.whole.named_parameters() if p.requires_grad]
+        for name, t in [*named, *self.whole.named_buffers()]:
+            _check_layout(t, f"{name} of stage {index}")
         self.compiles = compile is not None
         self.replica = replica
         self.draws = Draws(seed, replica, index, device)
@@ -138,9 +141,6 @@ class Stage:
         self.loss_fn = loss_fn
         self.distance = num_stages - 1 - index
         self.needs_input_grad = needs_input_grad
-        named = [(name, p) for name, p in self.whole.named_parameters() if p.requires_grad]
-        for name, t in [*named, *self.whole.named_buffers()]:
-            _check_layout(t, f"{name} of stage {index}")
         self._named = dict(named)
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
