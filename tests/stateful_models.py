@@ -6,8 +6,10 @@ With a learning rate of 0 the weights never move, so that by every method each m
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,26 @@ class ToggleInList(Toggle):
     def forward(self, x: Tensor) -> Tensor:
         self.state[0] = 1 - self.state[0]
         return self.linear(x) * (1 + self.state[0])
+
+
+class Annealed(Stateful):
+    """Slowly: two forwards differ by a part of 3e-5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state += 1
+        return self.linear(x) * math.exp(3e-5 * self.state)
+
+
+class ToggleInObject(Toggle):
+    """A setting deep in plain objects."""
+
+    def begin(self) -> Any:
+        return [SimpleNamespace(inner={"flags": [SimpleNamespace(on=0)]})]
+
+    def forward(self, x: Tensor) -> Tensor:
+        flag = self.state[0].inner["flags"][0]
+        flag.on = 1 - flag.on
+        return self.linear(x) * (1 + flag.on)
 
 
 class Recurrent(nn.Module):
@@ -115,6 +137,22 @@ class OwnGenerator(Stateful):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) * (1 if self.draw() < 0.9 else 0.5)
+
+
+class GeneratorInList(OwnGenerator):
+    def begin(self) -> Any:
+        return [torch.Generator().manual_seed(3)]
+
+    def draw(self) -> float:
+        return float(torch.rand((), generator=self.state[0]))
+
+
+class NumPyInDict(OwnGenerator):
+    def begin(self) -> Any:
+        return {"drop": np.random.default_rng(3)}
+
+    def draw(self) -> float:
+        return float(self.state["drop"].random())
 
 
 class OfPython(OwnGenerator):
@@ -177,6 +215,21 @@ class Forces(nn.Module):
         (force,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
         out: Tensor = self.head(force)
         return out
+
+
+class ReadsNode(Stateful):
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.linear(x)
+        h.grad_fn.metadata["layer"] = 0  # type: ignore[union-attr]
+        return h
+
+
+class Raises(Stateful):
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.linear(x)
+        if not h.requires_grad:
+            raise ValueError("train me")
+        return h
 
 
 class Asserts(Stateful):

@@ -570,3 +570,45 @@ def test_batch_norm_under_an_activation_checkpoint() -> None:
     steps(pipe, data())
     pipe.flush()
     assert_same(dict(ours.named_buffers()), dict(model.named_buffers()))
+
+
+# -- buffers that share their memory -----------------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    """A buffer that goes by another name too."""
+
+    def __init__(self, kind: str, writes: bool) -> None:
+        super().__init__()
+        self.linear, self.writes = nn.Linear(4, 5), writes
+        self.register_buffer("state", torch.zeros(2, 5, dtype=torch.float64))
+        if kind == "attribute":
+            self.other = self.state
+        elif kind == "list":
+            self.others = [self.state]
+        else:
+            self.register_buffer("row", self.state[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x).mean(1)
+        out = y + self.state.sum(0)
+        if self.writes:
+            (self.row if hasattr(self, "row") else getattr(self, "other", self.state)).add_(y.detach().mean(0))
+        return out
+
+
+@pytest.mark.parametrize("method", ["bp", "fdg", "dtrp"])
+@pytest.mark.parametrize("kind", ["attribute", "list", "view"])
+def test_a_buffer_that_something_else_shares_may_not_be_moved(kind: str, method: str) -> None:
+    def run(writes: bool) -> None:
+        model = nn.Sequential(Doubled(kind, writes).double(), nn.Tanh(), nn.Linear(5, 3).double())
+        pipe = pipeline(model, recording(0.0, {}), num_stages=3, method=method)
+        for x, y in sequences():
+            pipe.step(x, y)
+        pipe.flush()
+
+    run(writes=False)
+    name, other = {"attribute": ("state", "other"), "list": ("state", "others"), "view": ("row", "state")}[kind]
+    match = rf"stage 0, forward of micro-batch 0 .*moves the buffer 0\.{name}, .* which 0\.{other}, in the same memory"
+    with pytest.raises(dtrp.StageError, match=match):
+        run(writes=True)

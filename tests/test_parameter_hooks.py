@@ -144,6 +144,24 @@ def test_a_hook_that_fails(method: str) -> None:
         pipeline_gradients(model, batches(), num_stages=2, method=method)
 
 
+@pytest.mark.parametrize("method", ["bp", "fr", "fdg", "spectrain"])
+def test_hooks_on_several_gradients(method: str) -> None:
+    """torch asks the parameters themselves whether a backward will come to them."""
+    model, calls = plain(), []
+    register = torch.autograd.graph.register_multi_grad_hook
+    register(list(model[0].parameters()), lambda _: calls.append("any"), mode="any")
+    pipeline_gradients(model, batches(), num_stages=3, method=method)
+    assert len(calls) == len(batches())
+    register(list(model[0].parameters()), calls.append)
+    if method in ("bp", "fr"):
+        pipeline_gradients(model, batches(), num_stages=3, method=method)
+        assert len(calls) == 3 * len(batches())
+        return
+    match = r"stage 0, backward of micro-batch 0 .*0\.weight has a hook on several gradients .*mode='any'"
+    with pytest.raises(dtrp.StageError, match=match):
+        pipeline_gradients(model, batches(), num_stages=3, method=method)
+
+
 class Times(nn.Module):
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -223,6 +241,13 @@ class ClampedData(Stateful):
         return out
 
 
+class AssignedData(Stateful):
+    def forward(self, x: Tensor) -> Tensor:
+        self.linear.weight.data = self.linear.weight.data.clamp(-0.2, 0.2)
+        out: Tensor = self.linear(x)
+        return out
+
+
 class Decayed(Stateful):
     """What follows does not see it."""
 
@@ -233,7 +258,7 @@ class Decayed(Stateful):
         return nn.functional.normalize(self.linear(x))
 
 
-WRITING = [Looked, Bag, Functional, Clamped, ClampedData]
+WRITING = [Looked, Bag, Functional, Clamped, ClampedData, AssignedData]
 
 
 @pytest.mark.parametrize("method", [*FLUSHING, *RECOMPUTING])
@@ -257,6 +282,43 @@ def test_it_is_refused_where_it_would_write_a_copy(make: Any, options: Any) -> N
     with pytest.raises(dtrp.StageError, match=match):
         pipeline_gradients(model, batches(), num_stages=3, **options)
     assert is_unchanged()
+
+
+class InList(Stateful):
+    """What it reads is in no place where a copy could be."""
+
+    def begin(self) -> Any:
+        return [self.linear.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.state[0], self.linear.bias)
+
+
+class InClosure(InList):
+    def begin(self) -> Any:
+        weight = self.linear.weight
+        return [lambda: weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.state[0](), self.linear.bias)
+
+
+@pytest.mark.parametrize("options", [*({"method": method} for method in ALL), *OTHER_KEEPS], ids=str)
+@pytest.mark.parametrize("make", [InList, InClosure])
+def test_parameters_that_are_read_in_another_place(make: Any, options: Any) -> None:
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(make().double(), *plain()[1:])
+
+    if options["method"] in [*FLUSHING, *RECOMPUTING] and "keep" not in options:
+        check_gradients(
+            pipeline_gradients(model(), batches(), num_stages=3, **options), plain_gradients(model(), batches())
+        )
+        return
+    with pytest.raises(
+        dtrp.StageError, match=r"stage 0, .* of micro-batch 0 .*reads 0\.linear\.weight not as an attribute"
+    ):
+        pipeline_gradients(model(), batches(), num_stages=3, **options)
 
 
 @pytest.mark.parametrize("method", RECOMPUTING)

@@ -35,11 +35,13 @@ from dtrp.stage.repetition import _close, slow_paths
 CURE = r"keep this stage's graphs, which repeats nothing: Pipeline\(keep='graph'\)"
 OTHER_OUTPUT = rf"gives another output.*a counter or a hidden state in an attribute.*{CURE}"
 STATEFUL = [
-    models.Counter, models.Toggle, models.ToggleInList, models.Recurrent, models.InPlace, models.SameRoom,
+    models.Counter, models.Toggle, models.ToggleInList, models.ToggleInObject, models.Annealed, models.Recurrent,
+    models.InPlace, models.SameRoom,
 ]  # fmt: skip
 DRAWING = {
     models.OwnGenerator: "the generator 0.state", models.OwnPython: "the generator 0.state",
     models.OwnNumPy: "the generator 0.state", models.OldNumPy: "the generator 0.state",
+    models.GeneratorInList: r"the generator 0.state\[0\]", models.NumPyInDict: r"the generator 0.state\['drop'\]",
     models.OfPython: "Python's random", models.OfNumPy: "NumPy's random",
 }  # fmt: skip
 
@@ -104,6 +106,16 @@ def test_draws_that_a_repetition_would_go_on_with_are_refused_though_two_agree(m
     assert is_unchanged()
 
 
+def test_draws_from_a_generator_that_no_attribute_shows_are_refused() -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    class Global(models.OwnGenerator):
+        def draw(self) -> float:
+            return float(torch.rand((), generator=generator))
+
+    refused(model_of(Global), f"draws from a generator that rand is given, and its repetition .*{CURE}", num_stages=2)
+
+
 def test_draws_that_are_not_the_modules_are_left_alone() -> None:
     """Another thread's, or the caller's between steps; and a generator that nobody draws from."""
 
@@ -151,7 +163,13 @@ def test_another_output_where_gradients_are_off_is_refused(make: Any, method: st
 
 @pytest.mark.parametrize("method", RECOMPUTING)
 @pytest.mark.parametrize(
-    ("make", "error"), [(models.Forces, "does not require grad"), (models.Asserts, "AssertionError")]
+    ("make", "error"),
+    [
+        (models.Forces, "does not require grad"),
+        (models.Asserts, "AssertionError"),
+        (models.ReadsNode, "has no attribute 'metadata'"),
+        (models.Raises, "train me"),
+    ],
 )
 def test_a_forward_that_needs_gradients_says_what_to_change(make: Any, error: str, method: str) -> None:
     match = rf"{error}.* \(this stage's forward runs with gradients, and not without.*{CURE}"

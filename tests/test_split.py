@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from helpers import assert_same, with_aux
 from split_models import MODELS, Residual, Siamese, UNet, images, rows
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from unsplit import (
     SEED,
     assert_trained_alike,
@@ -502,6 +503,35 @@ def test_a_buffer_that_takes_another_shape() -> None:
 
     with pytest.raises(ValueError, match=r"in inner .* buffer 'seen' of a Inner takes another shape in the forward"):
         dtrp.split(Around(grow), num_stages=2, example=rows())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpoints_are_run_through(use_reentrant: bool) -> None:
+    def saving(self: Any, x: Tensor) -> Tensor:
+        return checkpoint(lambda t: torch.tanh(self.layer(t)), x, use_reentrant=use_reentrant)
+
+    model, x = Around(saving), rows()
+    stages = dtrp.split(model, points=["inner"], example=x)
+    gradients = []
+    for out in (chain(stages, x), model(x)):
+        model.zero_grad()
+        out.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert sum(gradient is not None for gradient in gradients[0]) == 6
+
+
+def test_hooks_on_tensors_are_refused() -> None:
+    def reverses(self: Any, x: Tensor) -> Tensor:
+        h: Tensor = self.layer(x)
+        h.register_hook(lambda gradient: -gradient)
+        return h
+
+    with pytest.raises(
+        ValueError, match=r"cannot be traced in inner .*a hook on a tensor \(register_hook\), which a trace does"
+    ):
+        dtrp.split(Around(reverses), points=["last"], example=rows())
 
 
 # -- against the model --------------------------------------------------------------------------------------

@@ -298,6 +298,8 @@ class _Casts(TorchFunctionMode):
         return asked
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.register_hook:
+            raise TypeError("a hook on a tensor (register_hook), which a trace does not keep")
         if func in _CASTS:
             args = (_ALIAS(args[0]), *args[1:])
         result = func(*args, **(kwargs or {}))
@@ -367,11 +369,11 @@ def _watched(model: nn.Module, casts: _Casts) -> Iterator[None]:
 
 def _no_custom_backward() -> AbstractContextManager[None]:
     """Refuse what a trace would change without a word: it records the forward of a `torch.autograd.Function` alone."""
-    own = torch.autograd.Function.__dict__["apply"]
 
     def refuse(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         if cls is CheckpointFunction:  # its backward is that of what it runs
-            return own.__func__(cls, *args, **kwargs)
+            run, _, *inputs = args
+            return run(*inputs)
         raise TypeError(
             f"{cls.__name__} is a torch.autograd.Function with a backward of its own, which a trace does not keep"
         )

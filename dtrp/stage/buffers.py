@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tensors.module_mode import members
+from .reach import storages_of, tensors_in
 
 Slot = tuple[nn.Module, str]  # a module, and the name of a buffer in it; a shared buffer is in several
 Buffers = dict[Slot, Tensor | None]  # None: registered, and no tensor
@@ -130,6 +131,25 @@ def names_of(module: nn.Module, slots: Iterable[Slot]) -> dict[Slot, str]:
     """What buffers in these places are called in the module."""
     prefixes = {member: f"{prefix}." if prefix else "" for prefix, member in module.named_modules()}
     return {(member, name): prefixes[member] + name for member, name in slots}
+
+
+def doubles(module: nn.Module, buffers: Buffers) -> dict[Slot, str]:
+    """Of each buffer that is in the same memory as another, or as an attribute, what that is called in the module."""
+    places: dict[int, list[tuple[Slot, Tensor]]] = {}
+    for slot, buffer in buffers.items():
+        for storage in storages_of(tensors_in(buffer)):
+            if storage.data_ptr() and buffer is not None:
+                places.setdefault(storage.data_ptr(), []).append((slot, buffer))
+    if not places:
+        return {}
+    names = names_of(module, buffers)
+    found = {slot: names[other] for group in places.values() for slot, a in group for other, b in group if a is not b}
+    for prefix, member in module.named_modules():
+        for name, value in vars(member).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                for storage in storages_of(tensors_in(value)):
+                    found |= {slot: f"{prefix}.{name}".lstrip(".") for slot, _ in places.get(storage.data_ptr(), ())}
+    return found
 
 
 def slot_of(module: nn.Module, name: str) -> Slot:

@@ -29,8 +29,10 @@ from .buffers import (
     Slot,
     buffers_of,
     copies_of,
+    doubles,
     kinds_of,
     marks,
+    names_of,
     same,
     slot_of,
     write,
@@ -85,6 +87,7 @@ class Repeatable:
         self.ahead: Elsewhere | None = None
         self.made = kinds_of(whole)
         self._started = False
+        self._doubles: dict[Slot, str] | None = None  # buffers that go by another name too
         self._moving: set[Slot] = set()  # buffers that the module has been seen to move
         self._looked: set[tuple[bool, ...]] = set()  # for them, in these modes
         attention = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -98,6 +101,11 @@ class Repeatable:
     def may_be_fused(self) -> bool:
         """Whether torch may run attention by its inference path though gradients are on, where none is asked for."""
         return any(not member.training for member in self._frozen_attention)
+
+    @property
+    def can_be_watched(self) -> bool:
+        """Whether a mode around the module sees what it calls, and changes nothing: it keeps attention off its inference path."""
+        return not self._compiles and not self.may_be_fused
 
     def at(self, weights: dict[str, Tensor]) -> Exchange:
         """Within it the module has these for its own."""
@@ -121,6 +129,7 @@ class Repeatable:
         state = self._state(held, own, buffers)
         met = {} if state is None else dict(state.buffers)
         unwritten = marks(met) if buffers == "returned" else {}
+        alone = None if state is None else self._alone(own, met)
         # A module that writes its input (an in-place ReLU at its front) would write the stash, or what the stage
         # before has saved. The first run, on a copy, shows whether it does; one that does gets a copy every time.
         inputs, form = flatten(held.leaf)
@@ -135,7 +144,7 @@ class Repeatable:
             with (
                 self._places.hold(weights),
                 self._entered_state(state, own, buffers),
-                nullcontext() if self._compiles or self.may_be_fused else watch,  # it keeps torch off that path
+                watch if self.can_be_watched else nullcontext(),
             ):
                 out = self._call(x)
                 judged = out if self._call_aux is None else self._judged(out)
@@ -154,6 +163,8 @@ class Repeatable:
             else:
                 flatten(out)  # refuses what cannot be passed on
         made = {} if state is None else dict(state.buffers)
+        if alone is not None:
+            alone(made)
         if state is None:
             if self.ahead is not None:
                 self.ahead.seen = marks(buffers_of(self._whole))
@@ -231,6 +242,35 @@ class Repeatable:
         if moves != "returned":
             noted = {module for module, _ in own | state.buffers} if self._started else set(members(self._whole))
         return state.entered(self._whole, own, noted)
+
+    def _alone(self, own: Buffers, met: Buffers) -> Callable[[Buffers], None] | None:
+        """What refuses a forward on copies that moves a buffer which something else shares: an attribute, another buffer.
+
+        Args:
+            own: the module's own buffers.
+            met: the copies.
+        """
+        is_first = self._doubles is None
+        shared = self._doubles = doubles(self._whole, own) if self._doubles is None else self._doubles
+        slots = shared.keys() & own.keys() & met.keys()
+        if not slots:
+            return None
+        before = [marks({slot: buffers[slot] for slot in slots}) for buffers in (own, met)]
+
+        def check(made: Buffers) -> None:
+            for slot in slots:
+                now = [(buffer, 0 if buffer is None else buffer._version) for buffer in (own[slot], made.get(slot))]
+                (mine, _), (copied, _) = now
+                if any(not same(mark, marked[slot]) for mark, marked in zip(now, before, strict=True)) or (
+                    is_first and mine is not None and copied is not None and not _equal(mine, copied)
+                ):
+                    raise RuntimeError(
+                        f"the stage's forward moves the buffer {names_of(self._whole, own)[slot]}, and runs on a copy of it, which "
+                        f"{shared[slot]}, in the same memory as the buffer, has no part in; use the buffer's name alone, or let "
+                        "the other have its own memory (clone())"
+                    )
+
+        return check
 
     @torch.no_grad()
     def _return(self, held: Held, own: Buffers, unwritten: dict[Slot, Mark], after: Buffers) -> None:

@@ -49,10 +49,10 @@ class Reach:
             tensors: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
             if here not in (None, k):
                 tensors = [*module.parameters(), *module.buffers()]
-            for storage in _storages(tensors):
+            for storage in storages_of(tensors):
                 holders.setdefault(id(storage), (storage, set()))[1].add(k)
         # What this rank's stage holds too, frozen, is right there.
-        mine = [] if here is None else [*_storages([*stages[here].parameters(), *stages[here].buffers()])]
+        mine = [] if here is None else [*storages_of([*stages[here].parameters(), *stages[here].buffers()])]
         shared = set(map(id, mine))
         for key, (storage, owners) in holders.items():
             if len(owners) == 1 and (key not in shared or here in owners):
@@ -72,26 +72,26 @@ class Reach:
             entered: its input, which is its own from now on.
             target: the caller's, and no stage's.
         """
-        for storage in _storages(entered):
+        for storage in storages_of(entered):
             self._origins[storage] = stage
-        for storage in _storages(target):
+        for storage in storages_of(target):
             self._origins.pop(storage, None)
         return _Watch(self, stage) if self._stages.keys() - {stage} else nullcontext()
 
     def copied(self, buffers: Mapping[Any, Tensor | None], made: Mapping[Any, Tensor | None]) -> None:
         """Buffers have the origins of those that a stage has ``made`` in their places."""
         for slot, buffer in buffers.items():
-            if (origin := next(map(self._origin, _tensors(made.get(slot))), None)) is not None:
-                self._origins.update((storage, origin) for storage in _storages(_tensors(buffer)))
+            if (origin := next(map(self._origin, tensors_in(made.get(slot))), None)) is not None:
+                self._origins.update((storage, origin) for storage in storages_of(tensors_in(buffer)))
 
     def follow(self, stage: int, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note what ``function``, called at ``stage``, has made of what."""
-        made = [*_tensors(result)]
+        made = [*tensors_in(result)]
         name = getattr(function, "__name__", "")
         if (not made and result is not None) or name.endswith("_like") or name.startswith("new_"):
             return
         read = args[:1] if name in ("to", "type_as") else args[1:] if name == "copy_" else args
-        given = [*_tensors(read), *_tensors({key: value for key, value in kwargs.items() if key != "out"})]
+        given = [*tensors_in(read), *tensors_in({key: value for key, value in kwargs.items() if key != "out"})]
         label: int | str | None = None
         for t in given:
             origin = self._origin(t)
@@ -103,9 +103,9 @@ class Reach:
             return
         in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__setitem__"))
         if in_place and not made:
-            made = [*_tensors(args[:1])]
-        views = [] if in_place or "out" in kwargs else [*_storages(_tensors(args))]
-        for storage in _storages(made):
+            made = [*tensors_in(args[:1])]
+        views = [] if in_place or "out" in kwargs else [*storages_of(tensors_in(args))]
+        for storage in storages_of(made):
             if not any(storage is view for view in views):
                 self._origins[storage] = label
 
@@ -120,10 +120,10 @@ class Reach:
         Raises:
             ValueError: naming what is read.
         """
-        for t in _tensors(made):
+        for t in tensors_in(made):
             if isinstance(read := self._origin(t), str):
                 raise ValueError(f"stage {stage} reads {read}, and {_WAY_OUT}, or cut so that both lie in one stage")
-        for leaf in _strange(_tensors(made), set(), inside):
+        for leaf in strange_leaves(tensors_in(made), set(), inside):
             if isinstance(leaf, nn.Parameter):  # another is of the module's making, and nobody trains it
                 raise ValueError(
                     f"stage {stage} reads {self._holder(stage, leaf)}, which would be trained and no stage has: no optimizer "
@@ -148,9 +148,9 @@ class Reach:
         Raises:
             ValueError: naming what is read.
         """
-        strange = _strange([loss], {_node(t) for t in _tensors(judged) if t.requires_grad}, inside)
+        strange = strange_leaves([loss], {_node(t) for t in tensors_in(judged) if t.requires_grad}, inside)
         if strange:  # what the module reaches is not the loss's doing
-            reached = set(map(id, _strange(_tensors(judged), set(), inside)))
+            reached = set(map(id, strange_leaves(tensors_in(judged), set(), inside)))
             strange = [leaf for leaf in strange if id(leaf) not in reached]
         read = self._origin(loss)
         if not isinstance(read, str):
@@ -178,15 +178,15 @@ class Reach:
         return f"a parameter of shape {tuple(leaf.shape)}"
 
     def _origin(self, t: Tensor) -> int | str | None:
-        origins = (self._origins.get(storage) for storage in _storages([t]))
+        origins = (self._origins.get(storage) for storage in storages_of([t]))
         return next((origin for origin in origins if origin is not None), None)
 
     def _describe(self, t: Tensor, stage: int) -> str:
         """A tensor of a stage, by the name that the stage has for it."""
-        places = [*_storages([t])]
+        places = [*storages_of([t])]
         for prefix, module in self._stages[stage].named_modules():
             for name, value in {**module._parameters, **module._buffers, **vars(module)}.items():
-                if any(storage is place for storage in _storages(_tensors(value)) for place in places):
+                if any(storage is place for storage in storages_of(tensors_in(value)) for place in places):
                     return f"{prefix}.{name} of stage {stage}" if prefix else f"{name} of stage {stage}"
         return f"a tensor of shape {tuple(t.shape)} that stage {stage} has computed"
 
@@ -209,22 +209,22 @@ def refuse_gradient(label: str, value: Any, way_out: str) -> None:
     Raises:
         ValueError: it does.
     """
-    if any(t.requires_grad for t in _tensors(value)):
+    if any(t.requires_grad for t in tensors_in(value)):
         raise ValueError(
             f"{label} requires a gradient, and the pipeline gives none back; pass {label}.detach(), or {way_out}"
         )
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """Those in a value, which may hold anything."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list, dict)):
         for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
 
 
-def _storages(tensors: Iterable[Tensor]) -> Iterator[Any]:
+def storages_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
     """What they lie in, but for those that lie in none; of one inside `torch.vmap`, what the whole lies in."""
     for t in tensors:
         while torch._C._functorch.is_functorch_wrapped_tensor(t):
@@ -233,7 +233,7 @@ def _storages(tensors: Iterable[Tensor]) -> Iterator[Any]:
             yield from [part.untyped_storage() for part in parts_of(t)]
 
 
-def _strange(tensors: Iterable[Tensor], seen: set[Any], inside: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
+def strange_leaves(tensors: Iterable[Tensor], seen: set[Any], inside: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
     """The leaves that are not ``inside`` and that autograd would give a gradient, through nodes that have not been ``seen``."""
     found: list[Tensor] = []
     left: list[Any] = [_node(t) for t in tensors if t.requires_grad]

@@ -19,12 +19,15 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
+from torch.overrides import TorchFunctionMode
 
 from ..tensors.module_mode import members, modes_of
 from ..tensors.pytree import map_tensors, tensors_of
@@ -91,9 +94,10 @@ class Repetition:
         compares = held.version == held.micro.minibatch == self._minibatch
         before = (self._state(), Generators(self._module)) if is_first and compares else None
         try:
-            out = self._run(held, weights, "ahead")
+            with nullcontext() if before is None or not self._repeatable.can_be_watched else before[1]:
+                out = self._run(held, weights, "ahead")
         except Exception as error:
-            if is_first and wants_gradients(error) and self._runs_with_gradients(held, weights):
+            if is_first and self._runs_with_gradients(held, weights):
                 raise RuntimeError(
                     f"{str(error) or type(error).__name__} (this stage's forward runs with gradients, and not without, as the "
                     f"first of a stage that keeps its inputs does; {_CURE})"
@@ -121,10 +125,17 @@ class Repetition:
         (first, state), held.first = held.first, None
         return first if self._state().changes(state) <= self._moves else None
 
-    def check(self, held: Held, first: Sequence[Tensor], again: Any) -> None:
-        """Refuse another output: ``again`` where it was ``first``."""
-        coarse = held.autocast.enabled or any(map(_is_half, [*first, *self._parameters]))
-        seen, tolerance = tensors_of(again), 1e-2 if coarse else 1e-3
+    def check(self, held: Held, first: Sequence[Tensor], again: Any, *, at_once: bool = False) -> None:
+        """Refuse another output: ``again`` where it was ``first``; it is by the same kernels where it comes ``at_once``."""
+        read = [*first, *self._parameters]
+        tolerance = 1e-3
+        if held.autocast.enabled or any(map(_is_half, read)):
+            tolerance = 1e-2
+        elif at_once:
+            tolerance = 1e-5
+        elif all(t.dtype == torch.float64 for t in read):
+            tolerance = 1e-6
+        seen = tensors_of(again)
         if len(first) == len(seen) and all(_close(a, b, tolerance) for a, b in zip(first, seen, strict=True)):
             return
         raise RuntimeError(
@@ -152,7 +163,7 @@ class Repetition:
                     del now[name]
                 now.update(values)
         generators.check()
-        self.check(held, first, out)
+        self.check(held, first, out, at_once=True)
         if after.marks["sizes"] != sizes_of(self._parameters):
             raise RuntimeError(
                 "the stage's forward writes its parameters, and its repetition in the backward would write them again; let a "
@@ -181,6 +192,7 @@ class _State:
 
     def __init__(self, module: nn.Module, parameters: Sequence[Tensor]) -> None:
         self._kept: list[Any] = []  # as long as this is, nothing new has the identity of something here
+        self._seen: set[int] = set()  # what has been looked into
         self.marks: dict[Any, Any] = {"sizes": sizes_of(parameters)}
         for member in members(module):
             self.marks |= {(id(member), name): self._mark(value) for name, value in vars(member).items()}
@@ -190,16 +202,16 @@ class _State:
         names = self.marks.keys() | before.marks.keys()
         return {name for name in names if self.marks.get(name) != before.marks.get(name)}
 
-    def _mark(self, value: Any, depth: int = 3) -> Any:
+    def _mark(self, value: Any, depth: int = 6) -> Any:
         """What tells a value from what it is after it has been replaced, or written where that can be seen."""
         if isinstance(value, (bool, int, float, str)):
             return value
         self._kept.append(value)
         if isinstance(value, Tensor):
             return id(value), value._version
-        if isinstance(value, (list, tuple, deque, dict)) and depth:
-            inside = value.values() if isinstance(value, dict) else value
-            return id(value), *(self._mark(each, depth - 1) for each in inside)
+        if depth and id(value) not in self._seen:
+            self._seen.add(id(value))
+            return id(value), *(self._mark(each, depth - 1) for each in _inside(value).values())
         return id(value)
 
 
@@ -214,26 +226,53 @@ def sizes_of(tensors: Sequence[Tensor]) -> str:
     return repr([float(norm) for norm in norms])
 
 
-class Generators:
-    """Those that a module draws from and that are not torch's own: Python's, NumPy's, and those among its attributes."""
+class Generators(TorchFunctionMode):
+    """Those that a module draws from and that are not torch's own: Python's, NumPy's, those in its attributes, and within it
+    those that functions of torch are given."""
 
     def __init__(self, module: nn.Module) -> None:
+        super().__init__()
         self._known: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
             "Python's random": (random.getstate, random.setstate)
         }
         if (numpy := sys.modules.get("numpy.random")) is not None:
             self._known["NumPy's random"] = (numpy.get_state, numpy.set_state)
+        self._found: set[int] = set()  # what has been looked at
         for name, member in module.named_modules():
             for attribute, value in vars(member).items():
-                place = f"the generator {name}.{attribute}".replace(" .", " ")
-                if isinstance(value, torch.Generator):
-                    self._known[place] = (partial(_state, value), partial(_set_state, value))
-                elif isinstance(value, random.Random):
-                    self._known[place] = (value.getstate, value.setstate)
-                elif hasattr(bits := getattr(value, "bit_generator", getattr(value, "_bit_generator", None)), "state"):
-                    self._known[place] = (partial(getattr, bits, "state"), partial(setattr, bits, "state"))  # NumPy's
+                self._find(f"the generator {name}.{attribute}".replace(" .", " "), value)
         self._before = self._states()
         self._moved: dict[str, Any] = {}
+
+    def _find(self, place: str, value: Any, depth: int = 6) -> None:
+        if id(value) in self._found or not depth:
+            return
+        self._found.add(id(value))
+        if isinstance(value, torch.Generator):
+            self._known[place] = (partial(_state, value), partial(_set_state, value))
+        elif isinstance(value, random.Random):
+            self._known[place] = (value.getstate, value.setstate)
+        elif hasattr(bits := getattr(value, "bit_generator", getattr(value, "_bit_generator", None)), "state"):
+            self._known[place] = (partial(getattr, bits, "state"), partial(setattr, bits, "state"))  # NumPy's
+        else:
+            for key, inner in _inside(value).items():
+                self._find(
+                    f"{place}[{key!r}]" if isinstance(value, (dict, list, tuple)) else f"{place}.{key}",
+                    inner,
+                    depth - 1,
+                )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            if (
+                isinstance(value, torch.Generator)
+                and value is not torch.default_generator
+                and id(value) not in self._found
+            ):
+                place = f"a generator that {getattr(func, '__name__', func)} is given"
+                self._find(place, value)
+                self._before[place] = _state(value)
+        return func(*args, **(kwargs or {}))
 
     def _states(self) -> dict[str, Any]:
         return {name: get() for name, (get, _) in self._known.items()}
@@ -256,6 +295,17 @@ class Generators:
                     f"torch's default generator, which a repetition finds where it was, or {_CURE}"
                 )
             put(state)
+
+
+def _inside(value: Any) -> dict[Any, Any]:
+    """What a list, a mapping or an object holds."""
+    if isinstance(value, (list, tuple, deque)):
+        return dict(enumerate(value))
+    if isinstance(value, dict):
+        return value
+    # Functions and classes are the program's, and modules of a stage are looked into by themselves.
+    held = None if isinstance(value, (type, ModuleType, nn.Module, Tensor)) else getattr(value, "__dict__", None)
+    return held if isinstance(held, dict) else {}
 
 
 def _state(generator: torch.Generator) -> list[int]:

@@ -55,7 +55,7 @@ from .forward import LossFn, Moves, Repeatable
 from .gradients import GradientRule, gradient_norm
 from .local_loss import WithAux
 from .optimizer_step import Updates
-from .reach import Reach
+from .reach import Reach, strange_leaves
 from .repetition import Repetition, sizes_of
 from .saved_tensors import NOT_WEIGHED, weigh_graph
 from .stash import Held, MicroBatch, WeightVersion, stash_bytes
@@ -188,6 +188,7 @@ class Stage:
         self._graph_bytes: dict[Any, int] = {}
         self._wanting: dict[Any, list[bool]] = {}  # which tensors of an output have a gradient, by its form
         self._begun = False  # whether there has been an F
+        self._read_copies = False  # whether there has been a graph on copies of the parameters
 
     # -- F ------------------------------------------------------------------------------------------
 
@@ -244,13 +245,13 @@ class Stage:
         passed = [aligned_clone(t) if self._is_weight(t) else t.detach() for t in tensors]
         return unflatten(form, iter([t.requires_grad_(each) for t, each in zip(passed, wanting, strict=True)]))
 
-    def _writing(self, weights: WeightVersion | None, *, is_first: bool) -> tuple[list[int], str]:
+    def _writing(self, weights: WeightVersion | None, *, is_first: bool) -> tuple[list[Any], str]:
         """What tells whether a forward writes the copy that it reads: at first by whatever way."""
         if weights is None:
             return [], ""
-        return [t._version for t in weights.tensors], sizes_of(weights.tensors) if is_first else ""
+        return [(t.data_ptr(), t._version) for t in weights.leaves], sizes_of(weights.tensors) if is_first else ""
 
-    def _check_unwritten(self, before: tuple[list[int], str], after: tuple[list[int], str]) -> None:
+    def _check_unwritten(self, before: tuple[list[Any], str], after: tuple[list[Any], str]) -> None:
         """Refuse a forward that has written its weights, which are a copy."""
         if before == after:
             return
@@ -477,6 +478,9 @@ class Stage:
                 if not first:
                     self._graph_bytes[key] = nbytes
         held.has_graph = True
+        if held.weights is not None and not self._read_copies:
+            self._read_copies = True
+            self._check_read([*tensors_of(out), *tensors_of(loss)])
         if held.met is not None:
             nbytes += sum(map(tensor_bytes, filter(torch.is_tensor, held.met.moved.values())))
         if loss is None:
@@ -492,6 +496,17 @@ class Stage:
         else:
             raise ValueError("the loss has no gradient; loss_fn must not detach it or compute it under no_grad")
         return out, nbytes
+
+    def _check_read(self, made: list[Tensor]) -> None:
+        """Refuse a graph that stands on the parameters themselves, where they have copies in their places."""
+        names = {id(p): name for name, p in self._named.items()}
+        for leaf in strange_leaves(made, set(), list):
+            if id(leaf) in names:
+                raise RuntimeError(
+                    f"the stage's forward reads {names[id(leaf)]} not as an attribute of its module (from a list, or a variable of "
+                    f"a function), and what it is to read by method {self.method.name!r} with keep={self.method.keep!r} is a copy "
+                    "there; read it there, or pass method='bp', or one that recomputes at the weights of now (dtrp, dtr, fr)"
+                )
 
     def _tensors(self, weights: WeightVersion | None) -> dict[str, Tensor]:
         return {} if weights is None else dict(zip(self.names, weights.leaves, strict=True))

@@ -30,7 +30,7 @@ def attach(parameters: Mapping[str, nn.Parameter], leaves: Sequence[Tensor], tie
         Handles, which are to be removed after it.
 
     Raises:
-        ValueError: a tied one has hooks.
+        ValueError: a tied one has hooks; or there is one that torch would not call for copies.
     """
     hooked = [
         (name, p, leaf)
@@ -46,6 +46,12 @@ def attach(parameters: Mapping[str, nn.Parameter], leaves: Sequence[Tensor], tie
     handles = []
     for name, p, leaf in hooked:
         if leaf is not p and p._backward_hooks:
+            if any(".<locals>.get_inner_hook." in getattr(h, "__qualname__", "") for h in p._backward_hooks.values()):
+                raise ValueError(
+                    f"{name} has a hook on several gradients (register_multi_grad_hook), and the graph stands on copies of "
+                    "parameters, which torch does not know as such: use mode='any', a step_pre_hook of the optimizer, or a method "
+                    "that recomputes at the weights of now (dtrp, dtr, fr)"
+                )
             handles.append(leaf.register_hook(partial(_replaced, p)))  # type: ignore[no-untyped-call]
         if p._post_accumulate_grad_hooks:
             accumulated = partial(_accumulated, name, p, leaf, p._version)
