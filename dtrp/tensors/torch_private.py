@@ -1,10 +1,154 @@
-"""Every name that torch keeps to itself and the library needs, with the reason."""
+"""Every name that torch keeps to itself and the library needs, with the reason.
+
+Nothing else in the library uses a private name of torch. What is slow to import is imported on first use.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+from types import ModuleType
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+from torch.amp.autocast_mode import _exit_autocast as exit_autocast
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "ASSERT_TENSOR_METADATA", "SET_GRAD_ENABLED", "TO_COPY", "TorchDispatchMode", "backward_hooks", "buffer_dict",
+    "enter_autocast", "exit_autocast", "foreach_copy", "foreach_norm", "forward_hooks", "grad_accumulated_hooks",
+    "has_internal_overlap", "is_operator", "module_backward_hooks", "module_dict", "non_persistent_buffers",
+    "operator_schema", "parameter_dict", "pytree", "region_passes", "replace_tensor_dicts", "sparse_parts",
+    "storage_info_class", "without_functorch_wrappers", "write_count", "writes_arguments",
+]  # fmt: skip
+
+# The marks that torch.export leaves where a region of `torch.no_grad` or `torch.autocast` begins and ends; they are
+# compared by identity. Those of autocast are `enter_autocast` and `exit_autocast`, imported above.
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
+# Operators that torch.export writes into a graph: a check of the traced run, and what every cast becomes.
+ASSERT_TENSOR_METADATA = torch.ops.aten._assert_tensor_metadata.default
+TO_COPY = torch.ops.aten._to_copy.default
+# `pytree` takes any nesting of containers apart, also those that users have registered; `torch.utils._cxx_pytree` and
+# `torch.export` are built on it, and there is no public module.
+# `TorchDispatchMode` sees every operator that runs; torch documents it, under this private path alone.
+
+# -- tensors --------------------------------------------------------------------------------------
 
 
 def write_count(t: Tensor) -> int:
     """How often the memory of a tensor was written in place: autograd counts it, and no public name tells."""
     return t._version
+
+
+def sparse_parts(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and values of a sparse COO tensor, also of one that is not coalesced, where the public methods raise."""
+    return t._indices(), t._values()
+
+
+def has_internal_overlap(t: Tensor) -> bool:
+    """Whether elements of a strided tensor may share memory, as torch's in-place operations check it."""
+    return bool(torch._debug_has_internal_overlap(t))
+
+
+def foreach_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """``copy_`` of many tensors in one launch, as torch's optimizers do it."""
+    torch._foreach_copy_(targets, sources)
+
+
+def foreach_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """The 2-norms of many tensors in one launch, as ``torch.nn.utils.clip_grad_norm_`` takes them."""
+    return torch._foreach_norm(tensors)
+
+
+def without_functorch_wrappers(t: Tensor) -> Tensor:
+    """The tensor within the wrappers that ``torch.func`` transforms put around it, which hide its memory."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        t = functorch.get_unwrapped(t)
+    return t
+
+
+def backward_hooks(t: Tensor) -> dict[int, Any]:
+    """The hooks of ``t.register_hook``; no public name lists them."""
+    return t._backward_hooks or {}
+
+
+def grad_accumulated_hooks(t: Tensor) -> dict[int, Any]:
+    """The hooks of ``t.register_post_accumulate_grad_hook``; no public name lists them."""
+    return getattr(t, "_post_accumulate_grad_hooks", None) or {}
+
+
+# -- modules --------------------------------------------------------------------------------------
+# The dictionaries themselves: a module can so be given other tensors for a moment, without the checks of ``setattr`` and
+# without a call of hooks, and None entries and the order of the names stay. ``named_*()`` yields copies without them.
+
+
+def parameter_dict(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters of the module itself, by name."""
+    return module._parameters
+
+
+def buffer_dict(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers of the module itself, by name."""
+    return module._buffers
+
+
+def module_dict(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The children of the module, by name."""
+    return module._modules
+
+
+def replace_tensor_dicts(module: nn.Module, parameters: dict[str, Any], buffers: dict[str, Any]) -> None:
+    """Give the module these dictionaries for its parameters and buffers."""
+    module._parameters, module._buffers = parameters, buffers
+
+
+def non_persistent_buffers(module: nn.Module) -> set[str]:
+    """The names of the module's buffers that state dicts leave out; no public name tells."""
+    return module._non_persistent_buffers_set
+
+
+def forward_hooks(module: nn.Module) -> list[tuple[int, Any]]:
+    """The hooks before and after the module's forward, with their numbers; no public name lists them."""
+    return [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]
+
+
+def module_backward_hooks(module: nn.Module) -> list[tuple[int, Any]]:
+    """The hooks before and after the module's backward, with their numbers; no public name lists them."""
+    return [*module._backward_pre_hooks.items(), *module._backward_hooks.items()]
+
+
+# -- graphs of torch.export -----------------------------------------------------------------------
+
+
+def is_operator(target: Any) -> TypeGuard[torch._ops.OpOverload]:
+    """Whether the target of a graph's node is an operator of torch: the class has no public name."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def operator_schema(target: torch._ops.OpOverload) -> Any:
+    """Name, arguments and aliases of an operator, which only its schema tells."""
+    return target._schema
+
+
+def writes_arguments(target: Any) -> bool:
+    """Whether the target of a graph's node is an operator that writes an argument in place."""
+    return is_operator(target) and bool(target._schema.is_mutable)
+
+
+def region_passes() -> tuple[ModuleType, ModuleType]:
+    """The passes by which torch.export makes one operation of a region; no option of it leaves them out."""
+    from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
+
+    return replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
+
+
+# -- checkpoints ----------------------------------------------------------------------------------
+
+
+def storage_info_class() -> type[Any]:
+    """What ``.metadata`` of a distributed checkpoint says of a tensor's place in a file: a class without a public name."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    return _StorageInfo
