@@ -36,7 +36,6 @@ from ..stage.buffers import (
 from ..stage.stage import Stage
 from ..stage.stash import Held, MicroBatch, WeightVersion
 from ..tensors.autocast import AutocastState
-from ..tensors.module_mode import in_modes
 from ..tensors.pytree import flatten
 from . import checks
 from .coding import DTYPES, Decoder, Encoder
@@ -56,7 +55,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
     def encode(value: Any, name: str) -> Any:
         return encoder.encode(value, f"{key}.{name}")
 
-    versions = {id(held.weights): held.weights for held in stage._stash if held.weights is not None}
+    versions = {id(held.weights): held.weights for held in stage.stash if held.weights is not None}
     numbers = {number: i for i, number in enumerate(versions)}
     shared = {id(version): k for k, version in stage.versions.shared.items()}
     parameters, ahead = dict(stage.whole.named_parameters()), stage.repeatable.ahead
@@ -78,9 +77,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
             {"key": list(shared[id(v)]) if id(v) in shared else None, "tensors": encode(v.tensors, f"version.{i}")}
             for i, v in enumerate(versions.values())
         ],
-        "stash": [
-            _encode_held(held, met, numbers, encode) for held, met in zip(stage._stash, _met(stage), strict=True)
-        ],
+        "stash": [_encode_held(held, met, numbers, encode) for held, met in zip(stage.stash, _met(stage), strict=True)],
         "predictor": encode(_predictor_state(stage), "predictor"),
         "num_updates": progress.num_updates,
         "next_microbatch": progress.next_microbatch,
@@ -111,8 +108,8 @@ def _by_name(module: nn.Module, values: dict[Slot, Any]) -> dict[str, Any]:
 
 def _met(stage: Stage) -> list[dict[str, Any]]:
     """What each entry of the stash must meet when its graph is made again, and is not there now."""
-    entries = [held.met or Met() for held in stage._stash]
-    if not any(held.has_graph and stage.trains for held in stage._stash):
+    entries = [held.met or Met() for held in stage.stash]
+    if not any(held.has_graph and stage.trains for held in stage.stash):
         return [{} for _ in entries]
     cure = "call pipe.flush() before pipe.save(), or save with portable=True"
     if _extra_state(stage.whole):
@@ -374,11 +371,7 @@ class StageParts:
             if key is not None:
                 stage.versions.shared[key] = version
         for held, had_graph in self.stash:
-            if had_graph and stage.trains:
-                with in_modes(stage.module, held.modes):
-                    stage._graph(held, "discarded")
-            held.has_graph = had_graph
-            stage._stash.append(held)
+            stage.restore(held, has_graph=had_graph)
         own = buffers_of(stage.whole)
         for held, _ in self.stash:
             if held.met is not None:

@@ -551,6 +551,19 @@ class Stage:
         """Micro-batches between their F and their B."""
         return len(self._stash)
 
+    @property
+    def stash(self) -> tuple[Held, ...]:
+        """What is kept of the micro-batches between their F and their B, the oldest first."""
+        return tuple(self._stash)
+
+    def restore(self, held: Held, *, has_graph: bool) -> None:
+        """Add a micro-batch of a checkpoint to the stash; where it had a graph, that is made again from its input."""
+        if has_graph and self.trains:
+            with in_modes(self.module, held.modes):
+                self._graph(held, "discarded")
+        held.has_graph = has_graph
+        self._stash.append(held)
+
     def check_trainable(self) -> None:
         """Refuse parameters that were frozen, freed or replaced since the stage was made: its optimizer would not know."""
         now = {name: p for name, p in self.whole.named_parameters() if p.requires_grad}
