@@ -175,9 +175,9 @@ def test_what_a_graph_keeps_is_counted() -> None:
     for _ in range(3):
         pipe.step(x, y)
     (stage, _) = pipe._engine.stages
-    kept = [sorted(names(stage, held.met.moved)) for held in stage._stash if held.met is not None]
+    kept = [sorted(names(stage, held.met.moved)) for held in stage.stash if held.met is not None]
     assert kept == [["0.count", "0.size"], ["0.count"]]
-    graphs = [held.nbytes - x.nbytes for held in stage._stash]
+    graphs = [held.nbytes - x.nbytes for held in stage.stash]
     assert graphs[0] >= 8 + 5 * 4
     assert graphs[1] >= 8
 
@@ -187,7 +187,7 @@ def test_what_batch_norm_moves_is_seen(options: dict[str, Any]) -> None:
     """Though it does not count as written, and though trial forwards came first."""
     pipe = pipeline(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), num_stages=2, method="fdg", **options)
     pipe.step(*data()[0])
-    (held,) = pipe._engine.stages[0]._stash
+    (held,) = pipe._engine.stages[0].stash
     assert sorted(names(pipe._engine.stages[0], held.met.moved)) == [
         "0.num_batches_tracked",
         "0.running_mean",
@@ -198,7 +198,7 @@ def test_what_batch_norm_moves_is_seen(options: dict[str, Any]) -> None:
 def test_a_plain_network_keeps_no_buffer() -> None:
     pipe = pipeline(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3)), adamw, num_stages=2, method="fdg")
     pipe.step(*data()[0])
-    assert all(held.met is None for stage in pipe._engine.stages for held in stage._stash)
+    assert all(held.met is None for stage in pipe._engine.stages for held in stage.stash)
 
 
 def test_values_met() -> None:

@@ -397,7 +397,7 @@ def test_gradients_are_the_engines_after_a_failure_too(method: str, where: str) 
     pipe = Pipeline(model, sgd, cross_entropy, num_stages=3, method=method, num_microbatches=2)
     for x, y in minibatches(7):
         pipe.step(x, y)
-    copies = [held.weights for stage in pipe._engine.stages for held in stage._stash if held.weights is not None]
+    copies = [held.weights for stage in pipe._engine.stages for held in stage.stash if held.weights is not None]
     if where == "backward":
         model[1][1].broken = True
     else:

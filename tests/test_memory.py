@@ -157,8 +157,8 @@ def test_kept_graphs_share_one_copy_per_live_version() -> None:
     for x, y in minibatches(6, last=32):
         pipe.step(x, y)
     stage = pipe._engine.stages[0]
-    copies = {id(held.weights) for held in stage._stash if held.weights is not None}
-    delays = dtrp.Schedule.build("adl", 4, 6, 4).delays()[0][-len(stage._stash) :]
+    copies = {id(held.weights) for held in stage.stash if held.weights is not None}
+    delays = dtrp.Schedule.build("adl", 4, 6, 4).delays()[0][-len(stage.stash) :]
     versions = {
         b - d for b, d in zip([5 - (len(delays) - 1 - i) // 4 for i in range(len(delays))], delays, strict=True) if d
     }

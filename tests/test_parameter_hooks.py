@@ -416,10 +416,10 @@ def test_copies_are_shared_while_nobody_writes_the_weights() -> None:
     for x, y in batches()[:4]:
         pipe.step(x, y)
     first = pipe._engine.stages[0]
-    assert len({id(held.weights) for held in first._stash}) == 1
+    assert len({id(held.weights) for held in first.stash}) == 1
     scale(first.module)
     pipe.step(*batches()[4])
-    assert len({id(held.weights) for held in first._stash}) == 2
+    assert len({id(held.weights) for held in first.stash}) == 2
 
 
 def test_parameters_that_are_replaced_are_refused() -> None:

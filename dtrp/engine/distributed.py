@@ -34,7 +34,7 @@ from ..methods import Method
 from ..schedule import Action, StageOrder
 from ..stage.stage import Stage
 from ..stage.stash import MicroBatch
-from ..stage.tied import Tie, add_up, hand_over
+from ..stage.tied import Tie
 from ..tensors.pytree import map_tensors, num_samples, on_cpu, split
 from .base import Losses, Progress
 from .consistency import check_targets, checksum_of
@@ -385,14 +385,14 @@ class DistributedEngine:
         for tie in ties:
             if tie.owner != stage.index:
                 with naming(stage.index, action, stage.version):
-                    transport.give_tied(tie.owner, hand_over(stage, tie))
+                    transport.give_tied(tie.owner, stage.take_gradient(tie))
         for tie in ties:
             if tie.owner == stage.index:
                 with self.working_times[0].waiting("gradient"):
                     what = f"the gradient of {tie.name}, which both hold"
                     parts = [transport.take_tied(k, what) for k in tie.partners(stage.index)]
                 with naming(stage.index, action, stage.version):
-                    add_up(stage, tie, parts)
+                    stage.add_gradients(tie, parts)
 
     @torch.no_grad()
     def _spread_tied(self, ties: Sequence[Tie]) -> None:
@@ -401,13 +401,13 @@ class DistributedEngine:
         for tie in ties:
             if tie.owner == stage.index:
                 for k in tie.partners(stage.index):
-                    transport.give_tied(k, stage.parameters[tie.place_in(stage)].detach())
+                    transport.give_tied(k, stage.parameters[stage.index_of(tie)].detach())
         for tie in ties:
             if tie.owner != stage.index:
                 with self.working_times[0].waiting("forward"):
                     new = transport.take_tied(tie.owner, f"the values of {tie.name}, which both hold")
                 assert new is not None
-                stage.parameters[tie.place_in(stage)].copy_(new)
+                stage.parameters[stage.index_of(tie)].copy_(new)
 
     def _pass_on(self, note: Note, out: Any, target: Any) -> None:
         link = self._transport.forward_out

@@ -17,7 +17,6 @@ from ..methods import Method
 from ..schedule import Action, StageOrder
 from ..stage.stage import Stage
 from ..stage.stash import MicroBatch
-from ..stage.tied import add_up, hand_over
 from ..tensors.pytree import num_samples, split
 from .base import Losses, Progress
 
@@ -195,7 +194,7 @@ class LocalEngine:
         for tie in self._ties:
             owner = self.stages[tie.owner]
             with naming(tie.owner, action, owner.version):
-                add_up(owner, tie, [hand_over(self.stages[k], tie) for k in tie.partners(tie.owner)])
+                owner.add_gradients(tie, [self.stages[k].take_gradient(tie) for k in tie.partners(tie.owner)])
         self._norms = [each.gradient_norm() for each in self.stages] if self._together else None
         return True
 

@@ -355,11 +355,7 @@ class StageParts:
                 stage.optimizer.state[members[number]] = state
         if stage.lr_scheduler is not None:
             stage.lr_scheduler.load_state_dict(self.scheduler)
-        keep = self.part["keep"]
-        if keep is not None and stage.method.keep != keep:
-            stage.method = stage.method.keeping(keep)
-            stage.recomputes = stage.trains and stage.method.recomputes(stage.num_stages, stage.index)
-        stage.has_decided = keep is not None
+        stage.keep_as(self.part["keep"])
         stage.delays = self.delays
         stage.updates.skipped = list(self.part["skipped"])
         stage.stash_peak, stage.activations_peak = self.part["peaks"]

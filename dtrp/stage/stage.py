@@ -26,6 +26,7 @@ parameters' places while the module runs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import Counter, deque
@@ -183,7 +184,7 @@ class Stage:
         self.gauge: Gauge | None = None  # of the distance from the weights read to the true ones
         self._spoiled: list[Tensor] = []  # of the mini-batch's micro-batches: whether their loss was not finite
         self._spent: list[Tensor | None] = []  # the gradients of the last update
-        self._stash: deque[Held] = deque()
+        self.stash: deque[Held] = deque()
         self._prepared: WeightVersion | None = None  # made ahead of its F, which finds it among the shared ones
         self._graph_bytes: dict[Any, int] = {}
         self._wanting: dict[Any, list[bool]] = {}  # which tensors of an output have a gradient, by its form
@@ -236,7 +237,7 @@ class Stage:
             self._check_unwritten(before, self._writing(weights, is_first=is_first))
             held.nbytes += graph_bytes
         self._prepared = None
-        self._stash.append(held)
+        self.stash.append(held)
         self._note_peak(0)
         if self.distance == 0:
             return out.detach()
@@ -351,7 +352,7 @@ class Stage:
     def _known_gradients(self) -> dict[str, Any]:
         """What a predictor is told that uses gradients."""
         # A forward with a delay is of a later mini-batch than this version's, so all of its forwards are through.
-        waiting = sum(held.micro.share for held in self._stash if held.micro.minibatch == self.version)
+        waiting = sum(held.micro.share for held in self.stash if held.micro.minibatch == self.version)
         known = any(gradient is not None for gradient in self.gradients)
         return {"gradients": self.gradients, "share": max(0.0, 1.0 - waiting) if known else 0.0}
 
@@ -360,7 +361,7 @@ class Stage:
     def recompute(self) -> None:
         """The part of the next B that needs no gradient: repeat its forward, with a graph."""
         self.rest()
-        held = self._stash[0]
+        held = self.stash[0]
         if not held.has_graph:
             # In its own modes: the caller may have called eval() since.
             changed = held.modes not in ((), modes_of(self.module))
@@ -382,8 +383,8 @@ class Stage:
             The gradient of its input, in the same way; None where there is none.
         """
         self.recompute()
-        held = self._stash.popleft()
-        if not self._stash:
+        held = self.stash.popleft()
+        if not self.stash:
             self.repeatable.ahead = None
         assert self.version == held.micro.minibatch, "B(m) happens at version b(m)"
         self.delays[self.version - held.version] += 1
@@ -454,7 +455,7 @@ class Stage:
 
     def newest_loss(self) -> Tensor | None:
         """Of the last F, at a stage that has a loss."""
-        (root, *_) = self._stash[-1].roots if self.loss_fn is not None else (None,)
+        (root, *_) = self.stash[-1].roots if self.loss_fn is not None else (None,)
         return root.detach() if isinstance(root, Tensor) else None
 
     def _graph(self, held: Held, buffers: Moves = "own") -> tuple[Any, int]:
@@ -546,15 +547,17 @@ class Stage:
 
     # -- what it holds ------------------------------------------------------------------------------
 
+    def keep_as(self, keep: Keep | None) -> None:
+        """Go on as a stage that has decided to keep its graphs or its inputs; None: as one that has not decided yet."""
+        if keep is not None and self.method.keep != keep:
+            self.method = self.method.keeping(keep)
+            self.recomputes = self.trains and self.method.recomputes(self.num_stages, self.index)
+        self.has_decided = keep is not None
+
     @property
     def in_flight(self) -> int:
         """Micro-batches between their F and their B."""
-        return len(self._stash)
-
-    @property
-    def stash(self) -> tuple[Held, ...]:
-        """What is kept of the micro-batches between their F and their B, the oldest first."""
-        return tuple(self._stash)
+        return len(self.stash)
 
     def restore(self, held: Held, *, has_graph: bool) -> None:
         """Add a micro-batch of a checkpoint to the stash; where it had a graph, that is made again from its input."""
@@ -562,7 +565,7 @@ class Stage:
             with in_modes(self.module, held.modes):
                 self._graph(held, "discarded")
         held.has_graph = has_graph
-        self._stash.append(held)
+        self.stash.append(held)
 
     def check_trainable(self) -> None:
         """Refuse parameters that were frozen, freed or replaced since the stage was made: its optimizer would not know."""
@@ -579,6 +582,30 @@ class Stage:
                     "(load_state_dict(assign=True) does so); write into the one that is there, or make a new Pipeline"
                 )
 
+    def index_of(self, tie: Tie) -> int:
+        """The index of a tied parameter among those that the stage trains."""
+        return self.names.index(tie.names[self.index][0])
+
+    def take_gradient(self, tie: Tie) -> Tensor | None:
+        """This stage's part of the gradient of a tied parameter, which leaves the stage.
+
+        Raises:
+            TypeError: the gradient is sparse.
+        """
+        place = self.index_of(tie)
+        gradient, self.gradients[place] = self.gradients[place], None
+        if gradient is not None and gradient.layout is not torch.strided:
+            raise TypeError(
+                f"the gradient of {tie.name} is sparse, and stages that share a parameter add up dense ones; make the embedding "
+                "with sparse=False"
+            )
+        return gradient
+
+    def add_gradients(self, tie: Tie, parts: Sequence[Tensor | None]) -> None:
+        """Add the other holders' ``parts`` to the gradient of a tied parameter of this stage, in the order of the stages."""
+        present = [part for part in (self.take_gradient(tie), *parts) if part is not None]
+        self.gradients[self.index_of(tie)] = functools.reduce(torch.add, present) if present else None
+
     def rest(self) -> None:
         """Let go of the gradients of the last update."""
         self._spent = []
@@ -593,7 +620,7 @@ class Stage:
         self.rest()
         self._spoiled = []
         self.updates.drop()
-        self._stash.clear()
+        self.stash.clear()
         self.repeatable.ahead = None
         if self.gauge is not None:
             self.gauge.drop()
@@ -602,7 +629,7 @@ class Stage:
         self.gradients = [None] * len(self.parameters)
 
     def _note_peak(self, graph_bytes: int) -> None:
-        stash = stash_bytes(self._stash)
+        stash = stash_bytes(self.stash)
         self.stash_peak = max(self.stash_peak, stash)
         self.activations_peak = max(self.activations_peak, stash + graph_bytes)
 
@@ -622,7 +649,7 @@ class Stage:
             "optimizer": states_bytes(states),
             "gradients": self._gradients_bytes(),
             "gradients_peak": self.gradients_peak,
-            "stash": stash_bytes(self._stash),
+            "stash": stash_bytes(self.stash),
             "stash_peak": self.stash_peak,
         }
 

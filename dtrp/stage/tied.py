@@ -17,15 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from ..methods import Method
-
-if TYPE_CHECKING:
-    from .stage import Stage
 
 
 @dataclass(frozen=True)
@@ -49,10 +44,6 @@ class Tie:
     def name(self) -> str:
         """What it is called in the optimizer's state."""
         return self.names[self.owner][0]
-
-    def place_in(self, stage: Stage) -> int:
-        """Its place among the parameters of a stage that trains it."""
-        return stage.names.index(self.names[stage.index][0])
 
     def partners(self, stage: int) -> list[int]:
         """The stages that ``stage`` exchanges its gradients and values with."""
@@ -105,29 +96,3 @@ def check_ties(ties: Sequence[Tie], method: Method) -> None:
             "both lie in one stage; freeze it; or give each stage its own: module.weight = nn.Parameter(module.weight.clone()), "
             "tie_word_embeddings=False in the configuration of a Hugging Face model"
         )
-
-
-def hand_over(stage: Stage, tie: Tie) -> Tensor | None:
-    """The stage's part of the gradient, which leaves the stage.
-
-    Raises:
-        TypeError: a sparse one.
-    """
-    place = tie.place_in(stage)
-    gradient, stage.gradients[place] = stage.gradients[place], None
-    if gradient is not None and gradient.layout is not torch.strided:
-        raise TypeError(
-            f"the gradient of {tie.name} is sparse, and stages that share a parameter add up dense ones; make the embedding "
-            "with sparse=False"
-        )
-    return gradient
-
-
-def add_up(stage: Stage, tie: Tie, parts: Sequence[Tensor | None]) -> None:
-    """The owner's gradient becomes the sum of its own and the others' ``parts``, in the order of the stages."""
-    present = [part for part in (hand_over(stage, tie), *parts) if part is not None]
-    if present:
-        total = present[0]
-        for part in present[1:]:
-            total = total + part
-        stage.gradients[tie.place_in(stage)] = total
