@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from dtrp.comm.failure import Board, Failure, SigtermHandler
 from dtrp.comm.peer_watch import _WORD_BYTES, _packed
 from dtrp.errors import StageError, WaitTimeoutError, WorkerError
-from dtrp.launch.ranks import _interruptibly
+from dtrp.launch.join import _interruptibly
 from dtrp.schedule import Action
 
 
@@ -167,7 +167,7 @@ def test_a_run_that_failed_at_its_end_runs_exit_handlers_and_ends_with_a_failure
     """Those too that are older than torch: of `logging`, of temporary folders."""
     program = f"""
 import atexit; atexit.register(print, "older")
-from dtrp.launch.ranks import end_with_failure
+from dtrp.launch.process_end import end_with_failure
 atexit.register(print, "newer"); atexit.register(end_with_failure)
 {frozen}"""
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
@@ -214,7 +214,7 @@ def test_a_signal_ends_the_wait_and_the_process_though_the_backend_waits_on(
 ) -> None:
     at_exit: list[Any] = []
     codes: list[int] = []
-    monkeypatch.setattr("dtrp.launch.ranks.Finalize", lambda _, job, exitpriority: at_exit.append(job))
+    monkeypatch.setattr("dtrp.launch.join.Finalize", lambda _, job, exitpriority: at_exit.append(job))
     monkeypatch.setattr("os._exit", codes.append)
     monkeypatch.setenv("RANK", "1")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored

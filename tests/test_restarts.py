@@ -17,8 +17,8 @@ import pytest
 from test_full import CIFAR, benchmark
 
 from dtrp.cli import run
-from dtrp.launch.rendezvous import Presence, Start
-from dtrp.launch.signals import StopSignals
+from dtrp.launch.rendezvous import Heartbeats, Rendezvous
+from dtrp.launch.signals import stop_on_signal
 from dtrp.train import TrainConfig
 from dtrp.train.autosave import SaveEvery
 from dtrp.train.config_checks import check_settings, worker_range
@@ -315,7 +315,7 @@ def test_the_same_command_goes_on_and_another_does_not(tmp_path: Path, capsys: p
 
 
 class Store(dict[str, bytes]):
-    """What `meet` and `Presence` need of a store, and what is in it from a start that was killed."""
+    """What `meet` and `Heartbeats` need of a store, and what is in it from a start that was killed."""
 
     def check(self, keys: list[str]) -> bool:
         return all(key in self for key in keys)
@@ -340,7 +340,7 @@ def test_a_start_takes_nothing_from_the_one_before(monkeypatch: pytest.MonkeyPat
 
     def start(number: int, rank: int, world_size: int) -> None:
         time.sleep(0.05 * ((rank * 7 + number) % 3))
-        names[number, rank] = Start(store, rank, world_size).meet(10.0)
+        names[number, rank] = Rendezvous(store, rank, world_size).meet(10.0)
 
     for number, world_size in enumerate((3, 3, 2, 4)):
         threads = [threading.Thread(target=start, args=(number, rank, world_size)) for rank in range(world_size)]
@@ -351,13 +351,13 @@ def test_a_start_takes_nothing_from_the_one_before(monkeypatch: pytest.MonkeyPat
         assert len({names[number, rank] for rank in range(world_size)}) == 1
     assert len(set(names.values())) == 4
     monkeypatch.setattr("dtrp.launch.rendezvous._TOLD_S", 0.1)
-    first = Start(store, 0, 3)
+    first = Rendezvous(store, 0, 3)
     with pytest.raises(TimeoutError, match="rank 1, 2 has not come"):
         first.meet(0.1)
     assert first.missing() == [1, 2], "the marks of earlier starts do not count"
     with pytest.raises(TimeoutError, match="rank 0 has not come"):
-        Start(store, 1, 3).meet(0.1)
-    assert Start(Store(), 1, 4).missing() == [0, 1, 2, 3], "nobody has come, not even itself"
+        Rendezvous(store, 1, 3).meet(0.1)
+    assert Rendezvous(Store(), 1, 4).missing() == [0, 1, 2, 3], "nobody has come, not even itself"
 
 
 def test_all_ranks_say_who_has_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +367,7 @@ def test_all_ranks_say_who_has_not_come(monkeypatch: pytest.MonkeyPatch) -> None
 
     def start(rank: int, timeout_s: float) -> None:
         with pytest.raises(TimeoutError, match="has not come") as caught:
-            Start(store, rank, 3).meet(timeout_s)
+            Rendezvous(store, rank, 3).meet(timeout_s)
         said[rank] = str(caught.value)
         if rank == 0:
             store.clear()
@@ -384,7 +384,7 @@ def test_who_is_silent_is_missed_and_the_others_hear_of_it(monkeypatch: pytest.M
     monkeypatch.setattr("dtrp.launch.rendezvous._SILENCE_S", 0.3)
     monkeypatch.setattr("dtrp.launch.rendezvous._TOLD_S", 0.0)
     store = Store()
-    ranks = [Presence(store, [0, 1, 2, 3], rank) for rank in range(4)]
+    ranks = [Heartbeats(store, [0, 1, 2, 3], rank) for rank in range(4)]
     assert ranks[0].missing([3]) == [3], "not connected"
     for presence in ranks:
         presence.connect()
@@ -410,7 +410,7 @@ def test_the_first_rank_is_missed_with_its_store(monkeypatch: pytest.MonkeyPatch
         def clone(self) -> Store:
             raise RuntimeError("connection refused")
 
-    presence = Presence(Gone(), [0, 1], 1)
+    presence = Heartbeats(Gone(), [0, 1], 1)
     with pytest.raises(RuntimeError, match="connection refused"):
         presence.connect()
     assert presence.missing([0, 1]) == [0]
@@ -423,12 +423,12 @@ def test_one_signal_asks_and_its_echoes_do_not_count(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     calls: list[int] = []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored
-    with StopSignals(lambda: calls.append(1)) as signals:
+    with stop_on_signal(lambda: calls.append(1)) as request:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         clock[0] += 1.9
         os.kill(os.getpid(), signal.SIGINT)
-        assert (calls, signals.asked) == ([1], signal.SIGTERM)
+        assert (calls, request.signal) == ([1], signal.SIGTERM)
         clock[0] += 0.2
         with pytest.raises(KeyboardInterrupt, match="^$"):
             os.kill(os.getpid(), signal.SIGINT)

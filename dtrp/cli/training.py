@@ -30,7 +30,7 @@ def train(*, quiet: bool, resume: str | None, **options: Any) -> None:
     through, or with the first save, and then always holds the last finished one. Where it holds an unfinished run of
     these very settings, that run goes on.
     """
-    from ..launch.ranks import launched
+    from ..launch.join import launched
     from ..train.comparison import read_summary
     from ..train.run_folder import left_by
     from ..train.trainer import Reporter

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..launch.rendezvous import Presence
+from ..launch.rendezvous import Heartbeats
 
 NCCL_VARIABLE = "DTRP_NCCL"
 _FOREVER = timedelta(days=365)  # a receive that is posted ahead waits as long as the user pleases
@@ -41,7 +41,7 @@ class Meeting:
         name = f"dtrp/{'-'.join(map(str, ranks))}/{_made[tuple(ranks)]}"
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-        self.presence = Presence(dist.PrefixStore("presence", self._store), ranks, rank)  # type: ignore[attr-defined]
+        self.heartbeats = Heartbeats(dist.PrefixStore("presence", self._store), ranks, rank)  # type: ignore[attr-defined]
         self._gloo: Any = None
         self.missing = list(ranks)  # the ranks that are not known to have come
         self.over = False  # whether nobody waits any more
@@ -51,7 +51,7 @@ class Meeting:
 
         By asking again and again: a wait inside the store would keep everybody else from asking who is missing.
         """
-        self.presence.connect()
+        self.heartbeats.connect()
         self._store.set(f"{word}/{self.rank}", "")
         missing = list(self.ranks)
         while not self.over:

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from ..errors import StageError, WorkerError
-from ..launch.ranks import Ranks, end_at_once, end_with_failure, watch_launcher
+from ..launch.process_end import end_at_once, end_with_failure, watch_launcher
+from ..launch.ranks import Ranks
 from ..launch.rendezvous import ABSENT, SILENT
 from ..measure.trace import Tracer
 from ..stage.tied import Tie
@@ -155,7 +156,7 @@ class Transport:
         except (StageError, WorkerError):
             raise
         except RuntimeError as error:  # of the store or the backend, which name nobody
-            if not (missing := self._meeting.presence.missing(self._meeting.missing)):
+            if not (missing := self._meeting.heartbeats.missing(self._meeting.missing)):
                 raise
             text = f"{self._missed(missing).format('in vain')} ({type(error).__name__}: {error})"
             raise WorkerError(text) from error
@@ -163,18 +164,18 @@ class Transport:
 
     def _listen(self) -> None:
         """While groups are made: this rank is there, and another may know who is not."""
-        missing = self._meeting.presence.beat()
+        missing = self._meeting.heartbeats.beat()
         if missing and self._watch is None:  # it would say more
             raise WorkerError(self._missed(missing).format("in vain"))
 
     def _describe_missing(self) -> str:
-        return self._missed(self._meeting.presence.missing(self._meeting.missing))
+        return self._missed(self._meeting.heartbeats.missing(self._meeting.missing))
 
     def _missed_at_the_start(self) -> str:
         """What this rank has to say when it is told to end before the watch can know of anybody."""
         if self._watch is not None:
             return ""
-        missing = self._meeting.presence.missing(self._meeting.missing)
+        missing = self._meeting.heartbeats.missing(self._meeting.missing)
         return f"{self._missed(missing).format('in vain')} (it was told to end, by SIGTERM)" if missing else ""
 
     def _missed(self, missing: list[int]) -> str:

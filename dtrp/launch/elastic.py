@@ -1,19 +1,19 @@
-"""A run whose number of workers changes: they come and go, and it goes on with those there are.
+"""Elastic runs: workers come and go, and the run goes on with those that are there.
 
-torchrun starts all workers of one launcher again when one has failed, but cannot do with fewer of them. So each worker
-has a launcher of its own, and these meet anew at every start:
+torchrun starts all workers of one launcher again when one has failed, but cannot do with fewer of them. So each worker has a
+launcher of its own, and the launchers meet anew at every restart:
 
 ::
 
-    this process   hosts the place where launchers meet, and watches them
-      launcher       starts its worker again when one of all has failed, or when one more has come
+    this process   hosts the store where launchers meet, and watches them
+      launcher       starts its worker again when any worker has failed, or one more has come
         worker
       launcher       is killed, with its worker: the others meet without it, if enough are left
         worker
-      launcher       started by hand, with the address of the place: the others meet again, with it
+      launcher       started by hand, with the address of the store: the others meet again, with it
 
-The place is here, in a process that trains nothing, so that no launcher is needed more than another. Ranks are dealt anew
-at each start. If this process is killed the place is gone, and launchers and workers end by themselves.
+The store is in this process, which trains nothing, so that no launcher is needed more than another. Ranks are assigned anew at
+each restart. If this process is killed the store is gone, and launchers and workers end by themselves.
 """
 
 from __future__ import annotations
@@ -26,97 +26,92 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-from .torchrun import SAVING_S, WorkersError, WorkersStopped, end_of, variables_of_workers
+from .signals import handled_signals
+from .torchrun import SAVING_S, WorkersError, WorkersStopped, ends_of_logs, worker_variables
 
 _POLL_S = 0.2
-_LATE_S = 5  # that launchers wait for more, when there are enough
-_ALIVE = {"keep_alive_interval": 2, "keep_alive_max_attempt": 5}  # a launcher that is silent for 10 s is gone
-_WAIT_S = 600  # for as many as are needed
-_END_S = 15.0  # for launchers to end after the run is finished
+_END_S = 15.0  # how long launchers may take to end after the run is finished
+_RENDEZVOUS = {
+    "is_host": 0,
+    "join_timeout": 600,  # seconds until enough launchers must have come
+    "last_call_timeout": 5,  # seconds to wait for more when there are enough
+    "keep_alive_interval": 2, "keep_alive_max_attempt": 5,  # a launcher that is silent for 10 s is gone
+}  # fmt: skip
 
 
 class Launchers:
     """The launchers of a run on this machine, a worker each.
 
     Args:
-        arguments: of a worker: what follows ``python``.
-        least: how many there must be for a run to go on.
-        most: how many there may be.
-        max_restarts: failures that the run survives.
-        folder: of their logs.
+        arguments: a worker's command line after ``python``.
+        least: the number of workers that the run needs to go on.
+        most: the largest number of workers.
+        max_restarts: the number of failures that the run survives.
+        folder: where the logs go.
+
+    Attributes:
+        processes: all launchers started so far, those that have ended too.
     """
 
     def __init__(self, arguments: Sequence[str], least: int, most: int, *, max_restarts: int, folder: Path) -> None:
-        self._place = dist.TCPStore(  # type: ignore[attr-defined]
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False
-        )
-        conf: dict[str, int] = {"is_host": 0, "join_timeout": _WAIT_S, "last_call_timeout": _LATE_S, **_ALIVE}
-        self._options = ["-m", "torch.distributed.run", "--nnodes", f"{least}:{most}", "--nproc-per-node", "1"]
-        self._options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{self._place.port}"]
-        self._options += ["--rdzv-id", uuid.uuid4().hex, "--rdzv-conf", ",".join(f"{k}={v}" for k, v in conf.items())]
-        self._options += ["--max-restarts", str(max_restarts), "--local-addr", "127.0.0.1"]
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+        self._options = (
+            f"-m torch.distributed.run --nnodes {least}:{most} --nproc-per-node 1 --max-restarts {max_restarts} "
+            f"--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{self._store.port} --rdzv-id {uuid.uuid4().hex} "
+            f"--rdzv-conf {','.join(f'{name}={value}' for name, value in _RENDEZVOUS.items())} --local-addr 127.0.0.1"
+        ).split()
         self._arguments, self._folder = list(arguments), folder
-        # With the store that launchers share, those that stay would look for a first one that is gone.
-        self._variables = {**variables_of_workers(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        # With the store that launchers share by default, those that stay would look for a first one that is gone.
+        self._variables = {**worker_variables(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         self.processes: list[subprocess.Popen[bytes]] = []
 
     @property
-    def joining(self) -> str:
-        """The command that brings another worker."""
+    def join_command(self) -> str:
+        """The shell command that adds a worker to the run."""
         variables = [f"{name}={value}" for name, value in self._variables.items()]
         return shlex.join(["env", *variables, sys.executable, *self._options, *self._arguments])
 
     def start(self) -> None:
-        """One more; a session of its own, so that Ctrl-C comes to this process alone."""
+        """Start one more, in a session of its own, so that Ctrl-C comes to this process alone."""
         number = len(self.processes)
         logs = ["--redirects", "2", "--log-dir", str(self._folder / str(number))]
+        command = [sys.executable, *self._options, *logs, *self._arguments]
+        environment = {**os.environ, **self._variables}
         with (self._folder / f"{number}.log").open("wb") as log:
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, *self._options, *logs, *self._arguments],
-                    stderr=log,
-                    env={**os.environ, **self._variables},
-                    start_new_session=True,
-                )
-            )
+            self.processes.append(subprocess.Popen(command, stderr=log, env=environment, start_new_session=True))
 
     @property
     def living(self) -> list[subprocess.Popen[bytes]]:
         return [process for process in self.processes if process.poll() is None]
 
-    def tell(self, number: int) -> None:
-        """Send a signal to all."""
+    @property
+    def any_succeeded(self) -> bool:
+        """Whether a launcher has ended with exit code 0."""
+        return any(process.returncode == 0 for process in self.processes)
+
+    def send_signal(self, number: int) -> None:
         for process in self.living:
             process.send_signal(number)
 
     def wait(self, timeout_s: float) -> None:
-        """Until all have ended; those that have not by then are killed."""
+        """Wait until all have ended; kill those that have not after ``timeout_s``."""
         until = time.monotonic() + timeout_s
         while self.living and time.monotonic() < until:
             time.sleep(_POLL_S)
-        self.tell(signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
         for process in self.processes:
             process.wait()
 
-    def says(self, *beginnings: str) -> str:
-        """The last line of a worker, the latest first, that begins so; what one wrote last, if there is none."""
-        logs = sorted(
-            self._folder.glob("*/*/attempt_*/*/stderr.log"), key=lambda path: path.stat().st_mtime, reverse=True
-        )
-        ends = [end_of(log) for log in logs if log.stat().st_size]
-        lines = [line for end in ends for line in reversed(end.splitlines())]
-        for beginning in beginnings:
-            for line in lines:
-                if line.startswith(beginning):
-                    return line
-        return ends[0] if ends else ""
+    def last_line(self, beginning: str) -> str:
+        """The last line with this beginning in the workers' logs, the latest log first; without one, the end of that log."""
+        ends = [end for end in ends_of_logs(self._folder, "*/*/attempt_*/*/stderr.log") if end]
+        lines = (line for end in ends for line in reversed(end.splitlines()) if line.startswith(beginning))
+        return next(lines, ends[0] if ends else "")
 
 
 def run_elastic(
@@ -128,64 +123,49 @@ def run_elastic(
     is_finished: Callable[[], bool],
     say: Callable[[str], None],
 ) -> None:
-    """Run ``python -m ...`` in up to ``most`` processes, which go on with as few as ``least`` of them.
+    """Run ``python -m ...`` in up to ``most`` processes, and go on with as few as ``least`` of them.
 
     Args:
-        arguments: what follows ``python``.
-        least: of the processes.
-        most: of the processes.
-        max_restarts: failures that the run survives.
-        is_finished: whether the run is through.
-        say: shows a line.
+        arguments: what follows ``python`` on the command line.
+        least: the number of workers that the run needs to go on.
+        most: the number of workers at the start, and the largest.
+        max_restarts: the number of failures that the run survives.
+        is_finished: () -> whether the run is finished.
+        say: shows a line to the user.
 
     Raises:
-        WorkersError: too few are left, or they have failed too often.
-        WorkersStopped: Ctrl-C, or SIGTERM; all were told, had the time to save, and have ended.
+        WorkersError: too few workers are left, or they have failed too often.
+        WorkersStopped: Ctrl-C or SIGTERM; all workers were told, had the time to save, and have ended.
     """
-    with tempfile.TemporaryDirectory(prefix="dtrp-") as folder, _signals() as heard:
+    received: list[int] = []
+    with tempfile.TemporaryDirectory(prefix="dtrp-") as folder, handled_signals(received.append):
         launchers = Launchers(arguments, least, most, max_restarts=max_restarts, folder=Path(folder))
         try:
             for _ in range(most):
                 launchers.start()
-            say(f"another worker joins with: {launchers.joining}")
-            while launchers.living and not heard:
+            say(f"another worker joins with: {launchers.join_command}")
+            while launchers.living and not received:
                 if is_finished():
                     launchers.wait(_END_S)
                     return
-                if len(launchers.living) < least and not any(p.returncode == 0 for p in launchers.processes):
+                if len(launchers.living) < least and not launchers.any_succeeded:
                     break
                 time.sleep(_POLL_S)
-            if heard:
-                launchers.tell(heard[0])
-                launchers.wait(SAVING_S)
-                if not is_finished():
-                    raise WorkersStopped(heard[0], launchers.says("dtrp: stopped after"))
-                return
             left = len(launchers.living)
-            launchers.tell(signal.SIGTERM)
+            launchers.send_signal(received[0] if received else signal.SIGTERM)
             launchers.wait(SAVING_S)
         finally:
-            launchers.tell(signal.SIGKILL)
-        if any(process.returncode == 0 for process in launchers.processes) or is_finished():
+            launchers.send_signal(signal.SIGKILL)
+        if is_finished():
             return
-        text = (
-            f"dtrp: {left} of {most} workers are left, and the run needs {least}; the last word was: " if left else ""
-        )
-        raise WorkersError(0, 1, text + launchers.says("dtrp: ").removeprefix("dtrp: " if left else ""))
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM, as they come, in place of what they would do; nothing outside the main thread."""
-    heard: list[int] = []
-    before: dict[int, Any] = {}
-    try:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            before[each] = signal.signal(each, lambda number, frame: heard.append(number))
-    except ValueError:
-        before = {}
-    try:
-        yield heard
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        if received:
+            raise WorkersStopped(received[0], launchers.last_line("dtrp: stopped after"))
+        if launchers.any_succeeded:
+            return
+        last_line = launchers.last_line("dtrp: ")
+        if left:
+            last_line = (
+                f"dtrp: {left} of {most} workers are left, and the run needs {least}; the last word was: "
+                f"{last_line.removeprefix('dtrp: ')}"
+            )
+        raise WorkersError(0, 1, last_line)

@@ -1,4 +1,4 @@
-"""Starts the processes of a run on this machine, through torchrun's own interface."""
+"""Starts the worker processes of a run on this machine, through torchrun's Python interface."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,21 +17,20 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from .ranks import LAUNCHER_VARIABLE
+from .process_end import LAUNCHER_VARIABLE
+from .signals import handlers_restored
 
-_HANDLED = [
-    number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
-]  # by the launcher
-_LINES = 30  # of a failed worker's log
-SAVING_S = 120  # that workers have to save and end when they are told to
+_LAST_LINES = 30  # of a failed worker's log that are kept
+SAVING_S = 120  # how long workers may take to save and end when they are told to stop
 
 
 class WorkersError(RuntimeError):
     """A worker ended with an error.
 
     Attributes:
-        rank, exit_code: whose, and which.
-        log: the end of what it wrote to its standard error.
+        rank: the worker's rank.
+        exit_code: its exit code; the negative number of the signal that killed it.
+        log: the last lines of its standard error.
     """
 
     def __init__(self, rank: int, exit_code: int, log: str) -> None:
@@ -46,11 +44,11 @@ class WorkersError(RuntimeError):
 
 
 class WorkersStopped(Exception):
-    """All were told to end by a signal to this process, and have ended.
+    """All workers were told to stop by a signal to this process, and have ended.
 
     Attributes:
-        signal: the signal.
-        log: the end of what the one that is shown wrote to its standard error.
+        signal: the signal's number.
+        log: the last lines of the shown worker's standard error.
     """
 
     def __init__(self, signal: int, log: str) -> None:
@@ -62,16 +60,20 @@ def run_workers(arguments: Sequence[str], num_processes: int, *, shown: int, max
     """Run ``python -m ...`` in several processes, as torchrun would, and wait for them.
 
     Args:
-        arguments: what follows ``python``.
-        num_processes: how many.
-        shown: the local rank whose standard output is this process's; the others' goes to logs that are thrown away.
-        max_restarts: how often all are started again after one has failed.
+        arguments: what follows ``python`` on the command line.
+        num_processes: the number of workers.
+        shown: the local rank whose standard output is this process's; the others write to logs that are thrown away.
+        max_restarts: how often all workers are started again after one has failed.
 
     Raises:
         WorkersError: one failed; the others have been ended.
-        WorkersStopped: Ctrl-C, or SIGTERM; all were told, had the time to save, and have ended.
+        WorkersStopped: Ctrl-C or SIGTERM; all workers were told, had the time to save, and have ended.
     """
-    with _as_they_were(), tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
+    with (
+        handlers_restored(("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")),  # the launcher replaces them
+        _launcher_settings(),
+        tempfile.TemporaryDirectory(prefix="dtrp-") as folder,
+    ):
         redirects = {rank: Std.ERR if rank == shown else Std.ALL for rank in range(num_processes)}
         config = LaunchConfig(
             min_nodes=1,
@@ -87,52 +89,48 @@ def run_workers(arguments: Sequence[str], num_processes: int, *, shown: int, max
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
-            # First who was killed, then who ended with an error; SIGTERM is how the launcher ends the others.
-            ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            rank = min(ended, key=lambda rank: (ended[rank] == -signal.SIGTERM, ended[rank] > 0, rank))
-            raise WorkersError(rank, ended[rank], _log(Path(folder), rank)) from None
+            # To blame is first who was killed, then who ended with an error: the launcher ends the others by SIGTERM.
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            rank = min(codes, key=lambda rank: (codes[rank] == -signal.SIGTERM, codes[rank] > 0, rank))
+            raise WorkersError(rank, codes[rank], _end_of_log(Path(folder), rank)) from None
         except SignalException as error:
-            raise WorkersStopped(error.sigval, _log(Path(folder), shown)) from None
+            raise WorkersStopped(error.sigval, _end_of_log(Path(folder), shown)) from None
 
 
 @contextmanager
-def _as_they_were() -> Iterator[None]:
-    """What the launcher needs of this process while it runs: variables, quiet loggers, and its signal handlers."""
+def _launcher_settings() -> Iterator[None]:
+    """What torch's launcher needs of this process while it runs: environment variables and quiet loggers."""
     variables = dict(os.environ)
-    os.environ.update(variables_of_workers())
+    os.environ.update(worker_variables())
     names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they would say is said better in a WorkersError
-    here = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in _HANDLED} if here else {}
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a WorkersError says it better
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            if handler is not None:  # None: not installed from Python, and so not to be put back from it
-                signal.signal(number, handler)
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         os.environ.clear()
         os.environ.update(variables)
 
 
-def variables_of_workers() -> dict[str, str]:
-    """What workers on this machine find in their environment, unless it is there already."""
-    variables = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_S)}
+def worker_variables() -> dict[str, str]:
+    """Environment variables of workers on this machine; those that are set already stay as they are."""
+    defaults = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_S)}
     if sys.platform == "linux":
-        variables["GLOO_SOCKET_IFNAME"] = "lo"
-    return {LAUNCHER_VARIABLE: str(os.getpid())} | {
-        name: os.environ.get(name, value) for name, value in variables.items()
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    return {name: os.environ.get(name, value) for name, value in defaults.items()} | {
+        LAUNCHER_VARIABLE: str(os.getpid())
     }
 
 
-def _log(folder: Path, rank: int) -> str:
-    files = list(folder.glob(f"*/attempt_*/{rank}/stderr.log"))
-    return end_of(max(files, key=lambda path: path.stat().st_mtime)) if files else ""
+def _end_of_log(folder: Path, rank: int) -> str:
+    """The last lines that a worker's latest attempt wrote to standard error."""
+    return next(iter(ends_of_logs(folder, f"*/attempt_*/{rank}/stderr.log")), "")
 
 
-def end_of(log: Path) -> str:
-    """The last lines of a log."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-_LINES:])
+def ends_of_logs(folder: Path, pattern: str) -> list[str]:
+    """The last lines of the logs whose path fits ``pattern``, the latest first."""
+    logs = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
+    return ["\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:]) for log in logs]

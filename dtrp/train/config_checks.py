@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from ..did_you_mean import unknown
-from ..launch.ranks import launched
+from ..launch.join import launched
 from ..models import has_convolutions, takes_text
 from .autosave import SaveEvery
 from .config import CHOICES, TrainConfig, option_name

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..atomic_file import whole_file
-from ..launch.ranks import launch_name
+from ..launch.join import launch_name
 from ..saving import state_dict
 from ..typing import Json
 from .config import SAVE_SETTINGS, TrainConfig, config_text, read_settings

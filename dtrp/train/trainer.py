@@ -23,8 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..data import batches
-from ..launch.ranks import join, launched, watch_launcher
-from ..launch.signals import StopSignals
+from ..launch.join import join, launched
+from ..launch.process_end import watch_launcher
+from ..launch.signals import StopRequest, stop_on_signal
 from ..measure.prediction_error import look_every
 from ..methods import Method
 from ..models import auxiliary
@@ -145,7 +146,7 @@ class Trainer:
         self.notes: list[str] = []
         self._position = Position()
         self._saves = self._open_saves()
-        self._stop_signals = StopSignals(lambda: self.pipe.propose(_STOP))
+        self._stop_request = StopRequest()
         self._events: Events | None = None
         self._stage_scalars = StageScalars()
 
@@ -227,7 +228,7 @@ class Trainer:
         config, pipe = self.config, self.pipe
         with ExitStack() as failing, ExitStack() as ending:
             if self._saves is not None:
-                ending.enter_context(self._stop_signals)
+                self._stop_request = ending.enter_context(stop_on_signal(lambda: pipe.propose(_STOP)))
             failing.push(pipe)  # other ranks learn of an error at once
             reporter.start(self)
             for note in self.notes:
@@ -260,7 +261,7 @@ class Trainer:
             samples_per_s=samples / trained_s,
             elapsed_s=time.perf_counter() - self._start,
         )
-        ranks = pipe.gather((measured if self.reports else None, self._stop_signals.asked is not None))
+        ranks = pipe.gather((measured if self.reports else None, self._stop_request.signal is not None))
         metrics = next(metrics for metrics, _ in ranks if metrics is not None)
         self._record(metrics)
         reporter.epoch(metrics)
@@ -352,7 +353,7 @@ class Trainer:
         """End the run, as all ranks have agreed, after a save."""
         update = self.pipe.num_updates
         self.pipe.close()  # waits for the other ranks, so that none takes the end of another for a failure
-        raise Interrupted(self._stop_signals.asked or signal.SIGTERM, update, str(self.config.out))
+        raise Interrupted(self._stop_request.signal or signal.SIGTERM, update, str(self.config.out))
 
     def _shard(self, batch: Tensor | None) -> Tensor | None:
         """This replica's part of a mini-batch."""
