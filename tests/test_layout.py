@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 
-from support.source_tree import (
+from source_tree import (
     between_packages,
     circles,
     imports,
@@ -14,6 +16,8 @@ from support.source_tree import (
     private_names_of_torch,
     reachable,
 )
+
+TESTS = Path(__file__).parent
 
 # Who may import whom; an arrow admits everything further along it.
 ARROWS = {
@@ -93,3 +97,13 @@ def test_no_function_is_longer_than_a_screen() -> None:
 
 def test_a_root_module_stands_for_itself() -> None:
     assert [package_of(name) for name in ("dtrp", "dtrp.pipeline", "dtrp.stage.stash")] == ["dtrp", "pipeline", "stage"]
+
+
+def test_tests_lie_in_a_folder_a_package_and_import_no_other() -> None:
+    packages = {path.parent.name for path in modules().values()} | {"documents", "support"}
+    folders = {path.parent.name for path in TESTS.rglob("test_*.py")} - {"tests"}
+    assert folders <= packages
+    importing = {
+        path.name for path in TESTS.rglob("*.py") if re.search(r"(?m)^\s*(from|import) test_", path.read_text())
+    }
+    assert importing == set()

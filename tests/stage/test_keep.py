@@ -9,7 +9,7 @@ import oracles
 import pytest
 import torch
 from helpers import adamw, minibatches, network, pipeline, sgd
-from test_pipeline import check_against_oracle
+from oracle_checks import check_against_oracle
 from torch import Tensor, nn
 
 import dtrp

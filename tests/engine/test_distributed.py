@@ -25,6 +25,7 @@ import pytest
 import torch
 from helpers import assert_close, assert_same
 from launching import (
+    RANK_PROGRAMS,
     Outcome,
     Server,
     of_ranks,
@@ -55,7 +56,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.timeout(300)
 
-PROGRAMS = Path(__file__).with_name("rank_programs.py")
+
 Results = dict[str, list[Any]]
 
 
@@ -391,7 +392,7 @@ def test_twenty_killed_ranks_at_random_moments(server: Server, tmp_path: Path) -
 
 
 def kill_under_torchrun(folder: Path, num_ranks: int, victim: int) -> None:
-    with start_torchrun(folder, num_ranks, PROGRAMS, "train_until_killed", str(folder), "dtrp") as torchrun:
+    with start_torchrun(folder, num_ranks, RANK_PROGRAMS, "train_until_killed", str(folder), "dtrp") as torchrun:
         pids = torchrun.await_ready()
         began = time.monotonic()
         os.kill(pids[victim], signal.SIGKILL)
@@ -421,7 +422,7 @@ def test_any_killed_rank_is_named_under_torchrun(tmp_path: Path, victim: int) ->
 
 
 def test_no_process_is_left_when_the_agent_is_killed(tmp_path: Path) -> None:
-    with start_torchrun(tmp_path, 2, PROGRAMS, "train_until_killed", str(tmp_path), "dtrp") as torchrun:
+    with start_torchrun(tmp_path, 2, RANK_PROGRAMS, "train_until_killed", str(tmp_path), "dtrp") as torchrun:
         pids = torchrun.await_ready()
         torchrun.agent.kill()
         torchrun.wait(5)

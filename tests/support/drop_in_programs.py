@@ -1,4 +1,4 @@
-"""What ranks run for `tests/test_pipelining.py`: scripts for torch's schedules, with torch's and with ours."""
+"""What ranks run for `tests/pipelining/test_pipelining.py`: scripts for torch's schedules, with torch's and with ours."""
 
 from __future__ import annotations
 

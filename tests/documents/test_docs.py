@@ -12,7 +12,7 @@ from browser import needs_chromium, open_page
 from dtrp import Schedule, get_method, list_methods
 
 pytest.importorskip("sphinx", reason="the extra 'docs' is not installed")
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 SITE = DOCS.parent / "build" / "docs"
 sys.path.insert(0, str(DOCS))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_full import CIFAR, benchmark
+from benchmark_programs import CIFAR, benchmark
 
 from dtrp.cli import run
 from dtrp.launch.rendezvous import Heartbeats, Rendezvous

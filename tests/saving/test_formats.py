@@ -1,6 +1,6 @@
 """What an older version has written loads, and training goes on from it to the same weights.
 
-`tests/formats/v1` was written by version 0.1.0 (`tests/formats/write.py`, and `dtrp train` and `dtrp plan` on text.txt).
+`formats/v1` was written by version 0.1.0 (`formats/write.py`, and `dtrp train` and `dtrp plan` on text.txt).
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import reaching_losses
 import stateful_models
-import test_loss
 import torch
 import torch.distributed as dist
 import unsplit
@@ -52,7 +52,7 @@ from moving_models import KINDS as MOVING
 from moving_models import model_of as moving_model
 from moving_models import sequences
 from split_models import MODELS as SPLIT_MODELS
-from test_models_in_stages import MODELS, Tokens
+from strained_models import MODELS, Tokens
 from tied_models import TIED
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -994,11 +994,11 @@ def nonfinite_gradient(folder: str, stage: int, options: dict[str, Any]) -> None
 
 def refused_loss(folder: str, case: str, method: str) -> None:
     """A loss that reaches another stage; each rank writes what it hears."""
-    model = test_loss.model_of()
-    loss_fn = test_loss.REACHING[case][0](model)
+    model = reaching_losses.model_of()
+    loss_fn = reaching_losses.REACHING[case][0](model)
     pipe = dtrp.Pipeline(model, sgd, loss_fn, num_stages=3, method=method, num_microbatches=2, timeout_s=10)
     try:
-        for x, y in test_loss.batches_of():
+        for x, y in reaching_losses.batches_of():
             pipe.step(x, y)
         pipe.flush()
     except dtrp.StageError as error:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
+RANK_PROGRAMS = TESTS / "rank_programs.py"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dtrp.train.build import make_method
 from dtrp.train.config import TrainConfig, option_name
 from dtrp.train.config_checks import check_settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ACTING = (
     "train/build.py",
     "train/trainer.py",

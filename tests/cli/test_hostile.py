@@ -7,7 +7,6 @@ written. Never a traceback.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import pickle
@@ -22,18 +21,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, Phase, example, given, settings
+from damage import FIXED, answer, damages
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dtrp.cli import run
 from dtrp.methods import list_methods
 
-# The same examples every time: a failure is found again, and the suite takes as long as it did yesterday.
-FIXED = settings(
-    deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate, Phase.shrink),
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
 SMALL = {"data": "digits", "model": "mlp", "limit-train": 40, "limit-test": 20, "batch-size": 16, "epochs": 2,
          "max-updates": 4, "threads": 1}  # fmt: skip
 FILES = ["config", "metrics.jsonl", "model.pt", "saves", "summary.json"]
@@ -128,15 +122,6 @@ OPTIONS = (
 )
 
 
-def answer(arguments: list[str]) -> tuple[int, str]:
-    """(exit code, what stood on stderr)."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = run(arguments)
-    torch.set_num_threads(1)
-    return code, err.getvalue()
-
-
 def check(arguments: list[str], folder: Path) -> int:
     """Run a command whose --out is in ``folder``: nothing is there afterwards but a whole run, if it went well."""
     out = folder / "run"
@@ -226,19 +211,6 @@ def check_file(option: str, name: str, content: bytes, codes: Counter[int], *mor
     with tempfile.TemporaryDirectory() as beside, tempfile.TemporaryDirectory() as folder:
         (Path(beside) / name).write_bytes(content)
         codes[check(["train", f"--{option}={Path(beside) / name}", *more], Path(folder))] += 1
-
-
-def damages(size: int) -> st.SearchStrategy[Callable[[bytes], bytes]]:
-    """What happens to a file: bytes exchanged, cut off, left out, put in, all zeros."""
-    place = st.integers(0, max(0, size - 1))
-    noise = st.binary(min_size=1, max_size=8)
-    return st.one_of(
-        st.builds(lambda at, new: lambda raw: raw[:at] + new + raw[at + len(new) :], place, noise),
-        st.builds(lambda at: lambda raw: raw[:at], place),
-        st.builds(lambda at, num: lambda raw: raw[:at] + raw[at + num :], place, st.integers(1, 64)),
-        st.builds(lambda at, new: lambda raw: raw[:at] + new + raw[at:], place, noise),
-        st.just(lambda raw: bytes(len(raw))),
-    )
 
 
 TEXT = b"\n".join(f"{name}: {value}".encode() for name, value in {**SMALL, "cuts": "[1, 2]", "lr": 0.01}.items())

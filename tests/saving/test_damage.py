@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+from damage import FIXED, answer
+from damaged_checkpoints import Payload, forge
 from helpers import adamw, assert_same, minibatches, network, pipeline, saved_both_ways
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_hostile import FIXED, answer
-from test_safety import Payload, forge
 
 import dtrp
 from dtrp.saving import inspect, manifest

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 import torch
+from checkpoints import check_equal, data, run
 from helpers import adamw, assert_same, clone, minibatches, network, pipeline
 from moving_models import KINDS, Carried, Grown, Observed, Passed, Replaced, model_of, sequences
-from test_models_in_stages import Renorm
-from test_saving import check_equal, data, run
+from strained_models import Renorm
 from torch import Tensor, nn
 
 import dtrp

@@ -9,7 +9,7 @@ import pytest
 
 from dtrp import Schedule, get_method, list_methods
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("shown", ROOT / "benchmarks" / "shown.py")
 assert SPEC is not None
 assert SPEC.loader is not None

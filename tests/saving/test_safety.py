@@ -11,14 +11,14 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import assert_same, minibatches, network, pipeline, saved_both_ways
+from damaged_checkpoints import Payload, check_refused, forge, make
+from helpers import assert_same, minibatches, saved_both_ways
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import dtrp
@@ -34,39 +34,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     pipe = make()
     return saved_both_ways(pipe, folder)
-
-
-def make() -> dtrp.Pipeline:
-    return pipeline(network(), num_stages=3, num_microbatches=2)
-
-
-def check_refused(folder: Path, message: str = "") -> None:
-    """`load`, into a pipeline with batches in flight, raises one line, and the pipeline goes on as if nothing had been."""
-    torch.manual_seed(1)
-    pipe, other = make(), make()
-    other.load_state_dict(pipe.state_dict())
-    batches = minibatches(4, seed=3)
-    for x, y in batches[:2]:
-        pipe.step(x, y)
-        other.step(x, y)
-    with pytest.raises(dtrp.CheckpointError, match=message) as caught:
-        pipe.load(folder)
-    assert "\n" not in str(caught.value)
-    for x, y in batches[2:]:
-        assert torch.equal(pipe.step(x, y), other.step(x, y))
-    pipe.flush()
-    other.flush()
-    assert_same(pipe.model_state_dict(), other.model_state_dict())
-
-
-def forge(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda said: None) -> None:
-    """Change the manifest, and make it fit its files and its checksum again, as a forger would."""
-    path = folder / manifest.NAME
-    said = json.loads(path.read_bytes())
-    del said["checksum"]
-    said["files"] = {p.name: manifest.describe(p) for p in folder.iterdir() if p != path}
-    change(said)
-    path.write_bytes(manifest.written(said))
 
 
 @pytest.fixture(params=KINDS)
@@ -135,16 +102,6 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 # -- harm -----------------------------------------------------------------------------------------------------
-
-
-class Payload:
-    """Its pickle makes a file when it is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (os.mkdir, (str(self.path),))
 
 
 def read(folder: Path) -> Any:

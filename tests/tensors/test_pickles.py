@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from damage import FIXED, damages
+from damaged_checkpoints import check_refused, forge, make
 from helpers import saved_both_ways
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_hostile import FIXED, damages
-from test_safety import check_refused, forge, make
 from torch.distributed.checkpoint import filesystem, metadata
 
 import dtrp
