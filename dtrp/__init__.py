@@ -13,16 +13,15 @@ from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from .data.sampler import ResumableSampler
-    from .errors import StageError, WaitTimeoutError, WorkerError
+    from .errors import PlanError, StageError, WaitTimeoutError, WorkerError
     from .methods import Method, get_method, list_methods
     from .pipeline import Pipeline
-    from .planning.arguments import PlanError
     from .planning.choose import plan
     from .planning.plan_file import Plan
     from .planning.simulate import simulate
     from .predict import informed, linear, rollout
     from .saving import CheckpointError
-    from .schedule import Schedule, ScheduleError
+    from .schedule_grid import Schedule, ScheduleError
     from .splitting.stages import Stages, split
 
 __all__ = [
@@ -57,10 +56,10 @@ __getattr__, __dir__ = lazy_names(
         "Method": ".methods",
         "Pipeline": ".pipeline",
         "Plan": ".planning.plan_file",
-        "PlanError": ".planning.arguments",
+        "PlanError": ".errors",
         "ResumableSampler": ".data.sampler",
-        "Schedule": ".schedule",
-        "ScheduleError": ".schedule",
+        "Schedule": ".schedule_grid",
+        "ScheduleError": ".schedule_grid",
         "StageError": ".errors",
         "Stages": ".splitting.stages",
         "WaitTimeoutError": ".errors",

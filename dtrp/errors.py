@@ -44,6 +44,10 @@ class StageError(RuntimeError):
         return error
 
 
+class PlanError(ValueError):
+    """A plan that cannot be made, with what would be possible; or a plan that does not fit."""
+
+
 class WorkerError(RuntimeError):
     """Another rank ended the run; the message names it and says why."""
 

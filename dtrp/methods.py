@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from . import schedule
-from .did_you_mean import unknown
+from .schedule import lead
+from .validation import is_number, unknown, whole
 
 Keep = Literal["graph", "input"]
 
@@ -74,13 +73,13 @@ class Method:
         for field in ("backward_first", "flush", "forward_all", "local"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}={getattr(self, field)!r}: pass True or False")
-        if not (_is_number(self.ahead) and self.ahead >= 1):
+        if not (is_number(self.ahead, 1)):
             raise ValueError(
                 f"ahead={self.ahead!r}: a gradient takes at least one slot a stage to come back; pass a number >= 1"
             )
         for field in ("grad_shrink", "lr_shrink"):
             value = getattr(self, field)
-            if not (_is_number(value) and 0 < value <= 1):
+            if not (is_number(value) and 0 < value <= 1):
                 raise ValueError(
                     f"{field}={value!r}: a shrinking factor lies above 0 and is at most 1 (1: no shrinking)"
                 )
@@ -134,12 +133,20 @@ class Method:
 
     def recomputes(self, num_stages: int, stage: int) -> bool:
         """Whether ``stage`` runs its forward a second time at B (the last stage has its graph at hand)."""
-        return self.keep == "input" and (self.forward_all or schedule.lead(self, num_stages, stage) > 0)
+        return self.keep == "input" and (self.forward_all or lead(self, num_stages, stage) > 0)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+class _Documentation:
+    """``__doc__`` of `Method`, and of a row: the documentation of the method that it is called by."""
 
+    def __init__(self, of_class: str | None) -> None:
+        self._of_class = of_class
+
+    def __get__(self, row: Method | None, owner: type[Method]) -> str | None:
+        return self._of_class if row is None or row.name not in _ROWS else inspect.getdoc(_ROWS[row.name])
+
+
+Method.__doc__ = _Documentation(Method.__doc__)  # type: ignore[assignment]
 
 # What has no meaning where every stage has a loss of its own: the value that says nothing, and why.
 _IDLE_IF_LOCAL: dict[str, tuple[Any, str]] = {
@@ -342,9 +349,33 @@ def get_method(name: str, /, **options: Any) -> Method:
     for option in options:
         if option not in fields:
             raise TypeError(unknown("field of a method", option, fields))
-    method = dataclasses.replace(_ROWS[name](), **options)
-    object.__setattr__(method, "__doc__", inspect.getdoc(_ROWS[name]))
-    return method
+    return dataclasses.replace(_ROWS[name](), **options)
 
 
-schedule.named_order = get_method
+def as_method(method: str | Method) -> Method:
+    """The row that a name means; a row as it is."""
+    row = get_method(method) if isinstance(method, str) else method
+    if not isinstance(row, Method):
+        raise TypeError(f"method is a {type(row).__name__}; pass a name or what get_method returns")
+    return row
+
+
+def keeping(method: Method, num_stages: int, keep: Any, memory_limit_bytes: Any) -> tuple[list[Method], int | None]:
+    """Each stage's row, and the limit by which stages decide for themselves, if they do."""
+    if keep != "auto" and memory_limit_bytes is not None:
+        raise ValueError(
+            f"memory_limit_bytes={memory_limit_bytes!r} with keep={keep!r}: the limit is what keep='auto' decides by; pass that"
+        )
+    if keep is None:
+        return [method] * num_stages, None
+    if keep == "auto":
+        if memory_limit_bytes is None:
+            raise ValueError("keep='auto' needs memory_limit_bytes, what a stage may hold")
+        limit = whole("memory_limit_bytes", memory_limit_bytes)
+        return [method] * num_stages, limit
+    each = [keep] * num_stages if isinstance(keep, str) else list(keep)
+    if len(each) != num_stages or any(one not in ("graph", "input") for one in each):
+        raise ValueError(
+            f"keep={keep!r}: pass 'graph', 'input' or 'auto', or 'graph' or 'input' for each of the {num_stages} stages"
+        )
+    return [method.keeping(cast(Keep, one)) for one in each], None

@@ -18,27 +18,19 @@ from .engine.habits import Elsewhere, other_optimizers
 from .engine.local import LocalEngine
 from .launch.ranks import Ranks, find_ranks
 from .measure.trace import Tracer
-from .methods import Keep, Method
+from .methods import Keep, Method, as_method, keeping
 from .planning.plan_file import Plan, as_plan
 from .splitting.stages import Stages, check_device, into_stages, stage_device
 from .stage.forward import LossFn
 from .stage.gradients import Clip, GradientRule, OnNonfinite
 from .stage.local_loss import Auxiliary, WithAux, aux_of_stages
+from .stage.optimizer_step import check_callables, checked_optimizer, checked_scheduler
 from .stage.reach import Reach, refuse_gradient
 from .stage.stage import Stage
 from .stage.tied import Tie, check_ties, find_ties
 from .tensors.module_mode import follow
 from .tensors.pytree import check_samples, flatten, num_samples
-from .validation import (
-    as_method,
-    check_callables,
-    check_seed,
-    check_timeout,
-    checked_optimizer,
-    checked_scheduler,
-    keeping,
-    whole,
-)
+from .validation import check_seed, check_timeout, whole
 
 Device = torch.device | str | int
 

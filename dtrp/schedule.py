@@ -15,8 +15,8 @@ micro-batch by micro-batch, one slot each::
 A method whose stages each have a loss of their own (``local``) has lead 0 at every stage, and no gradient travels.
 
 That is everything: ``StageOrder`` below says it in code, one stage at a time, and the engines, the
-simulator and the report only ever ask it (or a `Schedule`, which writes down a whole run) what comes
-next. None of them knows a method by name.
+simulator and the report only ever ask it (or a `Schedule` of `schedule_grid.py`, which writes down a whole
+run) what comes next. None of them knows a method by name.
 
 From the order follows the delay. ``B(m)`` of mini-batch b happens after exactly b updates, at every
 stage and in every method; ``F(m)`` happens earlier::
@@ -30,12 +30,9 @@ stage and in every method; ``F(m)`` happens earlier::
 
 from __future__ import annotations
 
-import itertools
 import math
-import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 
@@ -68,27 +65,6 @@ class Action:
 
 
 Slot = tuple[Action, ...]
-
-
-class _Interned(dict[int, Action]):
-    """Actions of one kind by their index: of the stages of a large network, which do the same, made once."""
-
-    def __init__(self, kind: Literal["F", "B", "U"]) -> None:
-        super().__init__()
-        self._kind: Literal["F", "B", "U"] = kind
-
-    def __missing__(self, index: int) -> Action:
-        if len(self) >= 2**14:  # a long training must not collect them
-            self.clear()
-        action = self[index] = Action(self._kind, index)
-        return action
-
-
-_FORWARDS, _BACKWARDS, _UPDATES = _Interned("F"), _Interned("B"), _Interned("U")
-
-
-class ScheduleError(ValueError):
-    """A schedule that breaks a rule; the message shows the grid with the offending cell marked."""
 
 
 def lead(order: Order, num_stages: int, stage: int) -> int:
@@ -176,7 +152,7 @@ class StageOrder:
         return [self._backward() for _ in range(self.next_backward, self.next_forward)]
 
     def _slot(self) -> Slot:
-        forward: Slot = (_FORWARDS[self.next_forward],)
+        forward: Slot = (Action("F", self.next_forward),)
         due = not self._begun and self._due()
         self._begun = False
         self.next_forward += 1
@@ -189,358 +165,11 @@ class StageOrder:
         return not self.forward_all and self.next_forward - self.lead >= self.next_backward
 
     def _backward(self) -> Slot:
-        backward = _BACKWARDS[self.next_backward]
+        backward = Action("B", self.next_backward)
         self.next_backward += 1
         self._left[0] -= 1
         if self._left[0]:
             return (backward,)
         self._left.popleft()
         self.next_update += 1
-        return (backward, _UPDATES[self.next_update - 1])
-
-
-_LOCAL = ", local losses"  # what the first line of a grid says of them
-
-# How a method's name becomes its order. `dtrp.methods` sets it, so that this file imports nothing.
-named_order: Callable[[str], Order] | None = None
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A whole run: for each stage its actions in order, start-up and flush included.
-
-    ``str(schedule)`` is a grid, stage by slot, and `Schedule.parse` reads it back. A column of the grid
-    is one slot long (a forward and a backward, together or either alone); what is sent in one column
-    is there in the next; an empty cell is a worker that waits. A schedule is the order in each row: in which
-    column a cell stands is how it is shown, and not checked.
-
-    >>> print(Schedule.build("dtrp", num_stages=2, num_minibatches=4))
-    dtrp: stages 2, mini-batches 4, micro-batches in each 1
-    stage 0 | F0 | F1      | B0 U F2 | B1 U F3 | B2 U    | B3 U
-    stage 1 |    | F0 B0 U | F1 B1 U | F2 B2 U | F3 B3 U |
-    delay 0 | 0 1 1 1
-    delay 1 | 0 0 0 0
-    """
-
-    name: str
-    minibatches: tuple[int, ...]  # micro-batches in each mini-batch
-    stages: tuple[tuple[Action, ...], ...]
-    declared: tuple[tuple[int, ...], ...] = field(default=())  # the delays it claims, by stage and micro-batch
-    local: bool = False  # whether each stage has a loss of its own, so that its B waits for no other
-
-    @classmethod
-    def build(
-        cls,
-        method: Order | str,
-        num_stages: int,
-        num_minibatches: int,
-        num_microbatches: int | Sequence[int] = 1,
-    ) -> Schedule:
-        """The schedule of ``num_minibatches`` mini-batches and the flush after them.
-
-        Args:
-            method: a `dtrp.Method`, or a method's name.
-            num_stages: K.
-            num_minibatches: how many mini-batches the run has.
-            num_microbatches: A, or one number for each mini-batch.
-
-        Raises:
-            ValueError: a count below 1, or as many numbers of micro-batches as there are no mini-batches.
-        """
-        if isinstance(method, str):
-            if named_order is None:
-                raise ValueError(f"method={method!r}: names are known after `import dtrp`; or pass a Method")
-            method = named_order(method)
-        for label, value in (("num_stages", num_stages), ("num_minibatches", num_minibatches)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{label}={value!r}: pass a whole number of at least 1")
-        sizes = (num_microbatches,) * num_minibatches if isinstance(num_microbatches, int) else tuple(num_microbatches)
-        if len(sizes) != num_minibatches or min(sizes) < 1:
-            raise ValueError(
-                f"num_microbatches={num_microbatches!r}: pass one number of at least 1, or one for each of "
-                f"the num_minibatches={num_minibatches}"
-            )
-        stages, declared = [], []
-        for stage in range(num_stages):
-            order = StageOrder(method, num_stages, stage)
-            slots = [slot for size in sizes for slot in order.minibatch(size)] + order.flush()
-            stages.append(tuple(action for slot in slots for action in slot))
-            declared.append(_closed_form_delays(method, num_stages, stage, sizes))
-        return cls(method.name, sizes, tuple(stages), tuple(declared), method.local)
-
-    @property
-    def num_stages(self) -> int:
-        return len(self.stages)
-
-    @property
-    def num_microbatches(self) -> int:
-        """Micro-batches in the whole run."""
-        return sum(self.minibatches)
-
-    def delays(self) -> dict[int, list[int]]:
-        """``{stage: [delay of micro-batch 0, 1, ...]}``, counted from the order of the actions, in updates."""
-        return {stage: self._count_delays(actions) for stage, actions in enumerate(self.stages)}
-
-    def peak_stash(self) -> dict[int, int]:
-        """``{stage: n}``: the most micro-batches that have had their F and not finished their B."""
-        peaks = {}
-        for stage, actions in enumerate(self.stages):
-            held = peak = 0
-            for action in actions:
-                held += {"F": 1, "B": -1, "U": 0}[action.kind]
-                peak = max(peak, held)
-            peaks[stage] = peak
-        return peaks
-
-    def validate(self) -> None:
-        """Check every rule of a schedule.
-
-        Each stage runs every F and every B exactly once and in order, each F before its B, and U right
-        after the last B of each mini-batch; every action's input arrives (no deadlock); the delays are
-        those that the grid declares.
-
-        Raises:
-            ScheduleError: with the rule, and the grid with the offending cell between ``>`` and ``<``.
-        """
-        for stage in range(self.num_stages):
-            self._check_stage(stage)
-        # Lock step: whatever can run runs; a column in which nothing does is a deadlock.
-        done = _Progress(self.stages, self.local)
-        while not done.finished:
-            if not done.column(hop=1):
-                stage = next(k for k in range(self.num_stages) if done.next[k] < len(self.stages[k]))
-                action = self.stages[stage][done.next[stage]]
-                raise self._error(
-                    stage, done.next[stage], f"deadlock: stage {stage} waits forever for the input of {action}"
-                )
-        for stage, declared in enumerate(self.declared):
-            counted = self._count_delays(self.stages[stage])
-            for micro, (want, got) in enumerate(zip(declared, counted, strict=False)):
-                if want != got:
-                    place = self.stages[stage].index(Action("F", micro))
-                    raise self._error(
-                        stage, place, f"stage {stage} declares delay {want} for micro-batch {micro}; counted: {got}"
-                    )
-            if len(declared) != len(counted):
-                end = len(self.stages[stage])
-                text = f"stage {stage} declares {len(declared)} delays for {len(counted)} micro-batches"
-                raise self._error(stage, end, text)
-
-    def _count_delays(self, actions: Iterable[Action]) -> list[int]:
-        owner = [b for b, size in enumerate(self.minibatches) for _ in range(size)]
-        delays, updates = [], 0
-        for action in actions:
-            updates += action.kind == "U"
-            if action.kind == "F" and action.index < len(owner):
-                delays.append(owner[action.index] - updates)
-        return delays
-
-    def _check_stage(self, stage: int) -> None:
-        forward = backward = update = 0
-        ends = list(itertools.accumulate(self.minibatches))
-        for place, action in enumerate(self.stages[stage]):
-            due = update < len(ends) and backward == ends[update]  # a mini-batch's last B is through, its U is not
-            if action.kind == "U":
-                if not due:
-                    raise self._error(stage, place, f"stage {stage} updates before a mini-batch's last backward")
-                update += 1
-            elif due:
-                raise self._error(stage, place, f"stage {stage} runs {action} where U of mini-batch {update} is due")
-            elif action.index >= self.num_microbatches:
-                raise self._error(stage, place, f"{action} is beyond the last of {self.num_microbatches} micro-batches")
-            elif action.kind == "F":
-                if action.index != forward:
-                    raise self._error(stage, place, f"stage {stage} runs {action} where F{forward} is next")
-                forward += 1
-            else:
-                if action.index != backward:
-                    raise self._error(stage, place, f"stage {stage} runs {action} where B{backward} is next")
-                if action.index >= forward:
-                    raise self._error(stage, place, f"stage {stage} runs {action} before F{action.index}")
-                backward += 1
-        total = self.num_microbatches
-        if (forward, backward, update) != (total, total, len(ends)):
-            raise self._error(
-                stage,
-                len(self.stages[stage]),
-                f"stage {stage} ends after {forward} F, {backward} B and {update} U; "
-                f"the run has {total}, {total} and {len(ends)}",
-            )
-
-    # -- the grid -----------------------------------------------------------------------------------
-
-    def __str__(self) -> str:
-        return self.grid()
-
-    def grid(self, hop: Literal[0, 1] = 1) -> str:
-        """The run as text. A message takes ``hop`` columns: 1, a whole slot, or 0, none at all."""
-        return self._render(self._columns(hop))
-
-    def _columns(self, hop: Literal[0, 1]) -> list[list[Slot]]:
-        """cells[stage][column]: what the stage does in that column when everyone starts as early as possible."""
-        done = _Progress(self.stages, self.local)
-        while not done.finished:
-            if not done.column(hop):
-                return [_pack(actions) for actions in self.stages]  # a deadlock: show the bare order
-        return done.cells
-
-    def _render(self, cells: list[list[Slot]], marked: tuple[int, int] | None = None) -> str:
-        texts = []
-        for stage, row in enumerate(cells):
-            place, line = 0, []
-            for cell in row:
-                words = []
-                for action in cell:
-                    words.append(f">{action}<" if (stage, place) == marked else str(action))
-                    place += 1
-                line.append(" ".join(words))
-            if (stage, place) == marked:
-                line.append(">end<")
-            texts.append(line)
-        widths = [max(len(line[c]) for line in texts if c < len(line)) for c in range(max(map(len, texts)))]
-        sizes = self.minibatches[:1] if len(set(self.minibatches)) == 1 else self.minibatches
-        lines = [
-            f"{self.name}: stages {self.num_stages}, mini-batches {len(self.minibatches)}, "
-            f"micro-batches in each {' '.join(map(str, sizes))}{_LOCAL if self.local else ''}"
-        ]
-        for stage, line in enumerate(texts):
-            padded = [text.ljust(width) for text, width in zip(line, widths, strict=False)]
-            padded += [" " * width for width in widths[len(line) :]]
-            lines.append(f"stage {stage} | " + " | ".join(padded))
-        for stage, declared in enumerate(self.declared):
-            lines.append(f"delay {stage} | " + " ".join(map(str, declared)))
-        return "\n".join(line.rstrip() for line in lines)
-
-    def _error(self, stage: int, place: int, rule: str) -> ScheduleError:
-        """``place``: of the offending action in its stage's row, or one past the last."""
-        return ScheduleError(f"{rule}\n{self._render([_pack(actions) for actions in self.stages], (stage, place))}")
-
-    @classmethod
-    def parse(cls, text: str) -> Schedule:
-        """Read a grid back: ``Schedule.parse(str(schedule)) == schedule``. Only the form is checked here.
-
-        Raises:
-            ScheduleError: a line or a cell that is not of a grid's form.
-        """
-        lines = [line for line in text.strip().splitlines() if line.strip()]
-        first = lines[0].strip() if lines else ""
-        header = re.fullmatch(
-            r"(\S+): stages (\d+), mini-batches (\d+), micro-batches in each ([\d ]+)(" + _LOCAL + ")?", first
-        )
-        if not header:
-            raise ScheduleError(
-                "a grid begins with a line like 'dtrp: stages 2, mini-batches 8, micro-batches in each 1'; "
-                f"got {first or 'nothing'!r}"
-            )
-        sizes = tuple(map(int, header[4].split()))
-        if len(sizes) == 1:
-            sizes *= int(header[3])
-        if int(header[2]) < 1:
-            raise ScheduleError(f"a grid has at least one stage; got {first!r}")
-        if len(sizes) != int(header[3]) or not sizes or min(sizes) < 1:
-            raise ScheduleError(f"one number of micro-batches, at least 1, for each mini-batch; got {first!r}")
-        stages: list[tuple[Action, ...]] = []
-        declared: list[tuple[int, ...]] = []
-        for line in lines[1:]:
-            row = re.fullmatch(r"(stage|delay) (\d+) \|(.*)", line.strip())
-            rows: list[tuple[Action, ...]] | list[tuple[int, ...]]
-            rows = stages if row and row[1] == "stage" else declared
-            if not row or int(row[2]) != len(rows):
-                raise ScheduleError(f"expected a line 'stage {len(stages)} | ...' or 'delay ...'; got {line!r}")
-            words = row[3].replace("|", " ").split()
-            if row[1] == "stage":
-                stages.append(tuple(_parse_actions(words, len(stages))))
-            elif not all(word.isdecimal() for word in words):
-                raise ScheduleError(f"delays are whole numbers; got {line!r}")
-            else:
-                declared.append(tuple(map(int, words)))
-        if len(stages) != int(header[2]) or len(declared) not in (0, len(stages)):
-            raise ScheduleError(
-                f"the first line says {header[2]} stages; the grid has {len(stages)} stage lines "
-                f"and {len(declared)} delay lines"
-            )
-        return cls(header[1], sizes, tuple(stages), tuple(declared), header[5] is not None)
-
-
-class _Progress:
-    """A run in lock step: in each column a stage runs at most one F and one B, as soon as their inputs are there."""
-
-    def __init__(self, stages: Sequence[Sequence[Action]], local: bool) -> None:
-        self.stages, self.local = stages, local
-        self.next = [0] * len(stages)  # place of each stage's next action
-        self.cells: list[list[Slot]] = [[] for _ in stages]
-        self._when: dict[tuple[int, Action], int] = {}  # (stage, action) -> its column
-
-    @property
-    def finished(self) -> bool:
-        return all(place == len(actions) for place, actions in zip(self.next, self.stages, strict=True))
-
-    def column(self, hop: int) -> bool:
-        """Run one column; False when nothing could run."""
-        now = len(self.cells[0])
-        cells: list[list[Action]] = [[] for _ in self.stages]
-        moved = True
-        while moved:  # more than once only where hop = 0 lets a message arrive in the column it was sent in
-            moved = False
-            for stage, actions in enumerate(self.stages):
-                while self.next[stage] < len(actions):
-                    action = actions[self.next[stage]]
-                    full = any(done.kind == action.kind != "U" for done in cells[stage])
-                    if full or not self._ready(stage, action, now - hop):
-                        break
-                    cells[stage].append(action)
-                    self._when[stage, action] = now
-                    self.next[stage] += 1
-                    moved = True
-        for row, cell in zip(self.cells, cells, strict=True):
-            row.append(tuple(cell))
-        return any(cells)
-
-    def _ready(self, stage: int, action: Action, latest: int) -> bool:
-        """Whether what the action needs from a neighbour was sent in column ``latest`` or before."""
-        if action.kind == "F" and stage > 0:
-            source = stage - 1
-        elif action.kind == "B" and stage < len(self.stages) - 1 and not self.local:
-            source = stage + 1
-        else:
-            return True
-        return self._when.get((source, action), latest + 1) <= latest
-
-
-def _pack(actions: Iterable[Action]) -> list[Slot]:
-    """Cut a stage's actions into cells of at most one F and one B, without regard to its neighbours."""
-    cells: list[list[Action]] = [[]]
-    for action in actions:
-        if action.kind != "U" and any(action.kind == other.kind for other in cells[-1]):
-            cells.append([])
-        cells[-1].append(action)
-    return [tuple(cell) for cell in cells]
-
-
-def _parse_actions(words: Sequence[str], stage: int) -> Iterator[Action]:
-    updates = 0
-    for place, word in enumerate(words):
-        if word == "U":
-            yield Action("U", updates)
-            updates += 1
-        elif re.fullmatch(r"[FB]\d+", word):
-            yield Action("F" if word[0] == "F" else "B", int(word[1:]))
-        else:
-            shown = " ".join([*words[:place], f">{word}<", *words[place + 1 :]])
-            raise ScheduleError(f"a cell holds F<n>, B<n> and U; got {word!r}\nstage {stage} | {shown}")
-
-
-def _closed_form_delays(order: Order, num_stages: int, stage: int, sizes: Sequence[int]) -> tuple[int, ...]:
-    """The delays from start-up on, from the formula rather than from the actions."""
-    ends = list(itertools.accumulate(sizes))
-    ahead = lead(order, num_stages, stage)
-    backward_first = order.backward_first and ahead > 0
-    delays = []
-    updates = 0
-    for minibatch, (end, size) in enumerate(zip(ends, sizes, strict=True)):
-        for micro in range(end - size, end):
-            backwards = micro - ahead + backward_first  # done when F(micro) runs
-            while updates < minibatch and ends[updates] <= backwards:
-                updates += 1
-            delays.append(0 if order.flush else minibatch - updates)
-    return tuple(delays)
+        return (backward, Action("U", self.next_update - 1))

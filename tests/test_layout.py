@@ -22,29 +22,29 @@ TESTS = Path(__file__).parent
 # Who may import whom; an arrow admits everything further along it.
 ARROWS = {
     "cli": ["report"],
-    "report": ["train"],
+    "report": ["train", "schedule_grid"],
     "train": ["pipeline", "pipelining", "data", "models", "atomic_file"],
-    "pipelining": ["base_pipeline", "planning", "splitting", "validation"],
-    "pipeline": ["base_pipeline", "planning", "splitting", "validation"],
-    "base_pipeline": ["saving", "validation"],
-    "saving": ["engine", "atomic_file", "did_you_mean"],
+    "pipelining": ["base_pipeline", "planning", "splitting"],
+    "pipeline": ["base_pipeline", "planning", "splitting"],
+    "base_pipeline": ["saving"],
+    "saving": ["engine", "atomic_file"],
     "planning": ["engine", "splitting", "atomic_file"],
     "engine": ["comm"],
     "comm": ["stage", "launch", "measure"],
-    "splitting": ["validation", "tensors", "did_you_mean"],
+    "splitting": ["tensors"],
     "stage": ["measure", "predict", "methods", "errors", "tensors"],
     "measure": ["methods", "schedule", "tensors", "atomic_file"],
     "launch": ["errors"],
     "errors": ["schedule"],
     "predict": ["methods", "tensors"],
-    "methods": ["schedule", "did_you_mean"],
-    "validation": ["methods"],
-    "data": ["tensors", "did_you_mean", "lazy"],
-    "models": ["tensors", "did_you_mean", "lazy"],
+    "methods": ["schedule"],
+    "schedule_grid": ["methods"],
+    "data": ["tensors", "lazy"],
+    "models": ["tensors", "lazy"],
     "dtrp": ["lazy"],
     "__main__": ["cli"],
 }
-LEAVES = {"typing", "dtrp"}  # which anybody may import: aliases, and the version
+LEAVES = {"typing", "validation", "dtrp"}  # which anybody may import: aliases, checks of numbers, and the version
 
 
 # What is to be mended; nothing may join, and what is mended leaves.

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..did_you_mean import unknown
+from ..validation import unknown
 
 T = TypeVar("T")
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,

@@ -12,10 +12,10 @@ import click
 import yaml
 
 from ..data import list_data
-from ..did_you_mean import unknown
 from ..methods import list_methods
 from ..models import list_models
 from ..train.config import CHOICES, TrainConfig
+from ..validation import unknown
 from .option_types import INTERVAL, SIZE, Name, count, numbers
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -8,7 +8,7 @@ from typing import IO, Any
 import click
 
 from ..methods import get_method, list_methods
-from ..schedule import Schedule, ScheduleError
+from ..schedule_grid import Schedule, ScheduleError
 from ..train.config import TrainConfig
 from .endings import mistakes
 from .option_types import SIZES, TIMES, Name

@@ -12,8 +12,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..did_you_mean import unknown
 from ..lazy import lazy_names
+from ..validation import unknown, whole
 
 if TYPE_CHECKING:
     from .dataset import Dataset
@@ -112,8 +112,8 @@ def _check_sizes(name: str, image_size: int | None, context: int | None) -> None
     if image_size is not None and name == "text":
         raise ValueError(f"image_size={image_size} but data 'text' has no images; leave image_size out")
     for label, size in (("image_size", image_size), ("context", context)):
-        if size is not None and (not isinstance(size, int) or size < 1):
-            raise ValueError(f"{label}={size!r}: pass a whole number of at least 1")
+        if size is not None:
+            whole(label, size)
     if image_size is None:
         return
     largest, fixed = _LARGEST_SIZE.get(name, image_size), _FIXED_SIZE.get(name, image_size)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tensors.rng import epoch_order
+from ..validation import whole
 from .augment import Crops, crop, draw_crops
 from .dataset import Dataset
 from .text import TextDataset
@@ -58,8 +59,7 @@ def batches(
     """
     if len(x) != len(y):
         raise ValueError(f"x has {len(x)} images but y has {len(y)} classes; pass one class an image")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: pass a whole number of at least 1")
+    whole("batch_size", batch_size)
     if not 0 <= start <= len(x) or (start % batch_size and start != len(x)):
         raise ValueError(
             f"start={start} with {len(x)} images in batches of {batch_size}: pass a multiple of batch_size, as many as were seen"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..did_you_mean import unknown
 from ..lazy import lazy_names
+from ..validation import unknown
 
 if TYPE_CHECKING:
     from torch import nn

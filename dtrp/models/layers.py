@@ -8,6 +8,8 @@ from typing import TypeAlias
 
 from torch import nn
 
+from ..validation import whole
+
 # Layers or blocks by name, for an `nn.Sequential`.
 Named: TypeAlias = OrderedDict[str, nn.Module]
 
@@ -64,5 +66,4 @@ def with_kaiming_init(model: nn.Sequential) -> nn.Sequential:
 def check_positive(**numbers: int) -> None:
     """Raise ValueError for a number that is not whole or below 1."""
     for name, number in numbers.items():
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name}={number!r}: pass a whole number of at least 1")
+        whole(name, number)

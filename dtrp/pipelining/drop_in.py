@@ -23,23 +23,15 @@ from ..engine.consistency import check_same, method_values
 from ..engine.habits import other_optimizers
 from ..launch.ranks import Ranks
 from ..measure.trace import Tracer
-from ..methods import Keep, Method
+from ..methods import Keep, Method, as_method, keeping
 from ..splitting.stages import check_device
 from ..stage.gradients import Clip, GradientRule, OnNonfinite
+from ..stage.optimizer_step import check_callables, checked_optimizer, checked_scheduler
 from ..stage.reach import Reach, refuse_gradient
 from ..stage.stage import Stage
 from ..tensors.layout import aligned_clone
 from ..tensors.pytree import flatten, num_samples, split
-from ..validation import (
-    as_method,
-    check_callables,
-    check_seed,
-    check_timeout,
-    checked_optimizer,
-    checked_scheduler,
-    keeping,
-    whole,
-)
+from ..validation import check_seed, check_timeout, whole
 from .engine import RecordedLoss, StageEngine
 from .routes import Call, Route
 

@@ -1,6 +1,6 @@
 """Plans: where to cut, what to keep, how large a batch, what to expect; and a simulator to look further."""
 
-from .arguments import PlanError
+from ..errors import PlanError
 from .balance import balance
 from .choose import plan
 from .link_probe import LinkSpeed, measure_link

@@ -10,8 +10,9 @@ import math
 import numbers
 from collections.abc import Sequence
 
+from ..errors import PlanError
 from ..splitting.chain_partition import PartCost, partition_chain
-from .arguments import PlanError, check_whole
+from ..validation import whole
 
 
 def balance(
@@ -46,7 +47,7 @@ def balance(
     """
     costs = _checked("costs", costs)
     last = costs if last_costs is None else _checked("last_costs", last_costs, len(costs))
-    check_whole("num_workers", num_workers)
+    whole("num_workers", num_workers, error=PlanError)
     if num_workers > (most := len(costs)):
         raise PlanError(
             f"num_workers={num_workers} but there are {most} layers to cut between; pass num_workers<={most}"

@@ -24,13 +24,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..methods import Keep, Method, get_method
+from ..errors import PlanError
+from ..methods import Keep, Method, as_method, get_method
 from ..schedule import steady_delay
 from ..splitting.stages import equal_cuts, layers_of
 from ..tensors.pytree import num_samples
 from ..typing import AutocastFactory, LossFn, OptimizerFactory, Tree
-from ..validation import as_method
-from .arguments import PlanError, check_whole, is_number, is_whole
+from ..validation import is_number, is_whole, whole
 from .link_probe import LinkSpeed, measure_link
 from .plan_file import Choice, Plan, describe_model, method_options
 from .profile import Profiler, checked_example, device_of
@@ -112,7 +112,7 @@ def plan(
     _check_number("memory_limit_bytes", memory_limit_bytes, 1)
     _check_number("latency_s", latency_s)
     _check_number("bandwidth_bytes_s", bandwidth_bytes_s, above=True)
-    check_whole("repeats", repeats)
+    whole("repeats", repeats, error=PlanError)
     _check_count("neighbours", neighbours, 0)
     _check_sizes(base, len(layers), num_workers, max_batch_size)
     _check_microbatches(row, base, num_workers, num_microbatches, max_delay)
@@ -317,7 +317,7 @@ def _check_microbatches(method: Method, base: int, num_workers: int, count: int 
 
 def _check_count(name: str, value: int | None, least: int = 1) -> None:
     if value is not None:
-        check_whole(name, value, least)
+        whole(name, value, least, PlanError)
 
 
 def _check_number(name: str, value: float | None, least: float = 0, *, above: bool = False) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 from torch import nn
 
 from ..atomic_file import whole_file
+from ..errors import PlanError
 from ..methods import Keep, Method, get_method, list_methods
 from ..splitting.stages import layers_of
 from ..typing import Json
-from .arguments import PlanError, is_number, is_whole
+from ..validation import is_number, is_whole
 
 _FORMAT = 1
 
@@ -198,7 +199,7 @@ class Plan:
                 is_whole(value := getattr(self, name), least), f"{name}={value!r}: a whole number of at least {least}"
             )
         for name in ("lr_scale", "minibatch_s", "one_worker_s", "latency_s"):
-            require(is_number(value := getattr(self, name)), f"{name}={value!r}: a number of at least 0")
+            require(is_number(value := getattr(self, name), 0), f"{name}={value!r}: a number of at least 0")
         try:
             _ = self.row
         except (ValueError, TypeError) as error:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import PlanError
 from ..measure.memory import StageSizes
 from ..predict import BuiltInPredictor, Predictor, as_predictor
 from ..splitting.stages import called, check_device, layers_of, stage_device
@@ -33,7 +34,6 @@ from ..tensors.nbytes import states_bytes, tensor_bytes
 from ..tensors.pytree import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
 from ..tensors.torch_private import write_count
 from ..typing import AutocastFactory, LossFn, OptimizerFactory, Tree
-from .arguments import PlanError
 from .neighbours import busy_neighbours
 
 _GraphEntries = dict[str, Any]  # entries of a LayerProfile that tell of its graph

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Literal
 
+from ..errors import PlanError
 from ..measure.memory import footprint
 from ..methods import Keep, Method, get_method
 from ..schedule import lead, steady_delay
 from ..splitting.stages import equal_cuts
-from .arguments import PlanError
 from .balance import cuts_within
 from .link_probe import LinkSpeed
 from .plan_file import Choice, StagePlan

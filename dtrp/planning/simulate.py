@@ -22,11 +22,11 @@ from functools import cached_property, partial
 from random import Random
 from typing import NamedTuple, cast
 
+from ..errors import PlanError
 from ..measure.memory import StageSizes, footprint
-from ..methods import Keep, Method
+from ..methods import Keep, Method, as_method
 from ..schedule import Action, Slot, StageOrder
-from ..validation import as_method
-from .arguments import PlanError, check_whole, is_number
+from ..validation import is_number, whole
 
 Seconds = float | Callable[[Random], float]
 PerStage = Seconds | Sequence[Seconds]
@@ -143,8 +143,8 @@ def simulate(
         ValueError: a number out of range, or as many as there are no stages or hops.
     """
     method = as_method(method)
-    check_whole("num_stages", num_stages)
-    check_whole("num_minibatches", num_minibatches)
+    whole("num_stages", num_stages, error=PlanError)
+    whole("num_minibatches", num_minibatches, error=PlanError)
     sizes = _sizes(num_microbatches, num_minibatches)
     hops = num_stages - 1
     speeds = _numbers("speed", speed, num_stages, above=True)
@@ -395,7 +395,7 @@ def _values(
 
 def _times(name: str, value: PerStage, speeds: Sequence[float], place: str = "stage") -> list[Seconds]:
     def valid(time: Seconds) -> bool:
-        return callable(time) or is_number(time)
+        return callable(time) or is_number(time, 0)
 
     rule = "seconds of at least 0, or a function of a random.Random"
     return list(map(_scaled, _values(name, value, len(speeds), place, valid, rule), speeds))
@@ -405,7 +405,7 @@ def _numbers(
     name: str, value: float | Sequence[float], count: int, place: str = "stage", *, above: bool = False, most: float = 0
 ) -> list[float]:
     def valid(number: Seconds) -> bool:
-        return (is_number(number) or number == most) and not (above and number == 0)
+        return (is_number(number, 0) or number == most) and not (above and number == 0)
 
     rule = f"a number {'above' if above else 'of at least'} 0"
     return cast(list[float], _values(name, value, count, place, valid, rule))

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from .. import __version__
 from ..atomic_file import whole_file
 from ..methods import Method
-from ..schedule import Schedule
+from ..schedule_grid import Schedule
 from ..train.build import make_method
 from ..train.comparison import mean_text, megabytes_by_stage, prediction_error, shown_delay, weight_distance
 from ..train.config import TrainConfig, option_words

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..did_you_mean import nearest, unknown
+from ..validation import nearest, unknown
 from .chain_partition import partition_chain
 from .export import attribute, module_path
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..methods import Method
+from ..validation import is_number
 
 Clip = Literal["stage", "global"]
 OnNonfinite = Literal["stop", "skip"]
@@ -50,10 +51,8 @@ class GradientRule:
             raise ValueError(f"clip={clip!r}: choose 'stage' or 'global'")
         if on_nonfinite not in get_args(OnNonfinite):
             raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'stop' or 'skip'")
-        if max_grad_norm is not None:
-            real = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
-            if not real or not 0 < max_grad_norm < math.inf:
-                raise ValueError(f"max_grad_norm={max_grad_norm!r}: pass a finite number above 0, or None")
+        if max_grad_norm is not None and (not is_number(max_grad_norm) or max_grad_norm <= 0):
+            raise ValueError(f"max_grad_norm={max_grad_norm!r}: pass a finite number above 0, or None")
         if clip == "global" and max_grad_norm is None:
             raise ValueError("clip='global' without max_grad_norm: pass the norm to clip to, or leave clip out")
         if clip == "global" and not method.flush:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import StageError
 from ..schedule import Action
+from ..typing import OptimizerFactory, SchedulerFactory
 from .gradients import GradientRule, Unseen, all_finite, clip_, gradient_norm, nonfinite, overall
 
 
@@ -140,3 +142,53 @@ class Updates:
     def drop(self) -> None:
         """Forget what is under way."""
         self._unseen.drop()
+
+
+def check_callables(optimizer: Any, loss_fn: Any, lr_scheduler: Any) -> None:
+    if isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__} made already; each stage has its own: pass a function, "
+            "lambda params: torch.optim.SGD(params, lr=0.1)"
+        )
+    for label, value in (("optimizer", optimizer), ("loss_fn", loss_fn), ("lr_scheduler", lr_scheduler)):
+        if not callable(value) and not (label == "lr_scheduler" and value is None):
+            raise TypeError(f"{label} is a {type(value).__name__}; pass a function")
+
+
+def checked_optimizer(make: OptimizerFactory) -> OptimizerFactory:
+    def checked(parameters: list[nn.Parameter]) -> Optimizer:
+        optimizer = make(parameters)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer returned a {type(optimizer).__name__}; it returns a torch.optim.Optimizer")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                "LBFGS calls the loss many times in a step, which no pipeline can do; use another optimizer"
+            )
+        strange = {id(p) for group in optimizer.param_groups for p in group["params"]} - {id(p) for p in parameters}
+        if strange:
+            raise ValueError(
+                "optimizer was given a stage's parameters and holds others; use only those it is called with (what a loss would "
+                "train belongs into the last stage's module)"
+            )
+        return optimizer
+
+    return checked
+
+
+def checked_scheduler(make: SchedulerFactory | None) -> SchedulerFactory | None:
+    if make is None:
+        return None
+
+    def checked(optimizer: Optimizer) -> Any:
+        scheduler = make(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise TypeError(
+                "ReduceLROnPlateau needs a metric at every step; use a scheduler that is a function of the update"
+            )
+        if not hasattr(scheduler, "step"):
+            raise TypeError(
+                f"lr_scheduler returned a {type(scheduler).__name__}; it returns a torch.optim.lr_scheduler"
+            )
+        return scheduler
+
+    return checked

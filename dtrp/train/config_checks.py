@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Iterator
 
-from ..did_you_mean import unknown
 from ..launch.join import launched
 from ..models import has_convolutions, takes_text
+from ..validation import unknown
 from .autosave import SaveEvery
 from .config import CHOICES, TrainConfig, option_name
 from .tensorboard import check_tensorboard
