@@ -1,13 +1,12 @@
-"""One stage as it is between two steps, with what is in flight; and the same stage again.
+"""Exact checkpoints: one stage between two steps, with its micro-batches in flight, and the same stage again.
 
-A graph cannot be written down. It is made again from what it was made of: the input, the version of the weights, and the
-random draws, which depend on the micro-batch alone, and the buffers that it met (`dtrp.stage.buffers`). What that forward does to
-buffers is discarded: they have moved.
+A graph cannot be written down. It is made again from what it was made of: the input, the version of the weights, the
+random draws, which depend on the micro-batch alone, and the buffers that it has read (`dtrp.stage.buffers`). What that forward
+does to buffers is discarded: they have moved already.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -37,31 +36,34 @@ from ..stage.stage import Stage
 from ..stage.stash import Held, MicroBatch, WeightVersion
 from ..tensors.autocast import AutocastState
 from ..tensors.pytree import flatten
+from ..tensors.torch_private import non_persistent_buffers
+from ..typing import Json
 from . import checks
 from .coding import DTYPES, Decoder, Encoder
 from .manifest import CheckpointError, is_count
 
+COMMON = ("parameters", "optimizer", "optimizer_type", "scheduler")  # what replicas have in common
 
-def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str, Any]:
-    """The stage as JSON, its tensors in the encoder.
 
-    Replicas have the same weights and optimizers, so the first alone writes them; the rest is each one's own.
+def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str, Json]:
+    """The stage as JSON; its tensors go to the encoder.
+
+    Replicas have the same weights and optimizers, so that the first alone writes them.
 
     Raises:
         CheckpointError: it holds what no checkpoint can.
     """
-    key = f"stage{stage.index}.replica{stage.replica}"
 
-    def encode(value: Any, name: str) -> Any:
-        return encoder.encode(value, f"{key}.{name}")
+    def encode(value: Any, name: str) -> Json:
+        return encoder.encode(value, f"stage{stage.index}.replica{stage.replica}.{name}")
 
     versions = {id(held.weights): held.weights for held in stage.stash if held.weights is not None}
-    numbers = {number: i for i, number in enumerate(versions)}
-    shared = {id(version): k for k, version in stage.versions.shared.items()}
-    parameters, ahead = dict(stage.whole.named_parameters()), stage.repeatable.ahead
+    numbers = {version: i for i, version in enumerate(versions)}
+    shared = {id(version): list(key) for key, version in stage.versions.shared.items()}
+    ahead = stage.repeatable.ahead
     if ahead is not None:
         ahead.follow(buffers_of(stage.whole))
-    part: dict[str, Any] = {
+    part: dict[str, Json] = {
         "version": stage.version,
         "keep": stage.method.keep if stage.has_decided else None,
         "changes_input": stage.repeatable.changes_input,
@@ -74,10 +76,13 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
         "extra_state": encode(_extra_state(stage.whole), "extra_state"),
         "gradients": encode(list(stage.gradients), "gradient"),
         "versions": [
-            {"key": list(shared[id(v)]) if id(v) in shared else None, "tensors": encode(v.tensors, f"version.{i}")}
-            for i, v in enumerate(versions.values())
+            {"key": shared.get(id(version)), "tensors": encode(version.tensors, f"version.{i}")}
+            for i, version in enumerate(versions.values())
         ],
-        "stash": [_encode_held(held, met, numbers, encode) for held, met in zip(stage.stash, _met(stage), strict=True)],
+        "stash": [
+            _encode_held(held, buffers, numbers, encode)
+            for held, buffers in zip(stage.stash, _buffers_read(stage), strict=True)
+        ],
         "predictor": encode(_predictor_state(stage), "predictor"),
         "num_updates": progress.num_updates,
         "next_microbatch": progress.next_microbatch,
@@ -88,7 +93,8 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
         "keywords": encode(progress.keywords, "keywords"),
     }
     if stage.replica == 0:
-        part["parameters"] = encode({name: p.detach() for name, p in parameters.items()}, "parameter")
+        parameters = {name: p.detach() for name, p in stage.whole.named_parameters()}
+        part["parameters"] = encode(parameters, "parameter")
         part["optimizer"] = encode(stage.optimizer.state_dict() if stage.optimizer else None, "optimizer")
         part["optimizer_type"] = type(stage.optimizer).__name__
         part["scheduler"] = encode(stage.lr_scheduler.state_dict() if stage.lr_scheduler else None, "scheduler")
@@ -96,7 +102,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
 
 
 def _named_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """Those of a module: a shared one once, and those that are no tensors."""
+    """The buffers of a module, a shared one once, and None for those that are no tensors."""
     buffers = buffers_of(module)
     return {**dict(module.named_buffers()), **_by_name(module, {s: None for s, b in buffers.items() if b is None})}
 
@@ -106,11 +112,10 @@ def _by_name(module: nn.Module, values: dict[Slot, Any]) -> dict[str, Any]:
     return {names[slot]: value for slot, value in values.items()}
 
 
-def _met(stage: Stage) -> list[dict[str, Any]]:
-    """What each entry of the stash must meet when its graph is made again, and is not there now."""
-    entries = [held.met or Met() for held in stage.stash]
+def _buffers_read(stage: Stage) -> list[dict[str, Any]]:
+    """The buffers that the graph of each micro-batch in the stash has read and that are no longer there, by name."""
     if not any(held.has_graph and stage.trains for held in stage.stash):
-        return [{} for _ in entries]
+        return [{} for _ in stage.stash]
     cure = "call pipe.flush() before pipe.save(), or save with portable=True"
     if _extra_state(stage.whole):
         raise CheckpointError(
@@ -118,18 +123,20 @@ def _met(stage: Stage) -> list[dict[str, Any]]:
             f"checkpoint has only as it is now; {cure}"
         )
     try:
-        return [_by_name(stage.whole, met) for met in values_met(entries, buffers_of(stage.whole))]
+        entries = values_met([held.met or Met() for held in stage.stash], buffers_of(stage.whole))
     except Overwritten as error:
         (name,) = names_of(stage.whole, [error.slot]).values()
         raise CheckpointError(
             f"the buffer {name} of stage {stage.index} has been written between steps, and graphs in flight have met it as it "
             f"was; {cure}"
         ) from None
+    return [_by_name(stage.whole, entry) for entry in entries]
 
 
 def _encode_held(
-    held: Held, met: dict[str, Any], numbers: dict[int, int], encode: Callable[[Any, str], Any]
-) -> dict[str, Any]:
+    held: Held, buffers: dict[str, Any], numbers: dict[int, int], encode: Callable[[Any, str], Json]
+) -> dict[str, Json]:
+    """A micro-batch of the stash as JSON; ``numbers`` numbers the versions of weights by id."""
     m = held.micro.index
     return {
         "micro": [m, held.micro.minibatch, held.micro.share],
@@ -140,160 +147,29 @@ def _encode_held(
         "target": encode(held.target, f"target.{m}"),
         "weights": None if held.weights is None else numbers[id(held.weights)],
         "has_graph": held.has_graph,
-        "met": encode(met, f"met.{m}"),
+        "met": encode(buffers, f"met.{m}"),
         "modes": "".join("ET"[mode] for mode in held.modes),
     }
 
 
 def _extra_state(module: nn.Module) -> dict[str, Any]:
-    """What `get_extra_state` of its modules says, by name."""
+    """What `get_extra_state` of its modules returns, by name."""
     return {name: value for name, value in module.state_dict().items() if name.endswith("_extra_state")}
 
 
 def _predictor_state(stage: Stage) -> Any:
-    own = stage.versions.predictor
-    if own is None or isinstance(own, BuiltInPredictor):
-        return None
-    state = getattr(own, "state_dict", None)
-    return state() if callable(state) else None
+    predictor = stage.versions.predictor
+    state = getattr(predictor, "state_dict", None)
+    return state() if callable(state) and not isinstance(predictor, BuiltInPredictor) else None
 
 
-def decode_stage(decoder: Decoder, part: dict[str, Any], common: dict[str, Any], stage: Stage) -> StageParts:
-    """Everything of a stage that `encode_stage` wrote, checked against it; the stage is not touched.
-
-    Args:
-        decoder: has its tensors.
-        part: what was written.
-        common: what the first replica wrote of the same stage.
-        stage: to load it into.
-
-    Raises:
-        CheckpointError: it is another stage's.
-    """
-    where = f"stage {stage.index}"
-
-    def decode(coded: Any, device: torch.device = stage.device) -> Any:
-        return decoder.decode(coded, device)
-
-    parameters, buffers = decode(common["parameters"]), decode(part["buffers"])
-    _check_same(f"the parameters of {where}", dict(stage.whole.named_parameters()), parameters)
-    own_buffers = _named_buffers(stage.whole)
-    changed = part.get("changed", {})
-    free = stage.repeatable.changed() | changed
-    for name in sorted(own_buffers.keys() ^ buffers.keys()):
-        if name not in free and (own_buffers.get(name) is not None or buffers.get(name) is not None):
-            raise CheckpointError(f"another model's checkpoint: {where} has the buffer {name} only here or only there")
-    ahead = decode(part.get("ahead"))
-    for name, buffer in [*buffers.items(), *(ahead or {}).items()]:
-        slot_of(stage.whole, name)
-        checks.expect(isinstance(buffer, Tensor | None), f"the buffer {name} of {where} is no tensor")
-    if common["optimizer_type"] != type(stage.optimizer).__name__:
-        raise CheckpointError(
-            f"{where} was trained by {common['optimizer_type']} and this pipeline has {type(stage.optimizer).__name__}; "
-            "make the pipeline with the same optimizer"
-        )
-    optimizer, scheduler = decode(common["optimizer"]), decode(common["scheduler"])
-    if stage.optimizer is not None:
-        own_state = stage.optimizer.state_dict()
-        checks.expect(isinstance(optimizer, dict) and optimizer.keys() == own_state.keys(), f"{where} has no optimizer")
-        checks.groups(where, own_state["param_groups"], optimizer["param_groups"])
-        saved_groups = optimizer["param_groups"]
-        members = [number for group in saved_groups for number in group["params"]]
-        checks.expect(members == list(range(len(members))), f"the members of the groups of {where} are not in order")
-        checks.entries(where, optimizer["state"], set(members))
-    if (scheduler is None) != (stage.lr_scheduler is None):
-        raise CheckpointError(
-            "the checkpoint and this pipeline differ in having a learning-rate scheduler; make both with one"
-        )
-    if stage.lr_scheduler is not None:
-        checks.alike(stage.lr_scheduler.state_dict(), scheduler, f"the scheduler of {where}")
-    gradients = decode(part["gradients"])
-    checks.expect(isinstance(gradients, list), f"{where} has no gradients")
-    if len(gradients) != len(stage.parameters):
-        raise CheckpointError(
-            f"{where} has {len(stage.parameters)} trained parameters, the checkpoint {len(gradients)}"
-        )
-    for p, gradient in zip(stage.parameters, gradients, strict=True):
-        fits = gradient is None or (gradient.shape == p.shape and gradient.dtype == p.dtype)
-        checks.expect(fits, f"a gradient of {where} is not of its parameter")
-    versions = []
-    for entry in part["versions"]:
-        version = WeightVersion(stage.parameters)
-        tensors = decode(entry["tensors"])
-        if [t.shape for t in tensors] != [t.shape for t in version.tensors]:
-            raise CheckpointError(f"a stashed version of {where} has other shapes than its parameters")
-        version.copy_from(tensors)
-        versions.append((tuple(entry["key"]) if entry["key"] else None, version))
-    stash = []
-    for entry in part["stash"]:
-        device_type, enabled, dtype = entry["autocast"]
-        leaf, target = decode(entry["leaf"]), decode(entry["target"])
-        try:
-            flatten([leaf, target])
-        except TypeError:
-            raise CheckpointError(f"an input of {where} is none") from None
-        held = Held(
-            MicroBatch(*entry["micro"]),
-            entry["version"],
-            AutocastState(str(device_type), enabled, DTYPES[dtype]),
-            leaf,
-            entry["nbytes"],
-            target,
-            None if entry["weights"] is None else versions[entry["weights"]][1],
-            met=Met({slot_of(stage.whole, name): value for name, value in decode(entry["met"]).items()})
-            if entry["has_graph"]
-            else None,
-        )
-        checks.expect(
-            len(entry["modes"]) == len(list(stage.module.modules()))
-            or (not entry["modes"] and not (entry["has_graph"] and stage.trains)),
-            f"what {where} keeps is not of its modules",
-        )
-        held.modes = tuple(letter == "T" for letter in entry["modes"])
-        for value in held.met.moved.values() if held.met is not None else ():
-            checks.expect(value is ABSENT or isinstance(value, Tensor | None), f"a buffer that {where} has met is none")
-        stash.append((held, bool(entry["has_graph"])))
-    forward, backward, update, left = part["position"]
-    progress = Progress(
-        part["num_updates"],
-        part["next_microbatch"],
-        Position(forward, backward, update, tuple(left)),
-        [Note(*note) for note in part["notes"]],
-        list(part["samples"]),
-        decode(part["arrived"]),
-        decode(part["keywords"]),
-    )
-    arrived, delays, extra_state = progress.gradients, decode(part["delays"]), decode(part["extra_state"])
-    checks.expect(
-        isinstance(arrived, list) and all(map(_is_gradient, arrived)), f"what has arrived at {where} are no gradients"
-    )
-    keywords = progress.keywords
-    fits = isinstance(keywords, list) and len(keywords) in (0, len(progress.notes))
-    checks.expect(fits and all(type(k) is dict for k in keywords), f"the keyword arguments of {where} are none")
-    checks.expect(isinstance(delays, Counter), f"{where} has no delays")
-    checks.counts([*delays, *delays.values()], f"the delays of {where}")
-    checks.expect(
-        isinstance(extra_state, dict) and extra_state.keys() == _extra_state(stage.whole).keys(), "extra_state"
-    )
-    return StageParts(
-        stage, part, parameters, buffers, changed, ahead, extra_state, optimizer, scheduler, gradients, versions, stash,
-        delays, decode(part["predictor"]), progress,
-    )  # fmt: skip
-
-
-def _is_gradient(value: Any) -> bool:
-    """Of a tensor, or of the tensors of a tree; None where there is none."""
-    each = value if isinstance(value, list) else [value]
-    return all(g is None or isinstance(g, torch.Tensor) for g in each)
-
-
-def check_form(where: str, part: dict[str, Any]) -> None:
-    """The numbers of a stage's part, each of its type."""
+def check_form(where: str, part: dict[str, Json]) -> None:
+    """Check that the numbers of a stage's part have the right types."""
     counts = [part["version"], part["num_updates"], part["next_microbatch"], *part["position"][:3]]
-    checks.counts(counts, f"the counters of {where}", 6)
+    checks.expect_counts(counts, f"the counters of {where}", 6)
     for name, length in (("peaks", 2), ("skipped", None), ("samples", None)):
-        checks.counts(part[name], f"{name!r} of {where}", length)
-    checks.counts(part["position"][3], f"the position of {where}")
+        checks.expect_counts(part[name], f"{name!r} of {where}", length)
+    checks.expect_counts(part["position"][3], f"the position of {where}")
     checks.expect(part["keep"] in (None, "graph", "input"), f"{where} keeps {str(part['keep'])[:20]!r}")
     checks.expect(part["changes_input"] in (None, True, False), f"{where} may change its input or not")
     changed = part.get("changed", {})
@@ -304,108 +180,242 @@ def check_form(where: str, part: dict[str, Any]) -> None:
         checks.expect(fits and note[4] > 0 and is_count(note[1]), f"a note of {where} is none")
     for entry in part["versions"]:
         if entry["key"] is not None:
-            checks.counts(entry["key"], f"a version of {where}", 2)
+            checks.expect_counts(entry["key"], f"a version of {where}", 2)
     for entry in part["stash"]:
         m, minibatch, share = entry["micro"]
-        checks.counts([m, minibatch, entry["version"], entry["nbytes"]], f"what {where} keeps", 4)
+        counts = [m, minibatch, entry["version"], entry["nbytes"], 0 if entry["weights"] is None else entry["weights"]]
+        checks.expect_counts(counts, f"what {where} keeps", 5)
         checks.expect(type(share) in (int, float) and 0 < share <= 1, f"a share of {where} is none")
         modes = entry["modes"]
         checks.expect(isinstance(modes, str) and set(modes) <= set("ET"), f"what {where} keeps is in no mode")
         checks.expect(type(entry["has_graph"]) is bool and type(entry["autocast"][1]) is bool, f"what {where} keeps")
-        if entry["weights"] is not None:
-            checks.counts([entry["weights"]], f"a version of {where}", 1)
 
 
-@dataclasses.dataclass
-class StageParts:
-    """A stage's parts, ready to be put in place."""
+class SavedStage:
+    """A stage's part of a checkpoint, decoded and checked against the stage; `put` makes the stage what it was.
 
-    stage: Stage
-    part: dict[str, Any]
-    parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor | None]
-    changed: dict[str, bool]
-    ahead: dict[str, Tensor | None] | None
-    extra_state: dict[str, Any]
-    optimizer: Any
-    scheduler: Any
-    gradients: list[Tensor | None]
-    versions: list[tuple[Any, WeightVersion]]
-    stash: list[tuple[Held, bool]]
-    delays: Counter[int]
-    predictor: Any
-    progress: Progress
+    Args:
+        decoder: has the tensors.
+        part: entry of the stage and replica in the manifest; `check_form` has passed it.
+        common: entries `COMMON` of the first replica of the stage.
+        stage: stage to load it into, which is not touched until `put`.
+
+    Attributes:
+        progress: progress of the stage, for the engine.
+
+    Raises:
+        CheckpointError: it is another stage's.
+    """
+
+    def __init__(self, decoder: Decoder, part: dict[str, Json], common: dict[str, Json], stage: Stage) -> None:
+        self._decoder, self._part, self._stage, self._where = decoder, part, stage, f"stage {stage.index}"
+        self._read_tensors(common["parameters"])
+        self._read_optimizer(common)
+        self._read_gradients()
+        self._versions = list(map(self._version, part["versions"]))
+        self._stash = [(self._held(entry), entry["has_graph"]) for entry in part["stash"]]
+        self.progress = self._read_progress()
+        self._delays = self._decode(part["delays"])
+        checks.expect(isinstance(self._delays, Counter), f"{self._where} has no delays")
+        checks.expect_counts([*self._delays, *self._delays.values()], f"the delays of {self._where}")
+        self._predictor = self._decode(part["predictor"])
+
+    def _decode(self, coded: Json) -> Any:
+        return self._decoder.decode(coded, self._stage.device)
+
+    def _read_tensors(self, parameters: Json) -> None:
+        """Parameters, buffers, and the state that modules have besides."""
+        part, module, repeatable = self._part, self._stage.whole, self._stage.repeatable
+        self._parameters, self._buffers = self._decode(parameters), self._decode(part["buffers"])
+        _check_same(f"the parameters of {self._where}", dict(module.named_parameters()), self._parameters)
+        current, self._changed = _named_buffers(module), part.get("changed", {})
+        free = repeatable.changed() | self._changed
+        for name in sorted((current.keys() ^ self._buffers.keys()) - free.keys()):
+            if current.get(name) is not None or self._buffers.get(name) is not None:
+                raise CheckpointError(
+                    f"another model's checkpoint: {self._where} has the buffer {name} only here or only there"
+                )
+        self._ahead = self._decode(part.get("ahead"))
+        for name, buffer in [*self._buffers.items(), *(self._ahead or {}).items()]:
+            slot_of(module, name)
+            checks.expect(isinstance(buffer, Tensor | None), f"the buffer {name} of {self._where} is no tensor")
+        self._extra_state = self._decode(part["extra_state"])
+        fits = isinstance(self._extra_state, dict) and self._extra_state.keys() == _extra_state(module).keys()
+        checks.expect(fits, "extra_state")
+
+    def _read_optimizer(self, common: dict[str, Json]) -> None:
+        stage, where = self._stage, self._where
+        if common["optimizer_type"] != type(stage.optimizer).__name__:
+            raise CheckpointError(
+                f"{where} was trained by {common['optimizer_type']} and this pipeline has {type(stage.optimizer).__name__}; "
+                "make the pipeline with the same optimizer"
+            )
+        self._optimizer = optimizer = self._decode(common["optimizer"])
+        self._scheduler = scheduler = self._decode(common["scheduler"])
+        if stage.optimizer is not None:
+            current = stage.optimizer.state_dict()
+            fits = isinstance(optimizer, dict) and optimizer.keys() == current.keys()
+            checks.expect(fits, f"{where} has no optimizer")
+            checks.expect_same_groups(where, current["param_groups"], optimizer["param_groups"])
+            members = [number for group in optimizer["param_groups"] for number in group["params"]]
+            fits = members == list(range(len(members)))
+            checks.expect(fits, f"the members of the groups of {where} are not in order")
+            checks.expect_optimizer_state(where, optimizer["state"], set(members))
+        if (scheduler is None) != (stage.lr_scheduler is None):
+            raise CheckpointError(
+                "the checkpoint and this pipeline differ in having a learning-rate scheduler; make both with one"
+            )
+        if stage.lr_scheduler is not None:
+            checks.expect_alike(stage.lr_scheduler.state_dict(), scheduler, f"the scheduler of {where}")
+
+    def _read_gradients(self) -> None:
+        self._gradients, parameters = self._decode(self._part["gradients"]), self._stage.parameters
+        checks.expect(isinstance(self._gradients, list), f"{self._where} has no gradients")
+        if len(self._gradients) != len(parameters):
+            raise CheckpointError(
+                f"{self._where} has {len(parameters)} trained parameters, the checkpoint {len(self._gradients)}"
+            )
+        for p, gradient in zip(parameters, self._gradients, strict=True):
+            fits = gradient is None or (gradient.shape == p.shape and gradient.dtype == p.dtype)
+            checks.expect(fits, f"a gradient of {self._where} is not of its parameter")
+
+    def _version(self, entry: dict[str, Json]) -> tuple[tuple[int, int] | None, WeightVersion]:
+        """A version of the weights, with its key among those that micro-batches share."""
+        version, tensors = WeightVersion(self._stage.parameters), self._decode(entry["tensors"])
+        if [t.shape for t in tensors] != [t.shape for t in version.tensors]:
+            raise CheckpointError(f"a stashed version of {self._where} has other shapes than its parameters")
+        version.copy_from(tensors)
+        return tuple(entry["key"]) if entry["key"] else None, version
+
+    def _held(self, entry: dict[str, Json]) -> Held:
+        """A micro-batch of the stash, without its graph."""
+        stage = self._stage
+        leaf, target = self._decode(entry["leaf"]), self._decode(entry["target"])
+        try:
+            flatten([leaf, target])
+        except TypeError:
+            raise CheckpointError(f"an input of {self._where} is none") from None
+        met = None
+        if entry["has_graph"]:
+            met = Met({slot_of(stage.whole, name): value for name, value in self._decode(entry["met"]).items()})
+            fits = all(value is ABSENT or isinstance(value, Tensor | None) for value in met.moved.values())
+            checks.expect(fits, f"a buffer that {self._where} has met is none")
+        fits = len(entry["modes"]) == len(list(stage.module.modules()))
+        fits = fits or (not entry["modes"] and not (entry["has_graph"] and stage.trains))
+        checks.expect(fits, f"what {self._where} keeps is not of its modules")
+        device_type, enabled, dtype = entry["autocast"]
+        return Held(
+            MicroBatch(*entry["micro"]),
+            entry["version"],
+            AutocastState(str(device_type), enabled, DTYPES[dtype]),
+            leaf,
+            entry["nbytes"],
+            target,
+            None if entry["weights"] is None else self._versions[entry["weights"]][1],
+            modes=tuple(letter == "T" for letter in entry["modes"]),
+            met=met,
+        )
+
+    def _read_progress(self) -> Progress:
+        part = self._part
+        forward, backward, update, left = part["position"]
+        arrived, keywords = self._decode(part["arrived"]), self._decode(part["keywords"])
+        fits = isinstance(arrived, list) and all(map(_is_gradient, arrived))
+        checks.expect(fits, f"what has arrived at {self._where} are no gradients")
+        fits = isinstance(keywords, list) and len(keywords) in (0, len(part["notes"]))
+        checks.expect(
+            fits and all(type(k) is dict for k in keywords), f"the keyword arguments of {self._where} are none"
+        )
+        notes, position = [Note(*note) for note in part["notes"]], Position(forward, backward, update, tuple(left))
+        counted = part["num_updates"], part["next_microbatch"]
+        return Progress(*counted, position, notes, list(part["samples"]), arrived, keywords)
 
     @torch.no_grad()
     def put(self, seed: int) -> None:
         """Make the stage what it was."""
-        stage = self.stage
+        stage, part = self._stage, self._part
         stage.drop()
         stage.draws.seed = seed
         for name, p in stage.whole.named_parameters():
-            p.copy_(self.parameters[name])
-        self._put_buffers(stage.whole)
-        if self.extra_state:
-            stage.whole.load_state_dict(self.extra_state, strict=False)
+            p.copy_(self._parameters[name])
+        self._put_buffers()
+        if self._extra_state:
+            stage.whole.load_state_dict(self._extra_state, strict=False)
+        self._put_optimizer()
+        keep = part["keep"]
+        if keep is not None and stage.method.keep != keep:
+            stage.method = stage.method.keeping(keep)
+            stage.recomputes = stage.trains and stage.method.recomputes(stage.num_stages, stage.index)
+        stage.has_decided = keep is not None
+        stage.delays, stage.gradients = self._delays, self._gradients
+        stage.updates.skipped = list(part["skipped"])
+        stage.stash_peak, stage.activations_peak = part["peaks"]
+        stage.repeatable.changes_input = part["changes_input"]
+        if self._predictor is not None:
+            stage.versions.predictor.load_state_dict(self._predictor)  # type: ignore[union-attr]
+        self._put_stash()
+
+    def _put_optimizer(self) -> None:
+        stage = self._stage
         if stage.optimizer is not None:
-            stage.optimizer.load_state_dict(self.optimizer)
+            stage.optimizer.load_state_dict(self._optimizer)
             # As they were: loading casts to the dtype of the parameters.
             members = [p for group in stage.optimizer.param_groups for p in group["params"]]
-            for number, state in self.optimizer["state"].items():
+            for number, state in self._optimizer["state"].items():
                 stage.optimizer.state[members[number]] = state
         if stage.lr_scheduler is not None:
-            stage.lr_scheduler.load_state_dict(self.scheduler)
-        stage.keep_as(self.part["keep"])
-        stage.delays = self.delays
-        stage.updates.skipped = list(self.part["skipped"])
-        stage.stash_peak, stage.activations_peak = self.part["peaks"]
-        stage.repeatable.changes_input = self.part["changes_input"]
-        stage.gradients = self.gradients
-        if self.predictor is not None:
-            stage.versions.predictor.load_state_dict(self.predictor)  # type: ignore[union-attr]
-        for key, version in self.versions:
-            if key is not None:
-                stage.versions.shared[key] = version
-        for held, had_graph in self.stash:
-            stage.restore(held, has_graph=had_graph)
-        own = buffers_of(stage.whole)
-        for held, _ in self.stash:
-            if held.met is not None:
-                held.met.before = held.met.after = marks(own)
-        if self.ahead is not None:
-            shared: dict[int, Tensor | None] = {}
-            ahead = {slot_of(stage.whole, name): value for name, value in self.ahead.items()}
-            for slot in ahead.keys() & own.keys():
-                if own[slot] is not None:
-                    ahead[slot] = shared.setdefault(id(own[slot]), ahead[slot])
-            stage.repeatable.ahead = Elsewhere(ahead, seen=marks(own))
+            stage.lr_scheduler.load_state_dict(self._scheduler)
 
-    def _put_buffers(self, module: nn.Module) -> None:
-        own = buffers_of(module)
-        names, first = names_of(module, own), dict[int, str]()
+    def _put_stash(self) -> None:
+        stage = self._stage
+        stage.versions.shared.update((key, version) for key, version in self._versions if key is not None)
+        for held, has_graph in self._stash:
+            stage.restore(held, has_graph=has_graph)
+        current = buffers_of(stage.whole)
+        for held, _ in self._stash:
+            if held.met is not None:
+                held.met.before = held.met.after = marks(current)
+        if self._ahead is not None:
+            shared: dict[int, Tensor | None] = {}
+            ahead: Buffers = {slot_of(stage.whole, name): value for name, value in self._ahead.items()}
+            for slot in ahead.keys() & current.keys():
+                if current[slot] is not None:
+                    ahead[slot] = shared.setdefault(id(current[slot]), ahead[slot])
+            stage.repeatable.ahead = Elsewhere(ahead, seen=marks(current))
+
+    def _put_buffers(self) -> None:
+        module, saved = self._stage.whole, self._buffers
+        current = buffers_of(module)
+        names, first = names_of(module, current), dict[int, str]()
         values: Buffers = {}
         for slot, name in names.items():
-            shared = name if own[slot] is None else first.setdefault(id(own[slot]), name)  # is saved once
-            if name in self.buffers or shared in self.buffers:
-                values[slot] = self.buffers[name if name in self.buffers else shared]
-            elif own[slot] is None:
+            shared = name if current[slot] is None else first.setdefault(id(current[slot]), name)  # is saved once
+            if name in saved or shared in saved:
+                values[slot] = saved[name if name in saved else shared]
+            elif current[slot] is None:
                 values[slot] = None
-        for name in self.buffers.keys() - set(names.values()):
+        for name in saved.keys() - set(names.values()):
             slot = slot_of(module, name)
-            values[slot] = self.buffers[name]
-            if not self.changed.get(name, True):
-                slot[0]._non_persistent_buffers_set.add(slot[1])
-        write(own, values)
+            values[slot] = saved[name]
+            if not self._changed.get(name, True):
+                non_persistent_buffers(slot[0]).add(slot[1])
+        write(current, values)
 
 
-def _check_same(what: str, own: dict[str, Any], saved: dict[str, Tensor]) -> None:
-    for name in dict.fromkeys([*own, *saved]):
-        if name not in saved or name not in own:
+def _is_gradient(value: Any) -> bool:
+    """Whether it is the gradient of a tensor, or a list of the gradients of several; None stands for no gradient."""
+    gradients = value if isinstance(value, list) else [value]
+    return all(isinstance(gradient, Tensor | None) for gradient in gradients)
+
+
+def _check_same(what: str, current: dict[str, Any], saved: dict[str, Tensor]) -> None:
+    for name in dict.fromkeys([*current, *saved]):
+        if name not in saved or name not in current:
             raise CheckpointError(
-                f"another model's checkpoint, or cut elsewhere: of {what}, {name} is only {'here' if name in own else 'there'}"
+                f"another model's checkpoint, or cut elsewhere: of {what}, {name} is only {'here' if name in current else 'there'}"
             )
-        if own[name].shape != saved[name].shape or own[name].dtype != saved[name].dtype:
+        a, b = saved[name], current[name]
+        if a.shape != b.shape or a.dtype != b.dtype:
             raise CheckpointError(
-                f"another model's checkpoint: {name} is {tuple(saved[name].shape)}, {saved[name].dtype} there and "
-                f"{tuple(own[name].shape)}, {own[name].dtype} here"
+                f"another model's checkpoint: {name} is {tuple(a.shape)}, {a.dtype} there and {tuple(b.shape)}, {b.dtype} here"
             )

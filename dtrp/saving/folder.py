@@ -1,11 +1,11 @@
-"""A folder that is replaced by a whole new one or stays as it is.
+"""A folder that is replaced by a complete new one, or stays as it is.
 
 ::
 
     write into .NAME.new  ->  NAME becomes .NAME.old  ->  .NAME.new becomes NAME  ->  .NAME.old goes
 
-A process that dies before the second rename leaves the old one, which `inspect` finds under either name. While it is
-written, ``.NAME.new`` is locked, so that two runs that save to the same place do not mix their files.
+A process that dies before the second rename leaves the old folder, which `inspect` finds under either name. ``.NAME.new``
+is locked while it is written, so that two runs that save to the same place do not mix their files.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from pathlib import Path
 
 from .manifest import METADATA, NAME, CheckpointError, is_manifest, previous
 
-# What a save writes, and what it leaves if it dies.
+# The files that a save writes, and those that it leaves if it dies.
 _OURS = re.compile(rf"{re.escape(NAME)}|{re.escape(METADATA)}(\.tmp)?|__\d+_\d+\.distcp|\.{re.escape(NAME)}\..+")
 
 
 class Replacement:
-    """A folder ``new`` beside ``folder``, to be written and then to take its place.
+    """A new folder beside ``folder``, which is written first and then takes its place.
 
     Args:
         folder: new, empty, or an earlier checkpoint.
+
+    Attributes:
+        new: the folder to write into.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +38,7 @@ class Replacement:
         self._lock: int | None = None
 
     def begin(self) -> None:
-        """Make the new one, empty.
+        """Make the new folder, empty and locked.
 
         Raises:
             CheckpointError: ``folder`` is something else than a checkpoint, or another process is saving to it.
@@ -48,11 +51,11 @@ class Replacement:
                 )
         folder.parent.mkdir(parents=True, exist_ok=True)
         if self.new.exists():  # of a save that died, or of one that goes on
-            self._take()
+            self._take_lock()
             shutil.rmtree(self.new)
             self.close()
         if self._old.exists():
-            if folder.exists():  # the last save died when all was done but this
+            if folder.exists():  # the last save died when only the removal was left
                 shutil.rmtree(self._old)
             else:
                 self._old.rename(folder)
@@ -60,17 +63,17 @@ class Replacement:
             self.new.mkdir()
         except FileExistsError:
             raise self._taken() from None
-        self._take()
+        self._take_lock()
         self._begun = True
 
     def replace(self) -> None:
-        """The new one, which is whole, takes the place of ``folder``."""
-        sync(self.new)
+        """Put the new folder, which is complete, in the place of ``folder``."""
+        _sync(self.new)
         if self.folder.exists():
             self.folder.rename(self._old)
         try:
             self.new.rename(self.folder)
-            sync(self.folder.parent)
+            _sync(self.folder.parent)
         except BaseException:
             self._back()
             raise
@@ -83,28 +86,28 @@ class Replacement:
             self._old.rename(self.folder)
 
     def discard(self) -> None:
-        """The new one is not to be."""
+        """Remove the new folder."""
         if self._begun:
             shutil.rmtree(self.new, ignore_errors=True)
 
     def close(self) -> None:
-        """Let others save to it."""
+        """Release the lock, so that others can save to ``folder``."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def _take(self) -> None:
-        """Lock the new one against other processes; a process that dies lets go."""
+    def _take_lock(self) -> None:
+        """Lock the new folder against other processes; the lock of a process that dies is released."""
         import fcntl  # of POSIX
 
         try:
             self._lock = os.open(self.new, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            theirs = os.stat(self.new).st_ino != os.fstat(self._lock).st_ino
+            is_taken = os.stat(self.new).st_ino != os.fstat(self._lock).st_ino
         except OSError as error:
-            # A file system without such locks: saves to it as if alone.
-            theirs = error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT)
-        if theirs:
+            # On a file system without such locks saving goes on without one.
+            is_taken = error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT)
+        if is_taken:
             self.close()
             raise self._taken()
 
@@ -112,7 +115,7 @@ class Replacement:
         return CheckpointError(f"another process is saving to {self.folder}; give each run a folder of its own")
 
 
-def sync(folder: Path) -> None:
+def _sync(folder: Path) -> None:
     """Put a folder's entries on the disk."""
     number = os.open(folder, os.O_RDONLY)
     try:
@@ -122,11 +125,9 @@ def sync(folder: Path) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether it is an empty folder, or holds what a save has written, whole or not, and nothing else."""
+    """Whether it is an empty folder, or holds what a save has written, complete or not, and nothing else."""
     if not path.is_dir():
         return False
     names = {entry.name for entry in path.iterdir()}
-    if not all(_OURS.fullmatch(name) for name in names):
-        return False
-    # A file of this name alone may be anybody's.
-    return names != {NAME} or is_manifest(path / NAME)
+    # A file called manifest.json alone may be anybody's.
+    return all(map(_OURS.fullmatch, names)) and (names != {NAME} or is_manifest(path / NAME))

@@ -1,14 +1,15 @@
-"""The manifest of a checkpoint: what is in it, and what its files must be."""
+"""The manifest of a checkpoint: what the checkpoint holds, and the size and SHA-256 of its files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from ..typing import Json
 
 NAME = "manifest.json"
 METADATA = ".metadata"  # of torch.distributed.checkpoint
@@ -19,75 +20,56 @@ _BLOCK_BYTES = 2**20
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or is damaged, or does not fit; the message says which file or what to change.
+    """A checkpoint cannot be written, is damaged, or does not fit; the message names the file, or what to change.
 
-    It is one line that can be shown, whatever names a checkpoint holds.
+    The message is one printable line, whatever names a checkpoint holds.
     """
 
     def __init__(self, message: str) -> None:
-        shown = message if message.isprintable() else "".join(map(_printable, message))
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
         super().__init__(shown if len(shown) <= _MOST_CHARACTERS else f"{shown[:_MOST_CHARACTERS]}...")
 
 
-def _printable(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
+def first_line(error: BaseException, default: str = "no reason given") -> str:
+    """The first line of an error's message."""
+    return str(error).splitlines()[0] if str(error) else default
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, its files checked.
+    """What a checkpoint holds.
 
     Attributes:
-        folder: where it is.
+        folder: its folder.
         kind: ``"exact"`` or ``"portable"``.
-        method: the name of the method.
-        num_stages, num_replicas, num_microbatches: of the pipeline that wrote it.
-        num_updates: mini-batches stepped.
-        extra: what the caller has added.
-        manifest: all of the manifest.
+        method: name of the method of the pipeline that wrote it.
+        num_stages: number of stages of that pipeline.
+        num_replicas: number of replicas of that pipeline.
+        num_microbatches: number of micro-batches in a mini-batch of that pipeline.
+        num_updates: number of mini-batches stepped.
+        extra: value that the caller added.
+        manifest: the whole manifest.
     """
 
     folder: Path
-    manifest: dict[str, Any]
-
-    @property
-    def kind(self) -> Literal["exact", "portable"]:
-        kind: Literal["exact", "portable"] = self.manifest["kind"]
-        return kind
-
-    @property
-    def method(self) -> str:
-        return str(self.manifest["method"]["name"])
-
-    @property
-    def num_stages(self) -> int:
-        return int(self.manifest["num_stages"])
-
-    @property
-    def num_replicas(self) -> int:
-        return int(self.manifest["num_replicas"])
-
-    @property
-    def num_microbatches(self) -> int:
-        return int(self.manifest["num_microbatches"])
-
-    @property
-    def num_updates(self) -> int:
-        return int(self.manifest["num_updates"])
-
-    @property
-    def extra(self) -> Any:
-        return self.manifest["extra"]
+    kind: Literal["exact", "portable"]
+    method: str
+    num_stages: int
+    num_replicas: int
+    num_microbatches: int
+    num_updates: int
+    extra: Json
+    manifest: dict[str, Json]
 
 
 _COUNTS = {"num_stages": 1, "num_replicas": 1, "num_microbatches": 1, "num_updates": 0, "next_microbatch": 0,
-           "seed": 0, "threads": 1}  # fmt: skip
+           "seed": 0, "threads": 1}  # the least value of each  # fmt: skip
 
 
 def inspect(folder: str | os.PathLike[str]) -> Checkpoint:
-    """Look at a checkpoint that `Pipeline.save` has written: every file is checked, and no tensor is read.
+    """Read the manifest of a checkpoint that `Pipeline.save` has written, and check all files; no tensor is read.
 
-    Where a save that replaced ``folder`` died between its two renames, the one before it is what is looked at.
+    Where a save that was to replace ``folder`` died between its two renames, the checkpoint before it is read.
 
     Raises:
         CheckpointError: no checkpoint, or a damaged one, with the name of the file.
@@ -101,7 +83,7 @@ def inspect(folder: str | os.PathLike[str]) -> Checkpoint:
 
 
 def glance(folder: str | os.PathLike[str]) -> Checkpoint:
-    """As `inspect`, but the other files, which may be large, have not been looked at.
+    """Like `inspect`, without checking the other files, which may be large.
 
     Raises:
         CheckpointError: no checkpoint, or its manifest is damaged.
@@ -112,15 +94,18 @@ def glance(folder: str | os.PathLike[str]) -> Checkpoint:
             path = previous(path)
         if not path.is_dir():
             raise CheckpointError(f"{folder}: no such folder; pass one that pipe.save() has written")
-        return Checkpoint(path, _read(path))
+        manifest = _read(path)
     except RecursionError:
         raise CheckpointError(f"{path / NAME} is damaged: it is nested too deeply; use another checkpoint") from None
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    names = ("kind", "num_stages", "num_replicas", "num_microbatches", "num_updates", "extra")
+    entries = {name: manifest[name] for name in names}
+    return Checkpoint(path, method=str(manifest["method"]["name"]), manifest=manifest, **entries)
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether a file is a manifest, if not a whole one."""
+    """Whether a file is a manifest, be it an incomplete one."""
     with path.open("rb") as file:
         start = file.read(_BLOCK_BYTES)
         file.seek(-min(path.stat().st_size, _BLOCK_BYTES), os.SEEK_END)
@@ -128,15 +113,15 @@ def is_manifest(path: Path) -> bool:
 
 
 def previous(folder: Path) -> Path:
-    """Where the checkpoint that ``folder`` replaces is, until the new one is in its place."""
+    """Where the checkpoint that ``folder`` replaces lies until the new one is in its place."""
     return folder.with_name(f".{folder.name}.old")
 
 
-def written(manifest: dict[str, Any]) -> bytes:
-    """A manifest as the bytes of its file: one spelling, so that a changed byte shows.
+def written(manifest: dict[str, Json]) -> bytes:
+    """A manifest as the bytes of its file, always spelled in the same way, so that every changed byte is noticed.
 
     Raises:
-        CheckpointError: it is larger than any that is read.
+        CheckpointError: it is larger than `inspect` reads.
     """
     checksum = hashlib.sha256(_spelled(manifest)).hexdigest()
     raw = _spelled({**manifest, "checksum": checksum})
@@ -147,8 +132,8 @@ def written(manifest: dict[str, Any]) -> bytes:
     return raw
 
 
-def header(kind: Literal["exact", "portable"], extra: Any) -> dict[str, Any]:
-    """How every manifest begins.
+def header(kind: Literal["exact", "portable"], extra: Json) -> dict[str, Json]:
+    """The entries with which every manifest begins.
 
     Raises:
         TypeError: ``extra`` cannot be written as JSON.
@@ -164,26 +149,18 @@ def header(kind: Literal["exact", "portable"], extra: Any) -> dict[str, Any]:
     return {"format": _FORMAT, "version": _VERSION, "kind": kind, "extra": extra}
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file."""
-    digest = hashlib.sha256()
-    size = 0
+def describe(path: Path) -> dict[str, Json]:
+    """The entry of a file in the manifest: its size and its SHA-256."""
     with path.open("rb") as file:
-        for block in _blocks(file):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
 
 
-def _blocks(file: Any) -> Iterator[bytes]:
-    return iter(lambda: file.read(_BLOCK_BYTES), b"")
-
-
-def _spelled(value: Any) -> bytes:
+def _spelled(value: Json) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> dict[str, Json]:
     path = folder / NAME
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"{path} is missing; pass a folder that pipe.save() has written")
@@ -191,7 +168,7 @@ def _read(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; a manifest has at most {_MOST_BYTES:,}")
     raw = path.read_bytes()
     try:
-        manifest = json.loads(raw, parse_constant=_no_number)
+        manifest = json.loads(raw, parse_constant=_refuse_constant)
     except ValueError:
         raise CheckpointError(f"{path} is damaged: it is not JSON; use another checkpoint") from None
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
@@ -208,6 +185,8 @@ def _read(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: its checksum is another; use another checkpoint")
     wrong = [name for name, least in _COUNTS.items() if not is_count(manifest.get(name), least)]
     wrong += [name for name in ("method", "files", "tensors", "state") if not isinstance(manifest.get(name), dict)]
+    if not wrong and "name" not in manifest["method"]:
+        wrong = ["method"]
     wrong += [] if manifest.get("kind") in ("exact", "portable") else ["kind"]
     wrong += [] if "extra" in manifest else ["extra"]
     if wrong:
@@ -215,7 +194,7 @@ def _read(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _no_number(text: str) -> Any:
+def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is no JSON")
 
 
@@ -224,27 +203,32 @@ def is_count(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 
 
-def _check_files(folder: Path, files: dict[str, Any]) -> None:
-    there = {path.name: path for path in folder.iterdir() if path.name != NAME}
-    strange = sorted(there.keys() - files.keys())
+def are_counts(values: Any, length: int | None = None) -> bool:
+    """Whether a value from a manifest is a list of whole numbers, of ``length`` ones if that is given."""
+    return isinstance(values, list | tuple) and all(map(is_count, values)) and length in (None, len(values))
+
+
+def _check_files(folder: Path, files: dict[str, Json]) -> None:
+    present = {path.name: path for path in folder.iterdir() if path.name != NAME}
+    strange = sorted(present.keys() - files.keys())
     if strange:
         raise CheckpointError(
             f"{folder / strange[0]} is no part of the checkpoint; remove it, or use another checkpoint"
         )
-    for name, said in sorted(files.items()):
-        if not isinstance(said, dict) or said.keys() != {"bytes", "sha256"}:
+    for name, entry in sorted(files.items()):
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
             raise CheckpointError(f"{folder / NAME}: what it says of the file {name!r} is not of its type")
-        path = there.get(name)
+        path = present.get(name)
         if path is None:
             raise CheckpointError(f"{folder / name} is missing; use another checkpoint")
         if path.is_symlink() or not path.is_file():
             raise CheckpointError(f"{path} is no ordinary file; use another checkpoint")
         size = path.stat().st_size
-        if size != said["bytes"]:
+        if size != entry["bytes"]:
             raise CheckpointError(
-                f"{path} is damaged: it has {size:,} bytes, not {said['bytes']}; use another checkpoint"
+                f"{path} is damaged: it has {size:,} bytes, not {entry['bytes']}; use another checkpoint"
             )
-        if describe(path) != said:
+        if describe(path) != entry:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is another; use another checkpoint")
     if METADATA not in files:
         raise CheckpointError(f"{folder / METADATA} is missing; use another checkpoint")

@@ -1,4 +1,4 @@
-"""A flushed pipeline as state dicts that know nothing of its stages, in a checkpoint.
+"""Portable checkpoints: the state dicts of a flushed pipeline, independent of how the model was cut into stages.
 
 The keys are those of nested dicts, ``model.<name>`` and ``optimizer.state.<name>.<entry>``, so that plain
 `torch.distributed.checkpoint` reads the model::
@@ -10,46 +10,52 @@ The keys are those of nested dicts, ``model.<name>`` and ``optimizer.state.<name
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..stage.stage import Stage
+from ..typing import Json
 from . import state_dict
-from .coding import Decoder, Encoder, Spec, tensor_keys
-from .manifest import Checkpoint, CheckpointError, inspect
-
-T = TypeVar("T")
+from .coding import Decoder, Encoder, TensorSpec, tensor_keys
+from .manifest import Checkpoint, CheckpointError, first_line, inspect
 
 
-def encode_part(encoder: Encoder, stage: Stage) -> dict[str, Any]:
-    """What a stage adds to `Pipeline.state_dict`, as JSON, its tensors in the encoder."""
+def encode_part(encoder: Encoder, stage: Stage) -> dict[str, Json]:
+    """A stage's part of `Pipeline.state_dict` as JSON; its tensors go to the encoder."""
     part = state_dict.state_part(stage)
 
-    def section(of: dict[str, Any], prefix: str) -> dict[str, Any]:
+    def encode_section(section: dict[str, Any], prefix: str) -> dict[str, Json]:
         groups = []
-        for i, group in enumerate(of["param_groups"]):
-            options = {name: value for name, value in group.items() if name != "params"}
+        for i, group in enumerate(section["param_groups"]):
             key = f"optimizer.param_groups.{prefix or 'aux.'}stage{stage.index}.{i}"
-            groups.append({"params": group["params"], "options": encoder.encode(options, key)})
-        return {
-            "model": {name: encoder.encode(value, f"{prefix}{name}") for name, value in of["model"].items()},
-            "state": {name: encoder.encode(value, f"optimizer.state.{name}") for name, value in of["state"].items()},
-            "param_groups": groups,
-        }
+            options = encoder.encode(state_dict.group_options(group), key)
+            groups.append({"params": group["params"], "options": options})
+        states = {name: encoder.encode(v, f"optimizer.state.{name}") for name, v in section["state"].items()}
+        model = {name: encoder.encode(v, f"{prefix}{name}") for name, v in section["model"].items()}
+        return {"model": model, "state": states, "param_groups": groups}
 
     return {
-        **section(part, "model."),
+        **encode_section(part, "model."),
         "scheduler": encoder.encode(part["scheduler"], f"scheduler.stage{stage.index}"),
-        "aux": None if part["aux"] is None else section(part["aux"], ""),
+        "aux": None if part["aux"] is None else encode_section(part["aux"], ""),
         "buffers": part["buffers"],
     }
 
 
+def merge_parts(parts: list[dict[str, Json]]) -> dict[str, Json]:
+    """The state in the manifest, from what `encode_part` returned for all stages."""
+    state = state_dict.merge_state(parts)
+    for section in state_dict.sections(state):
+        section.update(section.pop("optimizer"))
+    return state
+
+
 def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The tensors as dicts in dicts, as a plain program would save them; a name with dots is one name."""
+    """The tensors in nested dicts, as a plain program would save them; a name with dots is one key."""
     result: dict[str, Any] = {}
     for key, tensor in tensors.items():
         if key.startswith("model."):
@@ -63,59 +69,54 @@ def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return result
 
 
-def decode(found: Checkpoint, names: set[str] | None = None, device: torch.device | None = None) -> dict[str, Any]:
-    """What `Pipeline.state_dict` returned when the checkpoint was written.
+def decode(found: Checkpoint, names: set[str] | None = None) -> dict[str, Any]:
+    """The return value of `Pipeline.state_dict` when the checkpoint was written, on the CPU.
 
     Args:
-        found: a portable checkpoint.
-        names: of the entries of the model whose tensors are wanted; others are of no memory. None: all.
-        device: of the tensors.
+        found: portable checkpoint.
+        names: names of the model's entries to read; the other entries are on the meta device. None: all.
 
     Raises:
         CheckpointError: it is damaged.
     """
     from .tensors import read_tensors  # torch may have been built without torch.distributed
 
-    state, device = found.manifest["state"], device or torch.device("cpu")
-    wanted: list[str] = tensor_keys(state["scheduler"])
-    parts = [state, state["aux"]] if "aux" in state else [state]
-    for part in parts:
-        for kind in ("model", "state"):
-            for name, coded in part[kind].items():
-                if names is None or name in names:
-                    wanted += tensor_keys(coded)
-        wanted += tensor_keys(part["param_groups"])
-    said = found.manifest["tensors"]
-    specs = {key: Spec(key, said[key]) for key in wanted}
+    state, entries, cpu = found.manifest["state"], found.manifest["tensors"], torch.device("cpu")
+
+    def is_wanted(name: str) -> bool:
+        return names is None or name in names
+
+    keys = tensor_keys(state["scheduler"])
+    for section in state_dict.sections(state):
+        coded_entries = [*section["model"].items(), *section["state"].items()]
+        keys += tensor_keys([coded for name, coded in coded_entries if is_wanted(name)])
+        keys += tensor_keys(section["param_groups"])
+    specs = {key: TensorSpec(key, entries[key]) for key in keys}
     decoder = Decoder(read_tensors(found.folder, found.manifest["files"], specs), specs)
 
-    def entry(name: str, coded: Any) -> Any:
-        if names is None or name in names:
-            return decoder.decode(coded, device)
-        spec = Spec(coded["tensor"], said[coded["tensor"]]) if "tensor" in coded else None
-        return torch.empty(spec.layout.shape, dtype=spec.dtype, device="meta") if spec is not None else None
+    def decode_entry(name: str, coded: Json) -> Any:
+        if is_wanted(name):
+            return decoder.decode(coded, cpu)
+        if "tensor" not in coded:
+            return None
+        spec = TensorSpec(coded["tensor"], entries[coded["tensor"]])
+        return torch.empty(spec.layout.shape, dtype=spec.dtype, device="meta")
 
-    def section(of: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "model": {name: entry(name, coded) for name, coded in of["model"].items()},
-            "optimizer": {
-                "state": {
-                    name: decoder.decode(coded, device)
-                    for name, coded in of["state"].items()
-                    if names is None or name in names
-                },
-                "param_groups": [
-                    {"params": list(group["params"]), **decoder.decode(group["options"], device)}
-                    for group in of["param_groups"]
-                ],
-            },
-        }
+    def decode_section(section: dict[str, Json]) -> dict[str, Any]:
+        states = {name: decoder.decode(coded, cpu) for name, coded in section["state"].items() if is_wanted(name)}
+        groups = [
+            {"params": list(group["params"]), **decoder.decode(group["options"], cpu)}
+            for group in section["param_groups"]
+        ]
+        model = {name: decode_entry(name, coded) for name, coded in section["model"].items()}
+        return {"model": model, "optimizer": {"state": states, "param_groups": groups}}
 
+    model, *aux = map(decode_section, state_dict.sections(state))
     return {
-        **section(state),
-        **({"aux": section(state["aux"])} if "aux" in state else {}),
+        **model,
+        **({"aux": aux[0]} if aux else {}),
         **({"buffers": state["buffers"]} if "buffers" in state else {}),
-        "scheduler": decoder.decode(state["scheduler"], device),
+        "scheduler": decoder.decode(state["scheduler"], cpu),
         "num_updates": found.num_updates,
     }
 
@@ -139,29 +140,21 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     found = inspect(folder)
     if found.kind != "portable":
         raise CheckpointError(f"{folder} is an exact checkpoint; load it into a pipeline, or save with portable=True")
-    return guarded(found, lambda: decode(found))
+    with reading(found):
+        return decode(found)
 
 
-def guarded(found: Checkpoint, job: Callable[[], T]) -> T:
-    """Do what reads a manifest's values; what is not of its type there is refused in one line."""
+@contextmanager
+def reading(found: Checkpoint) -> Iterator[None]:
+    """Context for code that reads a manifest's values: errors caused by values of the wrong type become CheckpointErrors."""
     try:
-        return job()
+        yield
     except CheckpointError as error:
         if str(found.folder) in str(error):
             raise
         raise CheckpointError(f"{found.folder}: {error}") from error
-    except (
-        KeyError,
-        IndexError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        RuntimeError,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
-            f"{found.folder}: the manifest holds what does not belong there ({type(error).__name__}: {reason}); "
+            f"{found.folder}: the manifest holds what does not belong there ({type(error).__name__}: {first_line(error)}); "
             "use another checkpoint"
         ) from error

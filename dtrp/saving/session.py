@@ -1,4 +1,4 @@
-"""What `Pipeline.save` and `Pipeline.load` do, on one process or on all ranks together.
+"""The steps of `Pipeline.save` and `Pipeline.load`, on one process or on all ranks together.
 
 ::
 
@@ -7,7 +7,7 @@
             3. every rank: write its tensors                         3. if no rank has failed: put them in place
             4. rank 0: metadata and manifest, then rename
 
-A rank that fails in 1 to 3 fails all, nothing has changed, and the run goes on.
+If a rank fails in 1 to 3, all ranks raise, nothing has changed, and the run goes on.
 """
 
 from __future__ import annotations
@@ -26,28 +26,24 @@ from ..errors import StageError
 from ..schedule import lead
 from ..stage.gradients import GradientRule
 from ..stage.stage import Stage
+from ..typing import Json
 from . import checks, exact, folder, manifest, portable, state_dict
-from .coding import Decoder, Encoder, Spec, tensor_keys
-from .manifest import Checkpoint, CheckpointError
+from .coding import Decoder, Encoder, TensorSpec, tensor_keys
+from .manifest import Checkpoint, CheckpointError, first_line
 
 T = TypeVar("T")
+Kind = Literal["exact", "portable"]
 
 
-def save(
-    engine: Engine,
-    path: str | os.PathLike[str],
-    kind: Literal["exact", "portable"],
-    settings: dict[str, Any],
-    extra: Any,
-) -> None:
+def save(engine: Engine, path: str | os.PathLike[str], kind: Kind, settings: dict[str, Json], extra: Json) -> None:
     """Write a checkpoint.
 
     Args:
-        engine: whose stages are saved; nothing is in flight if ``kind`` is portable.
-        path: of the folder.
+        engine: engine whose stages are saved; nothing is in flight if ``kind`` is portable.
+        path: folder of the checkpoint.
         kind: exact or portable.
-        settings: of the pipeline; see `settings_of`.
-        extra: what the caller adds.
+        settings: settings of the pipeline, from `settings_of`.
+        extra: value that the caller adds.
 
     Raises:
         CheckpointError: on every rank, with what went wrong on one; what was there before is as it was.
@@ -62,87 +58,71 @@ def save(
         replacement.close()
 
 
-def _save(
-    engine: Engine,
-    replacement: folder.Replacement,
-    kind: Literal["exact", "portable"],
-    settings: dict[str, Any],
-    extra: Any,
-) -> None:
-    from .tensors import Saving  # torch may have been built without torch.distributed
+def _save(engine: Engine, replacement: folder.Replacement, kind: Kind, settings: dict[str, Json], extra: Json) -> None:
+    from .tensors import TensorWriter  # torch may have been built without torch.distributed
 
-    target, new = replacement.folder, replacement.new
-    progress = engine.progress("save")
-    encoder = Encoder()
+    progress, encoder = engine.progress("save"), Encoder()
+    stages = [(stage.index, stage.replica) for stage in engine.stages]
 
-    def take_apart() -> dict[str, Any]:
+    def take_apart() -> dict[str, Json]:
         head = manifest.header(kind, extra)
         if kind == "exact":
-            parts = [exact.encode_stage(encoder, *own) for own in zip(engine.stages, progress, strict=True)]
-        else:  # replicas agree, so the first speaks for all
+            parts = [exact.encode_stage(encoder, *pair) for pair in zip(engine.stages, progress, strict=True)]
+        else:  # replicas agree, so that the first is enough
             parts = [portable.encode_part(encoder, stage) for stage in engine.stages if stage.replica == 0]
         if engine.is_first:
             replacement.begin()
-        stages = [(stage.index, stage.replica) for stage in engine.stages]
         return {"head": head, "parts": parts, "stages": stages, "tensors": encoder.specs}
 
-    everything = _together(engine, target, take_apart)
-    here = [(stage.index, stage.replica) for stage in engine.stages]
-    place = next(i for i, other in enumerate(everything) if other["stages"] == here)
-    # A tensor without elements is all in its description.
+    ranks = _on_all_ranks(engine, replacement.folder, take_apart)
+    place = next(i for i, rank in enumerate(ranks) if rank["stages"] == stages)
+    # A tensor without elements needs no more than its entry in the manifest.
     tensors = {key: tensor for key, tensor in encoder.tensors.items() if tensor.numel()}
-    saving = Saving(new, tensors if kind == "exact" else portable.nested(tensors), place)
-    plans = _together(engine, target, saving.prepare)
-    results = _together(engine, target, lambda: saving.write(plans))
+    writer = TensorWriter(replacement.new, tensors if kind == "exact" else portable.nested(tensors), place)
+    plans = _on_all_ranks(engine, replacement.folder, writer.prepare)
+    results = _on_all_ranks(engine, replacement.folder, lambda: writer.write(plans))
 
     def finish() -> None:
-        if not engine.is_first:
-            return
-        saving.finish(results)
-        files = {path.name: manifest.describe(path) for path in sorted(new.iterdir())}
-        state: dict[str, Any]
-        if kind == "exact":
-            state = {
-                f"{index}.{replica}": part
-                for other in everything
-                for (index, replica), part in zip(other["stages"], other["parts"], strict=True)
+        if engine.is_first:
+            writer.finish(results)
+            content = {
+                **ranks[0]["head"],
+                **settings,
+                "num_updates": progress[0].num_updates,
+                "next_microbatch": progress[0].next_microbatch,
+                **_surroundings(),
+                "engine": _engine_name(engine),
+                "files": {path.name: manifest.describe(path) for path in sorted(replacement.new.iterdir())},
+                "tensors": {key: spec for rank in ranks for key, spec in rank["tensors"].items()},
+                "state": _merge(kind, ranks),
             }
-        else:
-            merged = state_dict.merge_state([part for other in everything for part in other["parts"]])
-            flat = [{"model": section["model"], **section["optimizer"]} for section in state_dict.sections(merged)]
-            state = {**flat[0], "scheduler": merged["scheduler"], **({"aux": flat[1]} if len(flat) > 1 else {})}
-            state |= {"buffers": merged["buffers"]} if "buffers" in merged else {}
-        specs = {key: spec for other in everything for key, spec in other["tensors"].items()}
-        whole = {
-            **everything[0]["head"],
-            **settings,
-            "num_updates": progress[0].num_updates,
-            "next_microbatch": progress[0].next_microbatch,
-            **_surroundings(),
-            "engine": "local" if engine.alone else "distributed",
-            "files": files,
-            "tensors": specs,
-            "state": state,
-        }
-        with whole_file(new / manifest.NAME) as file:
-            file.write(manifest.written(whole))
-        replacement.replace()
+            with whole_file(replacement.new / manifest.NAME) as file:
+                file.write(manifest.written(content))
+            replacement.replace()
 
-    _together(engine, target, finish)
+    _on_all_ranks(engine, replacement.folder, finish)
 
 
-def _together(engine: Engine, target: Path, job: Callable[[], T]) -> list[T]:
-    """Every rank's result; where one fails, all raise."""
+def _merge(kind: Kind, ranks: list[dict[str, Json]]) -> dict[str, Json]:
+    """The state in the manifest, from all ranks' parts."""
+    if kind == "portable":
+        return portable.merge_parts([part for rank in ranks for part in rank["parts"]])
+    pairs = [pair for rank in ranks for pair in zip(rank["stages"], rank["parts"], strict=True)]
+    return {f"{index}.{replica}": part for (index, replica), part in pairs}
+
+
+def _on_all_ranks(engine: Engine, target: Path, job: Callable[[], T]) -> list[T]:
+    """The results of ``job`` on all ranks; if it fails on one rank, all raise."""
     error: Exception | None = None
     result: Any = None
     try:
         result = job()
     except Exception as failed:
         error = failed
-    everything = engine.gather("save", (result, _reason(error)))
-    reasons = [(rank, reason) for rank, (_, reason) in enumerate(everything) if reason is not None]
+    outcomes = engine.gather("save", (result, _reason(error)))
+    reasons = [(rank, reason) for rank, (_, reason) in enumerate(outcomes) if reason is not None]
     if not reasons:
-        return [value for value, _ in everything]
+        return [value for value, _ in outcomes]
     if isinstance(error, (CheckpointError, TypeError)):
         raise error
     rank, reason = reasons[0]
@@ -155,86 +135,73 @@ def _together(engine: Engine, target: Path, job: Callable[[], T]) -> list[T]:
 def _reason(error: BaseException | None) -> str | None:
     if error is None:
         return None
-    if not isinstance(error, (CheckpointError, TypeError)):
-        # A full disk shows as an error of the writer of archives, which is left with half of one.
-        inner: BaseException | None = error
-        while inner is not None and not isinstance(inner, OSError):
-            inner = inner.__cause__ or inner.__context__
-        error = error if inner is None else inner
-    first = str(error).splitlines()[0] if str(error) else ""
-    return first if isinstance(error, (CheckpointError, TypeError)) else f"{type(error).__name__}: {first}"
+    if isinstance(error, (CheckpointError, TypeError)):
+        return first_line(error, "")
+    # A full disk shows as an error of the writer of archives, which is left with half of one.
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    error = cause or error
+    return f"{type(error).__name__}: {first_line(error, '')}"
 
 
 def load(
     engine: Engine,
     path: str | os.PathLike[str],
-    settings: dict[str, Any],
-    shapes: dict[str, Any],
+    settings: dict[str, Json],
+    shapes: state_dict.Shapes,
     *,
     scheduler: bool,
-) -> Callable[[], tuple[Any, int]]:
+) -> Callable[[], tuple[Json, int]]:
     """Check a checkpoint against the pipeline, and read what this process needs of it.
 
     Args:
-        engine: whose stages it is for.
-        path: of the folder.
-        settings: of the pipeline; see `settings_of`.
-        shapes: of the whole model, as `state_dict.shapes_of`.
+        engine: engine whose stages it is for.
+        path: folder of the checkpoint.
+        settings: settings of the pipeline, from `settings_of`.
+        shapes: shapes of the whole model's entries, from `state_dict.shapes_of`.
         scheduler: whether the pipeline has a learning-rate scheduler.
 
     Returns:
-        What puts it in place, and returns what the caller had added to it, and its seed.
+        A function that puts it in place, and returns the value that the caller had added, and the seed.
 
     Raises:
         CheckpointError: damaged, or another pipeline's; nothing has changed.
     """
     found = manifest.inspect(path)
-    if found.kind == "portable":
-        put = portable.guarded(found, lambda: _portable(engine, found, shapes, scheduler))
-    else:
-        put = portable.guarded(found, lambda: _exact(engine, found, settings))
-    seed = found.manifest["seed"]
+    with portable.reading(found):
+        is_exact = found.kind == "exact"
+        put = _load_exact(engine, found, settings) if is_exact else _load_portable(engine, found, shapes, scheduler)
 
-    def commit() -> tuple[Any, int]:
+    def commit() -> tuple[Json, int]:
         try:
             put()
         except StageError:
             raise
-        except Exception as error:  # of a part that looked right: the caller's own classes refuse it
-            reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        except Exception as error:  # from the caller's own classes, of a part that looked right
             raise CheckpointError(
-                f"{found.folder} cannot be put in place ({type(error).__name__}: {reason}); this pipeline is of no use now: make a "
-                "new one, and use another checkpoint"
+                f"{found.folder} cannot be put in place ({type(error).__name__}: {first_line(error)}); this pipeline is of no use "
+                "now: make a new one, and use another checkpoint"
             ) from error
-        return found.extra, seed
+        return found.extra, found.manifest["seed"]
 
     return commit
 
 
-def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], scheduler: bool) -> Callable[[], None]:
+def _load_portable(engine: Engine, found: Checkpoint, shapes: state_dict.Shapes, scheduler: bool) -> Callable[[], None]:
     names = {name for stage in engine.stages for name in [*stage.whole.state_dict(), *stage.called]}
     names |= {tie.name for stage in engine.stages for tie in stage.ties}
     changed = found.manifest["state"].get("buffers", [])
     checks.expect(isinstance(changed, list) and set(map(type, changed)) <= {str}, "the buffers that have changed")
     state = portable.decode(found, names.union(changed))
+    sections = state_dict.sections(state)
+    saved_groups = [group for section in sections for group in section["optimizer"]["param_groups"]]
     for stage in engine.stages:
         if stage.lr_scheduler is not None:
-            checks.alike(stage.lr_scheduler.state_dict(), state["scheduler"], "the scheduler")
-        for group in stage.optimizer.param_groups if stage.optimizer is not None else ():
-            own = {name: value for name, value in group.items() if name != "params"}
-            parameters = dict(zip(stage.names, stage.parameters, strict=True))
-            members = {name for name, own in stage.called.items() if any(parameters[own] is q for q in group["params"])}
-            every = [saved for section in state_dict.sections(state) for saved in section["optimizer"]["param_groups"]]
-            for saved in every:
-                if members & set(saved["params"]):
-                    for option in own.keys() & saved.keys():
-                        checks.alike(own[option], saved[option], f"the option {option!r}")
-                        checks.expect(
-                            own[option] is None or saved[option] is not None, f"the option {option!r} is None"
-                        )
-                    checks.warn_of_options(f"stage {stage.index}", own, saved)
-    for section in state_dict.sections(state):
-        checks.entries("the model", section["optimizer"]["state"], names)
+            checks.expect_alike(stage.lr_scheduler.state_dict(), state["scheduler"], "the scheduler")
+        _check_options(stage, saved_groups)
+    for section in sections:
+        checks.expect_optimizer_state("the model", section["optimizer"]["state"], names)
     for name, value in state["model"].items():
         fits = not isinstance(shapes.get(name), torch.Size) or isinstance(value, torch.Tensor)
         checks.expect(fits, f"{name} is no tensor")
@@ -250,6 +217,19 @@ def _portable(engine: Engine, found: Checkpoint, shapes: dict[str, Any], schedul
     return put
 
 
+def _check_options(stage: Stage, saved_groups: list[dict[str, Any]]) -> None:
+    """Compare the options of a stage's optimizer with those of the saved groups that hold its parameters."""
+    parameters = dict(zip(stage.names, stage.parameters, strict=True))
+    for group in stage.optimizer.param_groups if stage.optimizer is not None else ():
+        current, ids = state_dict.group_options(group), set(map(id, group["params"]))
+        members = {saved for saved, name in stage.called.items() if id(parameters[name]) in ids}
+        for saved in saved_groups:
+            if members & set(saved["params"]):
+                for option in current.keys() & saved.keys():
+                    checks.expect_alike(current[option], saved[option], f"the option {option!r}")
+                checks.warn_of_options(f"stage {stage.index}", current, saved)
+
+
 _COUNTED = {"num_stages": "stages", "num_replicas": "replicas", "num_microbatches": "micro-batches"}
 _CHANGES_RESULTS = ("keep", "max_grad_norm", "clip")
 _CHANGES_BITS = {
@@ -260,118 +240,122 @@ _CHANGES_BITS = {
 }
 
 
-def _exact(engine: Engine, found: Checkpoint, settings: dict[str, Any]) -> Callable[[], None]:
+def _load_exact(engine: Engine, found: Checkpoint, settings: dict[str, Json]) -> Callable[[], None]:
     from .tensors import read_tensors
 
-    said = found.manifest
-    advice = "make the pipeline with the same arguments, or save with portable=True to change them"
-    for name, word in _COUNTED.items():
-        if said[name] != settings[name]:
+    saved = found.manifest
+    _check_settings(found, settings)
+    _warn_of_settings(saved, settings)
+    for name, part in sorted(saved["state"].items()):
+        exact.check_form(f"stage {name}", part)
+    method = engine.stages[0].method
+    checks.expect_one_run(saved, [lead(method, found.num_stages, k) for k in range(found.num_stages)])
+    stages = []
+    for stage in engine.stages:
+        part, common = saved["state"][f"{stage.index}.{stage.replica}"], saved["state"][f"{stage.index}.0"]
+        if part["predictor"] is not None and saved["engine"] != _engine_name(engine):
             raise CheckpointError(
-                f"{found.folder} was saved with {said[name]} {word}, and this pipeline has {settings[name]}; {advice}"
+                f"{found.folder} holds the state of a predictor in a {saved['engine']} run, where each process has its own; load "
+                "it in such a run, or save with portable=True"
+            )
+        stages.append((stage, part, {name: common[name] for name in exact.COMMON}))
+    specs = {key: TensorSpec(key, saved["tensors"][key]) for key in tensor_keys([[*pair] for _, *pair in stages])}
+    decoder = Decoder(read_tensors(found.folder, saved["files"], specs), specs)
+    ready = [exact.SavedStage(decoder, part, common, stage) for stage, part, common in stages]
+
+    def put() -> None:
+        for stage in ready:
+            stage.put(saved["seed"])
+        engine.resume([stage.progress for stage in ready])
+
+    return put
+
+
+def _check_settings(found: Checkpoint, settings: dict[str, Json]) -> None:
+    """Refuse a checkpoint of a pipeline that was made otherwise."""
+    saved, advice = (
+        found.manifest,
+        "make the pipeline with the same arguments, or save with portable=True to change them",
+    )
+    for name, word in _COUNTED.items():
+        if saved[name] != settings[name]:
+            raise CheckpointError(
+                f"{found.folder} was saved with {saved[name]} {word}, and this pipeline has {settings[name]}; {advice}"
             )
     for name, value in settings["method"].items():
-        if said["method"].get(name) != value:
+        if saved["method"].get(name) != value:
             raise CheckpointError(
-                f"{found.folder} was saved by method {found.method!r} with {name}={said['method'].get(name)!r}, and this pipeline "
+                f"{found.folder} was saved by method {found.method!r} with {name}={saved['method'].get(name)!r}, and this pipeline "
                 f"has {settings['method']['name']!r} with {name}={value!r}; {advice}"
             )
-    for k, (theirs, ours) in enumerate(zip(said["layers"], settings["layers"], strict=True)):
+    for k, (theirs, ours) in enumerate(zip(saved["layers"], settings["layers"], strict=True)):
         if theirs != ours:
             raise CheckpointError(
                 f"{found.folder} is another model's, or cut elsewhere: stage {k} has the layers {', '.join(theirs)} there and "
                 f"{', '.join(ours)} here; {advice}"
             )
     for name in _CHANGES_RESULTS:
-        if said[name] != settings[name]:
+        if saved[name] != settings[name]:
             raise CheckpointError(
-                f"{found.folder} was saved with {name}={said[name]}, and this pipeline has {name}={settings[name]}; {advice}"
+                f"{found.folder} was saved with {name}={saved[name]}, and this pipeline has {name}={settings[name]}; {advice}"
             )
-    _warn_of_settings(said, settings)
-    here = "local" if engine.alone else "distributed"
-    for name, part in sorted(said["state"].items()):
-        exact.check_form(f"stage {name}", part)
-    own = engine.stages[0].method
-    checks.in_flight(said, [lead(own, said["num_stages"], k) for k in range(said["num_stages"])])
-    parts = []
-    for stage in engine.stages:
-        part, common = said["state"][f"{stage.index}.{stage.replica}"], said["state"][f"{stage.index}.0"]
-        if part["predictor"] is not None and here != said["engine"]:
-            raise CheckpointError(
-                f"{found.folder} holds the state of a predictor in a {said['engine']} run, where each process has its own; load "
-                "it in such a run, or save with portable=True"
-            )
-        parts.append((stage, part, common))
-    keys = [key for _, part, common in parts for key in [*tensor_keys(part), *tensor_keys(_common(common))]]
-    specs = {key: Spec(key, said["tensors"][key]) for key in keys}
-    decoder = Decoder(read_tensors(found.folder, said["files"], specs), specs)
-    ready = [exact.decode_stage(decoder, part, common, stage) for stage, part, common in parts]
-
-    def put() -> None:
-        for own in ready:
-            own.put(said["seed"])
-        engine.resume([own.progress for own in ready])
-
-    return put
 
 
-def _warn_of_settings(said: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Of what may be otherwise, if not for the bits."""
+def _warn_of_settings(saved: dict[str, Json], settings: dict[str, Json]) -> None:
+    """Warn of settings that may differ, but change bits or what is done with gradients that are not finite."""
     now = {**settings, **_surroundings()}
-    checks.expect(type(said["torch"]) is str and type(said["compiled"]) is bool, "its surroundings")
-    checks.expect(isinstance(said["devices"], list) and {*map(type, said["devices"])} == {str}, "its devices")
-    checks.expect(isinstance(said["on_nonfinite"], str), "its on_nonfinite")
+    checks.expect(type(saved["torch"]) is str and type(saved["compiled"]) is bool, "its surroundings")
+    checks.expect(isinstance(saved["devices"], list) and {*map(type, saved["devices"])} == {str}, "its devices")
+    checks.expect(isinstance(saved["on_nonfinite"], str), "its on_nonfinite")
     for name, cure in _CHANGES_BITS.items():
-        if said[name] != now[name]:
+        if saved[name] != now[name]:
             warnings.warn(
-                f"the checkpoint was saved with {name}={said[name]}, and it is {now[name]} now, which can change the last "
+                f"the checkpoint was saved with {name}={saved[name]}, and it is {now[name]} now, which can change the last "
                 f"bits of what follows; {cure}",
                 stacklevel=2,
             )
-    if said["on_nonfinite"] != settings["on_nonfinite"]:
+    if saved["on_nonfinite"] != settings["on_nonfinite"]:
         warnings.warn(
-            f"the checkpoint was saved with on_nonfinite={said['on_nonfinite']!r}, and this pipeline has "
+            f"the checkpoint was saved with on_nonfinite={saved['on_nonfinite']!r}, and this pipeline has "
             f"{settings['on_nonfinite']!r}: from here on a gradient that is not finite is treated otherwise",
             stacklevel=2,
         )
 
 
-def _surroundings() -> dict[str, Any]:
-    """What is not the pipeline's, and decides last bits all the same."""
+def _engine_name(engine: Engine) -> str:
+    return "local" if engine.alone else "distributed"
+
+
+def _surroundings() -> dict[str, Json]:
+    """Settings of the process that can change last bits."""
     return {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _common(part: dict[str, Any]) -> list[Any]:
-    """What the first replica writes for all."""
-    return [part["parameters"], part["optimizer"], part["scheduler"]]
-
-
 def settings_of(
-    method: dict[str, Any],
-    stages: list[tuple[Any, ...]],
+    method: dict[str, Json],
+    stages: list[tuple[int, list[str], str]],
     num_microbatches: int,
     seed: int,
-    keep: Any,
+    keep: Json,
     rule: GradientRule,
     compiled: bool,
-) -> dict[str, Any]:
-    """What must be the same to load an exact checkpoint, and how the pipeline was made.
+) -> dict[str, Json]:
+    """The settings of a pipeline, most of which must be the same to load an exact checkpoint.
 
     Args:
-        method: its fields.
-        stages: what `describe_stage` says of every stage.
-        num_microbatches: of the pipeline.
-        seed: of the pipeline.
-        keep: of the pipeline.
-        rule: of the pipeline, for gradients.
-        compiled: whether the stages are.
+        method: fields of the method.
+        stages: `describe_stage` of every stage.
+        num_microbatches: number of micro-batches in a mini-batch.
+        seed: seed of the pipeline.
+        keep: the ``keep`` that the pipeline was made with.
+        rule: rule for gradients that are too long or not finite.
+        compiled: whether the stages are compiled.
     """
-    replicas = max(replica for replica, _, _ in stages) + 1
-    layers = [list(names) for replica, names, _ in stages if replica == 0]
+    layers = [names for replica, names, _ in stages if replica == 0]
     return {
         "method": method,
         "num_stages": len(layers),
-        "num_replicas": replicas,
+        "num_replicas": max(replica for replica, _, _ in stages) + 1,
         "num_microbatches": num_microbatches,
         "layers": layers,
         "seed": seed,
@@ -385,5 +369,5 @@ def settings_of(
 
 
 def describe_stage(stage: Stage) -> tuple[int, list[str], str]:
-    """Its replica, the names of its layers, and the type of its device."""
+    """A stage's replica, the names of its layers, and the type of its device."""
     return stage.replica, [name for name, _ in stage.module.named_children()], stage.device.type

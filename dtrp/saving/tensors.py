@@ -1,8 +1,8 @@
 """Tensors to and from files, through `torch.distributed.checkpoint`; safe to read.
 
-Its planner, writer and reader are used by their interfaces, and the ranks speak through the pipeline's own connections, so
-that a wait can be interrupted and a rank that fails is named. Plain `FileSystemReader` would unpickle whatever
-``.metadata`` holds, open whatever path it names, and unpickle what is no tensor.
+Its planners, writer and reader are called by their public methods, and ranks exchange plans over the pipeline's connections,
+so that a wait can be interrupted and a rank that fails is named. Plain `FileSystemReader` would unpickle anything in
+``.metadata``, open any path that it names, and unpickle entries that are no tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -27,38 +27,41 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan
 
 from ..tensors.pickles import ForbiddenName, Record, Unpickler
-from .coding import DTYPES, Spec
-from .manifest import METADATA, CheckpointError, is_count
+from ..tensors.torch_private import storage_info_class
+from ..typing import Json
+from .coding import DTYPES, TensorSpec
+from .manifest import METADATA, CheckpointError, are_counts, first_line
 
+StorageInfo = storage_info_class()
 _METADATA = Metadata.__module__
-# What the pickle of a Metadata refers to, and what stands for it: for classes and functions records, for dtypes their names.
+# The names that the pickle of a Metadata refers to, and their stand-ins: records for classes and functions, names for dtypes.
 _STAND_INS: dict[tuple[str, str], Any] = {
     (module, name): type(name, (Record,), {})
     for module, name in (
-        ("torch", "Size"), ("torch.serialization", "_get_layout"), (_StorageInfo.__module__, "_StorageInfo"),
+        ("torch", "Size"), ("torch.serialization", "_get_layout"), (StorageInfo.__module__, StorageInfo.__name__),
         *((_METADATA, name) for name in (
             "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
             "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
     )
 } | {("torch", name): name for name in DTYPES}  # fmt: skip
-_MOST_DIMS = 64  # that torch has
+_MOST_DIMS = 64  # of any tensor of torch
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class Writer(FileSystemWriter):
-    """Writes a rank's tensors; its metadata says nothing of this machine's paths."""
+    """Writes a rank's tensors; its metadata names no paths of this machine."""
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta()
 
 
-class Saving:
+class TensorWriter:
     """One rank's part in writing tensors, in three steps with an exchange between them.
 
     Args:
-        folder: to write into; there, and empty but for other ranks' files.
-        tensors: by key, nested dicts; a key is one rank's alone.
-        place: of this rank among all.
+        folder: existing folder to write into, empty but for other ranks' files.
+        tensors: tensors by key, or nested dicts of them; no two ranks have the same key.
+        place: place of this rank among all.
     """
 
     def __init__(self, folder: Path, tensors: dict[str, Any], place: int) -> None:
@@ -67,20 +70,17 @@ class Saving:
         self._writer = Writer(folder, single_file_per_rank=True, sync_files=True)
 
     def prepare(self) -> SavePlan:
-        """This rank's plan."""
+        """Make this rank's plan."""
         self._planner.set_up_planner(self._tensors, None, self._place == 0)
         self._writer.set_up_storage_writer(self._place == 0)
         return self._writer.prepare_local_plan(self._planner.create_local_plan())
 
     def write(self, plans: list[SavePlan]) -> list[Any]:
-        """Write this rank's file, given all ranks' plans; where each tensor is."""
+        """Write this rank's file, given all ranks' plans; returns where each tensor is."""
         plans, self._metadata = self._planner.create_global_plan(plans)
         plans = self._writer.prepare_global_plan(plans)
         plan = self._planner.finish_plan(plans[self._place])
-        if not plan.items:
-            return []
-        results: list[Any] = self._writer.write_data(plan, self._planner).wait()
-        return results
+        return list(self._writer.write_data(plan, self._planner).wait()) if plan.items else []
 
     def finish(self, results: list[list[Any]]) -> None:
         """Write the metadata, given where all ranks' tensors are; the first rank alone."""
@@ -91,8 +91,8 @@ class Reader(FileSystemReader):
     """Reads the tensors of a checkpoint whose files have been checked, and nothing else.
 
     Args:
-        folder: of the checkpoint.
-        sizes: bytes of each file that may be opened.
+        folder: folder of the checkpoint.
+        sizes: size of each file that may be opened, in bytes.
     """
 
     def __init__(self, folder: Path, sizes: dict[str, int]) -> None:
@@ -107,35 +107,38 @@ class Reader(FileSystemReader):
             reason = f"it refers to {error}, which no checkpoint needs" if isinstance(error, ForbiddenName) else error
             raise CheckpointError(f"{path} is refused: {reason}; use another checkpoint") from None
 
-    def _rebuilt(self, said: dict[str, Any]) -> Metadata:
-        """What `Saving` has written, made anew of what a file says: tensors, each whole in one place."""
-        tensors: dict[str, Any] = {}
-        for key, record in _checked(said.get("state_dict_metadata"), dict).items():
-            if type(record) is not _STAND_INS[_METADATA, "TensorStorageMetadata"]:
-                raise CheckpointError(f"{str(key)[:60]!r} is no tensor")
-            entry = _state_of(record, "TensorStorageMetadata", dict)
-            size, (chunk,) = _size(entry.get("size")), _checked(entry.get("chunks"), list)
-            place, zeros = _state_of(chunk, "ChunkStorageMetadata", dict), torch.Size([0] * len(size))
-            if _size(place.get("offsets")) != zeros or _size(place.get("sizes")) != size:
-                raise CheckpointError(f"{str(key)[:60]!r} is not in one piece")
-            dtype = DTYPES[_checked(_state_of(entry.get("properties"), "TensorProperties", tuple)[0], str)]
-            piece = ChunkStorageMetadata(zeros, size)
-            tensors[_checked(key, str)] = TensorStorageMetadata(TensorProperties(dtype), size, [piece])
-        places: dict[MetadataIndex, _StorageInfo] = {}
-        for index, record in _checked(said.get("storage_data"), dict).items():
+    def _rebuilt(self, content: dict[str, Any]) -> Metadata:
+        """The metadata that `TensorWriter` has written, built from stand-ins: tensors, each in one piece in one file."""
+        records = _checked(content.get("state_dict_metadata"), dict)
+        tensors = {_checked(key, str): _tensor_metadata(key, record) for key, record in records.items()}
+        places: dict[MetadataIndex, Any] = {}
+        for index, record in _checked(content.get("storage_data"), dict).items():
             key = _checked(_state_of(index, "MetadataIndex", dict).get("fqn"), str)
-            info = _state_of(record, "_StorageInfo", dict)
+            info = _state_of(record, StorageInfo.__name__, dict)
             name, start, length = (info.get(field) for field in ("relative_path", "offset", "length"))
             if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
                 shown = name[:60] if isinstance(name, str) else type(name).__name__
                 raise CheckpointError(f"it names the file {shown!r}, which is no plain file name")
             if name not in self._sizes:
                 raise CheckpointError(f"it names the file {name!r}, which is no part of the checkpoint")
-            inside = is_count(start) and is_count(length) and start + length <= self._sizes[name]
+            inside = are_counts([start, length]) and start + length <= self._sizes[name]
             if not inside or info.get("transform_descriptors"):
                 raise CheckpointError(f"it points outside of {name!r}")
-            places[MetadataIndex(key, tensors[key].chunks[0].offsets)] = _StorageInfo(name, start, length)
-        return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+            places[MetadataIndex(key, tensors[key].chunks[0].offsets)] = StorageInfo(name, start, length)
+        return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())  # type: ignore[arg-type]
+
+
+def _tensor_metadata(key: Any, record: Any) -> TensorStorageMetadata:
+    """The metadata of one tensor, built from its stand-in."""
+    if type(record) is not _STAND_INS[_METADATA, "TensorStorageMetadata"]:
+        raise CheckpointError(f"{str(key)[:60]!r} is no tensor")
+    entry = _state_of(record, "TensorStorageMetadata", dict)
+    size, (chunk,) = _size(entry.get("size")), _checked(entry.get("chunks"), list)
+    place, zeros = _state_of(chunk, "ChunkStorageMetadata", dict), torch.Size([0] * len(size))
+    if _size(place.get("offsets")) != zeros or _size(place.get("sizes")) != size:
+        raise CheckpointError(f"{str(key)[:60]!r} is not in one piece")
+    dtype = DTYPES[_checked(_state_of(entry.get("properties"), "TensorProperties", tuple)[0], str)]
+    return TensorStorageMetadata(TensorProperties(dtype), size, [ChunkStorageMetadata(zeros, size)])
 
 
 def _checked(value: Any, kind: type) -> Any:
@@ -147,15 +150,15 @@ def _checked(value: Any, kind: type) -> Any:
 
 
 def _state_of(record: Any, name: str, kind: type) -> Any:
-    """What an object of the class ``name`` was left with, as its stand-in has it."""
-    module = _StorageInfo.__module__ if name == _StorageInfo.__name__ else _METADATA
+    """The state of an object of the class ``name``, from its stand-in."""
+    module = StorageInfo.__module__ if name == StorageInfo.__name__ else _METADATA
     return _checked(_checked(record, _STAND_INS[module, name]).state, kind)
 
 
 def _size(record: Any) -> torch.Size:
-    """What a stand-in for a `torch.Size` stands for."""
+    """A `torch.Size`, from its stand-in."""
     (sizes,) = _checked(record, _STAND_INS["torch", "Size"]).arguments
-    if len(_checked(sizes, tuple)) > _MOST_DIMS or not all(map(is_count, sizes)):
+    if len(_checked(sizes, tuple)) > _MOST_DIMS or not are_counts(sizes):
         raise CheckpointError("a size in it is no size")
     return torch.Size(sizes)
 
@@ -165,32 +168,29 @@ class _Planner(DefaultLoadPlanner):
         raise CheckpointError(f"{read_item.dest_index.fqn} is no tensor, and nothing else is read from these files")
 
 
-def read_tensors(folder: Path, files: dict[str, Any], specs: dict[str, Spec]) -> dict[str, Tensor]:
-    """The tensors of these keys, on the CPU, contiguous.
+def read_tensors(folder: Path, files: dict[str, Json], specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
+    """Read the tensors of ``specs``: on the CPU, contiguous, by key.
 
     Raises:
-        CheckpointError: a file that is refused, or does not hold them.
+        CheckpointError: a file is refused, or does not hold them.
     """
-    total, room = sum(spec.nbytes for spec in specs.values()), sum(said["bytes"] for said in files.values())
+    sizes = {name: entry["bytes"] for name, entry in files.items()}
+    total, room = sum(spec.nbytes for spec in specs.values()), sum(sizes.values())
     if total > room:
         raise CheckpointError(
             f"{folder}: the manifest promises {total:,} bytes of tensors, and its files have {room:,}"
         )
     tensors = {key: torch.empty(spec.layout.shape, dtype=spec.dtype) for key, spec in specs.items()}
-    specs = {key: spec for key, spec in specs.items() if spec.numel}  # the others have nothing to read
-    reader = Reader(folder, {name: said["bytes"] for name, said in files.items()})
+    to_read = {key: t for key, t in tensors.items() if t.numel()}
+    reader = Reader(folder, sizes)
     metadata = reader.read_metadata()
-    for key, spec in specs.items():
+    for key, t in to_read.items():
         entry = metadata.state_dict_metadata.get(key)
-        if (
-            not isinstance(entry, TensorStorageMetadata)
-            or tuple(entry.size) != spec.layout.shape
-            or entry.properties.dtype != spec.dtype
-        ):
+        if not isinstance(entry, TensorStorageMetadata) or (entry.size, entry.properties.dtype) != (t.shape, t.dtype):
             raise CheckpointError(f"{folder / METADATA} does not have the tensor {key!r} as the manifest says")
     planner = _Planner(flatten_state_dict=False)
     try:
-        planner.set_up_planner({key: tensors[key] for key in specs}, metadata, True)
+        planner.set_up_planner(to_read, metadata, True)
         reader.set_up_storage_reader(metadata, True)
         plan = reader.prepare_local_plan(planner.create_local_plan())
         plan = reader.prepare_global_plan(planner.create_global_plan([plan]))[0]
@@ -198,6 +198,6 @@ def read_tensors(folder: Path, files: dict[str, Any], specs: dict[str, Spec]) ->
     except CheckpointError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error, type(error).__name__)
         raise CheckpointError(f"{folder}: the tensors cannot be read ({reason}); use another checkpoint") from None
     return tensors
