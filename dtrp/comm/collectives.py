@@ -1,138 +1,140 @@
-"""What all ranks do together: values that go from neighbour to neighbour, along a chain through all of them.
+"""Object collectives over the chain of neighbours: a value goes from rank to rank, through all of them.
 
-Every rank calls the same methods in the same order; each message says which, so that one that does not is told so.
+Every rank calls the same methods in the same order. Each message carries the name of the method, so that a rank that calls
+another one is told so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from ..errors import WorkerError
 from ..launch.ranks import Ranks
 from ..tensors.pytree import map_tensors
-from .link import Receiver, Sender
+from ..typing import Tree
+from .link import Connection, Receiver, Sender
 from .message import Kind, Message, Note, object_tensor
 
+T = TypeVar("T")
 
-class Waits(Protocol):
-    """How a chain waits; `dtrp.comm.transport.Transport` does."""
 
-    def receive(self, link: Receiver, what: Callable[[], str]) -> Message: ...
+class Waiting(Protocol):
+    """How the main thread waits for messages, and for room; see `dtrp.comm.transport.Transport`."""
+
+    def receive(self, link: Receiver, describe: Callable[[], str]) -> Message: ...
     def wait_for_room(self, link: Sender) -> None: ...
 
 
-class Chain:
-    """A rank's place in the chain.
+class Collectives:
+    """The collectives of one rank. Values must be picklable; tensors in them arrive on the CPU.
+
+    In every collective ``method`` is the name of the method that all ranks are in, for messages.
 
     Args:
-        ranks: who hosts what.
-        waits: for messages, and for room for them.
-        from_left, to_left, from_right, to_right: links to the neighbours; None at the ends.
+        ranks: which rank hosts which stage.
+        waiting: how to wait.
+        left: the connection to the rank before in the chain; None on the first rank.
+        right: the connection to the rank after in the chain; None on the last rank.
 
     Attributes:
-        handing: the method that hands tensors from stage to stage, for messages.
+        tensor_method: the name of the method that calls `through_stages`, for messages.
     """
 
-    handing = "infer"
+    tensor_method = "infer"
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        waits: Waits,
-        from_left: Receiver | None,
-        to_left: Sender | None,
-        from_right: Receiver | None,
-        to_right: Sender | None,
-    ) -> None:
-        self._ranks, self._waits = ranks, waits
-        self._from_left, self._to_left = from_left, to_left
-        self._from_right, self._to_right = from_right, to_right
+    def __init__(self, ranks: Ranks, waiting: Waiting, left: Connection | None, right: Connection | None) -> None:
+        self._ranks, self._waiting, self._left, self._right = ranks, waiting, left, right
 
-    def exchange(self, method: str, value: Any) -> list[Any]:
-        """Every rank's value, by place in the chain, on every rank."""
-        values = self._pass_on(self._from_left, self._to_right, method, lambda sofar: [*(sofar or []), value])
-        everything: list[Any] = self._pass_on(
-            self._from_right, self._to_left, method, lambda whole: values if whole is None else whole
-        )
-        return everything
+    def all_gather(self, method: str, value: T) -> list[T]:
+        """Every rank's value, in the order of the chain, on every rank."""
+        values = [*self._receive(self._left, method, []), value]
+        self._send(self._right, method, values)
+        values = self._receive(self._right, method, values)
+        self._send(self._left, method, values)
+        return values
 
-    def collect(self, method: str, value: Any) -> list[Any] | None:
-        """Every rank's value, on the first rank of the chain; None elsewhere."""
-        values = self._pass_on(self._from_right, self._to_left, method, lambda sofar: [value, *(sofar or [])])
-        return values if self._to_left is None else None
+    def gather(self, method: str, value: T) -> list[T] | None:
+        """Every rank's value, in the order of the chain, on the first rank; None elsewhere."""
+        values = [value, *self._receive(self._right, method, [])]
+        self._send(self._left, method, values)
+        return values if self._left is None else None
 
-    def spread(self, method: str, value: Any) -> Any:
+    def broadcast(self, method: str, value: T) -> T:
         """The first rank's value, on every rank."""
-        return self._pass_on(
-            self._from_left, self._to_right, method, lambda given: (value,) if given is None else given
-        )[0]
+        value = self._receive(self._left, method, value)
+        self._send(self._right, method, value)
+        return value
 
-    def scatter(self, method: str, values: Sequence[Any] | None) -> Any:
-        """The place's own of the first rank's ``values``."""
-        mine: list[Any] = []
+    def scatter(self, method: str, values: Sequence[T] | None) -> T:
+        """To each rank one of the first rank's ``values``, in the order of the chain; None elsewhere."""
+        values = self._receive(self._left, method, values)
+        assert values is not None
+        self._send(self._right, method, values[1:])
+        return values[0]
 
-        def split(rest: list[Any] | None) -> list[Any]:
-            rest = list(values or ()) if rest is None else rest
-            mine.append(rest[0])
-            return rest[1:]
-
-        self._pass_on(self._from_left, self._to_right, method, split)
-        return mine[0]
-
-    def spread_back(self, method: str, value: Any) -> Any:
-        """The last stage's value, on every rank of its replica."""
-        last, first = self._ranks.after is None, self._ranks.before is None
-        into = None if last else self._from_right
-        return self._pass_on(into, None if first else self._to_left, method, lambda v: (value,) if v is None else v)[0]
-
-    def hand_over(self, method: str, x: Any, work: Callable[[Any], Any]) -> Any:
-        """``work`` of each stage in turn on what the one before made of ``x``; the result on the last, None elsewhere."""
+    def broadcast_from_last_stage(self, method: str, value: T) -> T:
+        """The value of the last stage, on every rank of its replica."""
+        if self._ranks.after is not None:
+            value = self._receive(self._right, method, value)
         if self._ranks.before is not None:
-            assert self._from_left is not None
-            x = self._next(self._from_left, method).tensor
-        out = work(x)
+            self._send(self._left, method, value)
+        return value
+
+    def through_stages(self, method: str, x: Tree, run: Callable[[Tree], Tree]) -> Tree:
+        """Run a tree of tensors through all stages of a replica.
+
+        Args:
+            method: the name of the method, `tensor_method`.
+            x: the input of the first stage.
+            run: what this rank's stage makes of its input.
+
+        Returns:
+            The output of the last stage there; None elsewhere.
+        """
+        if self._ranks.before is not None:
+            assert self._left is not None
+            x = self._next(self._left.receiver, method).tensor
+        out = run(x)
         if self._ranks.after is None:
             return out
-        link = self._to_right
-        assert link is not None
-        self._waits.wait_for_room(link)  # a stage that is faster than the next one would pile up a whole data set here
+        assert self._right is not None
+        self._waiting.wait_for_room(self._right.sender)  # otherwise the outputs of a fast stage would pile up here
         out = map_tensors(Tensor.cpu, out)
-        link.send(Kind.of(out), Note(), out)
+        self._right.sender.send(Kind.for_value(out), Note(), out)
         return None
 
-    def meanwhile(self) -> str:
-        """What neighbours do whose message waits here for one that this rank waits for; for errors."""
-        text = ""
-        for link in (self._from_left, self._from_right):
-            message = link.peek() if link is not None else None
-            if link is not None and message is not None:
-                text += f"; rank {link.peer} is in {self._called(message)}() meanwhile"
-        return text
+    def neighbours_methods(self) -> str:
+        """The methods that neighbours are in whose message this rank has not taken; an addition to an error message."""
+        return "".join(
+            f"; rank {link.receiver.peer} is in {self._method_of(message)}() meanwhile"
+            for link in (self._left, self._right)
+            if link is not None and (message := link.receiver.peek()) is not None
+        )
 
-    def _pass_on(self, into: Receiver | None, out: Sender | None, method: str, work: Callable[[Any], Any]) -> Any:
-        """Take the neighbour's value (None at the chain's end), and send on what ``work`` makes of it."""
-        given = None
-        if into is not None:
-            name, given = self._next(into, method).object()
-            if name != method:
-                raise _out_of_step(into.peer, name, method)
-        result = work(given)
-        if out is not None:
-            out.send(Kind.OBJECT, Note(), object_tensor((method, result)))
-        return result
+    def _receive(self, link: Connection | None, method: str, value: T) -> T:
+        """What the neighbour sends; ``value`` where there is no neighbour."""
+        if link is None:
+            return value
+        name, received = self._next(link.receiver, method).object()
+        if name != method:
+            raise _out_of_step(link.receiver.peer, name, method)
+        return received  # type: ignore[no-any-return]
+
+    def _send(self, link: Connection | None, method: str, value: Any) -> None:
+        if link is not None:
+            link.sender.send(Kind.OBJECT, Note(), object_tensor((method, value)))
 
     def _next(self, link: Receiver, method: str) -> Message:
-        message = self._waits.receive(link, lambda: f"its part in {method}()")
-        if (message.kind is not Kind.OBJECT) != (method == self.handing):
-            raise _out_of_step(link.peer, self._called(message), method)
+        message = self._waiting.receive(link, lambda: f"its part in {method}()")
+        if (message.kind is not Kind.OBJECT) != (method == self.tensor_method):
+            raise _out_of_step(link.peer, self._method_of(message), method)
         return message
 
-    def _called(self, message: Message) -> str:
-        """The method that a message belongs to."""
-        return str(message.object()[0]) if message.kind is Kind.OBJECT else self.handing
+    def _method_of(self, message: Message) -> str:
+        return str(message.object()[0]) if message.kind is Kind.OBJECT else self.tensor_method
 
 
 def _out_of_step(peer: int, theirs: str, ours: str) -> WorkerError:

@@ -1,8 +1,8 @@
-"""What ends a run of several ranks, said once and heard on every rank.
+"""What ends a run of several ranks, and how the threads of a rank learn of it.
 
-A `Board` is where a rank's threads meet: the helper threads of `dtrp.comm.transport` put up what arrives and what
-fails, and the main thread waits there, and only there. The wait is Python's own, so that Ctrl-C and
-SIGTERM are heard in it; it ends with what was waited for, with a failure on any rank, or after ``timeout_s``.
+Only the main thread of a rank waits for other ranks, and only in `Monitor.wait`. The helper threads of `dtrp.comm.transport` tell
+the monitor what has arrived and what has failed. The wait is Python's, so that Ctrl-C and SIGTERM are heard in it. It ends
+with what is waited for, with a failure on any rank, or after ``timeout_s``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ..errors import StageError, WaitTimeoutError, WorkerError, message_of
 from ..launch.signals import SigtermListener
 
 T = TypeVar("T")
-_SLICE_S = 0.5  # the longest that a notice which slipped through goes unseen
-GRACE_S = 2.0  # for the watch to say whose end broke a connection, and for threads to finish after a failure
-_LAST_WORDS_S = 5.0  # from a SIGTERM that meets a process that is ending anyway to one that is obeyed
-_NEWS_S = 1.0  # from a process's death to the watch's word of it, at most
+GRACE_S = 2.0  # for the watch to say who broke a connection, and for threads to end after a failure
+_POLL_S = 0.5  # between two looks at what is waited for, if a notification is missed
+_LAST_WORDS_S = 5.0  # a process that is about to end, and to say why, ignores SIGTERM for so long
+_NEWS_S = 1.0  # from the death of a process until the watch says so, at most
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Failure:
     """Why a run ends.
 
     Args:
-        kind: ``gone`` (a process that ended without a word), ``timeout``, ``stage`` (a `StageError`), ``ended``
-            (anything else).
-        rank: who is to blame.
-        text: the reason, beginning with the rank it is about; a `StageError`'s message for ``stage``.
-        place: a `StageError`'s (stage, microbatch, minibatch).
+        kind: ``gone`` (a process that ended without a word), ``timeout``, ``stage`` (a `StageError`), or ``ended`` (anything
+            else).
+        rank: the rank that failed.
+        text: the reason, beginning with that rank; for ``stage`` the message of the `StageError`.
+        place: (stage, microbatch, minibatch) of the `StageError`.
         trace: the traceback on that rank.
-        nonfinite: what the `FloatingPointError` says that is a StageError's cause, if one is.
+        nonfinite: the message of the `FloatingPointError` that caused the StageError, if one did.
     """
 
     kind: Literal["gone", "timeout", "stage", "ended"]
@@ -49,9 +49,9 @@ class Failure:
     nonfinite: str = ""
 
     @classmethod
-    def of(cls, rank: int, error: BaseException) -> Failure:
-        """What ``error``, raised on ``rank``, is for the other ranks."""
-        text, trace = message_of(error), _trace_of(error)
+    def from_error(cls, rank: int, error: BaseException) -> Failure:
+        """The failure that the other ranks are told of when ``rank`` raises ``error``."""
+        text, trace = message_of(error), _traceback_of(error)
         if isinstance(error, StageError):
             nonfinite = message_of(error.__cause__) if isinstance(error.__cause__, FloatingPointError) else ""
             return cls("stage", rank, text, (error.stage, error.microbatch, error.minibatch), trace, nonfinite)
@@ -60,60 +60,66 @@ class Failure:
         if isinstance(error, KeyboardInterrupt):
             return cls("ended", rank, f"rank {rank} was interrupted")
         if isinstance(error, SystemExit):
-            # Who reports an error and exits, as torch.multiprocessing.spawn does in its processes, has one in hand.
-            held = error.__context__
-            why = f", after {type(held).__name__}: {message_of(held)}" if held else ""
+            # A process may report an error and then exit, as those of torch.multiprocessing.spawn do.
+            handled = error.__context__
+            why = f", after {type(handled).__name__}: {message_of(handled)}" if handled else ""
             code = text if error.code else 0
             return cls("ended", rank, f"rank {rank} has ended (exit code {code}){why}", None, trace if why else "")
         return cls("ended", rank, f"rank {rank} has ended with {type(error).__name__}: {text}", None, trace)
 
-    def error(self, doing: str) -> Exception:
-        """The exception for a rank that hears of it while it was ``doing`` something."""
+    def exception(self, doing: str) -> Exception:
+        """What another rank raises, which hears of the failure while it is ``doing`` something."""
         if self.kind == "stage":
             assert self.place is not None
             error: Exception = StageError.told(self.text, *self.place)
-        elif self.kind == "timeout":
-            error = WaitTimeoutError(f"{self.text}; this process was {doing}")
         else:
-            error = WorkerError(f"{self.text}; this process was {doing}")
-        there = WorkerError(f"on rank {self.rank}:\n{self.trace}") if self.trace else None
+            kind = WaitTimeoutError if self.kind == "timeout" else WorkerError
+            error = kind(f"{self.text}; this process was {doing}")
+        cause: Exception | None = WorkerError(f"on rank {self.rank}:\n{self.trace}") if self.trace else None
         if self.nonfinite:
-            error.__cause__ = FloatingPointError(self.nonfinite)
-            error.__cause__.__cause__ = there
-        elif there is not None:
-            error.__cause__ = there
+            nonfinite = FloatingPointError(self.nonfinite)
+            nonfinite.__cause__, cause = cause, nonfinite
+        if cause is not None:
+            error.__cause__ = cause
         return error
 
 
-def _trace_of(error: BaseException) -> str:
+def _traceback_of(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(error))
-    except Exception:  # an error's class can be anything, and the other ranks must hear all the same
+    except Exception:  # the error's class may be the caller's; the other ranks must hear of the failure all the same
         return ""
 
 
-class Board:
-    """Where the threads of one rank meet.
+class Monitor:
+    """Where the main thread of a rank waits, and its other threads report to.
 
     Args:
         timeout_s: the longest wait.
-        on_failure: called once, by the thread that brings the first failure; must not block.
+        on_failure: called once, by the thread that reports the first failure; must not block.
+
+    Attributes:
+        doing: what the main thread is in, for messages.
+        awaited: the ranks that the main thread waits for.
+        explain: what keeps the awaited ranks, for messages.
+        failure: why the run ends; None while it does not.
+        raised: whether the main thread has raised that.
     """
 
     def __init__(self, timeout_s: float, on_failure: Callable[[Failure], None]) -> None:
         self.timeout_s = timeout_s
-        self.doing = "starting"  # for messages
-        self.awaited: Sequence[int] = ()  # the ranks that the main thread waits for
-        self.explain: Callable[[Sequence[int]], str] = lambda awaited: ""  # what keeps them, for messages
+        self.doing = "starting"
+        self.awaited: Sequence[int] = ()
+        self.explain: Callable[[Sequence[int]], str] = lambda awaited: ""
         self.failure: Failure | None = None
-        self.raised = False  # whether the main thread knows
+        self.raised = False
         self._on_failure = on_failure
-        self._first = threading.RLock()  # a signal handler may come in between
+        self._failing = threading.RLock()  # reentrant: a signal handler may fail in the middle of `fail`
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # written in C: a wait costs a few microseconds
 
     def fail(self, failure: Failure) -> None:
         """The run ends because of ``failure``, unless it already does because of another."""
-        with self._first:
+        with self._failing:
             if self.failure is not None:
                 return
             self.failure = failure  # before anything that may wait: a signal handler polls it
@@ -121,128 +127,139 @@ class Board:
         self.notify()
 
     def notify(self) -> None:
-        """Something has been put up."""
-        if self._bell.empty():  # a ring that is not heard yet is as good as another
+        """Wake the main thread: there is something new."""
+        if self._bell.empty():  # one notification that is not heard yet is enough
             self._bell.put(None)
 
+    def failed_within(self, timeout_s: float) -> bool:
+        """Whether the run fails within so many seconds; by polling, in helper threads and signal handlers."""
+        until = time.monotonic() + timeout_s
+        while self.failure is None and time.monotonic() < until:
+            time.sleep(0.02)
+        return self.failure is not None
+
     def check(self) -> None:
-        """Raise what has failed."""
+        """Raise the failure, if there is one."""
         if self.failure is not None:
             self.raised = True
-            raise self.failure.error(self.doing)
+            raise self.failure.exception(self.doing)
 
     def wait(self, take: Callable[[], T | None], describe: Callable[[], str], awaited: Sequence[int] = ()) -> T:
-        """Wait until ``take`` returns something.
+        """Wait until ``take`` returns something, and return that.
 
         Args:
-            take: looks for what is waited for; must not block.
-            describe: who waits for what, "rank 1 ... for rank 0: ...", with ``{}`` where the seconds belong.
-            awaited: those ranks, where they can be asked what keeps them.
+            take: looks for what is waited for; None: it is not there. Must not block.
+            describe: "rank 1 ... for rank 0: ...", with ``{}`` where the seconds belong.
+            awaited: the ranks to wait for, where they can be asked what keeps them.
 
         Raises:
             WaitTimeoutError: after ``timeout_s``.
             StageError, WorkerError: the run has failed.
         """
         deadline = time.monotonic() + self.timeout_s
-        while True:
-            value = take()
-            if value is not None:
-                self.awaited = ()
-                return value
+        while (value := take()) is None:
             self.check()
             self.awaited = awaited
             left = deadline - time.monotonic()
             if left <= 0:
                 text = describe().format(f"{self.timeout_s:g} s") + self.explain(awaited)
-                self.check()  # another may have said so first
+                self.check()  # another rank may have failed meanwhile
                 raise WaitTimeoutError(text)
             with suppress(queue.Empty):
-                self._bell.get(timeout=min(left, _SLICE_S))
+                self._bell.get(timeout=min(left, _POLL_S))
+        self.awaited = ()
+        return value
+
+    def wait_until(
+        self, condition: Callable[[], bool], describe: Callable[[], str], awaited: Sequence[int] = ()
+    ) -> None:
+        """`wait` for a condition to be true."""
+        self.wait(lambda: condition() or None, describe, awaited)
 
 
-class Helper:
-    """Runs one thing at a time beside the main thread, which waits for it on the board."""
+class HelperThread(threading.Thread):
+    """A thread that runs one call at a time, while the main thread waits for it at the monitor."""
 
-    def __init__(self, board: Board) -> None:
-        self._board = board
+    def __init__(self, monitor: Monitor) -> None:
+        super().__init__(name="dtrp helper", daemon=True)
+        self._monitor = monitor
         self._jobs: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
-        self._results: deque[tuple[Any, BaseException | None]] = deque()
-        self._thread = threading.Thread(target=self._work, name="dtrp helper", daemon=True)
-        self._thread.start()
+        self._results: deque[tuple[Any, Exception | None]] = deque()
+        self.start()
 
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def run(
+    def call(
         self,
-        job: Callable[[], Any],
+        job: Callable[[], T],
         describe: Callable[[], str],
-        meanwhile: Callable[[], None] = lambda: None,
+        poll: Callable[[], None] = lambda: None,
         awaited: Sequence[int] = (),
-    ) -> Any:
-        """What ``job`` returns or raises; ``meanwhile`` is called again and again, and may raise too."""
+    ) -> T:
+        """What ``job`` returns or raises.
 
-        def take() -> tuple[Any, BaseException | None] | None:
+        Args:
+            job: runs in the helper thread.
+            describe: as in `Monitor.wait`.
+            poll: called again and again by the main thread meanwhile; may raise.
+            awaited: as in `Monitor.wait`.
+        """
+
+        def take() -> tuple[T, Exception | None] | None:
             if self._results:
                 return self._results.popleft()
-            meanwhile()
+            poll()
             return None
 
         self._jobs.put(job)
-        result, error = self._board.wait(take, describe, awaited)
+        result, error = self._monitor.wait(take, describe, awaited)
         if error is not None:
-            # A peer's end looks like an error of the backend: what the watch says of it comes first.
-            until = time.monotonic() + GRACE_S
-            while isinstance(error, RuntimeError) and time.monotonic() < until:
-                self._board.check()
-                time.sleep(0.02)
+            # The end of another process looks like an error of the backend: what the watch says of it comes first.
+            if isinstance(error, RuntimeError) and self._monitor.failed_within(GRACE_S):
+                self._monitor.check()
             raise error
         return result
 
     def finish(self) -> None:
+        """End the thread after the call that it is in."""
         self._jobs.put(None)
 
-    def _work(self) -> None:
+    def run(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
                 self._results.append((job(), None))
             except Exception as error:
                 self._results.append((None, error))
-            self._board.notify()
+            self._monitor.notify()
 
 
 class SigtermHandler(SigtermListener):
-    """SIGTERM as an exception in the main thread, one that names who failed.
+    """Raises in the main thread at SIGTERM, with the name of the rank that failed if one did.
 
-    torchrun ends the other workers so when one has died, and the signal is often faster than the news.
+    torchrun ends the other workers by SIGTERM when one has died, and the signal is often faster than the news of the death.
 
     Args:
-        board: where the news comes.
+        monitor: learns of failures.
         rank: of this process.
-        missed: while no news can come yet, a text that says for whom this rank waits; else an empty one.
+        missing: while no news can come yet, a text that says for which ranks this one waits; otherwise an empty one.
     """
 
-    def __init__(self, board: Board, rank: int, missed: Callable[[], str] = lambda: "") -> None:
-        self._board, self._rank, self._missed = board, rank, missed
+    def __init__(self, monitor: Monitor, rank: int, missing: Callable[[], str] = lambda: "") -> None:
+        self._monitor, self._rank, self._missing = monitor, rank, missing
         self._ignored_until: float | None = None
-        super().__init__(self._obey)
+        super().__init__(self._raise)
 
-    def _obey(self, number: int) -> None:
-        now = time.monotonic()
-        if self._board.raised:  # the process is about to end and to say why; but it cannot refuse for ever
+    def _raise(self, number: int) -> None:
+        now, monitor = time.monotonic(), self._monitor
+        if monitor.raised:  # the process is about to end and to say why; but it cannot refuse for ever
             if self._ignored_until is None:
                 self._ignored_until = now + _LAST_WORDS_S
             if now < self._ignored_until:
                 return
             raise SystemExit(128 + number)
-        if self._board.failure is None and (text := self._missed()):
+        if monitor.failure is None and (text := self._missing()):
             raise WorkerError(text)
-        while self._board.failure is None and time.monotonic() < now + _NEWS_S:
-            time.sleep(0.01)
-        self._board.fail(Failure("ended", self._rank, f"rank {self._rank} was told to end (SIGTERM)"))
-        own = self._board.failure is not None and self._board.failure.rank == self._rank
-        if not own:
-            self._board.check()
-        self._board.raised = True
+        monitor.failed_within(_NEWS_S)
+        monitor.fail(Failure("ended", self._rank, f"rank {self._rank} was told to end (SIGTERM)"))
+        if monitor.failure is not None and monitor.failure.rank != self._rank:
+            monitor.check()
+        monitor.raised = True
         raise SystemExit(128 + number)

@@ -1,8 +1,8 @@
 """The two ends of a connection between ranks, each with a thread of its own.
 
-The receiver's thread posts its next receive as soon as the last message has been taken, a slot before the next
-one comes, since gloo moves data only into a receive that is posted. Buffers have an agreed capacity; a message that
-exceeds it is announced by one that says so, and the receive after that has the room.
+The receiver's thread posts its next receive as soon as the last message has been taken, a slot before the next one comes, since
+gloo moves data only into a receive that is posted. Both ends agree on the capacity of a buffer: a message that exceeds it is
+announced by one of kind GROW, and the receive after that has the room.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,36 +24,44 @@ from torch import Tensor
 from ..measure.trace import Tracer
 from ..tensors.layout import aligned_room, parts_of
 from ..tensors.pytree import tensors_of
-from .failure import GRACE_S, Board, Failure
-from .message import HEADER_BYTES, Kind, Landing, Message, Note, Packed, Packer, decode, read_header
+from ..typing import Tree
+from .failure import GRACE_S, Failure, Monitor
+from .message import HEADER_BYTES, Kind, Message, Note, Packed, Packer, ReceiveBuffer, decode, read_header
 
 _SMALL_BYTES = 64 * 2**10
 _MOST_KEPT = 16
 _MOST_WAITING = 2
 _CPU = torch.device("cpu")
 # Where ranks share cores, whoever waits for the message goes first.
-_give_way = getattr(os, "sched_yield", lambda: None)
+_yield_core = getattr(os, "sched_yield", lambda: None)
 
 
-class Wire:
-    """How one link's bytes get from a stage's device into a message, or back.
+class DeviceTransfer:
+    """Moves the messages of one link between a stage's device and what the backend takes.
 
-    With gloo the tensors of an accelerator go through pinned host memory, on a stream of the link's own; NCCL takes
-    them where they are, in messages that always have the full capacity.
+    With gloo the tensors of an accelerator go through pinned host memory, on a stream of the link's own. NCCL takes them where
+    they are, in messages that always have the full capacity.
+
+    Args:
+        device: of the stage.
+        backend: ``gloo`` or ``nccl``.
+
+    Attributes:
+        full_capacity: whether every message has the full capacity.
     """
 
     def __init__(self, device: torch.device, backend: str) -> None:
         self.device = device
-        self.full = backend == "nccl"
+        self.full_capacity = backend == "nccl"
         self._module: Any = torch.get_device_module(device) if device.type != "cpu" else None
         self._stream: Any = self._module.Stream(device) if self._module is not None else None
 
-    def out(self, packed: Packed) -> tuple[Packed, Any]:
-        """What to send, and the event after which it is there; called by the main thread."""
+    def to_backend(self, packed: Packed) -> tuple[Packed, Any]:
+        """The message where the backend takes it, and the event after which it is there; called by the main thread."""
         if packed.buffer.device.type == "cpu":
             return packed, None
         computed = self._module.current_stream(self.device).record_event()
-        if self.full:
+        if self.full_capacity:
             return packed, computed
         with self._module.stream(self._stream):
             self._stream.wait_event(computed)
@@ -63,31 +71,30 @@ class Wire:
             return Packed(host, packed.header), self._stream.record_event()
 
     def room(self, nbytes: int) -> Tensor:
-        """Memory for a message to be received into."""
-        if self.full:
+        """A buffer for a message to be received into."""
+        if self.full_capacity:
             return aligned_room(nbytes, self.device)
         return aligned_room(nbytes, _CPU, pinned=self.device.type != "cpu" and nbytes > HEADER_BYTES)
 
-    def arrived(self, room: Tensor) -> Message:
-        """The message in a buffer that has been filled, its tensor on the stage's device; called by a helper thread."""
+    def from_backend(self, room: Tensor) -> Message:
+        """The message in a buffer, with its tensor on the stage's device; called by a helper thread."""
         header = read_header(room)
-        if room.device != self.device and header[0] in (Kind.TENSOR, Kind.TREE):
-            here = aligned_room(room.numel(), self.device)
-            here.copy_(room, non_blocking=True)
+        if room.device != self.device and header.kind in (Kind.TENSOR, Kind.TREE):
+            on_device = aligned_room(room.numel(), self.device)
+            on_device.copy_(room, non_blocking=True)
             self._stream.synchronize()
-            room = here
+            room = on_device
         return decode(header, room)
 
-    def taken(self, value: Any) -> None:
-        """What was received is about to be used by the main thread, on its stream."""
-        if self._module is None or value is None:
-            return
-        for part in (part for tensor in tensors_of(value) for part in parts_of(tensor)):
-            if part.device == self.device:
-                part.record_stream(self._module.current_stream(self.device))
+    def record_use(self, value: Tree | None) -> None:
+        """A received value is about to be used by the main thread, on its stream."""
+        if self._module is not None and value is not None:
+            for part in (part for tensor in tensors_of(value) for part in parts_of(tensor)):
+                if part.device == self.device:
+                    part.record_stream(self._module.current_stream(self.device))
 
-    def own_thread(self) -> None:
-        """Work on this device, and the link's stream, in the calling thread."""
+    def use_in_thread(self) -> None:
+        """Make the device and the link's stream current in the calling thread."""
         if self._module is not None:
             self._module.set_device(self.device)
             self._module.set_stream(self._stream)
@@ -95,76 +102,112 @@ class Wire:
     def finish(self, work: dist.Work) -> None:
         """Wait for a send or receive; NCCL's wait only holds up the thread's stream."""
         work.wait()
-        if self.full:
+        if self.full_capacity:
             self._stream.synchronize()
 
 
-class Link(ABC):
-    """One end of a connection to another rank, with a thread of its own."""
+@dataclass(frozen=True)
+class Peer:
+    """The other rank of a connection.
 
-    def __init__(self, name: str, group: Any, peer: int, place: int, wire: Wire, board: Board, tracer: Tracer) -> None:
-        self.name, self.peer = name, peer
-        self._place = place  # of the peer in the group
-        self._group, self._wire, self._board, self._tracer = group, wire, board, tracer
-        self._thread = threading.Thread(target=self._run, name=f"dtrp {name} {peer}", daemon=True)
+    Args:
+        rank: in the default group.
+        group: the process group of the connection.
+        group_rank: the other rank in that group.
+    """
 
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
+    rank: int
+    group: dist.ProcessGroup
+    group_rank: int
 
-    def _run(self) -> None:
+
+class Link(threading.Thread, ABC):
+    """One end of a connection to another rank, with a thread of its own.
+
+    Args:
+        purpose: the connection's name, for traces.
+        peer: the other rank.
+        transfer: moves messages between the stage's device and the backend.
+        monitor: where the main thread waits.
+        tracer: records sends and receives.
+    """
+
+    def __init__(self, purpose: str, peer: Peer, transfer: DeviceTransfer, monitor: Monitor, tracer: Tracer) -> None:
+        super().__init__(name=f"dtrp {purpose} {peer.rank}", daemon=True)
+        self.purpose, self.peer = purpose, peer.rank
+        self._peer, self._transfer, self._monitor, self._tracer = peer, transfer, monitor, tracer
+
+    def run(self) -> None:
         try:
-            self._wire.own_thread()
+            self._transfer.use_in_thread()
             self._work()
         except Exception as error:
-            _broken(self._board, self.peer, error)
+            # The connection broke. The watch may know whose end broke it; if it does not, nobody does.
+            self._monitor.failed_within(GRACE_S)
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._monitor.fail(Failure("gone", self.peer, f"rank {self.peer} cannot be reached any more: {reason}"))
 
     @abstractmethod
     def _work(self) -> None:
-        """What the thread does, to the end of the link."""
+        """What the thread does, until the link has ended."""
 
     @abstractmethod
     def end(self) -> None:
-        """This rank is through with the link; never waits, and once is enough."""
+        """This rank is done with the link; never waits, and may be called again."""
 
 
 @dataclass
 class _Job:
-    """A message on its way out."""
+    """A message on its way out.
+
+    Args:
+        kind: of the message.
+        note: what it says of its micro-batch.
+        packed: the message.
+        ready: an event after which the buffer is filled, or None.
+        due: the earliest time to send it, by `time.monotonic`.
+        works: what the backend has to finish, once the message has been handed to it.
+    """
 
     kind: Kind
     note: Note
     packed: Packed
-    ready: Any  # an event after which the buffer is there, or None
-    due: float  # not to be sent before this time
-    works: list[dist.Work] | None = None  # what is left to wait for, once it has been handed to the backend
+    ready: Any
+    due: float
+    works: list[dist.Work] | None = None
 
 
 class Sender(Link):
-    """The sending end of a connection; `send` never waits."""
+    """The sending end of a connection; `send` never waits.
+
+    Attributes:
+        begun: the number of messages so far.
+        finished: the number of messages that have been sent.
+        bounded: whether the main thread waits while the link is `crowded`, before it sends.
+    """
 
     def __init__(self, *link: Any, latency_s: float = 0.0) -> None:
         super().__init__(*link)
         self._latency_s = latency_s
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._packer = Packer(keeps=self.name != "control")
-        self.begun = self.finished = 0  # messages
-        self.bounded = False  # whether the main thread waits before it sends, when the link is crowded
+        self._packer = Packer(reuses=self.purpose != "control")
+        self.begun = self.finished = 0
+        self.bounded = False
         self._kept: list[_Job] = []  # under way, and not handed to the thread yet
         self._capacity = HEADER_BYTES
         self._unsent = 0  # jobs that the thread has yet to hand to the backend
         self._counting = threading.Lock()
-        self._finished = threading.Lock()
-        self._thread.start()
+        self._ended = threading.Lock()
+        self.start()
 
-    def send(self, kind: Kind, note: Note, tensor: Any = None) -> None:
-        """Send a message, a tensor or a tree of them; they may be written when this returns."""
-        packed, ready = self._wire.out(self._packer.pack(kind, note, tensor))
+    def send(self, kind: Kind, note: Note, value: Tree | None = None) -> None:
+        """Send a tensor or a tree, which may be written when this returns; None in messages that carry none."""
+        packed, ready = self._transfer.to_backend(self._packer.pack(kind, note, value))
         job = _Job(kind, note, packed, ready, time.monotonic() + self._latency_s if self._latency_s else 0.0)
-        # A small message is handed over here: waking the thread would cost more than the message.
-        # (Nobody but this thread and `end` raises the count of those before it.)
+        # The main thread hands a small message to the backend itself: waking the thread would cost more than the message.
+        # (Nobody but this thread and `end` raises the count of the jobs before it.)
         small = packed.buffer.numel() <= _SMALL_BYTES
-        at_once = small and not (self._unsent or job.due or ready or self._wire.full)
+        at_once = small and not (self._unsent or job.due or ready or self._transfer.full_capacity)
         if at_once:
             with suppress(RuntimeError):  # the connection is broken: the thread will say so
                 job.works = self._issue(job)
@@ -175,10 +218,10 @@ class Sender(Link):
             self._unsent += job.works is None
             self._kept.append(job)
         if not at_once or len(self._kept) >= _MOST_KEPT or self.bounded or self._tracer.on:
-            self._hand_over()
-        _give_way()
+            self._hand_to_thread()
+        _yield_core()
 
-    def _hand_over(self) -> None:
+    def _hand_to_thread(self) -> None:
         with self._counting:
             for job in self._kept:
                 self._jobs.put(job)
@@ -190,8 +233,8 @@ class Sender(Link):
         return self._jobs.qsize() > _MOST_WAITING
 
     def end(self) -> None:
-        if self._finished.acquire(blocking=False):
-            self._hand_over()
+        if self._ended.acquire(blocking=False):
+            self._hand_to_thread()
             with self._counting:
                 self._unsent += 1
             self._jobs.put(_Job(Kind.END, Note(), self._packer.pack(Kind.END, Note()), None, 0.0))
@@ -209,18 +252,18 @@ class Sender(Link):
                 job.works = self._issue(job)
                 with self._counting:
                     self._unsent -= 1
-            with self._tracer.range(f"send {self.name}"):
+            with self._tracer.range(f"send {self.purpose}"):
                 for work in job.works:
-                    self._wire.finish(work)
-            job.packed.give_back()
-            self._tracer.add(f"send {self.name} {job.note.microbatch}", "send", self.name, began)
+                    self._transfer.finish(work)
+            job.packed.release()
+            self._tracer.add(f"send {self.purpose} {job.note.microbatch}", "send", self.purpose, began)
             self.finished += 1
-            if self.name == "control" or self.bounded or self._tracer.on:
-                # The main thread waits for room, or for the span.
-                self._board.notify()
+            if self.purpose == "control" or self.bounded or self._tracer.on:
+                # The main thread may wait for room, or for the span.
+                self._monitor.notify()
 
     def _issue(self, job: _Job) -> list[dist.Work]:
-        """Hand a message to the backend, after the announcement that it may need."""
+        """Hand a message to the backend, after its announcement where it needs one."""
         works = []
         nbytes = job.packed.buffer.numel()
         if nbytes > self._capacity:
@@ -232,18 +275,21 @@ class Sender(Link):
         return works
 
     def _post(self, packed: Packed) -> dist.Work:
-        packed.seal()
+        packed.write_header()
         buffer = packed.buffer
-        if self._wire.full:
-            room = self._wire.room(self._capacity)
+        if self._transfer.full_capacity:
+            room = self._transfer.room(self._capacity)
             room[: buffer.numel()].copy_(buffer)
             buffer = room
-        work: dist.Work = self._group.send([buffer], self._place, 0)
-        return work
+        return self._peer.group.send([buffer], self._peer.group_rank, 0)
 
 
 class Receiver(Link):
-    """The receiving end of a connection: at most one message, or one posted receive, ahead of `take`."""
+    """The receiving end of a connection: at most one message, or one posted receive, ahead of `take`.
+
+    Attributes:
+        ended: whether the other end is done.
+    """
 
     def __init__(self, *link: Any) -> None:
         super().__init__(*link)
@@ -251,9 +297,9 @@ class Receiver(Link):
         self._permits: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._permits.put(None)
         self._draining = False
-        self._known: tuple[bytes, ...] = ()  # how tensors have lain
-        self.ended = False  # the other end has finished
-        self._thread.start()
+        self._expected: tuple[bytes, ...] = ()  # see `ReceiveBuffer`
+        self.ended = False
+        self.start()
 
     def peek(self) -> Message | None:
         """The message that `take` would return."""
@@ -263,17 +309,17 @@ class Receiver(Link):
             return None
 
     def take(self) -> Message | None:
-        """The next message, if it is there; lets the one after it come."""
+        """The next message, if it is there; its place is free for the one after it."""
         try:
             message = self._inbox.popleft()
         except IndexError:
             return None
-        self._wire.taken(message.tensor)
+        self._transfer.record_use(message.tensor)
         self._permits.put(None)
         return message
 
     def end(self) -> None:
-        """Receive and forget what still comes."""
+        """Receive and drop what still comes."""
         self._draining = True
         self._permits.put(None)
 
@@ -285,35 +331,37 @@ class Receiver(Link):
                 self._permits.put(None)
                 self._inbox.clear()
             began = time.time_ns()
-            with self._tracer.range(f"receive {self.name}"):
+            with self._tracer.range(f"receive {self.purpose}"):
                 message = self._receive(capacity)
                 if message.kind is Kind.GROW:
-                    capacity = message.nbytes
+                    capacity = message.note.total
                     message = self._receive(capacity)
             if message.kind is Kind.OBJECT:
                 capacity = HEADER_BYTES
             if message.kind is Kind.END:
                 self.ended = True
-                self._board.notify()
-                return
-            self._tracer.add(f"receive {self.name} {message.note.microbatch}", "receive", self.name, began)
+                return self._monitor.notify()
+            self._tracer.add(f"receive {self.purpose} {message.note.microbatch}", "receive", self.purpose, began)
             self._inbox.append(message)
-            self._board.notify()
+            self._monitor.notify()
 
     def _receive(self, capacity: int) -> Message:
-        room = self._wire.room(capacity)
-        landing = Landing(room, self._known) if self._wire.device.type == "cpu" else None
-        self._wire.finish(self._group.recv([room], self._place, 0))
-        if landing is None:
-            return self._wire.arrived(room)
-        message, self._known = landing.message(), landing.known
+        room = self._transfer.room(capacity)
+        buffer = ReceiveBuffer(room, self._expected) if self._transfer.device.type == "cpu" else None
+        self._transfer.finish(self._peer.group.recv([room], self._peer.group_rank, 0))
+        if buffer is None:
+            return self._transfer.from_backend(room)
+        message, self._expected = buffer.message(), buffer.expected
         return message
 
 
-def _broken(board: Board, peer: int, error: Exception) -> None:
-    """A connection broke: the watch knows whose end broke it, or nobody does."""
-    until = time.monotonic() + GRACE_S
-    while board.failure is None and time.monotonic() < until:
-        time.sleep(0.02)
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    board.fail(Failure("gone", peer, f"rank {peer} cannot be reached any more: {reason}"))
+class Connection(NamedTuple):
+    """A connection in both directions, of two links.
+
+    Args:
+        receiver: from the other rank.
+        sender: to the other rank.
+    """
+
+    receiver: Receiver
+    sender: Sender

@@ -1,4 +1,4 @@
-"""Who has failed, who is done, and who waits for whom."""
+"""Watches the other ranks: which have failed, which are done, and which wait for which."""
 
 from __future__ import annotations
 
@@ -8,59 +8,62 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..launch.ranks import Ranks
-from .failure import Board, Failure
+from ..typing import Json
+from .failure import Failure, Monitor
 
-_WORD_BYTES = 16384
-_ANSWER_S = 1.0  # a process that lives answers in milliseconds, whatever its main thread does
-_ASKING_S = 2.0  # for the answers of all together
+_MESSAGE_BYTES = 16384
+_ANSWER_S = 1.0  # a living process answers in milliseconds, whatever its main thread does
+_EXPLAIN_S = 2.0  # for the answers of all ranks together
 
 
-class Watch:
-    """A last word from every rank to every other: that it is done, or why it fails; before it, what it does, if it is asked.
+class PeerWatch:
+    """Tells every other rank that this one is done or has failed, and hears the same of the others.
+
+    Meanwhile a rank that waits for another in vain may ask what that rank is doing.
 
     Args:
-        ranks: who is who.
-        group: of all ranks.
-        board: hears of failures.
-        ending: called by a thread of its own when this rank has its last word to say.
+        ranks: which rank hosts which stage.
+        group: the process group of all ranks.
+        monitor: learns of failures.
+        on_end: called by a helper thread when this rank announces its end.
+
+    Attributes:
+        threads: one that sends, and one that receives for each other rank.
+        done: the mini-batches that other ranks had stepped when they closed their pipeline, by rank.
     """
 
-    def __init__(self, ranks: Ranks, group: Any, board: Board, ending: Callable[[], None]) -> None:
-        self.done: dict[int, int] = {}  # ranks that are through, and the mini-batches they stepped
-        self._answers: dict[int, dict[str, Any]] = {}
-        self._group, self._board, self._ending = group, board, ending
-        self._others = {rank: place for place, rank in enumerate(ranks.all) if rank != ranks.rank}
-        # All threads begin here: at the end of the process, where the word may be due, none can begin any more.
-        self._words: queue.SimpleQueue[tuple[int | None, dict[str, Any]]] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._tell, name="dtrp tell", daemon=True)]
-        self._threads += [threading.Thread(target=self._hear, args=(rank,), daemon=True) for rank in self._others]
-        for thread in self._threads:
+    def __init__(self, ranks: Ranks, group: dist.ProcessGroup, monitor: Monitor, on_end: Callable[[], None]) -> None:
+        self.done: dict[int, int] = {}
+        self._answers: dict[int, Json] = {}
+        self._group, self._monitor, self._on_end = group, monitor, on_end
+        self._others = {rank: i for i, rank in enumerate(ranks.all) if rank != ranks.rank}  # their ranks in the group
+        # All threads begin now: at the end of the process, where there may be something to tell, none can begin any more.
+        self._outbox: queue.SimpleQueue[tuple[int | None, Json]] = queue.SimpleQueue()  # None: to all others, the last
+        self.threads = [threading.Thread(target=self._tell, name="dtrp tell", daemon=True)]
+        self.threads += [threading.Thread(target=self._hear, args=(rank,), daemon=True) for rank in self._others]
+        for thread in self.threads:
             thread.start()
 
     @property
-    def alive(self) -> bool:
-        return any(thread.is_alive() for thread in self._threads)
-
-    @property
-    def missing(self) -> list[int]:
-        """The ranks that have not said that they are through."""
+    def not_done(self) -> list[int]:
+        """The ranks that have not closed their pipeline."""
         return [rank for rank in self._others if rank not in self.done]
 
-    def say(self, word: dict[str, Any]) -> None:
-        """Tell all others, without waiting: ``{"done": mini-batches}``, or a failure's fields. The first word counts."""
-        self._words.put((None, word))
+    def announce(self, message: Json) -> None:
+        """Tell all others, without waiting: ``{"done": mini-batches}``, or the fields of a `Failure`. The first one counts."""
+        self._outbox.put((None, message))
 
     def explain(self, awaited: Sequence[int]) -> str:
-        """What keeps the ``awaited`` ranks, and those that they wait for in turn: an addition to a message."""
-        until = time.monotonic() + _ASKING_S
+        """What keeps the ``awaited`` ranks, and those that they wait for in turn; an addition to an error message."""
+        until = time.monotonic() + _EXPLAIN_S
         texts: dict[int, str] = {}
         waiting = list(awaited)
-        for rank in waiting:  # which grows meanwhile
+        for rank in waiting:  # the list grows in the loop
             if rank not in texts and rank in self._others:
                 answer = self._ask(rank, min(until, time.monotonic() + _ANSWER_S))
                 if rank in self.done:
@@ -75,35 +78,34 @@ class Watch:
                     waiting += answer["awaited"]
         return f" ({'; '.join(texts.values())})" if texts else ""
 
-    def _ask(self, rank: int, until: float) -> dict[str, Any] | None:
-        """What a rank does; None: it does not answer."""
+    def _ask(self, rank: int, until: float) -> Json:
+        """What a rank is doing and waits for; None: it does not answer."""
         self._answers.pop(rank, None)
-        self._words.put((rank, {"asks": True}))
-        while not (rank in self._answers or rank in self.done or self._board.failure) and time.monotonic() < until:
+        self._outbox.put((rank, {"asks": True}))
+        while not (rank in self._answers or rank in self.done or self._monitor.failure) and time.monotonic() < until:
             time.sleep(0.002)
         return self._answers.get(rank)
 
     def _tell(self) -> None:
-        works: list[Any] = []
-        last = False
-        while not last:
-            to, word = self._words.get()
-            if last := to is None:
-                self._ending()
-            packed = _packed(word)
-            for place in self._others.values() if to is None else [self._others[to]]:
-                with suppress(RuntimeError):  # it is gone
-                    works.append(self._group.send([torch.frombuffer(bytearray(packed), dtype=torch.uint8)], place, 0))
+        """Send what is in the outbox, up to the announcement of this rank's end."""
+        works: list[dist.Work] = []
+        is_last = False
+        while not is_last:
+            rank, message = self._outbox.get()
+            if is_last := rank is None:
+                self._on_end()
+            packed = torch.frombuffer(bytearray(_packed(message)), dtype=torch.uint8)
+            for place in self._others.values() if rank is None else [self._others[rank]]:
+                with suppress(RuntimeError):  # that rank is gone
+                    works.append(self._group.send([packed], place, 0))
         for work in works:
-            try:
+            with suppress(RuntimeError):
                 work.wait()
-            except RuntimeError:
-                continue
 
     def _hear(self, rank: int) -> None:
-        room = torch.empty(_WORD_BYTES, dtype=torch.uint8, device="cpu")
-        word: dict[str, Any] = {}
-        while not word:
+        """Receive what a rank sends, up to its end."""
+        room = torch.empty(_MESSAGE_BYTES, dtype=torch.uint8, device="cpu")
+        while True:
             try:
                 self._group.recv([room], self._others[rank], 0).wait()
             except RuntimeError:
@@ -111,32 +113,30 @@ class Watch:
                     f"rank {rank} is gone: its process ended without a word (killed, out of memory, or a crash in native "
                     "code; its own log may say more)"
                 )
-                self._board.fail(Failure("gone", rank, text))
-                return
-            word = json.loads(bytes(room.tolist()))
-            if "asks" in word:
-                self._words.put((rank, {"doing": self._board.doing, "awaited": list(self._board.awaited)}))
-                word = {}
-            elif "doing" in word:
-                self._answers[rank], word = word, {}
-        if "done" in word:
-            self.done[rank] = word["done"]
-            self._board.notify()
-        else:
-            place = word.pop("place")
-            self._board.fail(Failure(**word, place=tuple(place) if place else None))
+                return self._monitor.fail(Failure("gone", rank, text))
+            message = json.loads(bytes(room.tolist()))
+            if "asks" in message:
+                self._outbox.put((rank, {"doing": self._monitor.doing, "awaited": list(self._monitor.awaited)}))
+            elif "doing" in message:
+                self._answers[rank] = message
+            elif "done" in message:
+                self.done[rank] = message["done"]
+                return self._monitor.notify()
+            else:
+                place = message.pop("place")
+                return self._monitor.fail(Failure(**message, place=tuple(place) if place else None))
 
 
-def _packed(word: dict[str, Any]) -> bytes:
-    """The word as JSON of `_WORD_BYTES`; what is too long for it is cut, and says so: a traceback at its beginning."""
-    most, packed = _WORD_BYTES, json.dumps(word).encode()
-    while len(packed) > _WORD_BYTES:
+def _packed(message: Json) -> bytes:
+    """A message as JSON of `_MESSAGE_BYTES`. What is too long for it is cut, and says so: a traceback at its beginning."""
+    most, packed = _MESSAGE_BYTES, json.dumps(message).encode()
+    while len(packed) > _MESSAGE_BYTES:
         most //= 2
-        packed = json.dumps({name: _cut(name, value, most) for name, value in word.items()}).encode()
-    return packed.ljust(_WORD_BYTES)
+        packed = json.dumps({name: _cut(name, value, most) for name, value in message.items()}).encode()
+    return packed.ljust(_MESSAGE_BYTES)
 
 
-def _cut(name: str, value: Any, most: int) -> Any:
+def _cut(name: str, value: Json, most: int) -> Json:
     if isinstance(value, list):
         return value[:most]
     if not isinstance(value, str) or len(value) <= most:

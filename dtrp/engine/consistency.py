@@ -55,17 +55,19 @@ def unite(
     ranks = transport.ranks
     settings = {**settings, "method": method_values(settings["method"]), "tied parameters": [str(tie) for tie in ties]}
     own = {"settings": settings, "stages": [_fingerprint(module) for module in modules]}
-    facts = transport.chain.exchange("Pipeline", (own, place_of(device)))
+    facts = transport.collectives.all_gather("Pipeline", (own, place_of(device)))
     for rank, (theirs, _) in zip(ranks.all, facts, strict=True):
         _check_alike(rank, theirs, facts[0][0])
     values = [_tensors(module) for module in modules] * ranks.num_replicas
-    given = transport.chain.scatter("Pipeline", on_cpu(values) if ranks.rank == ranks.all[0] else None)
+    given = transport.collectives.scatter("Pipeline", on_cpu(values) if ranks.rank == ranks.all[0] else None)
     with torch.no_grad():
         for name, tensor in _tensors(modules[ranks.stage]).items():
             tensor.copy_(given[name])
-    seed = transport.chain.spread("Pipeline", seed)
+    seed = transport.collectives.broadcast("Pipeline", seed)
     backend = backend_for([place for _, place in facts])
-    transport.connect(device, backend, [tie for tie in ties if tie.trained])
+    trained = [tie for tie in ties if tie.trained]
+    tied = [sorted({k for tie in trained for k in tie.partners(stage)}) for stage in range(ranks.num_stages)]
+    transport.connect(device, backend, tied)
     return int(seed)
 
 

@@ -57,13 +57,7 @@ class DistributedEngine:
     alone = False
 
     def __init__(
-        self,
-        stage: Stage,
-        method: Method,
-        num_microbatches: int,
-        transport: Transport,
-        tracer: Tracer,
-        loss_on: str,
+        self, stage: Stage, method: Method, num_microbatches: int, transport: Transport, tracer: Tracer, loss_on: str
     ) -> None:
         ranks = transport.ranks
         self.stages = (stage,)
@@ -128,7 +122,9 @@ class DistributedEngine:
         if loss is not None and self._mean_loss is not None:
             loss = loss.new_tensor(self._mean_loss)
         if self._loss_on == "all":
-            loss = self._transport.chain.spread_back("step", loss).to(self._stage.device)
+            loss = self._transport.collectives.broadcast_from_last_stage("step", loss)
+            assert loss is not None
+            loss = loss.to(self._stage.device)
         return loss
 
     def _first_note(self, x: Any, y: Any) -> Note:
@@ -161,7 +157,7 @@ class DistributedEngine:
 
     def flush(self) -> None:
         self._begin(f"in flush() after {self.num_updates} steps")
-        self._transport.check_steps(self._transport.chain.exchange("flush", self.num_updates))
+        self._transport.check_steps(self._transport.collectives.all_gather("flush", self.num_updates))
         for slot in self._order.flush():
             for action in slot:
                 self._do(action)
@@ -192,7 +188,7 @@ class DistributedEngine:
         for each of its backwards, and this stage has taken as many as it has had of its own: the rest are on their way.
         """
         ranks = self._transport.ranks
-        backwards = self._transport.chain.exchange(method, (self.num_updates, self._order.next_backward))
+        backwards = self._transport.collectives.all_gather(method, (self.num_updates, self._order.next_backward))
         self._transport.check_steps([steps for steps, _ in backwards])
         if ranks.after is not None:
             sent = backwards[ranks.all.index(ranks.after)][1]
@@ -211,17 +207,17 @@ class DistributedEngine:
 
     def infer(self, x: Any) -> Any:
         self._begin("in infer()")
-        return self._transport.chain.hand_over("infer", x, self._stage.infer)
+        return self._transport.collectives.through_stages("infer", x, self._stage.infer)
 
     def gather(self, method: str, value: T) -> list[T]:
         self._begin(f"in {method}()")
-        return self._transport.chain.exchange(method, value)
+        return self._transport.collectives.all_gather(method, value)
 
     def spans(self) -> list[Span]:
         self._begin("in save_trace()")
         self._hear()
         self._take_gradients("save_trace")  # else their senders would wait until they are wanted here
-        self._transport.settle()
+        self._transport.wait_until_sent()
         return list(self._tracer.spans)
 
     def of_stages(self, method: str, part: Callable[[Stage], T]) -> list[T]:
@@ -229,25 +225,25 @@ class DistributedEngine:
 
     def of_stages_to_first(self, method: str, part: Callable[[Stage], T]) -> list[T] | None:
         self._begin(f"in {method}()")
-        values = self._transport.chain.collect(method, self._own(part))
+        values = self._transport.collectives.gather(method, self._own(part))
         return None if values is None else values[: self._transport.ranks.num_stages]
 
-    def all_or_none(self, method: str, job: Callable[[], T], error: type[Exception] = RuntimeError) -> T:
-        failed: Exception | None = None
+    def all_or_none(self, method: str, job: Callable[[], T]) -> T:
+        error: Exception | None = None
         try:
             try:
                 result = job()
-            except Exception as reason:
-                failed = reason
-            reasons = self.gather(method, None if failed is None else message_of(failed) or type(failed).__name__)
-        except BaseException as reason:
-            self.fail(reason)
+            except Exception as failed:
+                error = failed
+            errors = self.gather(method, None if error is None else message_of(error) or type(error).__name__)
+        except BaseException as failed:
+            self.fail(failed)
             raise
-        if failed is not None:
-            raise failed
-        for rank, text in zip(self._transport.ranks.all, reasons, strict=True):
+        if error is not None:
+            raise error
+        for rank, text in zip(self._transport.ranks.all, errors, strict=True):
             if text is not None:
-                raise error(f"{method}() failed on rank {rank}: {text}")
+                raise RuntimeError(f"{method}() failed on rank {rank}: {text}")
         return result
 
     def _own(self, part: Callable[[Stage], T]) -> Any:
@@ -275,8 +271,8 @@ class DistributedEngine:
     def _begin(self, doing: str) -> None:
         if self._transport.closed:
             raise RuntimeError("this pipeline has left the other ranks; do what needs all ranks before close()")
-        self._transport.board.doing = doing
-        self._transport.board.check()
+        self._transport.monitor.doing = doing
+        self._transport.monitor.check()
 
     # -- one action -----------------------------------------------------------------------------------------
 
@@ -373,7 +369,7 @@ class DistributedEngine:
         if self._stage.rule.together:
             norm = self._stage.gradient_norm()
             with self.working_times[0].waiting("gradient"):  # replicas have the same gradient by now
-                norms = self._transport.chain.exchange("step", norm)[: self._transport.ranks.num_stages]
+                norms = self._transport.collectives.all_gather("step", norm)[: self._transport.ranks.num_stages]
         with naming(self._stage.index, action, self._stage.version):
             self._stage.update(norms)
         if ties:
@@ -385,12 +381,12 @@ class DistributedEngine:
         for tie in ties:
             if tie.owner != stage.index:
                 with naming(stage.index, action, stage.version):
-                    transport.give_tied(tie.owner, stage.take_gradient(tie))
+                    transport.send_tied(tie.owner, stage.take_gradient(tie))
         for tie in ties:
             if tie.owner == stage.index:
                 with self.working_times[0].waiting("gradient"):
                     what = f"the gradient of {tie.name}, which both hold"
-                    parts = [transport.take_tied(k, what) for k in tie.partners(stage.index)]
+                    parts = [transport.receive_tied(k, what) for k in tie.partners(stage.index)]
                 with naming(stage.index, action, stage.version):
                     stage.add_gradients(tie, parts)
 
@@ -401,11 +397,11 @@ class DistributedEngine:
         for tie in ties:
             if tie.owner == stage.index:
                 for k in tie.partners(stage.index):
-                    transport.give_tied(k, stage.parameters[stage.index_of(tie)].detach())
+                    transport.send_tied(k, stage.parameters[stage.index_of(tie)].detach())
         for tie in ties:
             if tie.owner != stage.index:
                 with self.working_times[0].waiting("forward"):
-                    new = transport.take_tied(tie.owner, f"the values of {tie.name}, which both hold")
+                    new = transport.receive_tied(tie.owner, f"the values of {tie.name}, which both hold")
                 assert new is not None
                 stage.parameters[stage.index_of(tie)].copy_(new)
 
@@ -428,7 +424,7 @@ class DistributedEngine:
     def _send(self, link: Sender | None, note: Note, value: Any) -> None:
         assert link is not None
         with self.working_times[0].waiting("send"):
-            link.send(Kind.of(value), note, value)
+            link.send(Kind.for_value(value), note, value)
 
     def _receive(self, link: Receiver | None, direction: str, m: int) -> Message:
         assert link is not None

@@ -105,7 +105,7 @@ class LocalEngine:
 
     of_stages_to_first = of_stages
 
-    def all_or_none(self, method: str, job: Callable[[], T], error: type[Exception] = RuntimeError) -> T:
+    def all_or_none(self, method: str, job: Callable[[], T]) -> T:
         return job()
 
     def progress(self, method: str) -> list[Progress]:
@@ -201,11 +201,7 @@ class LocalEngine:
     def _do(self, index: int, action: Action) -> None:
         stage, last = self.stages[index], len(self.stages) - 1
         minibatch = stage.version if action.kind == "U" else self._micros[action.index].minibatch
-        with (
-            naming(index, action, minibatch),
-            self.working_times[index].working,
-            self._tracer.action(action, index),
-        ):
+        with naming(index, action, minibatch), self.working_times[index].working, self._tracer.action(action, index):
             if action.kind == "F":
                 micro = self._micros[action.index]
                 target = self._targets[action.index] if index == last or self._local else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -11,53 +9,30 @@ import torch.distributed as dist
 from .join import join
 
 
-@dataclass(frozen=True)
 class Ranks:
     """The ranks of a run, and the place of this process among them.
 
     Args:
         rows: the ranks by replica and stage, ``rows[replica][stage]``.
         rank: of this process.
+
+    Attributes:
+        all: every rank, replica by replica: the order of the chain of `dtrp.comm.collectives`.
+        replica, stage: the place of this rank.
+        num_replicas, num_stages: the numbers of rows and columns.
+        replicas: the ranks that host this rank's stage.
+        before, after: the ranks of the stages before and after; None at the ends.
     """
 
-    rows: tuple[tuple[int, ...], ...]
-    rank: int
-
-    @property
-    def all(self) -> list[int]:
-        """Every rank, replica by replica: the order of the chain of `dtrp.comm.collectives`."""
-        return list(itertools.chain(*self.rows))
-
-    @property
-    def replica(self) -> int:
-        return next(i for i, row in enumerate(self.rows) if self.rank in row)
-
-    @property
-    def stage(self) -> int:
-        return self.rows[self.replica].index(self.rank)
-
-    @property
-    def num_stages(self) -> int:
-        return len(self.rows[0])
-
-    @property
-    def num_replicas(self) -> int:
-        return len(self.rows)
-
-    @property
-    def replicas(self) -> list[int]:
-        """The ranks that host this rank's stage."""
-        return [row[self.stage] for row in self.rows]
-
-    @property
-    def before(self) -> int | None:
-        """The rank of the stage before."""
-        return self.rows[self.replica][self.stage - 1] if self.stage else None
-
-    @property
-    def after(self) -> int | None:
-        """The rank of the stage after."""
-        return self.rows[self.replica][self.stage + 1] if self.stage + 1 < self.num_stages else None
+    def __init__(self, rows: tuple[tuple[int, ...], ...], rank: int) -> None:
+        self.rows, self.rank = rows, rank
+        self.all = [member for row in rows for member in row]
+        self.num_replicas, self.num_stages = len(rows), len(rows[0])
+        self.replica, self.stage = divmod(self.all.index(rank), self.num_stages)
+        self.replicas = [row[self.stage] for row in rows]
+        row, stage = rows[self.replica], self.stage
+        self.before = row[stage - 1] if stage > 0 else None
+        self.after = row[stage + 1] if stage + 1 < self.num_stages else None
 
 
 def find_ranks(group: Any, mesh: Any, timeout_s: float) -> Ranks | None:

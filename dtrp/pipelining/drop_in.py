@@ -16,7 +16,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils import _pytree as pytree
 
 from .. import saving
-from ..base_pipeline import BasePipeline
+from ..base_pipeline import Driver
 from ..comm.process_groups import backend_for, place_of
 from ..comm.transport import Transport
 from ..engine.consistency import check_same, method_values
@@ -38,7 +38,7 @@ from .routes import Call, Route
 _SAME = "make the same ScheduleDTRP on every rank"
 
 
-class ScheduleDTRP(BasePipeline):
+class ScheduleDTRP(Driver):
     """A schedule for a stage of `torch.distributed.pipelining`, in the place of torch's `Schedule1F1B` or `ScheduleGPipe`.
 
     One line of a script changes::
@@ -122,7 +122,7 @@ class ScheduleDTRP(BasePipeline):
         self._output_merge_spec = output_merge_spec
         self._is_traced = hasattr(stage, "pipe_info")
         transport = Transport(ranks, timeout_s, self._tracer)
-        transport.chain.handing = "eval"
+        transport.collectives.tensor_method = "eval"
         try:  # from here on the other ranks hear of what does not fit on this one
             module = _checked_module(stage, ranks)
             device = _device_of(stage)
@@ -148,7 +148,7 @@ class ScheduleDTRP(BasePipeline):
                 list(module.state_dict()),
                 _drawn_seed() if seed is None else seed,
             )
-            facts = transport.chain.exchange("ScheduleDTRP", own)
+            facts = transport.collectives.all_gather("ScheduleDTRP", own)
             for rank, theirs in zip(ranks.all, facts, strict=True):
                 check_same(rank, theirs[0], facts[0][0], _SAME)
             if not any(fact[2] for fact in facts):

@@ -104,7 +104,7 @@ class StageEngine(DistributedEngine):
         self._begin("in eval()")
         outputs = []
         for each, self._call.keywords in zip(arguments, keywords, strict=True):
-            outputs.append(self._transport.chain.hand_over("eval", each, self._stage.infer))
+            outputs.append(self._transport.collectives.through_stages("eval", each, self._stage.infer))
         self._call.keywords = {}
         return outputs
 

@@ -5,10 +5,14 @@ Nothing else in the library uses a private name of torch. What is slow to import
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
 from types import ModuleType
 from typing import Any, TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
@@ -17,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "ASSERT_TENSOR_METADATA", "SET_GRAD_ENABLED", "TO_COPY", "TorchDispatchMode", "backward_hooks", "buffer_dict",
-    "enter_autocast", "exit_autocast", "foreach_copy", "foreach_norm", "forward_hooks", "grad_accumulated_hooks",
-    "has_internal_overlap", "is_operator", "module_backward_hooks", "module_dict", "non_persistent_buffers",
-    "operator_schema", "parameter_dict", "pytree", "region_passes", "replace_tensor_dicts", "sparse_parts",
-    "storage_info_class", "without_functorch_wrappers", "write_count", "writes_arguments",
+    "default_gloo_devices", "default_store", "enter_autocast", "exit_autocast", "foreach_copy", "foreach_norm",
+    "forward_hooks", "gloo_options", "grad_accumulated_hooks", "has_internal_overlap", "is_operator",
+    "module_backward_hooks", "module_dict", "nccl_options", "non_persistent_buffers", "operator_schema",
+    "parameter_dict", "pytree", "region_passes", "replace_tensor_dicts", "sparse_parts", "storage_info_class",
+    "without_functorch_wrappers", "write_count", "writes_arguments",
 ]  # fmt: skip
 
 # The marks that torch.export leaves where a region of `torch.no_grad` or `torch.autocast` begins and ends; they are
@@ -142,6 +147,37 @@ def region_passes() -> tuple[ModuleType, ModuleType]:
     from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 
     return replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
+
+
+# -- process groups -------------------------------------------------------------------------------
+# A pipeline makes its groups itself, beside `torch.distributed.new_group`, which lets nobody name them.
+
+
+def default_store() -> Any:
+    """The store of the default process group; no public name returns it."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def default_gloo_devices() -> list[Any]:
+    """The network devices of the default group; empty where it is not gloo's, or does not show them."""
+    with suppress(RuntimeError):
+        backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        return list(getattr(getattr(backend, "options", None), "_devices", ()))
+    return []
+
+
+def gloo_options(timeout: timedelta, devices: Sequence[Any]) -> Any:
+    """What a gloo group is made with: the class and its fields have no public names."""
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout, options._devices = timeout, devices
+    return options
+
+
+def nccl_options(timeout: timedelta) -> Any:
+    """What an NCCL group is made with: its time-out has no public name."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return options
 
 
 # -- checkpoints ----------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 import torch
 
-from dtrp.comm.collectives import Chain
+from dtrp.comm.collectives import Collectives
 from dtrp.comm.gradient_averaging import _BUCKET_BYTES, _buckets
-from dtrp.comm.link import Receiver, Sender
+from dtrp.comm.link import Connection, Receiver, Sender
 from dtrp.comm.message import Kind, Message, Note
 from dtrp.errors import WorkerError
 from dtrp.launch.ranks import Ranks
@@ -32,7 +32,7 @@ class FakeLink:
         return self.messages.queue[0] if self.messages.qsize() else None
 
 
-class FakeWaits:
+class FakeWaiting:
     def receive(self, link: Receiver, what: Callable[[], str]) -> Message:
         return cast(FakeLink, link).messages.get(timeout=5)
 
@@ -40,34 +40,34 @@ class FakeWaits:
         pass
 
 
-def chains(rows: tuple[tuple[int, ...], ...]) -> list[Chain]:
+def connection(receiver: FakeLink, sender: FakeLink) -> Connection:
+    return Connection(cast(Receiver, receiver), cast(Sender, sender))
+
+
+def chains(rows: tuple[tuple[int, ...], ...]) -> list[Collectives]:
     """One for each rank, connected."""
     ranks = [rank for row in rows for rank in row]
     right = [FakeLink(rank) for rank in ranks[:-1]]  # from each rank to the one after it
     left = [FakeLink(rank) for rank in ranks[1:]]
     made = []
     for place, rank in enumerate(ranks):
-        links = (
-            right[place - 1] if place else None,
-            left[place - 1] if place else None,
-            left[place] if place + 1 < len(ranks) else None,
-            right[place] if place + 1 < len(ranks) else None,
-        )
-        made.append(Chain(Ranks(rows, rank), FakeWaits(), *cast(Any, links)))
+        before = connection(right[place - 1], left[place - 1]) if place else None
+        after = connection(left[place], right[place]) if place + 1 < len(ranks) else None
+        made.append(Collectives(Ranks(rows, rank), FakeWaiting(), before, after))
     return made
 
 
-def on_all(own: list[Chain], job: Callable[[int, Chain], Any]) -> list[Any]:
+def on_all(members: list[Collectives], job: Callable[[int, Collectives], Any]) -> list[Any]:
     """What ``job`` returns on each rank, or the error that it raises."""
 
     def safely(rank: int) -> Any:
         try:
-            return job(rank, own[rank])
+            return job(rank, members[rank])
         except Exception as error:
             return error
 
-    with ThreadPoolExecutor(len(own)) as pool:
-        return list(pool.map(safely, range(len(own))))
+    with ThreadPoolExecutor(len(members)) as pool:
+        return list(pool.map(safely, range(len(members))))
 
 
 ROWS = [((0,),), ((0, 1, 2),), ((0, 1), (2, 3))]
@@ -75,24 +75,24 @@ ROWS = [((0,),), ((0, 1, 2),), ((0, 1), (2, 3))]
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_values_go_where_they_should(rows: tuple[tuple[int, ...], ...]) -> None:
-    own = chains(rows)
-    num = len(own)
-    assert on_all(own, lambda rank, chain: chain.exchange("m", rank * 10)) == [[10 * r for r in range(num)]] * num
-    assert on_all(own, lambda rank, chain: chain.collect("m", rank)) == [list(range(num)), *[None] * (num - 1)]
-    assert on_all(own, lambda rank, chain: chain.spread("m", rank + 7)) == [7] * num
+    members = chains(rows)
+    num = len(members)
+    assert on_all(members, lambda rank, chain: chain.all_gather("m", rank * 10)) == [[10 * r for r in range(num)]] * num
+    assert on_all(members, lambda rank, chain: chain.gather("m", rank)) == [list(range(num)), *[None] * (num - 1)]
+    assert on_all(members, lambda rank, chain: chain.broadcast("m", rank + 7)) == [7] * num
     values = [f"for {rank}" for rank in range(num)]
-    assert on_all(own, lambda rank, chain: chain.scatter("m", None if rank else values)) == values
+    assert on_all(members, lambda rank, chain: chain.scatter("m", None if rank else values)) == values
     lasts = [row[-1] for row in rows for _ in row]
-    assert on_all(own, lambda rank, chain: chain.spread_back("m", rank)) == lasts
+    assert on_all(members, lambda rank, chain: chain.broadcast_from_last_stage("m", rank)) == lasts
 
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_stages_hand_over(rows: tuple[tuple[int, ...], ...]) -> None:
     num_stages = len(rows[0])
 
-    def job(rank: int, chain: Chain) -> Any:
+    def job(rank: int, chain: Collectives) -> Any:
         stage = rank % num_stages
-        return chain.hand_over("infer", torch.tensor([1.0]) if stage == 0 else None, lambda x: 10 * x + stage)
+        return chain.through_stages("infer", torch.tensor([1.0]) if stage == 0 else None, lambda x: 10 * x + stage)
 
     want = 1
     for stage in range(num_stages):
@@ -109,10 +109,10 @@ def test_stages_hand_over(rows: tuple[tuple[int, ...], ...]) -> None:
     ids=["objects", "tensors", "object"],
 )
 def test_a_rank_that_does_something_else_is_told(method: str, others: str) -> None:
-    def call(chain: Chain, name: str) -> Any:
+    def call(chain: Collectives, name: str) -> Any:
         if name == "infer":
-            return chain.hand_over(name, torch.ones(1), lambda x: x)
-        return chain.spread(name, 0)
+            return chain.through_stages(name, torch.ones(1), lambda x: x)
+        return chain.broadcast(name, 0)
 
     _, error = on_all(chains(((0, 1),)), lambda rank, chain: call(chain, method if rank else others))
     assert isinstance(error, WorkerError)
@@ -122,13 +122,13 @@ def test_a_rank_that_does_something_else_is_told(method: str, others: str) -> No
 
 def test_what_neighbours_do_meanwhile() -> None:
     first, second, third = chains(((0, 1, 2),))
-    assert second.meanwhile() == ""
-    first.spread("flush", 0)
-    third.collect("save", 0)
-    assert second.meanwhile() == "; rank 0 is in flush() meanwhile; rank 2 is in save() meanwhile"
+    assert second.neighbours_methods() == ""
+    first.broadcast("flush", 0)
+    third.gather("save", 0)
+    assert second.neighbours_methods() == "; rank 0 is in flush() meanwhile; rank 2 is in save() meanwhile"
     first, second, third = chains(((0, 1, 2),))
-    first.hand_over("infer", torch.ones(1), lambda x: x)
-    assert second.meanwhile() == "; rank 0 is in infer() meanwhile"
+    first.through_stages("infer", torch.ones(1), lambda x: x)
+    assert second.neighbours_methods() == "; rank 0 is in infer() meanwhile"
 
 
 def test_buckets_are_of_one_dtype_and_not_larger_than_they_may() -> None:

@@ -17,8 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrp.comm.failure import Board, Failure, SigtermHandler
-from dtrp.comm.peer_watch import _WORD_BYTES, _packed
+from dtrp.comm.failure import Failure, Monitor, SigtermHandler
+from dtrp.comm.peer_watch import _MESSAGE_BYTES, _packed
 from dtrp.errors import StageError, WaitTimeoutError, WorkerError
 from dtrp.launch.join import _interruptibly
 from dtrp.schedule import Action
@@ -29,7 +29,7 @@ from dtrp.schedule import Action
 def test_a_word_always_fits_and_can_be_read(letter: str, length: int) -> None:
     failure = Failure("stage", 3, "begins " + letter * length, (1, 2, 3), letter * length + " ends")
     packed = _packed(asdict(failure))
-    assert len(packed) == _WORD_BYTES
+    assert len(packed) == _MESSAGE_BYTES
     word = json.loads(packed)
     assert (word["kind"], word["rank"], word["place"]) == ("stage", 3, [1, 2, 3])
     assert word["text"].startswith("begins")
@@ -71,9 +71,9 @@ def test_anything_that_is_raised_can_be_told(
     ):
         if raised is not error:
             raised.__cause__ = raised.__context__ = error
-        failure = Failure.of(3, raised)
+        failure = Failure.from_error(3, raised)
         packed = _packed(asdict(failure))
-        assert len(packed) == _WORD_BYTES
+        assert len(packed) == _MESSAGE_BYTES
         word = json.loads(packed)
         told = Failure(**{**word, "place": tuple(word["place"]) if word["place"] else None})
         assert (told.kind, told.rank, told.place) == (failure.kind, 3, failure.place)
@@ -83,7 +83,7 @@ def test_anything_that_is_raised_can_be_told(
             )  # halves of a pair are one
             assert came == sent or " characters, cut)" in came
             assert len(came) <= len(sent) + 40
-        assert str(told.error("in step()")).startswith(told.text[:50])
+        assert str(told.exception("in step()")).startswith(told.text[:50])
 
 
 def test_words_of_any_kind_are_cut() -> None:
@@ -95,24 +95,24 @@ def test_words_of_any_kind_are_cut() -> None:
 
 def test_the_first_failure_counts() -> None:
     heard: list[Failure] = []
-    board = Board(1.0, heard.append)
-    board.fail(Failure("gone", 2, "rank 2 is gone"))
-    board.fail(Failure("gone", 1, "rank 1 is gone"))
+    monitor = Monitor(1.0, heard.append)
+    monitor.fail(Failure("gone", 2, "rank 2 is gone"))
+    monitor.fail(Failure("gone", 1, "rank 1 is gone"))
     assert [failure.rank for failure in heard] == [2]
     with pytest.raises(WorkerError, match="rank 2 is gone; this process was starting"):
-        board.wait(lambda: None, lambda: "{}")
-    assert board.wait(lambda: 5, lambda: "{}") == 5, "what is there is taken first"
+        monitor.wait(lambda: None, lambda: "{}")
+    assert monitor.wait(lambda: 5, lambda: "{}") == 5, "what is there is taken first"
 
 
 def test_a_wait_ends() -> None:
-    board = Board(0.2, lambda failure: None)
+    monitor = Monitor(0.2, lambda failure: None)
     with pytest.raises(WaitTimeoutError, match="rank 0 has waited 0.2 s for rank 1"):
-        board.wait(lambda: None, lambda: "rank 0 has waited {} for rank 1")
+        monitor.wait(lambda: None, lambda: "rank 0 has waited {} for rank 1")
 
 
 def test_a_stage_error_is_one_elsewhere_too() -> None:
     failure = Failure("stage", 3, "stage 3, update: ValueError: x", (3, None, 7), "Traceback of rank 3")
-    error = failure.error("in flush()")
+    error = failure.exception("in flush()")
     assert isinstance(error, StageError)
     assert (error.stage, error.microbatch, error.minibatch, str(error)) == (3, None, 7, failure.text)
     assert "on rank 3:\nTraceback of rank 3" in str(error.__cause__)
@@ -125,19 +125,19 @@ def test_who_exits_with_an_error_in_hand_says_which() -> None:
             raise KeyError("no such column")
         except KeyError:
             sys.exit(1)
-    failure = Failure.of(2, caught.value)
+    failure = Failure.from_error(2, caught.value)
     assert failure.text == "rank 2 has ended (exit code 1), after KeyError: 'no such column'"
     assert "raise KeyError" in failure.trace
-    assert Failure.of(2, SystemExit(3)) == Failure("ended", 2, "rank 2 has ended (exit code 3)")
+    assert Failure.from_error(2, SystemExit(3)) == Failure("ended", 2, "rank 2 has ended (exit code 3)")
 
 
 def test_sigterm_names_who_failed_and_is_obeyed_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dtrp.comm.failure._NEWS_S", 0.1)
     monkeypatch.setattr("dtrp.comm.failure._LAST_WORDS_S", 0.2)
-    board = Board(1.0, lambda failure: None)
-    handler = SigtermHandler(board, 0)
+    monitor = Monitor(1.0, lambda failure: None)
+    handler = SigtermHandler(monitor, 0)
     try:
-        board.fail(Failure("gone", 2, "rank 2 is gone"))
+        monitor.fail(Failure("gone", 2, "rank 2 is gone"))
         with pytest.raises(WorkerError, match="rank 2 is gone"):
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # it is ending, and has something to say first
@@ -152,8 +152,8 @@ def test_sigterm_names_who_failed_and_is_obeyed_in_the_end(monkeypatch: pytest.M
 def test_sigterm_without_a_failure_ends_this_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dtrp.comm.failure._NEWS_S", 0.1)
     heard: list[Failure] = []
-    board = Board(1.0, heard.append)
-    handler = SigtermHandler(board, 4)
+    monitor = Monitor(1.0, heard.append)
+    handler = SigtermHandler(monitor, 4)
     try:
         with pytest.raises(SystemExit, match="143"):
             signal.raise_signal(signal.SIGTERM)
@@ -176,7 +176,7 @@ atexit.register(print, "newer"); atexit.register(end_with_failure)
 
 def test_a_forked_child_is_no_part_of_the_run() -> None:
     heard: list[Failure] = []
-    handler = SigtermHandler(Board(1.0, heard.append), 0)
+    handler = SigtermHandler(Monitor(1.0, heard.append), 0)
     try:
         child = os.fork()
         if not child:
@@ -235,7 +235,7 @@ def test_somebody_elses_handler_stays() -> None:
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
         mine = signal.getsignal(signal.SIGTERM)
-        handler = SigtermHandler(Board(1.0, lambda failure: None), 0)
+        handler = SigtermHandler(Monitor(1.0, lambda failure: None), 0)
         assert signal.getsignal(signal.SIGTERM) is mine
         handler.restore()
         assert signal.getsignal(signal.SIGTERM) is mine

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrp.comm.message import HEADER_BYTES, Kind, Landing, Message, Note, Packer, decode, object_tensor, read_header
+from dtrp.comm.message import (
+    HEADER_BYTES,
+    Kind,
+    Message,
+    Note,
+    Packer,
+    ReceiveBuffer,
+    decode,
+    object_tensor,
+    read_header,
+)
 from dtrp.tensors.layout import aligned_clone, aligned_room, shift_of
 
 NOTE = Note(microbatch=7, minibatch=3, parts=2, samples=5, total=9, checksum=2**31)
@@ -19,8 +29,8 @@ DTYPES = [
 
 
 def encode(kind: Kind, note: Note, tensor: Tensor | None) -> Tensor:
-    packed = Packer(keeps=False).pack(kind, note, tensor)
-    packed.seal()
+    packed = Packer(reuses=False).pack(kind, note, tensor)
+    packed.write_header()
     return packed.buffer
 
 
@@ -169,7 +179,7 @@ def test_a_message_without_a_tensor() -> None:
 def test_a_note_that_more_room_is_needed() -> None:
     message = carry(Kind.GROW, Note(total=5 * 2**32))
     assert message.kind is Kind.GROW
-    assert message.nbytes == 5 * 2**32
+    assert message.note.total == 5 * 2**32
 
 
 def test_an_object_of_any_size() -> None:
@@ -187,26 +197,26 @@ def test_a_message_of_something_else_is_refused() -> None:
 
 
 def test_memory_that_is_given_back_holds_the_next_message_of_its_layout() -> None:
-    packer = Packer(keeps=True)
+    packer = Packer(reuses=True)
     a = torch.arange(6.0)
     b = aligned_clone(a).add_(1)
     first = packer.pack(Kind.TENSOR, NOTE, a)
     second = packer.pack(Kind.TENSOR, NOTE, b)
     assert first.buffer.data_ptr() != second.buffer.data_ptr(), "the first is still under way"
-    first.give_back()
+    first.release()
     third = packer.pack(Kind.TENSOR, NOTE._replace(microbatch=9), b)
     assert third.buffer.data_ptr() == first.buffer.data_ptr()
-    third.seal()
+    third.write_header()
     message = decode(read_header(third.buffer), third.buffer)
     assert message.note.microbatch == 9
     assert message.tensor is not None
     assert torch.equal(message.tensor, b)
     other = packer.pack(Kind.TENSOR, NOTE, torch.arange(7.0))
-    second.give_back()
+    second.release()
     assert other.buffer.data_ptr() != second.buffer.data_ptr()
     for size in range(20):  # many layouts: memory of a few is kept
-        packer.pack(Kind.TENSOR, NOTE, torch.zeros(size + 1)).give_back()
-    assert len(packer._forms) <= 8
+        packer.pack(Kind.TENSOR, NOTE, torch.zeros(size + 1)).release()
+    assert len(packer._formats) <= 8
 
 
 def test_a_landing_made_ready_for_layouts_that_came_before_takes_any_message() -> None:
@@ -245,13 +255,13 @@ def test_a_landing_made_ready_for_layouts_that_came_before_takes_any_message() -
     ready = []
     for number, tensor in enumerate(sequence):
         note = NOTE._replace(microbatch=number)
-        sent = encode(Kind.of(tensor), note, tensor)
+        sent = encode(Kind.for_value(tensor), note, tensor)
         room = aligned_room(max(sent.numel(), HEADER_BYTES + 1000))
-        landing = Landing(room, known)
+        landing = ReceiveBuffer(room, known)
         made = [each for _, each in landing._ready]
         room[: sent.numel()].copy_(sent)
-        message, known = landing.message(), landing.known
-        assert (message.kind, message.note) == (Kind.of(tensor), note)
+        message, known = landing.message(), landing.expected
+        assert (message.kind, message.note) == (Kind.for_value(tensor), note)
         ready.append(any(message.tensor is each for each in made))
         if tensor is None:
             assert message.tensor is None
@@ -267,7 +277,7 @@ def test_a_landing_made_ready_for_layouts_that_came_before_takes_any_message() -
 
 def test_a_landing_refuses_what_is_no_message() -> None:
     room = aligned_room(2 * HEADER_BYTES)
-    landing = Landing(room)
+    landing = ReceiveBuffer(room)
     room.fill_(1)
     with pytest.raises(RuntimeError, match="the same version of dtrp"):
         landing.message()

@@ -60,7 +60,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tree_models import TREES
 
 import dtrp
-from dtrp.comm.process_groups import Meeting
+from dtrp.comm.process_groups import GroupFactory
 
 OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
 Batch = tuple[Tensor, Tensor]
@@ -1189,7 +1189,7 @@ def die_at_the_start(folder: str, victim: int, where: str) -> None:
         if where == "joining":
             dist.init_process_group = die
         else:
-            Meeting.group = die if where == "making the first group" else second(die, Meeting.group)  # type: ignore[method-assign]
+            GroupFactory.group = die if where == "making the first group" else second(die, GroupFactory.group)  # type: ignore[method-assign]
     pipeline(network(), num_stages=world_size(), timeout_s=2)
 
 

@@ -279,9 +279,9 @@ def test_parts_are_those_of_the_dense_tensor(t: Tensor, parts: int) -> None:
 def test_a_sparse_tensor_arrives_as_it_was(t: Tensor, wants: bool) -> None:
     t = t.detach().requires_grad_(wants)
     value = {"a": torch.randn(2, 3), "s": (t, 5), "b": torch.arange(3)}
-    for sent, kind in ((value, Kind.TREE), (t, Kind.of(t))):
-        packed = Packer(keeps=True).pack(kind, Note(), sent)
-        packed.seal()
+    for sent, kind in ((value, Kind.TREE), (t, Kind.for_value(t))):
+        packed = Packer(reuses=True).pack(kind, Note(), sent)
+        packed.write_header()
         got: Any = decode(read_header(packed.buffer), packed.buffer).tensor
         came = got if isinstance(got, Tensor) else got["s"][0]
         assert (came.shape, came.dtype, came.is_coalesced(), came.requires_grad) == (

@@ -234,8 +234,8 @@ def test_a_tree_is_cut_into_parts() -> None:
     ],
 )
 def test_a_tree_arrives_as_it_lay(value: Any) -> None:
-    packed = Packer(keeps=True).pack(Kind.TREE, Note(3, 1, 2, 4, 9), value)
-    packed.seal()
+    packed = Packer(reuses=True).pack(Kind.TREE, Note(3, 1, 2, 4, 9), value)
+    packed.write_header()
     room = packed.buffer.clone() if packed.buffer.data_ptr() % 512 else packed.buffer
     message = decode(read_header(room), room)
     assert message.note == Note(3, 1, 2, 4, 9)
