@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -23,16 +23,17 @@ from .measure.trace import Tracer, write_chrome_trace
 from .methods import Keep, Method
 from .saving import CheckpointError, session, state_dict
 from .stage.stage import Stage
+from .typing import Json
 from .validation import whole
 
 T = TypeVar("T")
 
 
-class Driver:
-    """A pipeline in the caller's hands.
+class BasePipeline:
+    """An engine, with all that a caller may ask of it between steps.
 
     Attributes:
-        method: the row that it works by.
+        method: the row of the method that trains.
         num_stages, num_microbatches: K and A.
         seed: of the stages' random draws.
     """
@@ -45,7 +46,7 @@ class Driver:
     _keep: Any  # as the caller gave it
     _schedules_lr: bool
     _tracer: Tracer
-    _watches: list[Callable[[], Any]]  # over the caller's habits; a call ends one
+    _watches: list[Callable[[], object]]  # functions that end a watch over the caller's habits
     _closed = False
     _broken: str | None = None  # what it has failed with
     _warned_of_versions = False
@@ -84,9 +85,9 @@ class Driver:
         """
         if not 0 <= stage < self.num_stages:
             raise ValueError(f"stage={stage}: the pipeline has stages 0..{self.num_stages - 1}")
-        # The stage's own device and replica, or those of this rank's stage.
-        near = next((own for own in self._engine.stages if own.index == stage), self._engine.stages[0])
-        return replace(near.draws, stage=stage).region(microbatch)
+        # The device and replica of that stage, or of the stage that this rank hosts.
+        hosted = {candidate.index: candidate for candidate in self._engine.stages}
+        return replace(hosted.get(stage, self._engine.stages[0]).draws, stage=stage).region(microbatch)
 
     # -- what it holds ------------------------------------------------------------------------------------
 
@@ -277,7 +278,7 @@ class Driver:
         if parts:
             self._of_one_version("save_model", parts)  # after what all ranks do together: a warning may be an error
 
-    def save(self, folder: str | os.PathLike[str], *, portable: bool = False, extra: Any = None) -> None:
+    def save(self, folder: str | os.PathLike[str], *, portable: bool = False, extra: Json = None) -> None:
         """Write a checkpoint into ``folder``, whole or not at all; one that is there stays until the new one is whole.
 
         It may be called at any time between steps, on every rank (which all see the same file system). An **exact** one
@@ -310,7 +311,7 @@ class Driver:
             self._break(error)
             raise
 
-    def load(self, folder: str | os.PathLike[str]) -> Any:
+    def load(self, folder: str | os.PathLike[str]) -> Json:
         """Go on from a checkpoint that `save` has written; what is in flight here is dropped.
 
         Every file is checked before anything is read, and nothing of the pipeline has changed when it is refused. The
@@ -333,25 +334,27 @@ class Driver:
             parts = self._engine.of_stages("load", state_dict.shapes_of)
             self._engine.progress("load")
         shapes = state_dict.merge_model(parts)
-        try:
-            commit = self._engine.all_or_none(
-                "load",
-                lambda: session.load(self._engine, folder, settings, shapes, scheduler=self._schedules_lr),
-            )
-        except RuntimeError as error:
-            if self._engine.alone or not str(error).startswith("load() failed on rank"):
-                raise
-            raise CheckpointError(str(error)) from error
+        commit = self._engine.all_or_none(
+            "load",
+            lambda: session.load(self._engine, folder, settings, shapes, scheduler=self._schedules_lr),
+            error=CheckpointError,
+        )
         with self._breaking():
             extra, self.seed = commit()
         return extra
 
-    def _settings(self, method: str) -> dict[str, Any]:
-        stages = self._engine.gather(method, [session.describe_stage(stage) for stage in self._engine.stages])
-        flat = [own for process in stages for own in process]
-        own = self._engine.stages[0]
+    def _settings(self, method: str) -> dict[str, Json]:
+        processes = self._engine.gather(method, [session.describe_stage(stage) for stage in self._engine.stages])
+        described = [stage for process in processes for stage in process]
+        first = self._engine.stages[0]
         return session.settings_of(
-            method_values(self.method), flat, self.num_microbatches, self.seed, self._keep, own.rule, own.compiles
+            method_values(self.method),
+            described,
+            self.num_microbatches,
+            self.seed,
+            self._keep,
+            first.rule,
+            first.compiles,
         )
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
@@ -416,12 +419,17 @@ class Driver:
         if trains and torch.is_inference_mode_enabled():
             raise RuntimeError("a Pipeline trains outside torch.inference_mode(), whose tensors no backward can use")
 
-    def _breaking(self) -> AbstractContextManager[None]:
-        """Half a slot cannot be taken back: what fails in the middle ends the pipeline, on every rank."""
-        return _Breaking(self)
+    @contextmanager
+    def _breaking(self) -> Iterator[None]:
+        """What fails in the middle of a slot cannot be taken back: it ends the pipeline, on every rank."""
+        try:
+            yield
+        except BaseException as error:
+            self._break(error)
+            raise
 
     def _shared(self) -> AbstractContextManager[None]:
-        """What fails before anything has happened is harmless, unless other ranks are in the same call by now."""
+        """As `_breaking` where other ranks are in the same call; in one process nothing has happened yet."""
         return nullcontext() if self._engine.alone else self._breaking()
 
     def _break(self, error: BaseException) -> None:
@@ -431,20 +439,3 @@ class Driver:
 
 def _with_version(part: Callable[[Stage], T]) -> Callable[[Stage], tuple[int, T]]:
     return lambda stage: (stage.version, part(stage))
-
-
-class _Breaking:
-    """The context in which an error is the pipeline's end."""
-
-    __slots__ = ("_driver",)
-
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self._driver._break(error)

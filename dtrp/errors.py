@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .schedule import Action
 
@@ -56,18 +57,12 @@ class WaitTimeoutError(WorkerError, TimeoutError):
     """A rank waited longer than ``timeout_s`` for another."""
 
 
-class naming:
-    """Within it an exception becomes a StageError that says where."""
-
-    __slots__ = ("_where",)
-
-    def __init__(self, stage: int, action: Action, minibatch: int) -> None:
-        self._where = (stage, action, minibatch)
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, StageError):
-            raise StageError(*self._where, error) from error
+@contextmanager
+def naming(stage: int, action: Action, minibatch: int) -> Iterator[None]:
+    """The context in which an exception becomes a `StageError` that says where it was raised."""
+    try:
+        yield
+    except StageError:
+        raise
+    except Exception as error:
+        raise StageError(stage, action, minibatch, error) from error

@@ -361,7 +361,11 @@ def as_method(method: str | Method) -> Method:
 
 
 def keeping(method: Method, num_stages: int, keep: Any, memory_limit_bytes: Any) -> tuple[list[Method], int | None]:
-    """Each stage's row, and the limit by which stages decide for themselves, if they do."""
+    """The rows of the stages by the arguments ``keep`` and ``memory_limit_bytes`` of `dtrp.Pipeline`.
+
+    Returns:
+        (a row for each stage, the limit in bytes by which a stage decides what it keeps, or None).
+    """
     if keep != "auto" and memory_limit_bytes is not None:
         raise ValueError(
             f"memory_limit_bytes={memory_limit_bytes!r} with keep={keep!r}: the limit is what keep='auto' decides by; pass that"
@@ -373,9 +377,9 @@ def keeping(method: Method, num_stages: int, keep: Any, memory_limit_bytes: Any)
             raise ValueError("keep='auto' needs memory_limit_bytes, what a stage may hold")
         limit = whole("memory_limit_bytes", memory_limit_bytes)
         return [method] * num_stages, limit
-    each = [keep] * num_stages if isinstance(keep, str) else list(keep)
-    if len(each) != num_stages or any(one not in ("graph", "input") for one in each):
+    keeps = [keep] * num_stages if isinstance(keep, str) else list(keep)
+    if len(keeps) != num_stages or any(value not in ("graph", "input") for value in keeps):
         raise ValueError(
             f"keep={keep!r}: pass 'graph', 'input' or 'auto', or 'graph' or 'input' for each of the {num_stages} stages"
         )
-    return [method.keeping(cast(Keep, one)) for one in each], None
+    return [method.keeping(cast(Keep, value)) for value in keeps], None

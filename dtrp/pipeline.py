@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .base_pipeline import Driver
+from .base_pipeline import BasePipeline
 from .comm.transport import Transport
 from .engine.consistency import unite
 from .engine.distributed import DistributedEngine
@@ -35,7 +35,7 @@ from .validation import check_seed, check_timeout, whole
 Device = torch.device | str | int
 
 
-class Pipeline(Driver):
+class Pipeline(BasePipeline):
     """A network in K stages, each with its own optimizer, trained by one of the family's methods.
 
     The user keeps the training loop. All stages live in this process, on one device or on one each; or, under

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -95,14 +96,9 @@ class Schedule:
 
     def peak_stash(self) -> dict[int, int]:
         """``{stage: n}``: the most micro-batches that have had their F and not finished their B."""
-        peaks = {}
-        for stage, actions in enumerate(self.stages):
-            held = peak = 0
-            for action in actions:
-                held += {"F": 1, "B": -1, "U": 0}[action.kind]
-                peak = max(peak, held)
-            peaks[stage] = peak
-        return peaks
+        change = {"F": 1, "B": -1, "U": 0}
+        held = (itertools.accumulate(change[action.kind] for action in actions) for actions in self.stages)
+        return {stage: max([0, *counts]) for stage, counts in enumerate(held)}
 
     def validate(self) -> None:
         """Check every rule of a schedule.
@@ -148,36 +144,35 @@ class Schedule:
         return delays
 
     def _check_stage(self, stage: int) -> None:
-        forward = backward = update = 0
         ends = list(itertools.accumulate(self.minibatches))
+        done = Counter[str]()
         for place, action in enumerate(self.stages[stage]):
-            due = update < len(ends) and backward == ends[update]  # a mini-batch's last B is through, its U is not
-            if action.kind == "U":
-                if not due:
-                    raise self._error(stage, place, f"stage {stage} updates before a mini-batch's last backward")
-                update += 1
-            elif due:
-                raise self._error(stage, place, f"stage {stage} runs {action} where U of mini-batch {update} is due")
-            elif action.index >= self.num_microbatches:
-                raise self._error(stage, place, f"{action} is beyond the last of {self.num_microbatches} micro-batches")
-            elif action.kind == "F":
-                if action.index != forward:
-                    raise self._error(stage, place, f"stage {stage} runs {action} where F{forward} is next")
-                forward += 1
-            else:
-                if action.index != backward:
-                    raise self._error(stage, place, f"stage {stage} runs {action} where B{backward} is next")
-                if action.index >= forward:
-                    raise self._error(stage, place, f"stage {stage} runs {action} before F{action.index}")
-                backward += 1
+            if rule := self._broken_rule(stage, action, done, ends):
+                raise self._error(stage, place, rule)
+            done[action.kind] += 1
         total = self.num_microbatches
-        if (forward, backward, update) != (total, total, len(ends)):
+        if (done["F"], done["B"], done["U"]) != (total, total, len(ends)):
             raise self._error(
                 stage,
                 len(self.stages[stage]),
-                f"stage {stage} ends after {forward} F, {backward} B and {update} U; "
+                f"stage {stage} ends after {done['F']} F, {done['B']} B and {done['U']} U; "
                 f"the run has {total}, {total} and {len(ends)}",
             )
+
+    def _broken_rule(self, stage: int, action: Action, done: Counter[str], ends: list[int]) -> str | None:
+        """The rule that an action breaks after the actions ``done``; ``ends``: the micro-batches up to each mini-batch's end."""
+        due = done["U"] < len(ends) and done["B"] == ends[done["U"]]  # a mini-batch's last B is through, its U is not
+        if action.kind == "U":
+            return None if due else f"stage {stage} updates before a mini-batch's last backward"
+        if due:
+            return f"stage {stage} runs {action} where U of mini-batch {done['U']} is due"
+        if action.index >= self.num_microbatches:
+            return f"{action} is beyond the last of {self.num_microbatches} micro-batches"
+        if action.index != done[action.kind]:
+            return f"stage {stage} runs {action} where {action.kind}{done[action.kind]} is next"
+        if action.kind == "B" and action.index >= done["F"]:
+            return f"stage {stage} runs {action} before F{action.index}"
+        return None
 
     # -- the grid -----------------------------------------------------------------------------------
 

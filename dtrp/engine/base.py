@@ -102,8 +102,14 @@ class Engine(Protocol):
     def of_stages_to_first(self, method: str, part: Callable[[Stage], T]) -> list[T] | None:
         """``part`` of every stage, on the first rank; None elsewhere."""
 
-    def all_or_none(self, method: str, job: Callable[[], T]) -> T:
-        """Run ``job`` on every rank; if it fails on one, every rank raises, and the run goes on."""
+    def all_or_none(self, method: str, job: Callable[[], T], error: type[Exception] = RuntimeError) -> T:
+        """Run ``job`` on every rank; if it fails on a rank, every rank raises, and the run goes on.
+
+        Args:
+            method: the caller's method, for messages.
+            job: raises where it cannot be done.
+            error: what the ranks raise on which it has not failed.
+        """
 
     def progress(self, method: str) -> list[Progress]:
         """Of this process's stages; every message under way has arrived then, and stays for its backward."""

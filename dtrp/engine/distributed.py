@@ -228,22 +228,22 @@ class DistributedEngine:
         values = self._transport.collectives.gather(method, self._own(part))
         return None if values is None else values[: self._transport.ranks.num_stages]
 
-    def all_or_none(self, method: str, job: Callable[[], T]) -> T:
-        error: Exception | None = None
+    def all_or_none(self, method: str, job: Callable[[], T], error: type[Exception] = RuntimeError) -> T:
+        failed: Exception | None = None
         try:
             try:
                 result = job()
-            except Exception as failed:
-                error = failed
-            errors = self.gather(method, None if error is None else message_of(error) or type(error).__name__)
-        except BaseException as failed:
-            self.fail(failed)
+            except Exception as reason:
+                failed = reason
+            reasons = self.gather(method, None if failed is None else message_of(failed) or type(failed).__name__)
+        except BaseException as reason:
+            self.fail(reason)
             raise
-        if error is not None:
-            raise error
-        for rank, text in zip(self._transport.ranks.all, errors, strict=True):
+        if failed is not None:
+            raise failed
+        for rank, text in zip(self._transport.ranks.all, reasons, strict=True):
             if text is not None:
-                raise RuntimeError(f"{method}() failed on rank {rank}: {text}")
+                raise error(f"{method}() failed on rank {rank}: {text}")
         return result
 
     def _own(self, part: Callable[[Stage], T]) -> Any:

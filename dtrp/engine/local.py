@@ -105,7 +105,7 @@ class LocalEngine:
 
     of_stages_to_first = of_stages
 
-    def all_or_none(self, method: str, job: Callable[[], T]) -> T:
+    def all_or_none(self, method: str, job: Callable[[], T], error: type[Exception] = RuntimeError) -> T:
         return job()
 
     def progress(self, method: str) -> list[Progress]:

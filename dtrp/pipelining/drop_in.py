@@ -16,7 +16,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils import _pytree as pytree
 
 from .. import saving
-from ..base_pipeline import Driver
+from ..base_pipeline import BasePipeline
 from ..comm.process_groups import backend_for, place_of
 from ..comm.transport import Transport
 from ..engine.consistency import check_same, method_values
@@ -38,7 +38,7 @@ from .routes import Call, Route
 _SAME = "make the same ScheduleDTRP on every rank"
 
 
-class ScheduleDTRP(Driver):
+class ScheduleDTRP(BasePipeline):
     """A schedule for a stage of `torch.distributed.pipelining`, in the place of torch's `Schedule1F1B` or `ScheduleGPipe`.
 
     One line of a script changes::
