@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..typing import Json
+from ..validation import is_whole
 
 NAME = "manifest.json"
 METADATA = ".metadata"  # of torch.distributed.checkpoint
@@ -200,7 +201,7 @@ def _refuse_constant(text: str) -> None:
 
 def is_count(value: Any, least: int = 0) -> bool:
     """Whether a value from a manifest is a whole number that torch can hold."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+    return is_whole(value, least) and value < 2**63
 
 
 def are_counts(values: Any, length: int | None = None) -> bool:

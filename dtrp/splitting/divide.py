@@ -1,4 +1,4 @@
-"""A traced model cut into parts, and what passes between them.
+"""A traced model cut into parts, and the values that pass between them.
 
 A value that a later part needs travels through all parts in between. A size that a tensor beside it has is read off the
 tensor instead.
@@ -9,31 +9,33 @@ tensor instead.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.split_module import split_module
 
+from ..tensors.torch_private import is_operator, writes_arguments
+from ..typing import Tree
 from .export import Traced, attribute, module_path
-from .points import assign, plain
+from .points import assign, draws, plain
 from .regions import in_regions
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a value comes from: what has come in, what the part makes, a weight, or a constant.
+    """Where a value comes from.
 
     Args:
-        kind: which of them.
-        index: of what has come in, or of what the part makes.
-        name: of the weight, in the traced graph.
+        kind: "in", a value that comes into the part; "made", one that the part makes; "weight"; or "constant".
+        index: place among the values that come in, or among those that the part makes.
+        name: name of the weight in the traced graph.
         constant: the constant.
     """
 
-    kind: str  # "in", "made", "weight", "constant"
+    kind: str
     index: int = 0
     name: str = ""
     constant: Any = None
@@ -44,25 +46,31 @@ class Part:
     """What one stage does in one mode.
 
     Args:
-        graph: a function of what came in and of weights; it holds none itself.
-        sizes: (place, dimension) of what came in: sizes that are read off, and come in after it.
-        arguments: of the graph.
-        outputs: what the part hands on.
-        returns: the tree of the outputs' places that the model returns, in the last part.
-        is_last: whether it is that.
+        graph: a function of values that come in and of weights; it holds no weights itself.
+        sizes: (place, dimension) of tensors that come in: sizes that are read off them, and come in after them.
+        arguments: sources of the graph's arguments.
+        outputs: sources of the values that the part hands on.
+        returns: in the last part, the tree that the model returns, with places in ``outputs`` as leaves.
+        is_last: whether it is the last part.
     """
 
     graph: fx.GraphModule
     sizes: list[tuple[int, int]]
     arguments: list[Source]
     outputs: list[Source]
-    returns: Any = None
+    returns: Tree = None
     is_last: bool = False
 
 
 @dataclass(frozen=True)
 class Use:
-    """A parameter, buffer or constant tensor of the traced graph, in a stage, by the submodules that read it."""
+    """The use of a parameter, buffer or constant tensor of the traced graph in a stage.
+
+    Args:
+        name: name of the tensor in the traced graph.
+        stage: stage that reads it.
+        readers: names of the submodules that read it there.
+    """
 
     name: str
     stage: int
@@ -70,103 +78,119 @@ class Use:
 
 
 def divide(traced: Traced, points: Sequence[str]) -> tuple[list[Part], list[Use]]:
-    """The parts, and who uses which weights."""
+    """The parts that begin at ``points``, and the uses of weights in them."""
     stages = assign(traced.graph, points)
-    _make_where_used(traced.graph.graph, stages)
-    num_stages = len(points) + 1
-    uses = [
-        Use(str(node.target), stage, frozenset(
-            plain(module_path(user)[-1]) if module_path(user) else "" for user in node.users if stages.get(user) == stage
-        ))
-        for node in traced.graph.graph.nodes
-        if node.op == "get_attr" and isinstance(attribute(traced.graph, str(node.target)), Tensor)
-        for stage in sorted({stages[user] for user in node.users if user in stages})
-    ]  # fmt: skip
-    whole = split_module(traced.graph, traced.graph, lambda node: stages[node])
-
-    # Each value by its node in the graph that calls the parts.
-    made: dict[fx.Node, tuple[int, int]] = {}  # (stage, which of its outputs); stage -1: an input
-    values: dict[fx.Node, Any] = {}
-    arguments: dict[int, list[fx.Node]] = {k: [] for k in range(num_stages)}
-    graphs: dict[int, fx.GraphModule] = {}
-    outputs: list[Any] = []
-    inputs = 0
-    for node in whole.graph.nodes:
-        if node.op == "placeholder":
-            made[node] = (-1, traced.input_leaves[inputs])
-            values[node] = node.meta.get("val")
-            inputs += 1
-        elif node.op == "call_module":
-            stage = int(str(node.target).removeprefix("submod_"))
-            graphs[stage] = getattr(whole, str(node.target))
-            arguments[stage] = list(node.args)
-            result = _output(graphs[stage])
-            if isinstance(result, fx.Node):
-                made[node], values[node] = (stage, 0), result.meta.get("val")
-        elif node.op == "call_function" and node.target is operator.getitem:
-            call, index = node.args
-            stage = int(str(call.target).removeprefix("submod_"))
-            made[node], values[node] = (stage, index), _output(graphs[stage])[index].meta.get("val")
-        elif node.op == "output":
-            outputs = list(node.args[0]) if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
-
+    _copy_to_readers(traced.graph.graph, stages)
+    uses = _uses(traced.graph, stages)
+    calls = _Calls.of(split_module(traced.graph, traced.graph, lambda node: stages[node]), traced.input_leaves)
+    last = len(points)
     # The last stage that needs each value; what the model returns is needed by the last.
-    needed: dict[fx.Node, int] = {}
-    for stage in range(num_stages):
-        for node in arguments[stage]:
-            needed[node] = stage
-    for node in outputs:
-        if isinstance(node, fx.Node):
-            needed[node] = num_stages - 1
-    travelling = sorted((node for node in needed if node in made), key=lambda node: made[node])
+    needed = {node: stage for stage in range(last + 1) for node in calls.arguments[stage]}
+    needed |= {node: last for node in calls.outputs if isinstance(node, fx.Node)}
+    travelling = sorted((node for node in needed if node in calls.made), key=lambda node: calls.made[node])
 
     parts = []
     # What comes in: the leaves of the example, then what the stage before hands on.
-    incoming: dict[fx.Node, int] = {node: index for node, (stage, index) in made.items() if stage < 0}
+    incoming = {node: index for node, (stage, index) in calls.made.items() if stage < 0}
     sizes: list[tuple[int, int]] = []
-    for stage in range(num_stages):
-        graph = graphs.get(stage)
-        assert graph is not None, "every stage begins with an operation of its own"
+    for stage in range(last):
+        passing = [node for node in travelling if calls.made[node][0] <= stage < needed[node]]
+        tensors = [node for node in passing if isinstance(calls.values[node], Tensor)]
+        read_off = {node: found for node in passing if (found := _size_of(calls.values, node, tensors)) is not None}
+        carried = [node for node in passing if node not in read_off]
+        parts.append(calls.part(stage, incoming, sizes, carried))
+        places = {node: place for place, node in enumerate(carried)}
+        sizes = [(places[tensor], dim) for tensor, dim in read_off.values()]
+        incoming = {**places, **{node: len(carried) + i for i, node in enumerate(read_off)}}
+    parts.append(calls.part(last, incoming, sizes, calls.outputs))
+    parts[-1].returns, parts[-1].is_last = traced.returns, True
+    return parts, uses
 
-        def source(node: Any, stage: int = stage, incoming: dict[fx.Node, int] = incoming) -> Source:
+
+@dataclass
+class _Calls:
+    """The graph that calls the parts, as `split_module` makes it.
+
+    Args:
+        graphs: graph of each stage's part.
+        arguments: nodes whose values each stage's part is called with.
+        made: for each node, the stage that makes its value (-1: an input) and the place among the values that it makes.
+        values: value of each node in the traced run, without data.
+        outputs: nodes and constants that the model returns.
+    """
+
+    graphs: dict[int, fx.GraphModule] = field(default_factory=dict)
+    arguments: dict[int, list[fx.Node]] = field(default_factory=dict)
+    made: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    outputs: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, whole: fx.GraphModule, input_leaves: Sequence[int]) -> _Calls:
+        calls, leaves = cls(), iter(input_leaves)
+        for node in whole.graph.nodes:
+            value: Any = node
+            if node.op == "placeholder":
+                calls.made[node] = (-1, next(leaves))
+            elif node.op == "call_module":
+                stage = int(str(node.target).removeprefix("submod_"))
+                calls.graphs[stage] = getattr(whole, str(node.target))
+                calls.arguments[stage] = list(node.args)
+                value = _output(calls.graphs[stage])
+                if not isinstance(value, fx.Node):
+                    continue
+                calls.made[node] = (stage, 0)
+            elif node.target is operator.getitem:
+                call, index = node.args
+                stage = int(str(call.target).removeprefix("submod_"))
+                calls.made[node], value = (stage, index), _output(calls.graphs[stage])[index]
+            elif node.op == "output":
+                calls.outputs = list(node.args[0]) if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
+            calls.values[node] = value.meta.get("val")
+        return calls
+
+    def part(
+        self, stage: int, incoming: Mapping[fx.Node, int], sizes: list[tuple[int, int]], outputs: Sequence[Any]
+    ) -> Part:
+        """The part of a stage, given the place of each value that comes in."""
+
+        def source(node: Any) -> Source:
             if not isinstance(node, fx.Node):
                 return Source("constant", constant=node)
             if node.op == "get_attr":
                 return Source("weight", name=str(node.target))
             if node in incoming:
                 return Source("in", incoming[node])
-            assert made[node][0] == stage
-            return Source("made", made[node][1])
+            assert self.made[node][0] == stage
+            return Source("made", self.made[node][1])
 
-        given = [source(node) for node in arguments[stage]]
-        if stage == num_stages - 1:
-            parts.append(Part(_cleaned(graph), sizes, given, [source(node) for node in outputs], traced.returns, True))
-            break
-        passing = [node for node in travelling if made[node][0] <= stage < needed[node]]
-        tensors = [node for node in passing if isinstance(values[node], Tensor)]
-        read = {node: found for node in passing if (found := _read_off(values[node], tensors, values)) is not None}
-        carried = [node for node in passing if node not in read]
-        parts.append(Part(_cleaned(graph), sizes, given, [source(node) for node in carried]))
-        places = {node: place for place, node in enumerate(carried)}
-        sizes = [(places[tensor], dim) for tensor, dim in read.values()]
-        incoming = {**places, **{node: len(carried) + i for i, node in enumerate(read)}}
-    return parts, uses
+        return Part(
+            _cleaned(self.graphs[stage]), sizes, list(map(source, self.arguments[stage])), list(map(source, outputs))
+        )
 
 
-def _make_where_used(graph: fx.Graph, stages: dict[fx.Node, int]) -> None:
-    """What follows from sizes alone (positions, causal masks) is made in each stage that reads it, and does not travel."""
-    light: list[fx.Node] = []
-    for node in list(stages):
+def _uses(graph: fx.GraphModule, stages: Mapping[fx.Node, int]) -> list[Use]:
+    uses = []
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and isinstance(attribute(graph, str(node.target)), Tensor):
+            readers: dict[int, set[str]] = {}
+            for user in node.users:
+                if user in stages:
+                    readers.setdefault(stages[user], set()).add(plain((module_path(user) or ("",))[-1]))
+            uses += [Use(str(node.target), stage, frozenset(readers[stage])) for stage in sorted(readers)]
+    return uses
+
+
+def _copy_to_readers(graph: fx.Graph, stages: dict[fx.Node, int]) -> None:
+    """Make what follows from sizes alone (positions, causal masks) in each stage that reads it, so that it need not travel."""
+    light: dict[fx.Node, None] = {}
+    for node in stages:
         if isinstance(node.meta.get("val"), (int, torch.SymInt)) or _is_light(node, light):
-            light.append(node)
-    heavy = {
-        node for node in light if not isinstance(node.meta.get("val"), Tensor)
-    }  # sizes: they are read off, or travel
+            light[node] = None
     for node in reversed(light):
-        if node in heavy:
-            continue
-        elsewhere = sorted({stages[user] for user in node.users if user in stages} - {stages[node]})
-        for stage in elsewhere:
+        if not isinstance(node.meta.get("val"), Tensor):
+            continue  # sizes are read off, or travel
+        for stage in sorted({stages[user] for user in node.users if user in stages} - {stages[node]}):
             with graph.inserting_after(node):
                 copied = graph.node_copy(node)
             stages[copied] = stage
@@ -178,29 +202,24 @@ def _make_where_used(graph: fx.Graph, stages: dict[fx.Node, int]) -> None:
             del stages[node]
 
 
-def _is_light(node: fx.Node, light: Sequence[fx.Node]) -> bool:
-    """Whether an operation reads nothing but sizes and what follows from them, draws nothing, and nobody writes it."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(node.meta.get("val"), Tensor):
-        return False
-    written = any(
-        isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable for user in node.users
-    )
+def _is_light(node: fx.Node, light: Mapping[fx.Node, None]) -> bool:
+    """Whether an operation makes a tensor of sizes and light tensors alone, draws nothing, and nobody writes the tensor."""
     return (
-        not written
-        and not node.target._schema.is_mutable
-        and torch.Tag.nondeterministic_seeded not in node.target.tags
+        is_operator(node.target)
+        and isinstance(node.meta.get("val"), Tensor)
+        and not any(writes_arguments(other.target) for other in (node, *node.users))
+        and not draws(node)
         and all(source in light for source in node.all_input_nodes)
     )
 
 
-def _read_off(value: Any, tensors: Sequence[fx.Node], values: dict[fx.Node, Any]) -> tuple[fx.Node, int] | None:
-    """A tensor and its dimension that is this size for any number of samples."""
-    if not isinstance(value, torch.SymInt):
-        return None
-    for node in tensors:
-        for dim, size in enumerate(values[node].shape):
-            if isinstance(size, torch.SymInt) and size.node.expr == value.node.expr:
-                return node, dim
+def _size_of(values: Mapping[fx.Node, Any], node: fx.Node, tensors: Sequence[fx.Node]) -> tuple[fx.Node, int] | None:
+    """A tensor and its dimension that has the size ``node`` for any number of samples."""
+    wanted = values[node]
+    for tensor in tensors if isinstance(wanted, torch.SymInt) else ():
+        for dim, size in enumerate(values[tensor].shape):
+            if isinstance(size, torch.SymInt) and size.node.expr == wanted.node.expr:
+                return tensor, dim
     return None
 
 
@@ -209,7 +228,7 @@ def _output(graph: fx.GraphModule) -> Any:
 
 
 def _cleaned(graph: fx.GraphModule) -> fx.GraphModule:
-    """In its regions, and without what was known of the traced run, which holds tensors without data."""
+    """The graph with its regions, and without records of the traced run, which hold tensors without data."""
     graph = in_regions(graph)
     for module in graph.modules():
         if isinstance(module, fx.GraphModule):

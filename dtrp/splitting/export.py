@@ -1,13 +1,14 @@
 """A model's forward as a graph of torch's operations, for any number of samples.
 
 `torch.export` runs the forward once on tensors without data. The graph says of each operation in which submodule it
-ran; parameters and buffers are attributes of it, under the model's own names.
+ran; parameters and buffers are attributes of it, under the model's names.
 """
 
 from __future__ import annotations
 
 import io
 import linecache
+import operator
 import re
 import traceback
 import warnings
@@ -22,50 +23,55 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import multi_head_attention_forward
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..tensors.module_mode import in_mode, members
 from ..tensors.pytree import flatten, unflatten
-from .regions import marked, replaced, tell_regions
+from ..tensors.torch_private import (
+    ASSERT_TENSOR_METADATA,
+    buffer_dict,
+    operator_schema,
+    parameter_dict,
+    pytree,
+    replace_tensor_dicts,
+    writes_arguments,
+)
+from ..typing import Tree
+from .regions import marked, record_regions, replaced
 
-_TORCH = Path(torch.__file__).parent
-_HERE = Path(__file__).parent
-# Checks of the traced run, of no use to others: they would refuse a batch of one, and autocast.
-_CHECKS = (torch.ops.aten._assert_tensor_metadata.default,)
+_NOT_THE_CALLERS = (Path(torch.__file__).parent, Path(__file__).parent)
 _CASTS = {getattr(Tensor, name) for name in ("to", "type", "type_as", "float", "double", "half", "bfloat16")}
 _ALIAS = torch.ops.aten.alias.default
 
 
 @dataclass(frozen=True)
 class Example:
-    """What the model is called with: a tuple is its positional arguments, a dict its keyword arguments, anything else
-    its only argument.
+    """What the model is called with.
 
     Args:
-        value: as given.
+        value: a tuple of positional arguments, a dict of keyword arguments, or the only argument.
         leaves: tensors and constants in it, in order.
-        paths: how each is named in errors.
-        samples: in it; tensors of one sample beside them are one for all, as in `Pipeline.step`.
+        paths: name of each leaf in errors.
+        samples: number of samples in it; tensors of one sample beside them are for all, as in `Pipeline.step`.
     """
 
-    value: Any
+    value: Tree
     leaves: tuple[Any, ...]
     paths: tuple[str, ...]
     samples: int
 
     @property
     def spec(self) -> pytree.TreeSpec:
-        """The tree without its leaves. (Kept in no field: torch warns when one is copied.)"""
+        """The tree without its leaves. (No field, since torch warns when one is copied.)"""
         return pytree.tree_structure(self.value)
 
     @classmethod
-    def of(cls, value: Any) -> Example:
+    def of(cls, value: Tree) -> Example:
         """The example, checked.
 
         Raises:
-            TypeError, ValueError: something else than tensors and constants, no tensors, or tensors of several numbers of samples,
-                or none of more than one.
+            TypeError: it holds something else than tensors and constants, or no tensor with samples.
+            ValueError: its tensors have several numbers of samples, or less than two.
         """
         tensors, form = flatten(value, "example")
         value = unflatten(form, iter(tensors))  # of plain tuples, lists and dicts, as `Pipeline.step` makes it
@@ -78,7 +84,7 @@ class Example:
                 f"example is a {type(value).__name__} without a tensor of samples; pass what the model is called with: a "
                 "tensor, a tuple of arguments, or a dict of keyword arguments"
             )
-        first_path, samples = max(sizes.items(), key=lambda each: each[1] > 1)
+        first_path, samples = max(sizes.items(), key=lambda item: item[1] > 1)
         for path, size in sizes.items():
             if size not in (1, samples):
                 raise ValueError(
@@ -91,15 +97,18 @@ class Example:
             )
         return cls(value, leaves, paths, samples)
 
-    def counts(self, leaf: Any) -> bool:
-        """Whether a leaf has as many samples as the mini-batch, and is not one for all of them."""
+    def has_samples(self, leaf: Any) -> bool:
+        """Whether a leaf is a tensor with the samples of the mini-batch, and not one for all of them."""
         return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == self.samples
 
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments."""
-        if isinstance(self.value, dict):
-            return (), dict(self.value)
-        return (tuple(self.value) if isinstance(self.value, (tuple, list)) else (self.value,)), {}
+        match self.value:
+            case dict():
+                return (), dict(self.value)
+            case tuple() | list():
+                return tuple(self.value), {}
+        return (self.value,), {}
 
 
 @dataclass(frozen=True)
@@ -107,15 +116,15 @@ class Traced:
     """A model's forward in one mode.
 
     Args:
-        graph: of its operations.
-        input_leaves: the leaf of the example that each of the graph's inputs is.
-        returns: a tree of its outputs' places.
-        reads_dtypes: whether it asked for a dtype that autocast may change.
+        graph: graph of its operations.
+        input_leaves: for each input of the graph, its place among the leaves of the example.
+        returns: the tree that the model returns, with places among the graph's outputs as leaves.
+        reads_dtypes: whether the forward asked for a dtype that autocast may change.
     """
 
     graph: fx.GraphModule
     input_leaves: tuple[int, ...]
-    returns: Any
+    returns: Tree
     reads_dtypes: bool
 
 
@@ -123,20 +132,19 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
     """The graph of the model's forward in one mode.
 
     Args:
-        model: in train mode submodules that are in eval mode stay so (a frozen BatchNorm), if the model itself is in
-            train mode.
+        model: model; if it is in train mode, submodules that are in eval mode (a frozen BatchNorm) stay so.
         example: what to call it with.
-        training: the mode.
+        training: whether to trace it in train mode, or in eval mode.
 
     Raises:
-        ValueError: it cannot be traced; names the place.
+        ValueError: it cannot be traced; the message names the place.
     """
     args, kwargs = example.call()
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
     shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     batch = torch.export.Dim("batch")
     for leaf in pytree.tree_leaves((args, kwargs)):
-        if example.counts(leaf):
+        if example.has_samples(leaf):
             shapes[leaf] = {0: batch}
     try:
         casts = _Casts()
@@ -151,37 +159,38 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
             graph = program.module()
     except Exception as error:
         raise _untraceable(model, error) from error
-    for node in list(graph.graph.nodes):
-        if node.target in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn"):
-            graph.graph.erase_node(node)
-        elif node.target is _ALIAS:
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-    tell_regions(graph.graph)
-    graph.graph.eliminate_dead_code()
-    _assign_in_place(graph.graph)
-    _name_by_last_write(graph.graph)
+    _clean_up(graph.graph)
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     assert in_spec is not None
     assert out_spec is not None
     # The program may have put keyword arguments in another order.
+    _, named = pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
     places = pytree.tree_unflatten(list(range(len(example.leaves))), example.spec)
-    numbered = Example(places, (), (), 0).call()
-    ordered_args, ordered_kwargs = pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
-    order: dict[int, int] = {}
-    for mine, its in zip(pytree.tree_leaves(numbered[0]), pytree.tree_leaves(ordered_args), strict=True):
-        order[its] = mine
-    for name, value in ordered_kwargs.items():
-        for mine, its in zip(pytree.tree_leaves(numbered[1][name]), pytree.tree_leaves(value), strict=True):
-            order[its] = mine
+    args, kwargs = Example(places, (), (), 0).call()
+    input_leaves = pytree.tree_leaves([args, [kwargs[name] for name in named]])
     returns = pytree.tree_unflatten(list(range(out_spec.num_leaves)), out_spec)
-    return Traced(graph, tuple(order[i] for i in range(in_spec.num_leaves)), returns, casts.reads_dtypes)
+    return Traced(graph, tuple(input_leaves), returns, casts.reads_dtypes)
+
+
+def _clean_up(graph: fx.Graph) -> None:
+    """Remove what served the trace alone, and show writes in place to whoever follows values through the graph."""
+    for node in list(graph.nodes):
+        # Checks of the traced run, which would refuse a batch of one, and autocast.
+        if node.target is ASSERT_TENSOR_METADATA or (node.op == "call_module" and node.target == "_guards_fn"):
+            graph.erase_node(node)
+        elif node.target is _ALIAS:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    record_regions(graph)
+    graph.eliminate_dead_code()
+    _assign_in_place(graph)
+    _name_by_last_write(graph)
 
 
 def _assign_in_place(graph: fx.Graph) -> None:
-    """A buffer that the forward assigns is written where its new value is made, and not at the end.
+    """Write a buffer that the forward assigns where its new value is made, and not at the end.
 
-    What reads the old value reads a copy, so that a gradient which needs it still has it.
+    Operations that read the old value read a copy, so that a gradient which needs it still has it.
     """
     *nodes, _ = graph.nodes
     for node in reversed(nodes):
@@ -205,13 +214,12 @@ def _assign_in_place(graph: fx.Graph) -> None:
 
 
 def _name_by_last_write(graph: fx.Graph) -> None:
-    """After an operation in place, the tensor goes by that operation, so that who reads it later is seen to read it."""
+    """Let operations that read a tensor after a write in place read the result of the write, on which they depend."""
     places = {node: place for place, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable or not node.args:
+        if not writes_arguments(node.target) or not node.args:
             continue
-        written = node.args[0]
-        alias = node.target._schema.arguments[0].alias_info
+        written, alias = node.args[0], operator_schema(node.target).arguments[0].alias_info
         if isinstance(written, fx.Node) and written.op != "get_attr" and alias is not None and alias.is_write:
             for user in list(written.users):
                 if places[user] > places[node]:
@@ -220,9 +228,7 @@ def _name_by_last_write(graph: fx.Graph) -> None:
 
 def attribute(module: Any, name: str) -> Any:
     """What the traced graph calls ``name``: a parameter, a buffer or a constant."""
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module
+    return operator.attrgetter(name)(module)
 
 
 def module_path(node: fx.Node) -> tuple[str, ...]:
@@ -233,21 +239,21 @@ def module_path(node: fx.Node) -> tuple[str, ...]:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """A Hugging Face model returns no keys and values beside its output: they are for generation."""
-    configs = [getattr(member, "config", None) for member in model.modules()]
+    """Context in which a Hugging Face model returns no keys and values beside its output: they are for generation."""
+    configs: list[Any] = [getattr(member, "config", None) for member in model.modules()]
     caching = [config for config in configs if getattr(config, "use_cache", None) is True]
     try:
         for config in caching:
-            config.use_cache = False  # type: ignore[union-attr]
+            config.use_cache = False
         yield
     finally:
         for config in caching:
-            config.use_cache = True  # type: ignore[union-attr]
+            config.use_cache = True
 
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """After it every attribute of the model is what it was, and its parameters and buffers are the same tensors."""
+    """Context after which every attribute of the model, and every parameter and buffer, is the same object as before."""
     attributes = {member: dict(member.__dict__) for member in members(model)}
     try:
         with on_copies(model, {}):
@@ -260,25 +266,27 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def on_copies(model: nn.Module, copies: Mapping[int, Tensor]) -> Iterator[None]:
-    """Within it the model has ``copies``, by id, for some of its parameters and buffers; what it puts in their places is gone
-    after it."""
-    own = {member: (member._parameters, member._buffers) for member in members(model)}
+    """Context in which the model has ``copies``, by id, in place of some of its parameters and buffers.
+
+    Tensors that the model registers within the context are gone after it.
+    """
+    before = {member: (parameter_dict(member), buffer_dict(member)) for member in members(model)}
     try:
-        for member, held in own.items():
-            member._parameters, member._buffers = (  # type: ignore[assignment]
-                {name: copies.get(id(tensor), tensor) for name, tensor in tensors.items()} for tensors in held
+        for member, dicts in before.items():
+            replace_tensor_dicts(
+                member, *({name: copies.get(id(t), t) for name, t in tensors.items()} for tensors in dicts)
             )
         yield
     finally:
-        for member, (parameters, buffers) in own.items():
-            member._parameters, member._buffers = parameters, buffers
+        for member, dicts in before.items():
+            replace_tensor_dicts(member, *dicts)
 
 
 class _Casts(TorchFunctionMode):
-    """Keeps casts to the dtype that a tensor has in the trace, and need not have in a step: under autocast.
+    """Keeps casts to a dtype that the tensor has already in the trace, but may not have in a step, under autocast.
 
-    Of such a cast torch returns the tensor itself; an alias of it is another, so that what reads the tensor is not taken to
-    read the cast. (torch.nn.functional's own Python is not seen into.)
+    torch returns the same tensor from such a cast. The cast of an alias is another tensor, so that what reads the tensor is
+    not taken to read the cast. (The Python code of torch.nn.functional is not seen.)
 
     Attributes:
         reads_dtypes: whether the forward has asked for autocast settings, or for the dtype of something else than a parameter.
@@ -289,7 +297,7 @@ class _Casts(TorchFunctionMode):
         self.reads_dtypes = False
 
     def noting(self, ask: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, which asks for autocast settings; where it is called in the forward, it is noted."""
+        """The function ``ask``, which reads autocast settings, with a note of its calls."""
 
         def asked(*args: Any) -> Any:
             self.reads_dtypes = True
@@ -312,26 +320,23 @@ class _Casts(TorchFunctionMode):
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """With gradients, and without torch's warnings about its own tracing."""
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    """Context for a trace, with gradients and without torch's warnings about its tracing."""
+    hidden = redirect_stderr(io.StringIO())  # a failed trace prints its graph
+    with warnings.catch_warnings(), torch.enable_grad(), hidden, _no_custom_backward(), marked():
         warnings.simplefilter("ignore")
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(redirect_stderr(io.StringIO()))  # a failed trace prints its graph
-        stack.enter_context(_no_custom_backward())
-        stack.enter_context(marked())
         yield
 
 
 @contextmanager
 def _watched(model: nn.Module, casts: _Casts) -> Iterator[None]:
-    """Within it the model's forward runs with ``casts``, and what it assigns to buffers of submodules is written to them at its
-    end. (torch.export keeps assignments to buffers of the model itself, and no others.)
+    """Context in which the model's forward runs with ``casts``, and writes what it has assigned to buffers of submodules
+    into these buffers at its end. (torch.export keeps assignments to buffers of the model itself, and no others.)
     """
     assigned: dict[tuple[nn.Module, str], Tensor] = {}
+    during_forward = ExitStack()
 
     def note(module: nn.Module, name: str, value: Any) -> None:
-        buffer = module._buffers.get(name)
+        buffer = buffer_dict(module).get(name)
         if buffer is None:
             return
         if value is None or value.shape != buffer.shape:
@@ -341,34 +346,26 @@ def _watched(model: nn.Module, casts: _Casts) -> Iterator[None]:
 
     def write(*_: Any) -> None:
         for (module, name), buffer in assigned.items():
-            value, module._buffers[name] = module._buffers[name], buffer
+            buffers = buffer_dict(module)
+            value, buffers[name] = buffers[name], buffer
             buffer.copy_(cast(Tensor, value))
-
-    within = ExitStack()
 
     def enter(*_: Any) -> None:
         asking = {name: casts.noting(getattr(torch, name)) for name in ("is_autocast_enabled", "get_autocast_dtype")}
-        within.enter_context(replaced(torch, **asking))
-        within.enter_context(casts)
+        during_forward.enter_context(replaced(torch, **asking))
+        during_forward.enter_context(casts)
 
-    def leave(*_: Any) -> None:
-        within.close()
-
-    handles = [
+    with (
         register_module_buffer_registration_hook(note),
         model.register_forward_pre_hook(enter, prepend=True),
         model.register_forward_hook(write),
-        model.register_forward_hook(leave, always_call=True),
-    ]
-    try:
+        model.register_forward_hook(lambda *_: during_forward.close(), always_call=True),
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _no_custom_backward() -> AbstractContextManager[None]:
-    """Refuse what a trace would change without a word: it records the forward of a `torch.autograd.Function` alone."""
+    """Context that refuses a `torch.autograd.Function`, of which a trace would record the forward alone."""
 
     def refuse(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         if cls is CheckpointFunction:  # its backward is that of what it runs
@@ -404,23 +401,20 @@ def _untraceable(model: nn.Module, error: Exception) -> ValueError:
 
 
 def _place(model: nn.Module, error: BaseException) -> str:
-    """The innermost line of the caller's code, and the submodule that ran it."""
+    """The innermost line of the caller's code, and the submodule that ran it, in words."""
     names = {id(module): name for name, module in model.named_modules()}
-    found = None
+    found = ""
     seen: list[BaseException] = []
-    while error not in seen:
+    while error not in seen and not found:
         seen.append(error)
         for frame, line in traceback.walk_tb(error.__traceback__):
             file = Path(frame.f_code.co_filename)
-            if _TORCH in file.parents or _HERE in file.parents or not file.suffix:
+            if not file.suffix or any(folder in file.parents for folder in _NOT_THE_CALLERS):
                 continue
-            first = frame.f_code.co_varnames[:1]
-            module = frame.f_locals.get(first[0]) if first else None
+            module = next((frame.f_locals.get(name) for name in frame.f_code.co_varnames[:1]), None)
             if isinstance(module, nn.Module):
                 code = linecache.getline(str(file), line, frame.f_globals).strip()
                 label = names.get(id(module)) or type(module).__name__
                 found = f" in {label} ({file.name}, line {line}: {code})"
-        if found is not None:
-            return found
         error = error.__cause__ or error.__context__ or error
-    return ""
+    return found

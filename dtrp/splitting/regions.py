@@ -1,33 +1,34 @@
-"""Regions of a forward: where `torch.no_grad`, `torch.autocast` and the like hold.
+"""Regions of a forward in which `torch.no_grad`, `torch.autocast` and the like hold.
 
-torch.export would make one operation of each region. Here it leaves marks where regions begin and end, and every operation
-is told its region: a stage may then begin inside one, and each stage runs its operations in their regions again.
+torch.export would make one operation of each region. The passes that do so are left out here, so that marks remain where regions
+begin and end, and every operation records its region: a stage may then begin inside of a region, and each stage runs its
+operations in their regions again.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.passes.split_module import split_module
+
+from ..tensors.torch_private import SET_GRAD_ENABLED, enter_autocast, exit_autocast, region_passes
 
 Autocast = tuple[str, torch.dtype, bool]  # type of device, dtype, whether it is enabled
 
 
 @dataclass(frozen=True)
 class Region:
-    """Where an operation ran.
+    """The region of an operation.
 
     Args:
         has_grad: whether autograd records there.
-        autocasts: of the regions of `torch.autocast` around it, outermost first.
+        autocasts: the enclosing `torch.autocast` contexts, outermost first.
     """
 
     has_grad: bool = True
@@ -39,7 +40,7 @@ _PLAIN = Region()
 
 @contextmanager
 def replaced(owner: Any, **members: Any) -> Iterator[None]:
-    """Within it ``owner`` has these members for its own."""
+    """Context in which ``owner`` has these members in place of its own ones."""
     before = {name: owner.__dict__[name] for name in members}
     try:
         for name, member in members.items():
@@ -52,9 +53,9 @@ def replaced(owner: Any, **members: Any) -> Iterator[None]:
 
 @contextmanager
 def marked() -> Iterator[None]:
-    """Within it torch.export leaves the marks of regions where they are.
+    """Context in which torch.export leaves the marks of regions in the graph.
 
-    Inference mode, of which it keeps nothing, is the mode without gradients.
+    It leaves none of inference mode, which is therefore traced as the mode without gradients.
     """
 
     def enter(mode: Any) -> None:
@@ -69,22 +70,22 @@ def marked() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(replaced(torch.inference_mode, __enter__=enter, __exit__=leave))
-        for module in (replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass):
+        for module in region_passes():
             stack.enter_context(replaced(module, **{module.__name__.rpartition(".")[2]: unchanged}))
         yield
 
 
-def tell_regions(graph: fx.Graph) -> None:
-    """Each operation is told its region, in its ``meta``, and the marks go."""
+def record_regions(graph: fx.Graph) -> None:
+    """Record the region of each operation in its ``meta``, and remove the marks."""
     has_grad = True
     autocasts: dict[fx.Node, Autocast] = {}  # by the marks where they begin
     marks = []
     for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is SET_GRAD_ENABLED:
             has_grad = bool(node.args[0])
-        elif node.target is _enter_autocast:
+        elif node.target is enter_autocast:
             autocasts[node] = node.args[:3]
-        elif node.target is _exit_autocast:
+        elif node.target is exit_autocast:
             del autocasts[node.args[0]]
         else:
             node.meta["region"] = Region(has_grad, tuple(autocasts.values()))
@@ -97,17 +98,13 @@ def tell_regions(graph: fx.Graph) -> None:
 def in_regions(graph: fx.GraphModule) -> fx.GraphModule:
     """The graph with the operations of each region in a graph of their own, which `run_within` runs."""
     nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
-    groups = [
-        (region, list(members))
-        for region, members in itertools.groupby(nodes, lambda node: node.meta.get("region", _PLAIN))
-    ]
+    runs = itertools.groupby(nodes, lambda node: node.meta.get("region", _PLAIN))
+    groups = [(region, list(operations)) for region, operations in runs]
     if all(region == _PLAIN for region, _ in groups):
         return graph
-    places = {node: place for place, (_, members) in enumerate(groups) for node in members}
+    places = {node: place for place, (_, operations) in enumerate(groups) for node in operations}
     whole = split_module(graph, graph, places.__getitem__, keep_original_order=True)
-    for node in list(whole.graph.nodes):
-        if node.op != "call_module":
-            continue
+    for node in whole.graph.find_nodes(op="call_module"):
         region, _ = groups[int(str(node.target).removeprefix("submod_"))]
         if region != _PLAIN:
             with whole.graph.inserting_before(node):
@@ -120,12 +117,9 @@ def in_regions(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def run_within(has_grad: bool, autocasts: tuple[Autocast, ...], part: fx.GraphModule, *arguments: Any) -> Any:
-    """What a part makes of its arguments in its region."""
-    if autocasts:
-        device_type, dtype, enabled = autocasts[0]
-        with torch.autocast(device_type, dtype, enabled):
+    """Run a part in its region."""
+    if autocasts:  # not an ExitStack, which torch.compile may not know
+        with torch.autocast(*autocasts[0]):
             return run_within(has_grad, autocasts[1:], part, *arguments)
-    if has_grad:
-        return part(*arguments)
-    with torch.no_grad():
+    with torch.no_grad() if not has_grad else nullcontext():
         return part(*arguments)

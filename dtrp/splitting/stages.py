@@ -1,8 +1,8 @@
-"""A model into stages.
+"""Cut a model into stages.
 
-A stage is an `nn.Sequential` of some of the model's own layers under their own names, so that its
-parameters are the model's objects and its state dict is a part of the model's. Of a model with a forward of its own it is
-a `TracedStage`, of which the same is true.
+A stage is an `nn.Sequential` of some of the model's layers under their names in the model, so that its parameters are the
+model's objects and its state dict is a part of the model's. The same holds for a `TracedStage`, a stage of a model that is
+no `nn.Sequential`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..tensors.module_mode import in_mode
+from ..tensors.torch_private import buffer_dict, forward_hooks, module_dict, parameter_dict
+from ..typing import Tree
 from ..validation import whole
-from .points import check_order, unknown_point
+from .points import check_known, check_order
+
+# The functions of torch.cuda and its like that stages need.
+_NEEDED = ("Stream", "stream", "current_stream", "synchronize", "device",
+           "manual_seed", "get_rng_state", "set_rng_state")  # fmt: skip
 
 
 class Stages(list[nn.Module]):
     """The stages of a model, in order: what `split` returns and `Pipeline` takes.
 
     Attributes:
-        points: the submodules where stages 1..K-1 begin, by name.
+        points: names of the submodules where stages 1..K-1 begin.
     """
 
     def __init__(
@@ -41,10 +47,10 @@ class Stages(list[nn.Module]):
         self._trace = trace  # the model again, with other points
 
     def cut(self, cuts: Sequence[int]) -> Stages:
-        """The same model in fewer stages, each of one or more of these.
+        """The same model in fewer stages, each made of one or more of these.
 
         Args:
-            cuts: which of these stages are the first of stages 1..K-1 of the result.
+            cuts: indices of the stages with which stages 1..K-1 of the result begin.
         """
         cuts = _checked_cuts(cuts, len(self), None)
         points = [self.points[cut - 1] for cut in cuts]
@@ -52,11 +58,9 @@ class Stages(list[nn.Module]):
             return self
         if self._trace is not None:
             return self._trace(points)
-        layers = [[(name, layer) for name, layer in stage._modules.items() if layer is not None] for stage in self]
-        bounds = [0, *cuts, len(self)]
-        return Stages(
-            [stage_of(itertools.chain(*layers[start:end])) for start, end in itertools.pairwise(bounds)], points
-        )
+        layers = [[(name, layer) for name, layer in module_dict(stage).items() if layer is not None] for stage in self]
+        bounds = itertools.pairwise([0, *cuts, len(self)])
+        return Stages([stage_of(itertools.chain(*layers[start:end])) for start, end in bounds], points)
 
     def __repr__(self) -> str:
         return f"Stages({len(self)} stages, points={list(self.points)})"
@@ -68,11 +72,11 @@ def split(
     num_stages: int | None = None,
     cuts: Sequence[int] | None = None,
     points: Sequence[str] | None = None,
-    example: Any = None,
+    example: Tree = None,
 ) -> Stages:
-    """A model in stages, each a module with one value in and one value out.
+    """Cut a model into stages, each a module with one value in and one value out.
 
-    The parameters and buffers stay the model's own objects, under the model's own names.
+    The parameters and buffers stay the model's objects, under their names in the model.
 
     - An `nn.Sequential` is cut between its layers, as `Pipeline` does: by ``num_stages``, ``cuts`` or ``points``, without
       an example.
@@ -97,7 +101,7 @@ def split(
             model is traced without its cache, ``use_cache=False``.)
 
     Returns:
-        The stages.
+        The stages, in order.
 
     Raises:
         TypeError: what cannot be cut, or an example that does not fit.
@@ -116,8 +120,6 @@ def split(
         >>> [name for name, _ in stages[1].named_parameters()]
         ['second.weight', 'second.bias']
     """
-    ways = {"num_stages": num_stages, "cuts": cuts, "points": points}
-    given = [name for name, value in ways.items() if value is not None]
     if not isinstance(model, nn.Module):
         stages = into_stages(model, num_stages, cuts)
         if points is not None:
@@ -127,25 +129,16 @@ def split(
         if example is not None:
             _try_in_turn(stages, example)
         return Stages(stages, map(str, range(1, len(stages))))
+    ways = {"num_stages": num_stages, "cuts": cuts, "points": points}
+    given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
         raise ValueError(
             f"{' and '.join(given) or 'neither num_stages, cuts nor points'} given; say in one way where stages begin"
         )
     if points is not None:
-        points = _named(points)
-    if cuts is not None or _between_layers(model, points, example):
-        if not isinstance(model, nn.Sequential):
-            raise ValueError(
-                f"cuts={cuts} number the layers of an nn.Sequential, and the model is a {type(model).__name__}; pass "
-                "points=, the names of submodules where stages begin, or num_stages="
-            )
-        names = [name for name, _ in layers_of(model)]
-        if points is not None:
-            check_order(points, {name: place for place, name in enumerate(names)}, 0)
-            cuts, num_stages = [names.index(point) for point in points], None
-        sequences = into_stages(model, num_stages, cuts)
-        bounds = itertools.accumulate(len(stage) for stage in sequences[:-1])
-        return Stages(sequences, [names[bound] for bound in bounds])
+        points = _listed(points)
+    if cuts is not None or _is_between_layers(model, points, example):
+        return _between_layers(model, num_stages, cuts, points)
     if example is None:
         raise ValueError(
             f"the model is a {type(model).__name__}, which is traced to be cut; pass example=, what it is called with (a "
@@ -164,20 +157,34 @@ def split(
     return Stages(traced, points, again)
 
 
-def _between_layers(model: nn.Module, points: Sequence[str] | None, example: Any) -> bool:
+def _is_between_layers(model: nn.Module, points: Sequence[str] | None, example: Tree) -> bool:
     """Whether to cut a Sequential between its layers."""
     if type(model).forward is not nn.Sequential.forward:
         return False
     if points is None:
         return example is None
-    known = [name for name, _ in model.named_modules()]
-    for point in points:
-        if point not in known or not point:
-            raise ValueError(unknown_point(point, known))
-    return all(point in model._modules for point in points)
+    check_known(model, points)
+    return all(point in module_dict(model) for point in points)
 
 
-def _named(points: Any) -> list[str]:
+def _between_layers(
+    model: nn.Module, num_stages: int | None, cuts: Sequence[int] | None, points: Sequence[str] | None
+) -> Stages:
+    """Cut a Sequential between its layers."""
+    if not isinstance(model, nn.Sequential):
+        raise ValueError(
+            f"cuts={cuts} number the layers of an nn.Sequential, and the model is a {type(model).__name__}; pass "
+            "points=, the names of submodules where stages begin, or num_stages="
+        )
+    names = [name for name, _ in layers_of(model)]
+    if points is not None:
+        check_order(points, {name: place for place, name in enumerate(names)}, 0)
+        cuts = [names.index(point) for point in points]
+    stages = into_stages(model, num_stages, cuts)
+    return Stages(stages, [names[bound] for bound in itertools.accumulate(map(len, stages[:-1]))])
+
+
+def _listed(points: Any) -> list[str]:
     if isinstance(points, str):
         raise TypeError(f"points={points!r} is one name; pass a list of names, [{points!r}]")
     names = list(points) if isinstance(points, Iterable) else [points]
@@ -189,8 +196,8 @@ def _named(points: Any) -> list[str]:
     return names
 
 
-def _try_in_turn(stages: Sequence[nn.Module], example: Any) -> None:
-    """Raises where a stage does not take what the one before returns."""
+def _try_in_turn(stages: Sequence[nn.Module], example: Tree) -> None:
+    """Run the example through the stages; raise where one does not take what the one before returns."""
     value = example
     for k, stage in enumerate(stages):
         giver = "the example" if k == 0 else f"stage {k - 1}"
@@ -207,17 +214,17 @@ def _try_in_turn(stages: Sequence[nn.Module], example: Any) -> None:
 
 
 class Chain(nn.Sequential):
-    """Layers of which some take several values: a tuple or a list is their arguments, a dict their keyword arguments."""
+    """Layers of which some take several values: entries of a tuple or a list as arguments, of a dict as keyword arguments."""
 
-    def forward(self, value: Any) -> Any:
-        for name, layer in self._modules.items():
+    def forward(self, value: Tree) -> Tree:
+        for name, layer in module_dict(self).items():  # named_children() would leave out a layer's second call
             assert layer is not None
             value = called(layer, value, name)
         return value
 
 
-def called(layer: nn.Module, value: Any, name: str) -> Any:
-    """What a layer of a list, or of an `nn.Sequential`, makes of a value; ``name`` is for errors."""
+def called(layer: nn.Module, value: Tree, name: str) -> Tree:
+    """The output of a layer of a list, or of an `nn.Sequential`, for a value; ``name`` is for errors."""
     if len(_needed(layer)) < 2:
         return layer(value)
     _check_values(layer, value, f"layer {name}", "what comes before it")
@@ -225,7 +232,7 @@ def called(layer: nn.Module, value: Any, name: str) -> Any:
 
 
 def stage_of(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
-    """Named layers as a stage."""
+    """Make a stage of layers with their names."""
     named = OrderedDict(layers)
     return (Chain if any(len(_needed(layer)) > 1 for layer in named.values()) else nn.Sequential)(named)
 
@@ -236,12 +243,10 @@ def _needed(layer: nn.Module) -> list[str]:
         parameters = inspect.signature(layer.forward).parameters.values()
     except (TypeError, ValueError):  # a scripted module's
         return []
-    return [
-        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-    ]
+    return [p.name for p in parameters if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD]
 
 
-def _check_values(layer: nn.Module, value: Any, taker: str, giver: str) -> None:
+def _check_values(layer: nn.Module, value: Tree, taker: str, giver: str) -> None:
     """Refuse too few values for a layer that takes several."""
     needed = _needed(layer)
     if len(needed) < 2:
@@ -256,14 +261,14 @@ def _check_values(layer: nn.Module, value: Any, taker: str, giver: str) -> None:
         )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Tree) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (tuple, list)) else "")
 
 
 def equal_cuts(num_layers: int, num_stages: int) -> list[int]:
-    """Cuts into equal numbers of layers; the first stages take the remainder.
+    """Cuts that give stages equal numbers of layers; the first stages take the remainder.
 
     >>> equal_cuts(11, 4)
     [3, 6, 9]
@@ -275,7 +280,7 @@ def equal_cuts(num_layers: int, num_stages: int) -> list[int]:
 def into_stages(
     model: nn.Sequential | Sequence[nn.Module], num_stages: int | None = None, cuts: Sequence[int] | None = None
 ) -> list[Any]:
-    """The stages of a model, each layer in exactly one of them.
+    """Cut a model into stages, each layer in exactly one of them.
 
     Args:
         model: an `nn.Sequential`, cut between its top-level layers; a list of modules, one a stage; or what `split`
@@ -294,14 +299,10 @@ def into_stages(
                 "dtrp.split has made; leave it out, or split again"
             )
         return list(model)
+    layers = layers_of(model)
     if isinstance(model, nn.Module):
-        layers = layers_of(model)
-        if cuts is None:
-            cuts = _cuts_for(len(layers), 1 if num_stages is None else num_stages)
-        else:
-            cuts = _checked_cuts(cuts, len(layers), num_stages)
+        cuts = _cuts_for(len(layers), num_stages) if cuts is None else _checked_cuts(cuts, len(layers), num_stages)
     else:
-        layers = layers_of(model)
         if cuts is not None:
             raise ValueError(
                 f"cuts={list(cuts)} with a list of {len(layers)} modules, which already is one module a stage; "
@@ -313,13 +314,12 @@ def into_stages(
                 "or pass nn.Sequential(*modules)"
             )
         cuts = range(1, len(layers))
-    for layer in layers:
-        if lazy := [name for name, t in layer[1].named_parameters() if is_lazy(t)]:
+    for layer, module in layers:
+        if lazy := [name for name, t in module.named_parameters() if is_lazy(t)]:
             raise ValueError(
-                f"{lazy[0]} of layer {layer[0]} has no shape yet; run the model once on a few samples before it is cut"
+                f"{lazy[0]} of layer {layer} has no shape yet; run the model once on a few samples before it is cut"
             )
-    bounds = [0, *cuts, len(layers)]
-    return [stage_of(layers[start:end]) for start, end in itertools.pairwise(bounds)]
+    return [stage_of(layers[start:end]) for start, end in itertools.pairwise([0, *cuts, len(layers)])]
 
 
 def _sequential_of(modules: Sequence[nn.Module]) -> nn.Sequential:
@@ -349,18 +349,18 @@ def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Modu
             f"model is a {type(model).__name__}, whose forward cannot be cut between layers; let dtrp.split trace it, or pass an "
             "nn.Sequential of its parts, or a list of modules, one a stage"
         )
-    own = [*model._parameters, *model._buffers]
-    if own or model._forward_hooks or model._forward_pre_hooks:
+    tensors = [*parameter_dict(model), *buffer_dict(model)]
+    if tensors or forward_hooks(model):
         raise TypeError(
-            f"the nn.Sequential itself has {', '.join(own) or 'hooks'}, which belongs to no layer; move it into a layer"
+            f"the nn.Sequential itself has {', '.join(tensors) or 'hooks'}, which belongs to no layer; move it into a layer"
         )
     if not len(model):
         raise ValueError("model is an empty nn.Sequential; pass at least one layer")
-    return list(model._modules.items())
+    return list(module_dict(model).items())  # type: ignore[arg-type]  # a Sequential has no None
 
 
-def _cuts_for(num_layers: int, num_stages: int) -> list[int]:
-    num_stages = whole("num_stages", num_stages)
+def _cuts_for(num_layers: int, num_stages: int | None) -> list[int]:
+    num_stages = 1 if num_stages is None else whole("num_stages", num_stages)
     if num_stages > num_layers:
         raise ValueError(
             f"num_stages={num_stages} but the model has {num_layers} layers; pass num_stages<={num_layers}"
@@ -386,7 +386,7 @@ def _checked_cuts(cuts: Sequence[int], num_layers: int, num_stages: int | None) 
 
 
 def stage_device(stage: nn.Module) -> torch.device | None:
-    """Where a stage's parameters and buffers are; None when it has none.
+    """The device of a stage's parameters and buffers; None when it has none.
 
     Raises:
         ValueError: they are on several devices.
@@ -405,17 +405,7 @@ def check_device(device: torch.device) -> torch.device:
         ValueError: torch has no streams for it, or no random numbers that can be set and put back (Apple's GPUs, meta).
     """
     module = getattr(torch, device.type, None)
-    needed = (
-        "Stream",
-        "stream",
-        "current_stream",
-        "synchronize",
-        "device",
-        "manual_seed",
-        "get_rng_state",
-        "set_rng_state",
-    )
-    missing = next((name for name in needed if not hasattr(module, name)), None)
+    missing = next((name for name in _NEEDED if not hasattr(module, name)), None)
     if device.type != "cpu" and missing is not None:
         raise ValueError(
             f"a stage cannot work on {device}: torch has no torch.{device.type}.{missing}; put the model on the CPU, or on CUDA "

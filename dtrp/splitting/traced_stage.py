@@ -1,35 +1,52 @@
-"""A part of a traced model as a module: one value in, one value out."""
+"""A part of a traced model as a module with one value in and one value out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from ..tensors.autocast import AutocastState
 from ..tensors.module_mode import Follower, let_follow
-from .divide import Part, Use, divide
+from ..tensors.torch_private import (
+    buffer_dict,
+    module_backward_hooks,
+    module_dict,
+    non_persistent_buffers,
+    parameter_dict,
+    pytree,
+)
+from ..typing import Tree
+from .divide import Part, Source, Use, divide
 from .export import Example, attribute, export
-from .points import check_points, choose_points
+from .points import check_points, choose_points, named_tensors
 from .regions import run_within
 from .verify import Verifier
 
-Owner = tuple[nn.Module, str]  # a module that holds a tensor, and its name there
+Owner = tuple[nn.Module, str]  # a module that holds a tensor, and its name in the module
+
+
+class _Shape(NamedTuple):
+    """The shape and dtype of a tensor of the example; dimensions from ``first`` on have this size in every batch."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    first: int
 
 
 class TracedStage(Follower):
-    """A contiguous part of a model, with the model's own parameters and buffers under the model's own names.
+    """A contiguous part of a model, with the model's parameters and buffers under their names in the model.
 
     It takes what the stage before returns, and returns what the next one takes: a tensor, or a tuple of tensors and
     whole numbers. The first takes what the example was, with any number of samples; the last returns what the model does.
     In train and in eval mode it runs the graph that was traced in that mode, and it is in the model's mode (`Follower`).
 
     Args:
-        label: how errors name it.
-        parts: the graphs, in train and in eval mode.
+        label: name of the stage in errors.
+        parts: the parts traced in train and in eval mode.
     """
 
     def __init__(self, label: str, parts: tuple[Part, Part]) -> None:
@@ -39,15 +56,14 @@ class TracedStage(Follower):
         self._weights: tuple[list[Owner | None], list[Owner | None]] = ([], [])  # of each argument, in either mode
         self._dtypes: list[tuple[nn.Module, str, torch.dtype]] = []
         self._example: Example | None = None  # of the first stage
-        self._shapes: list[tuple[torch.Size, torch.dtype, int] | None] = []  # and the first dimension that is fixed
+        self._shapes: list[_Shape | None] = []  # of its leaves; None for constants
         self._device: torch.device | None = None
-        self._autocast = AutocastState("cpu", False, torch.bfloat16)  # in which it was traced
-        self._fits_others = True  # whether it does what the model does in others too
-        self._origins: list[
-            tuple[nn.Module, str, nn.Module]
-        ] = []  # buffers of the model: where they were, and are here
+        self._autocast = AutocastState("cpu", False, torch.bfloat16)  # settings in the trace
+        self._fits_others = True  # whether the stage does what the model does in other settings too
+        # Buffers of the model: the model's module, their name, and the stage's module.
+        self._origins: list[tuple[nn.Module, str, nn.Module]] = []
 
-    def forward(self, value: Any) -> Any:
+    def forward(self, value: Tree) -> Tree:
         mode = 0 if self.training else 1
         part = self._parts[mode]
         self._check_dtypes()
@@ -60,26 +76,17 @@ class TracedStage(Follower):
             for source, owner in zip(part.arguments, self._weights[mode], strict=True)
         ]
         made = part.graph(*arguments)
-        if not isinstance(made, (tuple, list)):
-            made = (made,)
-        outputs = [
-            made[source.index]
-            if source.kind == "made"
-            else carried[source.index]
-            if source.kind == "in"
-            else source.constant
-            if source.kind == "constant"
-            else None
-            for source in part.outputs
-        ]
+        values = {"in": carried, "made": made if isinstance(made, (tuple, list)) else (made,)}
+        outputs = [values[s.kind][s.index] if s.kind in values else s.constant for s in part.outputs]
         if part.is_last:
             return pytree.tree_map(outputs.__getitem__, part.returns)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _entered(self, value: Any) -> list[Any]:
-        if self._example is None:
-            return list(value) if isinstance(value, (tuple, list)) else [value]
+    def _entered(self, value: Tree) -> list[Any]:
+        """The values that come in, checked against the example in the first stage."""
         example = self._example
+        if example is None:
+            return list(value) if isinstance(value, (tuple, list)) else [value]
         if isinstance(example.value, dict) and isinstance(value, dict) and value.keys() == example.value.keys():
             value = {name: value[name] for name in example.value}
         leaves, spec = pytree.tree_flatten(value)
@@ -88,23 +95,23 @@ class TracedStage(Follower):
                 f"{self._label} takes {_described(example.value)}, as the example of dtrp.split, and got {_described(value)}; "
                 "pass the same, or split with another example"
             )
-        for leaf, want, path, wanted in zip(leaves, example.leaves, example.paths, self._shapes, strict=True):
+        for leaf, traced, path, wanted in zip(leaves, example.leaves, example.paths, self._shapes, strict=True):
             where = path.replace("example", "x", 1)
             if wanted is None:
-                if leaf != want or type(leaf) is not type(want):
+                if leaf != traced or type(leaf) is not type(traced):
                     raise ValueError(
-                        f"{where} is {leaf!r}, and the model was traced with {want!r}; split with another example"
+                        f"{where} is {leaf!r}, and the model was traced with {traced!r}; split with another example"
                     )
             elif not isinstance(leaf, Tensor):
                 raise TypeError(f"{where} is a {type(leaf).__name__}, and the model was traced with a tensor")
-            elif leaf.dtype != wanted[1]:
+            elif leaf.dtype != wanted.dtype:
                 raise TypeError(
-                    f"{where} is {leaf.dtype}, and the model was traced with {wanted[1]}; convert it, or split with an example "
+                    f"{where} is {leaf.dtype}, and the model was traced with {wanted.dtype}; convert it, or split with an example "
                     "of that dtype"
                 )
-            elif leaf.shape[wanted[2] :] != wanted[0][wanted[2] :] or leaf.dim() != len(wanted[0]):
+            elif leaf.dim() != len(wanted.shape) or leaf.shape[wanted.first :] != wanted.shape[wanted.first :]:
                 raise ValueError(
-                    f"{where} has shape {tuple(leaf.shape)}, and the model was traced with {tuple(wanted[0])}; only the number "
+                    f"{where} has shape {tuple(leaf.shape)}, and the model was traced with {tuple(wanted.shape)}; only the number "
                     "of samples may differ: pad it, or split with another example"
                 )
         return leaves
@@ -126,14 +133,13 @@ class TracedStage(Follower):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TracedStage:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for model_part, name, module in self._origins:
-            model_part._buffers[name] = module._buffers[name]
+        for original, name, module in self._origins:
+            buffer_dict(original)[name] = buffer_dict(module)[name]
         now = next((t.device for t in [*self.parameters(), *self.buffers()]), None)
         if now is not None and self._device is not None and now != self._device:
-            for part in self._parts:
-                for graph in part.graph.modules():
-                    if isinstance(graph, fx.GraphModule):
-                        _move(graph, self._device, now)
+            for graph in (graph for part in self._parts for graph in part.graph.modules()):
+                if isinstance(graph, fx.GraphModule):
+                    _move(graph, self._device, now)
             self._device = now
             if now.type != "meta":
                 self._autocast = self._autocast._replace(device_type=now.type)
@@ -147,12 +153,10 @@ class TracedStage(Follower):
         return self._label
 
 
-def _described(value: Any) -> str:
+def _described(value: Tree) -> str:
     if isinstance(value, dict):
         return f"a dict of {', '.join(map(str, value))}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (tuple, list)) else "")
 
 
 def _in_words(autocast: AutocastState) -> str:
@@ -160,7 +164,7 @@ def _in_words(autocast: AutocastState) -> str:
 
 
 def _move(graph: fx.GraphModule, old: torch.device, new: torch.device) -> None:
-    """Operations that make tensors on a device make them on the other one, and autocast regions are for it."""
+    """Let operations that make tensors on the old device make them on the new one, and move autocast regions to it."""
 
     def moved(value: Any) -> Any:
         if node.target is run_within and value == old.type:
@@ -174,15 +178,18 @@ def _move(graph: fx.GraphModule, old: torch.device, new: torch.device) -> None:
 
 
 def trace_into_stages(
-    model: nn.Module, example: Any, *, num_stages: int | None = None, points: Sequence[str] | None = None
+    model: nn.Module, example: Tree, *, num_stages: int | None = None, points: Sequence[str] | None = None
 ) -> tuple[list[TracedStage], list[str]]:
-    """The stages of a traced model, and the submodules where they begin.
+    """Trace a model and cut it into stages.
 
     Args:
         model: any module.
         example: what it is called with.
         num_stages: K, to choose the points by; or
-        points: where stages 1..K-1 begin.
+        points: names of the submodules where stages 1..K-1 begin.
+
+    Returns:
+        The stages, and the names of the submodules where stages 1..K-1 begin.
 
     Raises:
         TypeError, ValueError: an example that does not fit, a model that cannot be traced or cut so.
@@ -190,28 +197,27 @@ def trace_into_stages(
     checked = Example.of(example)
     _check_hooks(model)
     traced = [export(model, checked, training=training) for training in (True, False)]
-    graphs = [one.graph for one in traced]
+    graphs = [trace.graph for trace in traced]
     _name_apart(*graphs)
     if points is None:
         assert num_stages is not None
         points = choose_points(model, num_stages, *graphs) if num_stages > 1 else []
     points = check_points(model, points, *graphs)
-    divided = [divide(one, points) for one in traced]
-    bounds = ["the beginning", *points]
+    (train_parts, train_uses), (eval_parts, eval_uses) = (divide(trace, points) for trace in traced)
     stages = [
-        TracedStage(f"stage {k} (from {bounds[k]})", (divided[0][0][k], divided[1][0][k]))
-        for k in range(len(points) + 1)
+        TracedStage(f"stage {k} (from {beginning})", (train_parts[k], eval_parts[k]))
+        for k, beginning in enumerate(["the beginning", *points])
     ]
-    _give_tensors(model, stages, [use for _, uses in divided for use in uses], graphs)
+    _give_tensors(model, stages, [*train_uses, *eval_uses], graphs)
     let_follow(stages, model)
     first = stages[0]
     first._example = checked
     first._shapes = [
-        (leaf.shape, leaf.dtype, int(checked.counts(leaf))) if isinstance(leaf, Tensor) else None
+        _Shape(leaf.shape, leaf.dtype, int(checked.has_samples(leaf))) if isinstance(leaf, Tensor) else None
         for leaf in checked.leaves
     ]
-    _verify(Verifier(model, stages, checked, traced), stages, reads_dtypes=any(one.reads_dtypes for one in traced))
-    # Shapes are enough of its tensors.
+    _verify(Verifier(model, stages, checked, traced), stages, reads_dtypes=any(t.reads_dtypes for t in traced))
+    # From here on the shapes of its tensors are enough.
     empty = [torch.empty(0, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in checked.leaves]
     value = pytree.tree_unflatten(empty, checked.spec)
     first._example = Example(value, tuple(empty), checked.paths, checked.samples)
@@ -220,7 +226,7 @@ def trace_into_stages(
 
 def _check_hooks(model: nn.Module) -> None:
     for name, member in model.named_modules():
-        if member._backward_hooks or member._backward_pre_hooks:
+        if module_backward_hooks(member):
             raise ValueError(
                 f"{f'module {name!r}' if name else 'the model'} has a backward hook, which a trace does not keep; remove it, and "
                 "register it on the stages that dtrp.split returns, or pass a list of modules, one a stage"
@@ -241,120 +247,105 @@ def _verify(verifier: Verifier, stages: Sequence[TracedStage], *, reads_dtypes: 
 def _give_tensors(
     model: nn.Module, stages: Sequence[TracedStage], uses: Sequence[Use], graphs: Sequence[fx.GraphModule]
 ) -> None:
-    """Each parameter and buffer to the stage that uses it, under its name in the model."""
-    own: dict[str, Tensor] = dict(
-        [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    )
+    """Give each parameter and buffer, under its name in the model, to the stages that use it."""
+    tensors = named_tensors(model)
     names: dict[int, list[str]] = {}
-    for name, tensor in own.items():
+    for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
-    here: list[dict[int, str]] = [{} for _ in stages]  # a name of each tensor in each stage
-    placed: dict[str, int] = {}
-    constants: list[tuple[int, str, Tensor]] = []
+    local_names: list[dict[int, str]] = [{} for _ in stages]  # a name of each tensor in each stage
+    placed: dict[str, int] = {}  # the first stage that has each name
 
-    def place(stage: int, name: str, tensor: Tensor) -> None:
+    def place(stage: int, name: str) -> None:
         placed.setdefault(name, stage)
-        here[stage].setdefault(id(tensor), name)
-        _register(model, stages[stage], name, tensor)
+        local_names[stage].setdefault(id(tensors[name]), name)
+        _register(model, stages[stage], name, tensors[name])
 
-    for use in uses:
-        used = own.get(use.name)
-        if used is None:
-            constant = next(attribute(graph, use.name) for graph in graphs if _has(graph, use.name))
-            constants.append((use.stage, use.name.replace(".", "_"), constant))
-            continue
-        for name in names[id(used)]:  # of tied names, those of the submodules that read it in this stage
+    of_model = [use for use in uses if use.name in tensors]
+    for use in of_model:
+        for name in names[id(tensors[use.name])]:  # of tied names, those of the submodules that read it in this stage
             if name.rpartition(".")[0] in use.readers and name not in placed:
-                place(use.stage, name, used)
-    for use in uses:
-        used = own.get(use.name)
-        if used is not None and id(used) not in here[use.stage]:
-            free = [name for name in names[id(used)] if name not in placed]
-            place(use.stage, free[0] if free else use.name, used)
-    # What no graph uses goes where its tied name or its neighbour is.
+                place(use.stage, name)
+    for use in of_model:
+        tensor = tensors[use.name]
+        if id(tensor) not in local_names[use.stage]:
+            place(use.stage, next((name for name in names[id(tensor)] if name not in placed), use.name))
+    # A tensor that no graph uses goes where its tied name or its neighbour is.
     stage = 0
-    for name, tensor in own.items():
+    for name, tensor in tensors.items():
         if name not in placed:
-            tied = [placed[other] for other in names[id(tensor)] if other in placed]
-            place(tied[0] if tied else stage, name, tensor)
+            place(next((placed[tied] for tied in names[id(tensor)] if tied in placed), stage), name)
         stage = placed[name]
-    for stage, name, tensor in constants:
-        if name not in stages[stage]._buffers:
-            stages[stage].register_buffer(name, tensor.detach(), persistent=False)
-    for owner in stages:
+    for use in uses:
+        name = use.name.replace(".", "_")
+        if use.name not in tensors and name not in buffer_dict(stages[use.stage]):
+            constant = next(t for graph in graphs if (t := _find(graph, use.name)) is not None)
+            stages[use.stage].register_buffer(name, constant.detach(), persistent=False)
+    for owner, local in zip(stages, local_names, strict=True):
         _put_in_order(owner, model)
-    for index, owner in enumerate(stages):
-        for mode, part in enumerate(owner._parts):
-            owner._weights[mode].extend(
-                _owner(owner, source.name, own, here[index]) if source.kind == "weight" else None
-                for source in part.arguments
-            )
+        for weights, part in zip(owner._weights, owner._parts, strict=True):
+            weights.extend(_owner(owner, source, tensors, local) for source in part.arguments)
         for member in owner.modules():
-            for name, held in [*member._parameters.items(), *member._buffers.items()]:
-                if held is None:
-                    continue
-                owner._device = owner._device or held.device
-                if held.is_floating_point() or held.is_complex():
-                    owner._dtypes.append((member, name, held.dtype))
+            for name, held in [*parameter_dict(member).items(), *buffer_dict(member).items()]:
+                if held is not None:
+                    owner._device = owner._device or held.device
+                    if held.is_floating_point() or held.is_complex():
+                        owner._dtypes.append((member, name, held.dtype))
 
 
-def _put_in_order(own: nn.Module, like: nn.Module) -> None:
-    """Members in the order of the model's, by which the first of several names of a tensor is the one it goes by."""
-    pairs: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-        (own._modules, like._modules),
-        (own._parameters, like._parameters),
-        (own._buffers, like._buffers),
-    )
-    for members, order in pairs:
-        for name in order:
+def _put_in_order(stage: nn.Module, model: nn.Module) -> None:
+    """Put members in the order of the model's: a tensor goes by the first of its names."""
+    for dict_of in (module_dict, parameter_dict, buffer_dict):
+        members: dict[str, Any] = dict_of(stage)
+        for name in dict_of(model):
             if name in members:
                 members[name] = members.pop(name)
-    for name, member in own._modules.items():
-        original = like._modules.get(name)
-        if member is not None and original is not None:
+    for name, member in stage.named_children():
+        original = module_dict(model).get(name)
+        if original is not None:
             _put_in_order(member, original)
 
 
-def _owner(stage: TracedStage, name: str, own: dict[str, Tensor], here: dict[int, str]) -> Owner:
-    """The module of the stage that holds what the graph calls ``name``, and what it is called there."""
-    tensor = own.get(name)
-    path = name.replace(".", "_") if tensor is None else here[id(tensor)]
+def _owner(
+    stage: TracedStage, source: Source, tensors: Mapping[str, Tensor], local_names: Mapping[int, str]
+) -> Owner | None:
+    """The module of the stage that holds a weight, and the weight's name in it; None where the source is no weight."""
+    if source.kind != "weight":
+        return None
+    tensor = tensors.get(source.name)
+    path = source.name.replace(".", "_") if tensor is None else local_names[id(tensor)]
     prefix, _, member = path.rpartition(".")
     return stage.get_submodule(prefix), member
 
 
 def _name_apart(train: fx.GraphModule, evaluation: fx.GraphModule) -> None:
-    """A constant tensor of the evaluation that goes by the name of another in the training gets a name of its own."""
-    for node in evaluation.graph.nodes:
+    """Rename constant tensors of the evaluation that have the name of another tensor in the training."""
+    for node in evaluation.graph.find_nodes(op="get_attr"):
         name = str(node.target)
-        if node.op != "get_attr" or not _has(train, name):
-            continue
-        here, there = attribute(evaluation, name), attribute(train, name)
-        if here is not there and isinstance(here, Tensor) and not torch.equal(here, there):
+        constant, other = attribute(evaluation, name), _find(train, name)
+        differ = other is not None and constant is not other and isinstance(constant, Tensor)
+        if differ and not torch.equal(constant, other):
             node.target = f"{name.replace('.', '_')}_evaluation"
-            setattr(evaluation, node.target, here)
+            setattr(evaluation, node.target, constant)
 
 
-def _has(module: Any, name: str) -> bool:
-    try:
-        attribute(module, name)
-    except AttributeError:
-        return False
-    return True
+def _find(graph: fx.GraphModule, name: str) -> Any:
+    """What the traced graph calls ``name``, or None."""
+    with suppress(AttributeError):
+        return attribute(graph, name)
+    return None
 
 
 def _register(model: nn.Module, stage: TracedStage, name: str, tensor: Tensor) -> None:
+    """Give a stage a parameter or buffer of the model, under its name in the model."""
     prefix, _, attribute = name.rpartition(".")
     module: nn.Module = stage
     for part in prefix.split(".") if prefix else ():
-        if part not in module._modules:
+        if part not in module_dict(module):
             module.add_module(part, nn.Module())
-        child = module._modules[part]
-        assert child is not None
-        module = child
+        module = cast(nn.Module, module_dict(module)[part])
     if isinstance(tensor, nn.Parameter):
         module.register_parameter(attribute, tensor)
-        return
-    original = model.get_submodule(prefix)
-    module.register_buffer(attribute, tensor, persistent=attribute not in original._non_persistent_buffers_set)
-    stage._origins.append((original, attribute, module))
+    else:
+        original = model.get_submodule(prefix)
+        module.register_buffer(attribute, tensor, persistent=attribute not in non_persistent_buffers(original))
+        stage._origins.append((original, attribute, module))

@@ -1,7 +1,7 @@
 """Whether the stages of a traced model do what the model does.
 
-A trace fixes what the forward decides by Python's values, and knows nothing of what leaves torch. So both are run on the
-example, and compared: what they return, and what they leave in buffers.
+A trace fixes what the forward decides by Python values, and misses what happens outside of torch. So both run on the
+example, and what they return and leave in buffers is compared.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..tensors.autocast import AutocastState
 from ..tensors.module_mode import in_mode, members
 from ..tensors.rng import seeded
+from ..tensors.torch_private import TO_COPY, TorchDispatchMode, operator_schema, pytree, writes_arguments
+from ..typing import Tree
 from .export import Example, Traced, as_it_was, on_copies, without_cache
 
 _PRECISION = 1e-5  # of the norm
@@ -34,12 +35,12 @@ class Verifier:
 
     Args:
         model: the model. Its parameters, buffers, attributes and modes and the global generators are left as they are.
-        stages: its stages.
+        stages: stages of the model.
         example: what to call them with.
-        traced: the traces, in train and in eval mode.
+        traced: traces in train and in eval mode.
 
     Attributes:
-        device_type: where they are, or some of them; the CPU for what is on the meta device.
+        device_type: type of the device of the first tensor; the CPU for the meta device.
     """
 
     def __init__(
@@ -53,18 +54,15 @@ class Verifier:
         self._can_run = len(devices) == 1 and self._device.type != "meta"
         graphs = [trace.graph for trace in traced]
         written = {name for graph in graphs for name in _written(graph)}
-        moved = [
-            *model.buffers(),
-            *(p for name, p in model.named_parameters(remove_duplicate=False) if name in written),
-        ]
-        self._moved = {id(tensor) for tensor in moved}
+        self._moved = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in written}
+        self._moved |= set(map(id, model.buffers()))
         if any(_is_half(node.meta.get("val")) for graph in graphs for node in graph.graph.nodes):
             self._precision = _HALF_PRECISION
         else:
             self._precision = _PRECISION if self.device_type == "cpu" else _ACCELERATOR_PRECISION
 
     def check(self) -> None:
-        """Raises ValueError where they differ, in eval mode or, if nothing is drawn there, in train mode."""
+        """Raise ValueError where they differ, in eval mode or, if nothing is drawn there, in train mode."""
         for training in (False, True):
             difference = self._difference(self._precision, training=training)
             if difference:
@@ -75,7 +73,7 @@ class Verifier:
                 )
 
     def agree_exactly(self) -> bool:
-        """Whether they are known to do the same to the bit, with the same casts, in the autocast settings of now."""
+        """Whether they are known to do the same to the bit, with the same casts, in the present autocast settings."""
         found = {self._difference(None, training=training) for training in (False, True)}
         return "" in found and found <= {"", None}
 
@@ -83,8 +81,8 @@ class Verifier:
         """The first difference that is more than a share ``precision`` of a tensor's norm, in words; empty if there is none.
 
         Args:
-            precision: None: they are to do the same to the bit, with the same casts.
-            training: in train mode, or in eval mode.
+            precision: share of the norm; None: the results are to be the same to the bit, and the casts the same.
+            training: whether to run in train mode, or in eval mode.
 
         Returns:
             None where nothing can be said: the model draws random numbers, or does not run on the example (on the meta device,
@@ -92,61 +90,47 @@ class Verifier:
         """
         if not self._can_run:
             return None
+        run = partial(self._run, training=training, counting=precision is None)
 
-        def whole(value: Any) -> Any:
+        def call_model(value: Tree) -> Tree:
             args, kwargs = dataclasses.replace(self._example, value=value).call()
             return self._model(*args, **kwargs)
 
         try:
             with as_it_was(self._model):
                 before = self._attributes()
-                want = self._run([self._model], whole, training=training, counting=precision is None)
+                want = run([self._model], call_model)
                 after = self._attributes()
-                if len(before) != len(after) or not all(
-                    map(operator.is_, before, after)
-                ):  # what it makes of what it has kept
-                    want = self._run([self._model], whole, training=training, counting=precision is None)
+                if len(before) != len(after) or not all(map(operator.is_, before, after)):
+                    want = run([self._model], call_model)  # with what the first run has left in attributes
         except Exception:
             return None
         if want.draws:
             return None
-
-        def in_turn(value: Any) -> Any:
-            for stage in self._stages:
-                value = stage(value)
-            return value
-
         try:
-            got = self._run(self._stages, in_turn, training=training, counting=precision is None)
+            got = run(self._stages, nn.Sequential(*self._stages))
         except Exception as error:
             return f"they fail: {type(error).__name__}: {error}"
         if got.casts != want.casts:
             return "they cast other tensors"
-        moved = {name: got.buffers[name] for name in want.buffers}
-        return _difference(got.result, want.result, "output", precision or 0.0) or _difference(
-            moved, want.buffers, "buffers", precision or 0.0
-        )
+        moved, share = {name: got.buffers[name] for name in want.buffers}, precision or 0.0
+        found = _difference(got.result, want.result, "output", share)
+        return found or _difference(moved, want.buffers, "buffers", share)
 
-    def _run(self, modules: Sequence[nn.Module], call: Callable[[Any], Any], *, training: bool, counting: bool) -> _Run:
-        """What ``call``, which runs ``modules``, does with the example."""
+    def _run(
+        self, modules: Sequence[nn.Module], call: Callable[[Tree], Tree], *, training: bool, counting: bool
+    ) -> _Run:
+        """Run ``call``, which runs ``modules``, on the example."""
         casts = _Casts()
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        copies = {id(t): t.detach().clone() for t in tensors if id(t) in self._moved}
+        contexts: list[AbstractContextManager[Any]] = [_without_fast_paths(), without_cache(self._model)]
+        contexts += [AutocastState.now(self.device_type).region(), seeded(0, self._device), torch.no_grad()]
+        for module in modules:
+            contexts += [in_mode(module, training=training), on_copies(module, copies)]
         with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            copies = {
-                id(t): t.detach().clone()
-                for module in modules
-                for t in (*module.parameters(), *module.buffers())
-                if id(t) in self._moved
-            }
-            stack.enter_context(_without_fast_paths())
-            stack.enter_context(AutocastState.now(self.device_type).region())
-            stack.enter_context(seeded(0, self._device))
-            stack.enter_context(without_cache(self._model))
-            for module in modules:
-                stack.enter_context(in_mode(module, training=training))
-                stack.enter_context(on_copies(module, copies))
-            if counting:
-                stack.enter_context(casts)
+            for context in [*contexts, *([casts] if counting else [])]:
+                stack.enter_context(context)
             before = self._generators()
             result = call(pytree.tree_map_only(Tensor, torch.clone, self._example.value))
             draws = any(not torch.equal(a, b) for a, b in zip(before, self._generators(), strict=True))
@@ -154,7 +138,7 @@ class Verifier:
         return _Run(result, buffers, casts.counts, draws)
 
     def _attributes(self) -> list[Any]:
-        """What the model's modules hold."""
+        """The values of all attributes of the model's modules."""
         return [value for member in members(self._model) for value in member.__dict__.values()]
 
     def _generators(self) -> list[Tensor]:
@@ -175,7 +159,7 @@ class _Run(NamedTuple):
 
 
 class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts them, by the dtypes from which and to which."""
+    """Counts casts, by (dtype before, dtype after)."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -183,14 +167,14 @@ class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default:
+        if func is TO_COPY:
             self.counts[args[0].dtype, result.dtype] += 1
         return result
 
 
 @contextmanager
 def _without_fast_paths() -> Iterator[None]:
-    """Attention in eval mode runs as where gradients are wanted, which is what is traced."""
+    """Context in which attention in eval mode runs as it does for gradients, which is what is traced."""
     before = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -203,9 +187,8 @@ def _written(graph: fx.GraphModule) -> list[str]:
     """Parameters and buffers that the forward writes, or a view of them (`nn.Embedding(max_norm=...)`)."""
     found = []
     for node in graph.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-            continue
-        for argument, described in zip(node.args, node.target._schema.arguments, strict=False):
+        arguments = operator_schema(node.target).arguments if writes_arguments(node.target) else ()
+        for argument, described in zip(node.args, arguments, strict=False):
             if described.alias_info is None or not described.alias_info.is_write:
                 continue
             while isinstance(argument, fx.Node) and argument.op == "call_function" and argument.args:
@@ -219,7 +202,8 @@ def _is_half(value: Any) -> bool:
     return any(isinstance(t, Tensor) and t.is_floating_point() and t.itemsize < 4 for t in pytree.tree_leaves(value))
 
 
-def _difference(got: Any, want: Any, what: str, precision: float) -> str:
+def _difference(got: Tree, want: Tree, what: str, precision: float) -> str:
+    """The first difference of two trees that is more than a share ``precision`` of a tensor's norm, in words."""
     wanted, tree = pytree.tree_flatten_with_path(want)
     found, other = pytree.tree_flatten(got)
     if other != tree:
