@@ -18,20 +18,7 @@ from ..comm.message import Note
 from ..engine.base import Progress
 from ..predict import BuiltInPredictor
 from ..schedule import Position
-from ..stage.buffers import (
-    ABSENT,
-    Buffers,
-    Elsewhere,
-    Met,
-    Overwritten,
-    Slot,
-    buffers_of,
-    marks,
-    names_of,
-    slot_of,
-    values_met,
-    write,
-)
+from ..stage import buffers
 from ..stage.stage import Stage
 from ..stage.stash import Held, MicroBatch, WeightVersion
 from ..tensors.autocast import AutocastState
@@ -57,12 +44,12 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
     def encode(value: Any, name: str) -> Json:
         return encoder.encode(value, f"stage{stage.index}.replica{stage.replica}.{name}")
 
-    versions = {id(held.weights): held.weights for held in stage.stash if held.weights is not None}
-    numbers = {version: i for i, version in enumerate(versions)}
+    versions = list({id(held.weights): held.weights for held in stage.stash if held.weights is not None}.values())
+    numbers = {id(version): i for i, version in enumerate(versions)}
     shared = {id(version): list(key) for key, version in stage.versions.shared.items()}
     ahead = stage.repeatable.ahead
     if ahead is not None:
-        ahead.follow(buffers_of(stage.whole))
+        ahead.follow(buffers.buffers_of(stage.whole))
     part: dict[str, Json] = {
         "version": stage.version,
         "keep": stage.method.keep if stage.has_decided else None,
@@ -76,13 +63,9 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
         "extra_state": encode(_extra_state(stage.whole), "extra_state"),
         "gradients": encode(list(stage.gradients), "gradient"),
         "versions": [
-            {"key": shared.get(id(version)), "tensors": encode(version.tensors, f"version.{i}")}
-            for i, version in enumerate(versions.values())
+            {"key": shared.get(id(v)), "tensors": encode(v.tensors, f"version.{i}")} for i, v in enumerate(versions)
         ],
-        "stash": [
-            _encode_held(held, buffers, numbers, encode)
-            for held, buffers in zip(stage.stash, _buffers_read(stage), strict=True)
-        ],
+        "stash": [_encode_held(*pair, numbers, encode) for pair in zip(stage.stash, _buffers_read(stage), strict=True)],
         "predictor": encode(_predictor_state(stage), "predictor"),
         "num_updates": progress.num_updates,
         "next_microbatch": progress.next_microbatch,
@@ -103,12 +86,12 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
 
 def _named_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers of a module, a shared one once, and None for those that are no tensors."""
-    buffers = buffers_of(module)
-    return {**dict(module.named_buffers()), **_by_name(module, {s: None for s, b in buffers.items() if b is None})}
+    no_tensors = {slot: None for slot, buffer in buffers.buffers_of(module).items() if buffer is None}
+    return {**dict(module.named_buffers()), **_by_name(module, no_tensors)}
 
 
-def _by_name(module: nn.Module, values: dict[Slot, Any]) -> dict[str, Any]:
-    names = names_of(module, values)
+def _by_name(module: nn.Module, values: dict[buffers.Slot, Any]) -> dict[str, Any]:
+    names = buffers.names_of(module, values)
     return {names[slot]: value for slot, value in values.items()}
 
 
@@ -123,9 +106,11 @@ def _buffers_read(stage: Stage) -> list[dict[str, Any]]:
             f"checkpoint has only as it is now; {cure}"
         )
     try:
-        entries = values_met([held.met or Met() for held in stage.stash], buffers_of(stage.whole))
-    except Overwritten as error:
-        (name,) = names_of(stage.whole, [error.slot]).values()
+        entries = buffers.values_met(
+            [held.met or buffers.Met() for held in stage.stash], buffers.buffers_of(stage.whole)
+        )
+    except buffers.Overwritten as error:
+        (name,) = buffers.names_of(stage.whole, [error.slot]).values()
         raise CheckpointError(
             f"the buffer {name} of stage {stage.index} has been written between steps, and graphs in flight have met it as it "
             f"was; {cure}"
@@ -134,7 +119,7 @@ def _buffers_read(stage: Stage) -> list[dict[str, Any]]:
 
 
 def _encode_held(
-    held: Held, buffers: dict[str, Any], numbers: dict[int, int], encode: Callable[[Any, str], Json]
+    held: Held, met: dict[str, Any], numbers: dict[int, int], encode: Callable[[Any, str], Json]
 ) -> dict[str, Json]:
     """A micro-batch of the stash as JSON; ``numbers`` numbers the versions of weights by id."""
     m = held.micro.index
@@ -147,7 +132,7 @@ def _encode_held(
         "target": encode(held.target, f"target.{m}"),
         "weights": None if held.weights is None else numbers[id(held.weights)],
         "has_graph": held.has_graph,
-        "met": encode(buffers, f"met.{m}"),
+        "met": encode(met, f"met.{m}"),
         "modes": "".join("ET"[mode] for mode in held.modes),
     }
 
@@ -237,7 +222,7 @@ class SavedStage:
                 )
         self._ahead = self._decode(part.get("ahead"))
         for name, buffer in [*self._buffers.items(), *(self._ahead or {}).items()]:
-            slot_of(module, name)
+            buffers.slot_of(module, name)
             checks.expect(isinstance(buffer, Tensor | None), f"the buffer {name} of {self._where} is no tensor")
         self._extra_state = self._decode(part["extra_state"])
         fits = isinstance(self._extra_state, dict) and self._extra_state.keys() == _extra_state(module).keys()
@@ -297,8 +282,10 @@ class SavedStage:
             raise CheckpointError(f"an input of {self._where} is none") from None
         met = None
         if entry["has_graph"]:
-            met = Met({slot_of(stage.whole, name): value for name, value in self._decode(entry["met"]).items()})
-            fits = all(value is ABSENT or isinstance(value, Tensor | None) for value in met.moved.values())
+            met = buffers.Met(
+                {buffers.slot_of(stage.whole, name): value for name, value in self._decode(entry["met"]).items()}
+            )
+            fits = all(value is buffers.ABSENT or isinstance(value, Tensor | None) for value in met.moved.values())
             checks.expect(fits, f"a buffer that {self._where} has met is none")
         fits = len(entry["modes"]) == len(list(stage.module.modules()))
         fits = fits or (not entry["modes"] and not (entry["has_graph"] and stage.trains))
@@ -371,23 +358,23 @@ class SavedStage:
         stage.versions.shared.update((key, version) for key, version in self._versions if key is not None)
         for held, has_graph in self._stash:
             stage.restore(held, has_graph=has_graph)
-        current = buffers_of(stage.whole)
+        current = buffers.buffers_of(stage.whole)
         for held, _ in self._stash:
             if held.met is not None:
-                held.met.before = held.met.after = marks(current)
+                held.met.before = held.met.after = buffers.marks(current)
         if self._ahead is not None:
             shared: dict[int, Tensor | None] = {}
-            ahead: Buffers = {slot_of(stage.whole, name): value for name, value in self._ahead.items()}
+            ahead: buffers.Buffers = {buffers.slot_of(stage.whole, name): value for name, value in self._ahead.items()}
             for slot in ahead.keys() & current.keys():
                 if current[slot] is not None:
                     ahead[slot] = shared.setdefault(id(current[slot]), ahead[slot])
-            stage.repeatable.ahead = Elsewhere(ahead, seen=marks(current))
+            stage.repeatable.ahead = buffers.Elsewhere(ahead, seen=buffers.marks(current))
 
     def _put_buffers(self) -> None:
         module, saved = self._stage.whole, self._buffers
-        current = buffers_of(module)
-        names, first = names_of(module, current), dict[int, str]()
-        values: Buffers = {}
+        current = buffers.buffers_of(module)
+        names, first = buffers.names_of(module, current), dict[int, str]()
+        values: buffers.Buffers = {}
         for slot, name in names.items():
             shared = name if current[slot] is None else first.setdefault(id(current[slot]), name)  # is saved once
             if name in saved or shared in saved:
@@ -395,11 +382,11 @@ class SavedStage:
             elif current[slot] is None:
                 values[slot] = None
         for name in saved.keys() - set(names.values()):
-            slot = slot_of(module, name)
+            slot = buffers.slot_of(module, name)
             values[slot] = saved[name]
             if not self._changed.get(name, True):
                 non_persistent_buffers(slot[0]).add(slot[1])
-        write(current, values)
+        buffers.write(current, values)
 
 
 def _is_gradient(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +78,8 @@ def inspect(folder: str | os.PathLike[str]) -> Checkpoint:
     """
     found = glance(folder)
     try:
-        _check_files(found.folder, found.manifest["files"])
+        for problem in _problems(found.folder, found.manifest["files"]):
+            raise CheckpointError(f"{problem} use another checkpoint")
     except OSError as error:
         raise CheckpointError(f"{found.folder} cannot be read: {error}") from error
     return found
@@ -209,27 +211,22 @@ def are_counts(values: Any, length: int | None = None) -> bool:
     return isinstance(values, list | tuple) and all(map(is_count, values)) and length in (None, len(values))
 
 
-def _check_files(folder: Path, files: dict[str, Json]) -> None:
+def _problems(folder: Path, files: dict[str, Json]) -> Iterator[str]:
+    """What is wrong with the files of a checkpoint."""
     present = {path.name: path for path in folder.iterdir() if path.name != NAME}
-    strange = sorted(present.keys() - files.keys())
-    if strange:
-        raise CheckpointError(
-            f"{folder / strange[0]} is no part of the checkpoint; remove it, or use another checkpoint"
-        )
+    for name in sorted(present.keys() - files.keys()):
+        yield f"{folder / name} is no part of the checkpoint; remove it, or"
     for name, entry in sorted(files.items()):
-        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
-            raise CheckpointError(f"{folder / NAME}: what it says of the file {name!r} is not of its type")
         path = present.get(name)
-        if path is None:
-            raise CheckpointError(f"{folder / name} is missing; use another checkpoint")
-        if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{path} is no ordinary file; use another checkpoint")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise CheckpointError(
-                f"{path} is damaged: it has {size:,} bytes, not {entry['bytes']}; use another checkpoint"
-            )
-        if describe(path) != entry:
-            raise CheckpointError(f"{path} is damaged: its SHA-256 is another; use another checkpoint")
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            yield f"{folder / NAME}: what it says of the file {name!r} is not of its type;"
+        elif path is None:
+            yield f"{folder / name} is missing;"
+        elif path.is_symlink() or not path.is_file():
+            yield f"{path} is no ordinary file;"
+        elif path.stat().st_size != entry["bytes"]:
+            yield f"{path} is damaged: it has {path.stat().st_size:,} bytes, not {entry['bytes']};"
+        elif describe(path) != entry:
+            yield f"{path} is damaged: its SHA-256 is another;"
     if METADATA not in files:
-        raise CheckpointError(f"{folder / METADATA} is missing; use another checkpoint")
+        yield f"{folder / METADATA} is missing;"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -244,7 +244,9 @@ def _load_exact(engine: Engine, found: Checkpoint, settings: dict[str, Json]) ->
     from .tensors import read_tensors
 
     saved = found.manifest
-    _check_settings(found, settings)
+    for difference in _differences(found, settings):
+        advice = "make the pipeline with the same arguments, or save with portable=True to change them"
+        raise CheckpointError(f"{found.folder} {difference}; {advice}")
     _warn_of_settings(saved, settings)
     for name, part in sorted(saved["state"].items()):
         exact.check_form(f"stage {name}", part)
@@ -271,34 +273,25 @@ def _load_exact(engine: Engine, found: Checkpoint, settings: dict[str, Json]) ->
     return put
 
 
-def _check_settings(found: Checkpoint, settings: dict[str, Json]) -> None:
-    """Refuse a checkpoint of a pipeline that was made otherwise."""
-    saved, advice = (
-        found.manifest,
-        "make the pipeline with the same arguments, or save with portable=True to change them",
-    )
+def _differences(found: Checkpoint, settings: dict[str, Json]) -> Iterator[str]:
+    """What is otherwise in the pipeline that wrote a checkpoint, and decides results."""
+    saved = found.manifest
     for name, word in _COUNTED.items():
         if saved[name] != settings[name]:
-            raise CheckpointError(
-                f"{found.folder} was saved with {saved[name]} {word}, and this pipeline has {settings[name]}; {advice}"
-            )
+            yield f"was saved with {saved[name]} {word}, and this pipeline has {settings[name]}"
     for name, value in settings["method"].items():
         if saved["method"].get(name) != value:
-            raise CheckpointError(
-                f"{found.folder} was saved by method {found.method!r} with {name}={saved['method'].get(name)!r}, and this pipeline "
-                f"has {settings['method']['name']!r} with {name}={value!r}; {advice}"
+            yield (
+                f"was saved by method {found.method!r} with {name}={saved['method'].get(name)!r}, and this pipeline has "
+                f"{settings['method']['name']!r} with {name}={value!r}"
             )
     for k, (theirs, ours) in enumerate(zip(saved["layers"], settings["layers"], strict=True)):
         if theirs != ours:
-            raise CheckpointError(
-                f"{found.folder} is another model's, or cut elsewhere: stage {k} has the layers {', '.join(theirs)} there and "
-                f"{', '.join(ours)} here; {advice}"
-            )
+            layers = f"{', '.join(theirs)} there and {', '.join(ours)} here"
+            yield f"is another model's, or cut elsewhere: stage {k} has the layers {layers}"
     for name in _CHANGES_RESULTS:
         if saved[name] != settings[name]:
-            raise CheckpointError(
-                f"{found.folder} was saved with {name}={saved[name]}, and this pipeline has {name}={settings[name]}; {advice}"
-            )
+            yield f"was saved with {name}={saved[name]}, and this pipeline has {name}={settings[name]}"
 
 
 def _warn_of_settings(saved: dict[str, Json], settings: dict[str, Json]) -> None:

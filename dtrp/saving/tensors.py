@@ -14,16 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.distributed.checkpoint.planner import SavePlan
 
 from ..tensors.pickles import ForbiddenName, Record, Unpickler
@@ -33,8 +26,8 @@ from .coding import DTYPES, TensorSpec
 from .manifest import METADATA, CheckpointError, are_counts, first_line
 
 StorageInfo = storage_info_class()
-_METADATA = Metadata.__module__
-# The names that the pickle of a Metadata refers to, and their stand-ins: records for classes and functions, names for dtypes.
+_METADATA = dcp.Metadata.__module__
+# The names that the pickle of a `Metadata` refers to, and their stand-ins: records for classes and functions, names for dtypes.
 _STAND_INS: dict[tuple[str, str], Any] = {
     (module, name): type(name, (Record,), {})
     for module, name in (
@@ -51,8 +44,8 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 class Writer(FileSystemWriter):
     """Writes a rank's tensors; its metadata names no paths of this machine."""
 
-    def storage_meta(self) -> StorageMeta | None:
-        return StorageMeta()
+    def storage_meta(self) -> dcp.StorageMeta | None:
+        return dcp.StorageMeta()
 
 
 class TensorWriter:
@@ -99,7 +92,7 @@ class Reader(FileSystemReader):
         super().__init__(folder)
         self._folder, self._sizes = folder, sizes
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
         path = self._folder / METADATA
         try:
             return self._rebuilt(_state_of(Unpickler(path.read_bytes(), _STAND_INS).load(), "Metadata", dict))
@@ -107,11 +100,11 @@ class Reader(FileSystemReader):
             reason = f"it refers to {error}, which no checkpoint needs" if isinstance(error, ForbiddenName) else error
             raise CheckpointError(f"{path} is refused: {reason}; use another checkpoint") from None
 
-    def _rebuilt(self, content: dict[str, Any]) -> Metadata:
+    def _rebuilt(self, content: dict[str, Any]) -> dcp.Metadata:
         """The metadata that `TensorWriter` has written, built from stand-ins: tensors, each in one piece in one file."""
         records = _checked(content.get("state_dict_metadata"), dict)
         tensors = {_checked(key, str): _tensor_metadata(key, record) for key, record in records.items()}
-        places: dict[MetadataIndex, Any] = {}
+        places: dict[dcp.MetadataIndex, Any] = {}
         for index, record in _checked(content.get("storage_data"), dict).items():
             key = _checked(_state_of(index, "MetadataIndex", dict).get("fqn"), str)
             info = _state_of(record, StorageInfo.__name__, dict)
@@ -124,11 +117,11 @@ class Reader(FileSystemReader):
             inside = are_counts([start, length]) and start + length <= self._sizes[name]
             if not inside or info.get("transform_descriptors"):
                 raise CheckpointError(f"it points outside of {name!r}")
-            places[MetadataIndex(key, tensors[key].chunks[0].offsets)] = StorageInfo(name, start, length)
-        return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())  # type: ignore[arg-type]
+            places[dcp.MetadataIndex(key, tensors[key].chunks[0].offsets)] = StorageInfo(name, start, length)
+        return dcp.Metadata(tensors, storage_data=places, storage_meta=dcp.StorageMeta())  # type: ignore[arg-type]
 
 
-def _tensor_metadata(key: Any, record: Any) -> TensorStorageMetadata:
+def _tensor_metadata(key: Any, record: Any) -> dcp.TensorStorageMetadata:
     """The metadata of one tensor, built from its stand-in."""
     if type(record) is not _STAND_INS[_METADATA, "TensorStorageMetadata"]:
         raise CheckpointError(f"{str(key)[:60]!r} is no tensor")
@@ -138,7 +131,7 @@ def _tensor_metadata(key: Any, record: Any) -> TensorStorageMetadata:
     if _size(place.get("offsets")) != zeros or _size(place.get("sizes")) != size:
         raise CheckpointError(f"{str(key)[:60]!r} is not in one piece")
     dtype = DTYPES[_checked(_state_of(entry.get("properties"), "TensorProperties", tuple)[0], str)]
-    return TensorStorageMetadata(TensorProperties(dtype), size, [ChunkStorageMetadata(zeros, size)])
+    return dcp.TensorStorageMetadata(dcp.TensorProperties(dtype), size, [dcp.ChunkStorageMetadata(zeros, size)])
 
 
 def _checked(value: Any, kind: type) -> Any:
@@ -186,7 +179,8 @@ def read_tensors(folder: Path, files: dict[str, Json], specs: dict[str, TensorSp
     metadata = reader.read_metadata()
     for key, t in to_read.items():
         entry = metadata.state_dict_metadata.get(key)
-        if not isinstance(entry, TensorStorageMetadata) or (entry.size, entry.properties.dtype) != (t.shape, t.dtype):
+        found = (entry.size, entry.properties.dtype) if isinstance(entry, dcp.TensorStorageMetadata) else None
+        if found != (t.shape, t.dtype):
             raise CheckpointError(f"{folder / METADATA} does not have the tensor {key!r} as the manifest says")
     planner = _Planner(flatten_state_dict=False)
     try:

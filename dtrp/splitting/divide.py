@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def divide(traced: Traced, points: Sequence[str]) -> tuple[list[Part], list[Use]
     stages = assign(traced.graph, points)
     _copy_to_readers(traced.graph.graph, stages)
     uses = _uses(traced.graph, stages)
-    calls = _Calls.of(split_module(traced.graph, traced.graph, lambda node: stages[node]), traced.input_leaves)
+    calls = _Calls(split_module(traced.graph, traced.graph, lambda node: stages[node]), traced.input_leaves)
     last = len(points)
     # The last stage that needs each value; what the model returns is needed by the last.
     needed = {node: stage for stage in range(last + 1) for node in calls.arguments[stage]}
@@ -107,11 +107,14 @@ def divide(traced: Traced, points: Sequence[str]) -> tuple[list[Part], list[Use]
     return parts, uses
 
 
-@dataclass
 class _Calls:
     """The graph that calls the parts, as `split_module` makes it.
 
     Args:
+        whole: that graph.
+        input_leaves: for each of its inputs, its place among the leaves of the example.
+
+    Attributes:
         graphs: graph of each stage's part.
         arguments: nodes whose values each stage's part is called with.
         made: for each node, the stage that makes its value (-1: an input) and the place among the values that it makes.
@@ -119,35 +122,30 @@ class _Calls:
         outputs: nodes and constants that the model returns.
     """
 
-    graphs: dict[int, fx.GraphModule] = field(default_factory=dict)
-    arguments: dict[int, list[fx.Node]] = field(default_factory=dict)
-    made: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
-    values: dict[fx.Node, Any] = field(default_factory=dict)
-    outputs: list[Any] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, whole: fx.GraphModule, input_leaves: Sequence[int]) -> _Calls:
-        calls, leaves = cls(), iter(input_leaves)
+    def __init__(self, whole: fx.GraphModule, input_leaves: Sequence[int]) -> None:
+        self.graphs: dict[int, fx.GraphModule] = {}
+        self.arguments: dict[int, list[fx.Node]] = {}
+        self.made: dict[fx.Node, tuple[int, int]] = {}
+        self.values: dict[fx.Node, Any] = {}
+        leaves = iter(input_leaves)
         for node in whole.graph.nodes:
             value: Any = node
             if node.op == "placeholder":
-                calls.made[node] = (-1, next(leaves))
+                self.made[node] = (-1, next(leaves))
             elif node.op == "call_module":
                 stage = int(str(node.target).removeprefix("submod_"))
-                calls.graphs[stage] = getattr(whole, str(node.target))
-                calls.arguments[stage] = list(node.args)
-                value = _output(calls.graphs[stage])
+                self.graphs[stage], self.arguments[stage] = getattr(whole, str(node.target)), list(node.args)
+                value = _output(self.graphs[stage])
                 if not isinstance(value, fx.Node):
                     continue
-                calls.made[node] = (stage, 0)
+                self.made[node] = (stage, 0)
             elif node.target is operator.getitem:
                 call, index = node.args
                 stage = int(str(call.target).removeprefix("submod_"))
-                calls.made[node], value = (stage, index), _output(calls.graphs[stage])[index]
-            elif node.op == "output":
-                calls.outputs = list(node.args[0]) if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
-            calls.values[node] = value.meta.get("val")
-        return calls
+                self.made[node], value = (stage, index), _output(self.graphs[stage])[index]
+            self.values[node] = value.meta.get("val")
+        outputs = _output(whole)
+        self.outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
 
     def part(
         self, stage: int, incoming: Mapping[fx.Node, int], sizes: list[tuple[int, int]], outputs: Sequence[Any]

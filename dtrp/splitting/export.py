@@ -25,17 +25,10 @@ from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..tensors import torch_private
 from ..tensors.module_mode import in_mode, members
 from ..tensors.pytree import flatten, unflatten
-from ..tensors.torch_private import (
-    ASSERT_TENSOR_METADATA,
-    buffer_dict,
-    operator_schema,
-    parameter_dict,
-    pytree,
-    replace_tensor_dicts,
-    writes_arguments,
-)
+from ..tensors.torch_private import buffer_dict, pytree, writes_arguments
 from ..typing import Tree
 from .regions import marked, record_regions, replaced
 
@@ -97,18 +90,20 @@ class Example:
             )
         return cls(value, leaves, paths, samples)
 
+    def without_data(self) -> Example:
+        """The example with tensors on the meta device, which have shapes and dtypes alone."""
+        value = pytree.tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), self.value)
+        return Example(value, tuple(pytree.tree_leaves(value)), self.paths, self.samples)
+
     def has_samples(self, leaf: Any) -> bool:
         """Whether a leaf is a tensor with the samples of the mini-batch, and not one for all of them."""
         return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == self.samples
 
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments."""
-        match self.value:
-            case dict():
-                return (), dict(self.value)
-            case tuple() | list():
-                return tuple(self.value), {}
-        return (self.value,), {}
+        if isinstance(self.value, dict):
+            return (), dict(self.value)
+        return (tuple(self.value) if isinstance(self.value, (tuple, list)) else (self.value,)), {}
 
 
 @dataclass(frozen=True)
@@ -176,7 +171,9 @@ def _clean_up(graph: fx.Graph) -> None:
     """Remove what served the trace alone, and show writes in place to whoever follows values through the graph."""
     for node in list(graph.nodes):
         # Checks of the traced run, which would refuse a batch of one, and autocast.
-        if node.target is ASSERT_TENSOR_METADATA or (node.op == "call_module" and node.target == "_guards_fn"):
+        if node.target is torch_private.ASSERT_TENSOR_METADATA or (
+            node.op == "call_module" and node.target == "_guards_fn"
+        ):
             graph.erase_node(node)
         elif node.target is _ALIAS:
             node.replace_all_uses_with(node.args[0])
@@ -219,7 +216,7 @@ def _name_by_last_write(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if not writes_arguments(node.target) or not node.args:
             continue
-        written, alias = node.args[0], operator_schema(node.target).arguments[0].alias_info
+        written, alias = node.args[0], torch_private.operator_schema(node.target).arguments[0].alias_info
         if isinstance(written, fx.Node) and written.op != "get_attr" and alias is not None and alias.is_write:
             for user in list(written.users):
                 if places[user] > places[node]:
@@ -240,15 +237,11 @@ def module_path(node: fx.Node) -> tuple[str, ...]:
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Context in which a Hugging Face model returns no keys and values beside its output: they are for generation."""
-    configs: list[Any] = [getattr(member, "config", None) for member in model.modules()]
-    caching = [config for config in configs if getattr(config, "use_cache", None) is True]
-    try:
-        for config in caching:
-            config.use_cache = False
+    with ExitStack() as stack:
+        for config in [getattr(member, "config", None) for member in model.modules()]:
+            if getattr(config, "use_cache", None) is True:
+                stack.enter_context(replaced(config, use_cache=False))
         yield
-    finally:
-        for config in caching:
-            config.use_cache = True
 
 
 @contextmanager
@@ -270,16 +263,16 @@ def on_copies(model: nn.Module, copies: Mapping[int, Tensor]) -> Iterator[None]:
 
     Tensors that the model registers within the context are gone after it.
     """
-    before = {member: (parameter_dict(member), buffer_dict(member)) for member in members(model)}
+    before = {member: (torch_private.parameter_dict(member), buffer_dict(member)) for member in members(model)}
     try:
         for member, dicts in before.items():
-            replace_tensor_dicts(
+            torch_private.replace_tensor_dicts(
                 member, *({name: copies.get(id(t), t) for name, t in tensors.items()} for tensors in dicts)
             )
         yield
     finally:
         for member, dicts in before.items():
-            replace_tensor_dicts(member, *dicts)
+            torch_private.replace_tensor_dicts(member, *dicts)
 
 
 class _Casts(TorchFunctionMode):

@@ -41,7 +41,7 @@ _PLAIN = Region()
 @contextmanager
 def replaced(owner: Any, **members: Any) -> Iterator[None]:
     """Context in which ``owner`` has these members in place of its own ones."""
-    before = {name: owner.__dict__[name] for name in members}
+    before = {name: vars(owner).get(name, getattr(owner, name)) for name in members}
     try:
         for name, member in members.items():
             setattr(owner, name, member)

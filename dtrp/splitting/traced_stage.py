@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..tensors import torch_private
 from ..tensors.autocast import AutocastState
 from ..tensors.module_mode import Follower, let_follow
-from ..tensors.torch_private import (
-    buffer_dict,
-    module_backward_hooks,
-    module_dict,
-    non_persistent_buffers,
-    parameter_dict,
-    pytree,
-)
+from ..tensors.torch_private import buffer_dict, module_dict, parameter_dict, pytree
 from ..typing import Tree
 from .divide import Part, Source, Use, divide
 from .export import Example, attribute, export
@@ -27,14 +21,6 @@ from .regions import run_within
 from .verify import Verifier
 
 Owner = tuple[nn.Module, str]  # a module that holds a tensor, and its name in the module
-
-
-class _Shape(NamedTuple):
-    """The shape and dtype of a tensor of the example; dimensions from ``first`` on have this size in every batch."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    first: int
 
 
 class TracedStage(Follower):
@@ -55,8 +41,7 @@ class TracedStage(Follower):
         self._parts = parts
         self._weights: tuple[list[Owner | None], list[Owner | None]] = ([], [])  # of each argument, in either mode
         self._dtypes: list[tuple[nn.Module, str, torch.dtype]] = []
-        self._example: Example | None = None  # of the first stage
-        self._shapes: list[_Shape | None] = []  # of its leaves; None for constants
+        self._example: Example | None = None  # of the first stage, with tensors on the meta device
         self._device: torch.device | None = None
         self._autocast = AutocastState("cpu", False, torch.bfloat16)  # settings in the trace
         self._fits_others = True  # whether the stage does what the model does in other settings too
@@ -95,23 +80,23 @@ class TracedStage(Follower):
                 f"{self._label} takes {_described(example.value)}, as the example of dtrp.split, and got {_described(value)}; "
                 "pass the same, or split with another example"
             )
-        for leaf, traced, path, wanted in zip(leaves, example.leaves, example.paths, self._shapes, strict=True):
-            where = path.replace("example", "x", 1)
-            if wanted is None:
+        for leaf, traced, path in zip(leaves, example.leaves, example.paths, strict=True):
+            where, first = path.replace("example", "x", 1), int(example.has_samples(traced))
+            if not isinstance(traced, Tensor):
                 if leaf != traced or type(leaf) is not type(traced):
                     raise ValueError(
                         f"{where} is {leaf!r}, and the model was traced with {traced!r}; split with another example"
                     )
             elif not isinstance(leaf, Tensor):
                 raise TypeError(f"{where} is a {type(leaf).__name__}, and the model was traced with a tensor")
-            elif leaf.dtype != wanted.dtype:
+            elif leaf.dtype != traced.dtype:
                 raise TypeError(
-                    f"{where} is {leaf.dtype}, and the model was traced with {wanted.dtype}; convert it, or split with an example "
+                    f"{where} is {leaf.dtype}, and the model was traced with {traced.dtype}; convert it, or split with an example "
                     "of that dtype"
                 )
-            elif leaf.dim() != len(wanted.shape) or leaf.shape[wanted.first :] != wanted.shape[wanted.first :]:
+            elif leaf.dim() != traced.dim() or leaf.shape[first:] != traced.shape[first:]:
                 raise ValueError(
-                    f"{where} has shape {tuple(leaf.shape)}, and the model was traced with {tuple(wanted.shape)}; only the number "
+                    f"{where} has shape {tuple(leaf.shape)}, and the model was traced with {tuple(traced.shape)}; only the number "
                     "of samples may differ: pad it, or split with another example"
                 )
         return leaves
@@ -210,23 +195,14 @@ def trace_into_stages(
     ]
     _give_tensors(model, stages, [*train_uses, *eval_uses], graphs)
     let_follow(stages, model)
-    first = stages[0]
-    first._example = checked
-    first._shapes = [
-        _Shape(leaf.shape, leaf.dtype, int(checked.has_samples(leaf))) if isinstance(leaf, Tensor) else None
-        for leaf in checked.leaves
-    ]
+    stages[0]._example = checked.without_data()
     _verify(Verifier(model, stages, checked, traced), stages, reads_dtypes=any(t.reads_dtypes for t in traced))
-    # From here on the shapes of its tensors are enough.
-    empty = [torch.empty(0, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in checked.leaves]
-    value = pytree.tree_unflatten(empty, checked.spec)
-    first._example = Example(value, tuple(empty), checked.paths, checked.samples)
     return stages, list(points)
 
 
 def _check_hooks(model: nn.Module) -> None:
     for name, member in model.named_modules():
-        if module_backward_hooks(member):
+        if torch_private.module_backward_hooks(member):
             raise ValueError(
                 f"{f'module {name!r}' if name else 'the model'} has a backward hook, which a trace does not keep; remove it, and "
                 "register it on the stages that dtrp.split returns, or pass a list of modules, one a stage"
@@ -347,5 +323,7 @@ def _register(model: nn.Module, stage: TracedStage, name: str, tensor: Tensor) -
         module.register_parameter(attribute, tensor)
     else:
         original = model.get_submodule(prefix)
-        module.register_buffer(attribute, tensor, persistent=attribute not in non_persistent_buffers(original))
+        module.register_buffer(
+            attribute, tensor, persistent=attribute not in torch_private.non_persistent_buffers(original)
+        )
         stage._origins.append((original, attribute, module))

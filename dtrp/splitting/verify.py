@@ -56,10 +56,9 @@ class Verifier:
         written = {name for graph in graphs for name in _written(graph)}
         self._moved = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in written}
         self._moved |= set(map(id, model.buffers()))
-        if any(_is_half(node.meta.get("val")) for graph in graphs for node in graph.graph.nodes):
-            self._precision = _HALF_PRECISION
-        else:
-            self._precision = _PRECISION if self.device_type == "cpu" else _ACCELERATOR_PRECISION
+        has_half = any(_is_half(node.meta.get("val")) for graph in graphs for node in graph.graph.nodes)
+        precision = _PRECISION if self.device_type == "cpu" else _ACCELERATOR_PRECISION
+        self._precision = _HALF_PRECISION if has_half else precision
 
     def check(self) -> None:
         """Raise ValueError where they differ, in eval mode or, if nothing is drawn there, in train mode."""
