@@ -24,5 +24,8 @@ SchedulerFactory: TypeAlias = Callable[[Optimizer], Any]
 AutocastFactory: TypeAlias = Callable[[], AbstractContextManager[Any]]
 """() -> the region in which forwards run, as ``lambda: torch.autocast("cpu", torch.bfloat16)``."""
 
+StateDict: TypeAlias = dict[str, Any]
+"""What ``state_dict()`` of a module, an optimizer, a scheduler or a pipeline returns, or a part of it."""
+
 Json: TypeAlias = Any
 """None, bool, int, float, str, and lists and dicts with string keys of them."""

@@ -1,12 +1,12 @@
-"""Checkpoints: a folder with a manifest and the tensors, whole or not there, and safe to read.
+"""Checkpoints: folders with a manifest and tensors, which appear complete or not at all, and are safe to read.
 
-`Pipeline.save` and `Pipeline.load` are the interface; `inspect` looks at a checkpoint without a pipeline, and
-`read_state` makes of a portable one the state dicts for a plain model and a plain optimizer.
+`Pipeline.save` and `Pipeline.load` are the interface. `inspect` reads the manifest of a checkpoint without a pipeline,
+and `read_state` turns a portable checkpoint into state dicts for a plain model and a plain optimizer.
 
 ::
 
-    folder/manifest.json      what is saved, all of it but the tensors; size and SHA-256 of the other files
-    folder/.metadata          of `torch.distributed.checkpoint`: which tensor is where
+    folder/manifest.json      everything but the tensors, with size and SHA-256 of the other files
+    folder/.metadata          where each tensor is, in the format of `torch.distributed.checkpoint`
     folder/__<rank>_0.distcp  the tensors that a rank has written
 """
 

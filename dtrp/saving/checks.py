@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..typing import Json
+from ..typing import Json, StateDict
 from .manifest import CheckpointError, are_counts
 
 
@@ -45,8 +45,8 @@ def expect_alike(current: Any, saved: Any, what: str) -> None:
             expect_alike(current[key], saved[key], f"{what}.{key}")
 
 
-def expect_same_groups(where: str, current: list[dict[str, Any]], saved: Any) -> None:
-    """Refuse an optimizer's parameter groups that differ in number, in their numbers of parameters, or in their options."""
+def expect_same_groups(where: str, current: list[StateDict], saved: Any) -> None:
+    """Refuse an optimizer's parameter groups that differ in number, in size, or in their options."""
     fits = isinstance(saved, list) and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in saved)
     expect(fits, f"{where} has no parameter groups")
     if [len(g["params"]) for g in current] != [len(g["params"]) for g in saved]:
@@ -64,8 +64,8 @@ def expect_same_groups(where: str, current: list[dict[str, Any]], saved: Any) ->
         warn_of_options(where, a, b)
 
 
-def warn_of_options(where: str, current: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Warn of options of a parameter group that differ from those that the pipeline was made with; the saved ones go on.
+def warn_of_options(where: str, current: StateDict, saved: StateDict) -> None:
+    """Warn of options of a parameter group that differ from those of the pipeline; the saved ones go on.
 
     Learning rates are compared as they were before any scheduler, and not at all without one: loops set them by hand.
     """

@@ -1,8 +1,8 @@
 """Exact checkpoints: one stage between two steps, with its micro-batches in flight, and the same stage again.
 
 A graph cannot be written down. It is made again from what it was made of: the input, the version of the weights, the
-random draws, which depend on the micro-batch alone, and the buffers that it has read (`dtrp.stage.buffers`). What that forward
-does to buffers is discarded: they have moved already.
+random draws, which depend on the micro-batch alone, and the buffers that it has read (`dtrp.stage.buffers`). What that
+forward does to buffers is discarded: they have moved already.
 """
 
 from __future__ import annotations

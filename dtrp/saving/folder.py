@@ -4,8 +4,8 @@
 
     write into .NAME.new  ->  NAME becomes .NAME.old  ->  .NAME.new becomes NAME  ->  .NAME.old goes
 
-A process that dies before the second rename leaves the old folder, which `inspect` finds under either name. ``.NAME.new``
-is locked while it is written, so that two runs that save to the same place do not mix their files.
+A process that dies before the second rename leaves the old folder, which `inspect` finds under either name.
+``.NAME.new`` is locked while it is written, so that two runs that save to the same place do not mix their files.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..stage.stage import Stage
-from ..typing import Json
+from ..typing import Json, StateDict
 from . import state_dict
 from .coding import Decoder, Encoder, TensorSpec, tensor_keys
 from .manifest import Checkpoint, CheckpointError, first_line, inspect
@@ -28,7 +28,7 @@ def encode_part(encoder: Encoder, stage: Stage) -> dict[str, Json]:
     """A stage's part of `Pipeline.state_dict` as JSON; its tensors go to the encoder."""
     part = state_dict.state_part(stage)
 
-    def encode_section(section: dict[str, Any], prefix: str) -> dict[str, Json]:
+    def encode_section(section: StateDict, prefix: str) -> dict[str, Json]:
         groups = []
         for i, group in enumerate(section["param_groups"]):
             key = f"optimizer.param_groups.{prefix or 'aux.'}stage{stage.index}.{i}"
@@ -69,7 +69,7 @@ def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return result
 
 
-def decode(found: Checkpoint, names: set[str] | None = None) -> dict[str, Any]:
+def decode(found: Checkpoint, names: set[str] | None = None) -> StateDict:
     """The return value of `Pipeline.state_dict` when the checkpoint was written, on the CPU.
 
     Args:
@@ -102,7 +102,7 @@ def decode(found: Checkpoint, names: set[str] | None = None) -> dict[str, Any]:
         spec = TensorSpec(coded["tensor"], entries[coded["tensor"]])
         return torch.empty(spec.layout.shape, dtype=spec.dtype, device="meta")
 
-    def decode_section(section: dict[str, Json]) -> dict[str, Any]:
+    def decode_section(section: dict[str, Json]) -> StateDict:
         states = {name: decoder.decode(coded, cpu) for name, coded in section["state"].items() if is_wanted(name)}
         groups = [
             {"params": list(group["params"]), **decoder.decode(group["options"], cpu)}
@@ -121,7 +121,7 @@ def decode(found: Checkpoint, names: set[str] | None = None) -> dict[str, Any]:
     }
 
 
-def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read_state(folder: str | os.PathLike[str]) -> StateDict:
     """A portable checkpoint as state dicts on the CPU, for a plain model and a plain optimizer.
 
     ::
@@ -131,8 +131,8 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
         torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
     Returns:
-        What `Pipeline.state_dict` returns: ``{"model", "optimizer", "scheduler", "num_updates"}``, and ``"aux"`` where there
-        are auxiliary networks.
+        What `Pipeline.state_dict` returns: ``{"model", "optimizer", "scheduler", "num_updates"}``, and ``"aux"`` where
+        there are auxiliary networks.
 
     Raises:
         CheckpointError: no checkpoint, a damaged one, or an exact one.
@@ -146,7 +146,7 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextmanager
 def reading(found: Checkpoint) -> Iterator[None]:
-    """Context for code that reads a manifest's values: errors caused by values of the wrong type become CheckpointErrors."""
+    """Context in which errors caused by a manifest's values of the wrong type become CheckpointErrors."""
     try:
         yield
     except CheckpointError as error:

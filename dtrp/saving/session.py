@@ -26,7 +26,7 @@ from ..errors import StageError
 from ..schedule import lead
 from ..stage.gradients import GradientRule
 from ..stage.stage import Stage
-from ..typing import Json
+from ..typing import Json, StateDict
 from . import checks, exact, folder, manifest, portable, state_dict
 from .coding import Decoder, Encoder, TensorSpec, tensor_keys
 from .manifest import Checkpoint, CheckpointError, first_line
@@ -217,7 +217,7 @@ def _load_portable(engine: Engine, found: Checkpoint, shapes: state_dict.Shapes,
     return put
 
 
-def _check_options(stage: Stage, saved_groups: list[dict[str, Any]]) -> None:
+def _check_options(stage: Stage, saved_groups: list[StateDict]) -> None:
     """Compare the options of a stage's optimizer with those of the saved groups that hold its parameters."""
     parameters = dict(zip(stage.names, stage.parameters, strict=True))
     for group in stage.optimizer.param_groups if stage.optimizer is not None else ():

@@ -5,7 +5,8 @@ Names are the unsplit model's. The optimizer's part has the form that
 [names], ...options}]}``, groups with equal options merged over the stages.
 
 Auxiliary networks are no part of the model: their weights and optimizer state are in a section ``aux``, under
-``aux.<layer>.``, the layer that the network follows. So they are found again wherever a stage ends at that layer, whatever K is.
+``aux.<layer>.``, the layer that the network follows. So they are found again wherever a stage ends at that layer,
+whatever K is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..stage.buffers import buffers_of, names_of, put, slot_of
 from ..stage.stage import Stage
 from ..tensors.pytree import on_cpu
 from ..tensors.torch_private import non_persistent_buffers
+from ..typing import StateDict
 
 T = TypeVar("T")
 Shapes = dict[str, torch.Size | None]  # by name in a state dict; None: no tensor
@@ -42,10 +44,10 @@ def merge_model(parts: Sequence[dict[str, T]]) -> dict[str, T]:
     return {name: value for part in parts for name, value in part.items()}
 
 
-def state_part(stage: Stage) -> dict[str, Any]:
+def state_part(stage: Stage) -> StateDict:
     """A snapshot of a stage's part of `Pipeline.state_dict`."""
     aux = {name: _snapshot(value) for name, value in _aux_tensors(stage).items()}
-    both: list[dict[str, Any]] = [
+    both: list[StateDict] = [
         {"model": tensors, "state": {}, "param_groups": []} for tensors in (model_part(stage), aux)
     ]
     if stage.optimizer is not None:
@@ -64,8 +66,8 @@ def state_part(stage: Stage) -> dict[str, Any]:
     return {**both[0], "scheduler": scheduler, "aux": both[1] if aux else None, "buffers": _changed_buffers(stage)}
 
 
-def merge_state(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """``{"model", "optimizer", "scheduler"}`` from all stages' parts, and ``aux`` and ``buffers`` if any stage has them."""
+def merge_state(parts: Sequence[StateDict]) -> StateDict:
+    """All stages' parts as ``{"model", "optimizer", "scheduler"}``, with ``aux`` and ``buffers`` if any has them."""
     aux = [part["aux"] for part in parts if part["aux"] is not None]
     buffers = [name for part in parts for name in part["buffers"]]
     return {
@@ -76,8 +78,8 @@ def merge_state(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _merge_section(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    groups: list[dict[str, Any]] = []
+def _merge_section(parts: Sequence[StateDict]) -> StateDict:
+    groups: list[StateDict] = []
     for group in itertools.chain.from_iterable(part["param_groups"] for part in parts):
         same = next((g for g in groups if group_options(g) == group_options(group)), None)
         if same is None:
@@ -89,8 +91,8 @@ def _merge_section(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"model": model, "optimizer": {"state": state, "param_groups": groups}}
 
 
-def sections(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The sections of a state that `merge_state` has made: the model's, and the auxiliary networks' if there are any."""
+def sections(state: StateDict) -> list[StateDict]:
+    """The sections of a merged state: the model's, and the auxiliary networks' if there are any."""
     return [state, state["aux"]] if state.get("aux") is not None else [state]
 
 
@@ -98,13 +100,13 @@ def _is_aux(stage: Stage, name: str) -> bool:
     return stage.aux is not None and name.startswith("aux.")
 
 
-def _aux_tensors(stage: Stage) -> dict[str, Any]:
+def _aux_tensors(stage: Stage) -> StateDict:
     """The entries of the stage's auxiliary network in a state dict."""
     state = {} if stage.aux is None else stage.whole.state_dict()
     return {name: value for name, value in state.items() if _is_aux(stage, name)}
 
 
-def group_options(group: dict[str, Any]) -> dict[str, Any]:
+def group_options(group: StateDict) -> StateDict:
     """The options of a parameter group of an optimizer."""
     return {key: value for key, value in group.items() if key != "params"}
 
@@ -127,9 +129,7 @@ def shapes_of(stage: Stage) -> Shapes:
     return shapes
 
 
-def check_state(
-    stages: Sequence[Stage], state: dict[str, Any], shapes: Shapes, *, scheduler: bool
-) -> Callable[[], None]:
+def check_state(stages: Sequence[Stage], state: StateDict, shapes: Shapes, *, scheduler: bool) -> Callable[[], None]:
     """Check what `Pipeline.state_dict` returned, at this or another number of stages.
 
     An auxiliary network that is not in it, since another method wrote it or no stage ended there, is to stay as it is.
@@ -190,7 +190,7 @@ def check_state(
     return load
 
 
-def _optimizer_state(stage: Stage, optimizers: Sequence[dict[str, Any]], *, has_aux: bool) -> dict[str, Any]:
+def _optimizer_state(stage: Stage, optimizers: Sequence[StateDict], *, has_aux: bool) -> StateDict:
     """The state dict to load into the optimizer of a stage.
 
     Args:
@@ -207,7 +207,7 @@ def _optimizer_state(stage: Stage, optimizers: Sequence[dict[str, Any]], *, has_
     )
     saved = _by_stage_name(stage, saved_states)
     current = {names[id(p)]: entry for p, entry in stage.optimizer.state.items()}
-    groups: list[dict[str, Any]] = []
+    groups: list[StateDict] = []
     entries, number = {}, 0
     for group in stage.optimizer.param_groups:
         members = [names[id(p)] for p in group["params"]]
@@ -220,10 +220,8 @@ def _optimizer_state(stage: Stage, optimizers: Sequence[dict[str, Any]], *, has_
     return {"state": entries, "param_groups": groups}
 
 
-def _options_for(
-    stage: Stage, group: dict[str, Any], names: list[str], options: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    """The saved options of a parameter group; its present ones if it has nothing but an auxiliary network that is not saved."""
+def _options_for(stage: Stage, group: StateDict, names: list[str], options: dict[str, StateDict]) -> StateDict:
+    """The saved options of a parameter group; its present ones if only an unsaved auxiliary network is in it."""
     members = [name for name in names if name in options or not _is_aux(stage, name)]
     if not members:
         return group_options(group)
@@ -244,7 +242,7 @@ def _options_for(
     return saved
 
 
-def _fit_buffers(stage: Stage, state: dict[str, Any]) -> None:
+def _fit_buffers(stage: Stage, state: StateDict) -> None:
     """Give the stage buffers of such shapes and dtypes that the state can be loaded into them."""
     module, model, changed = stage.module, state["model"], state.get("buffers", ())
     current, present = buffers_of(module), module.state_dict().keys()
@@ -269,13 +267,13 @@ def _fit_buffers(stage: Stage, state: dict[str, Any]) -> None:
     put(current, values)
 
 
-def options_of(stage: Stage) -> list[dict[str, Any]]:
+def options_of(stage: Stage) -> list[StateDict]:
     """The options of a stage's optimizer, group by group; a learning rate as it was before any scheduler."""
     groups = stage.optimizer.param_groups if stage.optimizer is not None else []
     return [{**group_options(group), "lr": group.get("initial_lr", group["lr"])} for group in groups]
 
 
-def set_options(stage: Stage, options: list[dict[str, Any]]) -> None:
+def set_options(stage: Stage, options: list[StateDict]) -> None:
     """Set the options of a stage's optimizer to what `options_of` has returned; the schedule stays where it is."""
     if stage.optimizer is None:
         return
@@ -289,7 +287,7 @@ def set_options(stage: Stage, options: list[dict[str, Any]]) -> None:
         _take_learning_rates(stage.lr_scheduler, stage.optimizer.param_groups)
 
 
-def _saved_aux(stage: Stage, state: dict[str, Any]) -> dict[str, Any] | None:
+def _saved_aux(stage: Stage, state: StateDict) -> StateDict | None:
     """The state dict of the stage's auxiliary network; None where the state has not all of it."""
     current = _aux_tensors(stage)
     saved = state["aux"]["model"] if state.get("aux") is not None else {}
@@ -299,8 +297,8 @@ def _saved_aux(stage: Stage, state: dict[str, Any]) -> dict[str, Any] | None:
     return {name.split(".", 2)[2]: saved[name] for name in current}
 
 
-def _take_learning_rates(scheduler: Any, groups: list[dict[str, Any]]) -> None:
-    """Set a scheduler's lists by parameter group to those of this stage: of the saved scheduler only its step counts."""
+def _take_learning_rates(scheduler: Any, groups: list[StateDict]) -> None:
+    """Set a scheduler's lists by parameter group to this stage's: of the saved scheduler only the step counts."""
     if hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in groups]
     if hasattr(scheduler, "_last_lr"):
@@ -340,7 +338,7 @@ def _snapshot(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def _check_names(shapes: Shapes, saved: dict[str, Any], changed: Collection[str]) -> None:
+def _check_names(shapes: Shapes, saved: StateDict, changed: Collection[str]) -> None:
     shapes = {name: shape for name, shape in shapes.items() if name not in changed}
     saved = {name: value for name, value in saved.items() if name not in changed}
     lost, strange = sorted(shapes.keys() - saved.keys()), sorted(saved.keys() - shapes.keys())
@@ -358,7 +356,7 @@ def _check_names(shapes: Shapes, saved: dict[str, Any], changed: Collection[str]
             )
 
 
-def _check_ties(stages: Sequence[Stage], saved: dict[str, Any]) -> None:
+def _check_ties(stages: Sequence[Stage], saved: StateDict) -> None:
     """Refuse different values for names of one tensor: each stage that holds it loads its value by another name."""
     for stage in stages:
         for tie in stage.ties:

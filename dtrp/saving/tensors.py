@@ -1,8 +1,8 @@
 """Tensors to and from files, through `torch.distributed.checkpoint`; safe to read.
 
-Its planners, writer and reader are called by their public methods, and ranks exchange plans over the pipeline's connections,
-so that a wait can be interrupted and a rank that fails is named. Plain `FileSystemReader` would unpickle anything in
-``.metadata``, open any path that it names, and unpickle entries that are no tensors.
+Its planners, writer and reader are called by their public methods, and ranks exchange plans over the pipeline's
+connections, so that a wait can be interrupted and a rank that fails is named. Plain `FileSystemReader` would unpickle
+anything in ``.metadata``, open any path that it names, and unpickle entries that are no tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .manifest import METADATA, CheckpointError, are_counts, first_line
 
 StorageInfo = storage_info_class()
 _METADATA = dcp.Metadata.__module__
-# The names that the pickle of a `Metadata` refers to, and their stand-ins: records for classes and functions, names for dtypes.
+# Stand-ins for the names in the pickle of a `Metadata`: records for classes and functions, names for dtypes.
 _STAND_INS: dict[tuple[str, str], Any] = {
     (module, name): type(name, (Record,), {})
     for module, name in (
@@ -101,7 +101,7 @@ class Reader(FileSystemReader):
             raise CheckpointError(f"{path} is refused: {reason}; use another checkpoint") from None
 
     def _rebuilt(self, content: dict[str, Any]) -> dcp.Metadata:
-        """The metadata that `TensorWriter` has written, built from stand-ins: tensors, each in one piece in one file."""
+        """The metadata of tensors, each in one piece in one file, built from stand-ins."""
         records = _checked(content.get("state_dict_metadata"), dict)
         tensors = {_checked(key, str): _tensor_metadata(key, record) for key, record in records.items()}
         places: dict[dcp.MetadataIndex, Any] = {}

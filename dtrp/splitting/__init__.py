@@ -1,5 +1,5 @@
-"""A model into stages (`dtrp.split`).
+"""Cut a model into stages (`dtrp.split`).
 
-`stages` cuts a Sequential or a list; for a model of any forward `export` traces it, `points` chooses where stages begin,
-`divide` cuts the trace, and `traced_stage` is the module that runs a part.
+`stages` cuts an `nn.Sequential` or a list between its modules. For any other model `export` traces the forward,
+`points` chooses where stages begin, `divide` cuts the trace, and `traced_stage` has the module that runs a part.
 """

@@ -180,7 +180,7 @@ def _uses(graph: fx.GraphModule, stages: Mapping[fx.Node, int]) -> list[Use]:
 
 
 def _copy_to_readers(graph: fx.Graph, stages: dict[fx.Node, int]) -> None:
-    """Make what follows from sizes alone (positions, causal masks) in each stage that reads it, so that it need not travel."""
+    """Make what follows from sizes alone (positions, causal masks) in each stage that reads it: it need not travel."""
     light: dict[fx.Node, None] = {}
     for node in stages:
         if isinstance(node.meta.get("val"), (int, torch.SymInt)) or _is_light(node, light):
@@ -201,7 +201,7 @@ def _copy_to_readers(graph: fx.Graph, stages: dict[fx.Node, int]) -> None:
 
 
 def _is_light(node: fx.Node, light: Mapping[fx.Node, None]) -> bool:
-    """Whether an operation makes a tensor of sizes and light tensors alone, draws nothing, and nobody writes the tensor."""
+    """Whether an operation makes a tensor of sizes and light tensors alone, without draws or writes in place."""
     return (
         is_operator(node.target)
         and isinstance(node.meta.get("val"), Tensor)

@@ -246,7 +246,7 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Context after which every attribute of the model, and every parameter and buffer, is the same object as before."""
+    """Context after which the model has the same attributes, parameters and buffers as before."""
     attributes = {member: dict(member.__dict__) for member in members(model)}
     try:
         with on_copies(model, {}):
@@ -278,11 +278,12 @@ def on_copies(model: nn.Module, copies: Mapping[int, Tensor]) -> Iterator[None]:
 class _Casts(TorchFunctionMode):
     """Keeps casts to a dtype that the tensor has already in the trace, but may not have in a step, under autocast.
 
-    torch returns the same tensor from such a cast. The cast of an alias is another tensor, so that what reads the tensor is
-    not taken to read the cast. (The Python code of torch.nn.functional is not seen.)
+    torch returns the same tensor from such a cast. The cast of an alias is another tensor, so that what reads the
+    tensor is not taken to read the cast. (The Python code of torch.nn.functional is not seen.)
 
     Attributes:
-        reads_dtypes: whether the forward has asked for autocast settings, or for the dtype of something else than a parameter.
+        reads_dtypes: whether the forward has asked for autocast settings, or for the dtype of something else than a
+            parameter.
     """
 
     def __init__(self) -> None:
@@ -322,8 +323,9 @@ def _plainly() -> Iterator[None]:
 
 @contextmanager
 def _watched(model: nn.Module, casts: _Casts) -> Iterator[None]:
-    """Context in which the model's forward runs with ``casts``, and writes what it has assigned to buffers of submodules
-    into these buffers at its end. (torch.export keeps assignments to buffers of the model itself, and no others.)
+    """Context in which the model's forward runs with ``casts``, and writes what it has assigned to buffers of
+    submodules into these buffers at its end. (torch.export keeps assignments to buffers of the model itself, and no
+    others.)
     """
     assigned: dict[tuple[nn.Module, str], Tensor] = {}
     during_forward = ExitStack()

@@ -61,11 +61,11 @@ def assign(graph: fx.GraphModule, points: Sequence[str]) -> dict[fx.Node, int]:
 
     A stage begins with the first operation of its point. Three kinds of operations go elsewhere:
 
-    - A submodule that is called again has its operations where they were in the first call, or, where they need the result
-      of a later stage, in that stage. So the two ways through a Siamese network are cut alike.
-    - An operation that reads a weight of an earlier stage goes to that stage, if everything else that it needs can be done
-      there too. So T5's decoder has its embedding beside the encoder's, whose tensor it is, and makes its tokens of the
-      labels there.
+    - A submodule that is called again has its operations where they were in the first call, or, where they need the
+      result of a later stage, in that stage. So the two ways through a Siamese network are cut alike.
+    - An operation that reads a weight of an earlier stage goes to that stage, if everything else that it needs can be
+      done there too. So T5's decoder has its embedding beside the encoder's, whose tensor it is, and makes its tokens
+      of the labels there.
     - An entry of what an operation returns is taken in that operation's stage.
 
     Args:
@@ -107,8 +107,8 @@ def _movable_inputs(
         stages: stages of the operations before it.
 
     Returns:
-        These operations, with all that read or write the same; None where one of them has to stay: it reads what is trained, or
-        draws random numbers.
+        These operations, with all that read or write the same; None where one of them has to stay: it reads what is
+        trained, or draws random numbers.
     """
     found: dict[fx.Node, None] = {}
     waiting = list(node.all_input_nodes)
@@ -172,10 +172,10 @@ class _Position:
 def choose_points(model: nn.Module, num_stages: int, train: fx.GraphModule, evaluation: fx.GraphModule) -> list[str]:
     """Choose where ``num_stages`` - 1 stages begin so that the slowest stage is as fast as it can be.
 
-    The work of a stage is that of its operations, in floating-point operations (and 16 for each element written). A stage
-    begins at an entry of a `ModuleList` or `Sequential` where that costs the slowest stage at most half more; among
-    cuts that are equally good within a tenth, the one where the fewest elements pass. No parameter and no buffer is used on
-    both sides of a cut, but those that are tied by the model under several names.
+    The work of a stage is that of its operations, in floating-point operations (and 16 for each element written). A
+    stage begins at an entry of a `ModuleList` or `Sequential` where that costs the slowest stage at most half more;
+    among cuts that are equally good within a tenth, the one where the fewest elements pass. No parameter and no buffer
+    is used on both sides of a cut, but those that are tied by the model under several names.
 
     Raises:
         ValueError: there are too few such places.
@@ -280,7 +280,7 @@ def _blocks(model: nn.Module) -> set[str]:
 
 
 def _best(positions: Sequence[_Position], num_stages: int, before: Sequence[float]) -> tuple[float, list[str]]:
-    """The cuts whose slowest stage is fastest, and of those equally good within a tenth the one where least passes, evenly."""
+    """The cuts whose slowest stage is fastest; of those equally good within a tenth the ones where least passes."""
     bounds = [0, *(p.place for p in positions), len(before) - 1]
 
     def work(first: int, end: int, stage: int) -> float:

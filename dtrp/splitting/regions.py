@@ -1,8 +1,8 @@
 """Regions of a forward in which `torch.no_grad`, `torch.autocast` and the like hold.
 
-torch.export would make one operation of each region. The passes that do so are left out here, so that marks remain where regions
-begin and end, and every operation records its region: a stage may then begin inside of a region, and each stage runs its
-operations in their regions again.
+torch.export would make one operation of each region. The passes that do so are left out here, so that marks remain
+where regions begin and end, and every operation records its region: a stage may then begin inside of a region, and each
+stage runs its operations in their regions again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Cut a model into stages.
 
-A stage is an `nn.Sequential` of some of the model's layers under their names in the model, so that its parameters are the
-model's objects and its state dict is a part of the model's. The same holds for a `TracedStage`, a stage of a model that is
-no `nn.Sequential`.
+A stage is an `nn.Sequential` of some of the model's layers under their names in the model, so that its parameters are
+the model's objects and its state dict is a part of the model's. The same holds for a `TracedStage`, a stage of a model
+that is no `nn.Sequential`.
 """
 
 from __future__ import annotations
@@ -78,35 +78,36 @@ def split(
 
     The parameters and buffers stay the model's objects, under their names in the model.
 
-    - An `nn.Sequential` is cut between its layers, as `Pipeline` does: by ``num_stages``, ``cuts`` or ``points``, without
-      an example.
+    - An `nn.Sequential` is cut between its layers, as `Pipeline` does: by ``num_stages``, ``cuts`` or ``points``,
+      without an example.
     - A list of modules is divided already, by hand: one a stage. A module whose forward has several arguments without a
-      default is given the entries of a tuple one by one, or those of a dict by keyword; any other takes one value, whatever
-      it is. With an example it is tried whether each takes what the one before returns.
-    - Any other module, and a Sequential with an example, is traced by `torch.export`, in train and in eval mode, for any
-      number of samples, and cut at ``points``, or, by ``num_stages``, so that the slowest stage is as fast as
-      it can be: between entries of the model's lists of blocks where that costs little, where few values pass, and without a
-      parameter on both sides. What a later stage needs travels through those in between. Everything but the number of samples
-      is as in the example: shapes, dtypes, constants, and what the forward decides by them. What the stages then make of the
-      example is compared with what the model does, where the forward draws no random numbers.
+      default is given the entries of a tuple one by one, or those of a dict by keyword; any other takes one value,
+      whatever it is. With an example it is tried whether each takes what the one before returns.
+    - Any other module, and a Sequential with an example, is traced by `torch.export`, in train and in eval mode, for
+      any number of samples, and cut at ``points``, or, by ``num_stages``, so that the slowest stage is as fast as
+      it can be: between entries of the model's lists of blocks where that costs little, where few values pass, and
+      without a parameter on both sides. What a later stage needs travels through those in between. Everything but the
+      number of samples is as in the example: shapes, dtypes, constants, and what the forward decides by them. What the
+      stages then make of the example is compared with what the model does, where the forward draws no random numbers.
 
     Args:
         model: the model.
         num_stages: K.
         cuts: index of the first layer of stages 1..K-1, of a Sequential.
         points: names of the submodules where stages 1..K-1 begin, as in `named_modules`.
-        example: what the model is called with: a tensor; a tuple of positional arguments; or a dict of keyword arguments.
-            At least two samples along dimension 0 of every tensor (one of one sample beside them is for all). Its values do not
-            matter if the model can take them, and `Pipeline.step` and `Pipeline.infer` take the like for x. (A Hugging Face
-            model is traced without its cache, ``use_cache=False``.)
+        example: what the model is called with: a tensor; a tuple of positional arguments; or a dict of keyword
+            arguments. At least two samples along dimension 0 of every tensor (one of one sample beside them is for
+            all). Its values do not matter if the model can take them, and `Pipeline.step` and `Pipeline.infer` take the
+            like for x. (A Hugging Face model is traced without its cache, ``use_cache=False``.)
 
     Returns:
         The stages, in order.
 
     Raises:
         TypeError: what cannot be cut, or an example that does not fit.
-        ValueError: more than one way to cut, or none; an unknown name (with the nearest right one); a model that cannot be
-            traced (with the place, and the way by hand), or whose stages do something else; stages that do not fit each other.
+        ValueError: more than one way to cut, or none; an unknown name (with the nearest right one); a model that cannot
+            be traced (with the place, and the way by hand), or whose stages do something else; stages that do not fit
+            each other.
 
     Example:
         >>> import torch
@@ -214,7 +215,7 @@ def _try_in_turn(stages: Sequence[nn.Module], example: Tree) -> None:
 
 
 class Chain(nn.Sequential):
-    """Layers of which some take several values: entries of a tuple or a list as arguments, of a dict as keyword arguments."""
+    """Layers of which some take several values: a tuple or list as arguments, a dict as keyword arguments."""
 
     def forward(self, value: Tree) -> Tree:
         for name, layer in module_dict(self).items():  # named_children() would leave out a layer's second call

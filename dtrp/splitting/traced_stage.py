@@ -27,8 +27,9 @@ class TracedStage(Follower):
     """A contiguous part of a model, with the model's parameters and buffers under their names in the model.
 
     It takes what the stage before returns, and returns what the next one takes: a tensor, or a tuple of tensors and
-    whole numbers. The first takes what the example was, with any number of samples; the last returns what the model does.
-    In train and in eval mode it runs the graph that was traced in that mode, and it is in the model's mode (`Follower`).
+    whole numbers. The first takes what the example was, with any number of samples; the last returns what the model
+    does. In train and in eval mode it runs the graph that was traced in that mode, and it is in the model's mode
+    (`Follower`).
 
     Args:
         label: name of the stage in errors.
@@ -210,7 +211,7 @@ def _check_hooks(model: nn.Module) -> None:
 
 
 def _verify(verifier: Verifier, stages: Sequence[TracedStage], *, reads_dtypes: bool) -> None:
-    """Refuse stages that do something else than the model, and let them refuse autocast settings in which they would."""
+    """Refuse stages that differ from the model, and let them refuse autocast settings in which they would differ."""
     verifier.check()
     traced, fits_others = AutocastState.now(verifier.device_type), True
     if reads_dtypes:

@@ -77,14 +77,15 @@ class Verifier:
         return "" in found and found <= {"", None}
 
     def _difference(self, precision: float | None, *, training: bool) -> str | None:
-        """The first difference that is more than a share ``precision`` of a tensor's norm, in words; empty if there is none.
+        """The first difference above a share ``precision`` of a tensor's norm, in words; empty if there is none.
 
         Args:
             precision: share of the norm; None: the results are to be the same to the bit, and the casts the same.
             training: whether to run in train mode, or in eval mode.
 
         Returns:
-            None where nothing can be said: the model draws random numbers, or does not run on the example (on the meta device,
+            None where nothing can be said: the model draws random numbers, or does not run on the example (on the meta
+                device,
             on several, or on its values).
         """
         if not self._can_run:
