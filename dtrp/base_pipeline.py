@@ -174,6 +174,11 @@ class BasePipeline:
         return tuple(stage.optimizer for stage in self._engine.stages)
 
     @property
+    def lr_schedulers(self) -> tuple[Any, ...]:
+        """Each stage's learning-rate scheduler; None where there is none."""
+        return tuple(stage.lr_scheduler for stage in self._engine.stages)
+
+    @property
     def num_updates(self) -> int:
         """Mini-batches stepped."""
         return self._engine.num_updates

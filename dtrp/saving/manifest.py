@@ -32,6 +32,10 @@ class CheckpointError(ValueError):
         super().__init__(shown if len(shown) <= _MOST_CHARACTERS else f"{shown[:_MOST_CHARACTERS]}...")
 
 
+class PartlyLoadedError(CheckpointError):
+    """A checkpoint was refused when parts of it were in place already; the pipeline is of no use."""
+
+
 def first_line(error: BaseException, default: str = "no reason given") -> str:
     """The first line of an error's message."""
     return str(error).splitlines()[0] if str(error) else default

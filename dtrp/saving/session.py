@@ -29,7 +29,7 @@ from ..stage.stage import Stage
 from ..typing import Json, StateDict
 from . import checks, exact, folder, manifest, portable, state_dict
 from .coding import Decoder, Encoder, TensorSpec, tensor_keys
-from .manifest import Checkpoint, CheckpointError, first_line
+from .manifest import Checkpoint, CheckpointError, PartlyLoadedError, first_line
 
 T = TypeVar("T")
 Kind = Literal["exact", "portable"]
@@ -179,7 +179,7 @@ def load(
         except StageError:
             raise
         except Exception as error:  # from the caller's own classes, of a part that looked right
-            raise CheckpointError(
+            raise PartlyLoadedError(
                 f"{found.folder} cannot be put in place ({type(error).__name__}: {first_line(error)}); this pipeline is of no use "
                 "now: make a new one, and use another checkpoint"
             ) from error

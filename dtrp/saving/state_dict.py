@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..atomic_file import whole_file
 from ..stage.buffers import buffers_of, names_of, put, slot_of
@@ -267,24 +268,23 @@ def _fit_buffers(stage: Stage, state: StateDict) -> None:
     put(current, values)
 
 
-def options_of(stage: Stage) -> list[StateDict]:
-    """The options of a stage's optimizer, group by group; a learning rate as it was before any scheduler."""
-    groups = stage.optimizer.param_groups if stage.optimizer is not None else []
+def options_of(optimizer: Optimizer | None) -> list[StateDict]:
+    """The options of an optimizer, group by group; a learning rate as it was before any scheduler."""
+    groups = optimizer.param_groups if optimizer is not None else []
     return [{**group_options(group), "lr": group.get("initial_lr", group["lr"])} for group in groups]
 
 
-def set_options(stage: Stage, options: list[StateDict]) -> None:
-    """Set the options of a stage's optimizer to what `options_of` has returned; the schedule stays where it is."""
-    if stage.optimizer is None:
-        return
-    for group, new in zip(stage.optimizer.param_groups, options, strict=True):
+def set_options(optimizer: Optimizer | None, scheduler: Any, options: list[StateDict]) -> None:
+    """Set the options of an optimizer to what `options_of` has returned; its scheduler stays where it is in its schedule."""
+    groups = optimizer.param_groups if optimizer is not None else []
+    for group, new in zip(groups, options, strict=True):
         lr, before = new["lr"], group.get("initial_lr", group["lr"])
         group.update({name: value for name, value in new.items() if name not in ("lr", "initial_lr")})
         if lr != before:
             group["lr"] = group["lr"] * (lr / before) if before else lr
             group["initial_lr"] = lr
-    if stage.lr_scheduler is not None:
-        _take_learning_rates(stage.lr_scheduler, stage.optimizer.param_groups)
+    if scheduler is not None:
+        _take_learning_rates(scheduler, groups)
 
 
 def _saved_aux(stage: Stage, state: StateDict) -> StateDict | None:

@@ -142,13 +142,13 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
         if example.has_samples(leaf):
             shapes[leaf] = {0: batch}
     try:
-        casts = _Casts()
+        recorder = _DtypeRecorder()
         with (
             as_it_was(model),
             in_mode(model, training=training),
             without_cache(model),
             _plainly(),
-            _watched(model, casts),
+            _watched(model, recorder),
         ):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             graph = program.module()
@@ -164,7 +164,7 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
     args, kwargs = Example(places, (), (), 0).call()
     input_leaves = pytree.tree_leaves([args, [kwargs[name] for name in named]])
     returns = pytree.tree_unflatten(list(range(out_spec.num_leaves)), out_spec)
-    return Traced(graph, tuple(input_leaves), returns, casts.reads_dtypes)
+    return Traced(graph, tuple(input_leaves), returns, recorder.reads_dtypes)
 
 
 def _clean_up(graph: fx.Graph) -> None:
@@ -275,7 +275,7 @@ def on_copies(model: nn.Module, copies: Mapping[int, Tensor]) -> Iterator[None]:
             torch_private.replace_tensor_dicts(member, *dicts)
 
 
-class _Casts(TorchFunctionMode):
+class _DtypeRecorder(TorchFunctionMode):
     """Keeps casts to a dtype that the tensor has already in the trace, but may not have in a step, under autocast.
 
     torch returns the same tensor from such a cast. The cast of an alias is another tensor, so that what reads the
@@ -290,7 +290,7 @@ class _Casts(TorchFunctionMode):
         super().__init__()
         self.reads_dtypes = False
 
-    def noting(self, ask: Callable[..., Any]) -> Callable[..., Any]:
+    def recording(self, ask: Callable[..., Any]) -> Callable[..., Any]:
         """The function ``ask``, which reads autocast settings, with a note of its calls."""
 
         def asked(*args: Any) -> Any:
@@ -322,8 +322,8 @@ def _plainly() -> Iterator[None]:
 
 
 @contextmanager
-def _watched(model: nn.Module, casts: _Casts) -> Iterator[None]:
-    """Context in which the model's forward runs with ``casts``, and writes what it has assigned to buffers of
+def _watched(model: nn.Module, recorder: _DtypeRecorder) -> Iterator[None]:
+    """Context in which the model's forward runs with ``recorder``, and writes what it has assigned to buffers of
     submodules into these buffers at its end. (torch.export keeps assignments to buffers of the model itself, and no
     others.)
     """
@@ -346,9 +346,11 @@ def _watched(model: nn.Module, casts: _Casts) -> Iterator[None]:
             buffer.copy_(cast(Tensor, value))
 
     def enter(*_: Any) -> None:
-        asking = {name: casts.noting(getattr(torch, name)) for name in ("is_autocast_enabled", "get_autocast_dtype")}
+        asking = {
+            name: recorder.recording(getattr(torch, name)) for name in ("is_autocast_enabled", "get_autocast_dtype")
+        }
         during_forward.enter_context(replaced(torch, **asking))
-        during_forward.enter_context(casts)
+        during_forward.enter_context(recorder)
 
     with (
         register_module_buffer_registration_hook(note),

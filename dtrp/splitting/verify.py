@@ -121,7 +121,7 @@ class Verifier:
         self, modules: Sequence[nn.Module], call: Callable[[Tree], Tree], *, training: bool, counting: bool
     ) -> _Run:
         """Run ``call``, which runs ``modules``, on the example."""
-        casts = _Casts()
+        casts = _CastCounter()
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         copies = {id(t): t.detach().clone() for t in tensors if id(t) in self._moved}
         contexts: list[AbstractContextManager[Any]] = [_without_fast_paths(), without_cache(self._model)]
@@ -158,7 +158,7 @@ class _Run(NamedTuple):
     draws: bool
 
 
-class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _CastCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts casts, by (dtype before, dtype after)."""
 
     def __init__(self) -> None:

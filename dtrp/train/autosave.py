@@ -20,7 +20,7 @@ from ..pipeline import Pipeline
 from ..saving import Checkpoint, CheckpointError, state_dict
 from ..saving.checks import OtherOptions
 from ..saving.folder import is_ours
-from ..saving.manifest import glance
+from ..saving.manifest import PartlyLoadedError, glance
 from ..typing import Json
 from .results import EpochMetrics
 
@@ -162,7 +162,7 @@ class Saves:
         """
         notes: list[str] = []
         shape = (pipe.method.name, pipe.num_stages, pipe.num_microbatches, num_replicas)
-        options = [state_dict.options_of(stage) for stage in pipe._engine.stages]
+        options = list(map(state_dict.options_of, pipe.optimizers))
         for path, save, position in self._readable(notes, check):
             saved_shape = (save.method, save.num_stages, save.num_microbatches, save.num_replicas)
             if save.kind == "exact" and saved_shape != shape:
@@ -174,14 +174,14 @@ class Saves:
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
                     pipe.load(path)
+            except PartlyLoadedError:
+                raise
             except CheckpointError as error:
-                if pipe._broken is not None:
-                    raise
                 notes.append(f"{path.name} is left aside: {error}")
                 continue
             notes += [str(warning.message) for warning in caught if not isinstance(warning.message, OtherOptions)]
-            for stage, stage_options in zip(pipe._engine.stages, options, strict=True):
-                state_dict.set_options(stage, stage_options)
+            for optimizer, scheduler, made_with in zip(pipe.optimizers, pipe.lr_schedulers, options, strict=True):
+                state_dict.set_options(optimizer, scheduler, made_with)
             how = "what was in flight included" if save.kind == "exact" else "from a portable save"
             notes.append(f"going on after update {pipe.num_updates}, {how}")
             return position, notes
