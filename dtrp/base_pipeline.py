@@ -351,16 +351,8 @@ class BasePipeline:
     def _settings(self, method: str) -> dict[str, Json]:
         processes = self._engine.gather(method, [session.describe_stage(stage) for stage in self._engine.stages])
         described = [stage for process in processes for stage in process]
-        first = self._engine.stages[0]
-        return session.settings_of(
-            method_values(self.method),
-            described,
-            self.num_microbatches,
-            self.seed,
-            self._keep,
-            first.rule,
-            first.compiles,
-        )
+        made_with = {"num_microbatches": self.num_microbatches, "seed": self.seed, "keep": self._keep}
+        return session.settings_of(self._engine.stages[0], described, method=method_values(self.method), **made_with)
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Write what ran when, on all ranks, as one Chrome trace (for chrome://tracing or ui.perfetto.dev); rank 0 writes.

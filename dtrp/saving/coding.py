@@ -71,11 +71,8 @@ class Encoder:
         coded: dict[str, Json] = {"tensor": key}
         name = str(t.dtype).removeprefix("torch.")
         if t.layout is torch.sparse_coo:
-            indices, values = parts_of(t)
-            parts = {
-                "indices": self._tensor(indices, f"{key}.indices"),
-                "values": self._tensor(values, f"{key}.values"),
-            }
+            named = zip(("indices", "values"), parts_of(t), strict=True)
+            parts = {name: self._tensor(part, f"{key}.{name}") for name, part in named}
             coded = {"sparse": {**parts, "shape": list(t.shape), "coalesced": t.is_coalesced()}}
         elif t.layout is not torch.strided or name not in DTYPES:
             raise CheckpointError(

@@ -106,9 +106,8 @@ def _buffers_read(stage: Stage) -> list[dict[str, Any]]:
             f"checkpoint has only as it is now; {cure}"
         )
     try:
-        entries = buffers.values_met(
-            [held.met or buffers.Met() for held in stage.stash], buffers.buffers_of(stage.whole)
-        )
+        met = [held.met or buffers.Met() for held in stage.stash]
+        entries = buffers.values_met(met, buffers.buffers_of(stage.whole))
     except buffers.Overwritten as error:
         (name,) = buffers.names_of(stage.whole, [error.slot]).values()
         raise CheckpointError(
@@ -282,9 +281,8 @@ class SavedStage:
             raise CheckpointError(f"an input of {self._where} is none") from None
         met = None
         if entry["has_graph"]:
-            met = buffers.Met(
-                {buffers.slot_of(stage.whole, name): value for name, value in self._decode(entry["met"]).items()}
-            )
+            moved = self._decode(entry["met"]).items()
+            met = buffers.Met({buffers.slot_of(stage.whole, name): value for name, value in moved})
             fits = all(value is buffers.ABSENT or isinstance(value, Tensor | None) for value in met.moved.values())
             checks.expect(fits, f"a buffer that {self._where} has met is none")
         fits = len(entry["modes"]) == len(list(stage.module.modules()))
@@ -310,9 +308,8 @@ class SavedStage:
         fits = isinstance(arrived, list) and all(map(_is_gradient, arrived))
         checks.expect(fits, f"what has arrived at {self._where} are no gradients")
         fits = isinstance(keywords, list) and len(keywords) in (0, len(part["notes"]))
-        checks.expect(
-            fits and all(type(k) is dict for k in keywords), f"the keyword arguments of {self._where} are none"
-        )
+        fits = fits and all(type(k) is dict for k in keywords)
+        checks.expect(fits, f"the keyword arguments of {self._where} are none")
         notes, position = [Note(*note) for note in part["notes"]], Position(forward, backward, update, tuple(left))
         counted = part["num_updates"], part["next_microbatch"]
         return Progress(*counted, position, notes, list(part["samples"]), arrived, keywords)

@@ -24,7 +24,6 @@ from ..atomic_file import whole_file
 from ..engine.base import Engine, come_to_rest
 from ..errors import StageError
 from ..schedule import lead
-from ..stage.gradients import GradientRule
 from ..stage.stage import Stage
 from ..typing import Json, StateDict
 from . import checks, exact, folder, manifest, portable, state_dict
@@ -324,40 +323,25 @@ def _surroundings() -> dict[str, Json]:
     return {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def settings_of(
-    method: dict[str, Json],
-    stages: list[tuple[int, list[str], str]],
-    num_microbatches: int,
-    seed: int,
-    keep: Json,
-    rule: GradientRule,
-    compiled: bool,
-) -> dict[str, Json]:
+def settings_of(stage: Stage, stages: list[tuple[int, list[str], str]], **settings: Json) -> dict[str, Json]:
     """The settings of a pipeline, most of which must be the same to load an exact checkpoint.
 
     Args:
-        method: fields of the method.
+        stage: any stage of this process: they have the same rule for gradients, and are all compiled, or none is.
         stages: `describe_stage` of every stage.
-        num_microbatches: number of micro-batches in a mini-batch.
-        seed: seed of the pipeline.
-        keep: the ``keep`` that the pipeline was made with.
-        rule: rule for gradients that are too long or not finite.
-        compiled: whether the stages are compiled.
+        settings: ``method`` (its fields), ``num_microbatches``, ``seed`` and ``keep`` of the pipeline.
     """
-    layers = [names for replica, names, _ in stages if replica == 0]
+    first_replica = [(layers, device) for replica, layers, device in stages if replica == 0]
     return {
-        "method": method,
-        "num_stages": len(layers),
+        **settings,
+        "num_stages": len(first_replica),
         "num_replicas": max(replica for replica, _, _ in stages) + 1,
-        "num_microbatches": num_microbatches,
-        "layers": layers,
-        "seed": seed,
-        "keep": keep,
-        "max_grad_norm": rule.max_norm,
-        "clip": rule.clip,
-        "on_nonfinite": rule.on_nonfinite,
-        "compiled": compiled,
-        "devices": [device for replica, _, device in stages if replica == 0],
+        "layers": [layers for layers, _ in first_replica],
+        "max_grad_norm": stage.rule.max_norm,
+        "clip": stage.rule.clip,
+        "on_nonfinite": stage.rule.on_nonfinite,
+        "compiled": stage.compiles,
+        "devices": [device for _, device in first_replica],
     }
 
 

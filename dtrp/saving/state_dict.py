@@ -275,7 +275,7 @@ def options_of(optimizer: Optimizer | None) -> list[StateDict]:
 
 
 def set_options(optimizer: Optimizer | None, scheduler: Any, options: list[StateDict]) -> None:
-    """Set the options of an optimizer to what `options_of` has returned; its scheduler stays where it is in its schedule."""
+    """Set the options of an optimizer to what `options_of` has returned; its schedule goes on from where it is."""
     groups = optimizer.param_groups if optimizer is not None else []
     for group, new in zip(groups, options, strict=True):
         lr, before = new["lr"], group.get("initial_lr", group["lr"])

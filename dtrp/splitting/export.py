@@ -142,14 +142,8 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
         if example.has_samples(leaf):
             shapes[leaf] = {0: batch}
     try:
-        recorder = _DtypeRecorder()
-        with (
-            as_it_was(model),
-            in_mode(model, training=training),
-            without_cache(model),
-            _plainly(),
-            _watched(model, recorder),
-        ):
+        recorder, mode = _DtypeRecorder(), in_mode(model, training=training)
+        with as_it_was(model), mode, without_cache(model), _plainly(), _watched(model, recorder):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             graph = program.module()
     except Exception as error:
@@ -171,9 +165,7 @@ def _clean_up(graph: fx.Graph) -> None:
     """Remove what served the trace alone, and show writes in place to whoever follows values through the graph."""
     for node in list(graph.nodes):
         # Checks of the traced run, which would refuse a batch of one, and autocast.
-        if node.target is torch_private.ASSERT_TENSOR_METADATA or (
-            node.op == "call_module" and node.target == "_guards_fn"
-        ):
+        if node.target in (torch_private.ASSERT_TENSOR_METADATA, "_guards_fn"):
             graph.erase_node(node)
         elif node.target is _ALIAS:
             node.replace_all_uses_with(node.args[0])
