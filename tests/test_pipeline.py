@@ -489,4 +489,4 @@ def test_schedulers_step_once_an_update() -> None:
     for x, y in minibatches(9):
         pipe.step(x, y)
     pipe.flush()
-    assert [s.lr_scheduler.last_epoch for s in pipe._engine.stages] == [9] * 4  # type: ignore[union-attr]
+    assert [scheduler.last_epoch for scheduler in pipe.lr_schedulers] == [9] * 4

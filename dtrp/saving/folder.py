@@ -34,7 +34,6 @@ class Replacement:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.new, self._old = folder, folder.with_name(f".{folder.name}.new"), previous(folder)
-        self._begun = False
         self._lock: int | None = None
 
     def begin(self) -> None:
@@ -64,7 +63,6 @@ class Replacement:
         except FileExistsError:
             raise self._taken() from None
         self._take_lock()
-        self._begun = True
 
     def replace(self) -> None:
         """Put the new folder, which is complete, in the place of ``folder``."""
@@ -86,8 +84,8 @@ class Replacement:
             self._old.rename(self.folder)
 
     def discard(self) -> None:
-        """Remove the new folder."""
-        if self._begun:
+        """Remove the new folder, if it is this process's."""
+        if self._lock is not None:
             shutil.rmtree(self.new, ignore_errors=True)
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ import dtrp
 from dtrp.data import batches, load_data
 from dtrp.models import cifar_resnet
 from dtrp.saving import inspect, read_state
+from dtrp.saving.manifest import PartlyLoadedError
 
 MATRIX = list(itertools.product(dtrp.list_methods(), (1, 2, 4), (1, 4), OPTIMIZERS))
 
@@ -483,6 +484,20 @@ def test_a_save_that_dies_leaves_the_one_before(tmp_path: Path, monkeypatch: pyt
     pipe.save(tmp_path / "saved", extra=3)
     assert inspect(tmp_path / "saved").extra == 3
     assert os.listdir(tmp_path) == ["saved"]
+
+
+def test_a_checkpoint_that_fails_while_it_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline(network(), num_stages=2)
+    pipe.save(tmp_path / "saved")
+
+    def failing(self: Any, seed: int) -> None:
+        raise ValueError("a module refuses it")
+
+    monkeypatch.setattr("dtrp.saving.exact.SavedStage.put", failing)
+    with pytest.raises(PartlyLoadedError, match=r"cannot be put in place \(ValueError: a module refuses it\)"):
+        pipe.load(tmp_path / "saved")
+    with pytest.raises(RuntimeError, match="this pipeline has failed; make a new one"):
+        pipe.step(*minibatches(1)[0])
 
 
 def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path) -> None:
