@@ -1,113 +1,46 @@
-"""What the documents say of the raw files in results/."""
+"""What the documents show of the raw files in results/."""
 
-import math
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any
 
-from shown import last_run, rows, table
+from shown import accuracy, join, less, pivot, rows, runs, spread, table
 
-SIMULATOR, KEEP = (last_run(rows(f"planning/results/{part}.jsonl")) for part in ("simulator", "keep"))
+SIMULATOR, KEEP = (runs(f"planning/results/{part}.jsonl")[-1] for part in ("simulator", "keep"))
 BATCH, CUTS, ACCURACY = (rows(f"planning/results/{part}.jsonl") for part in ("batch", "cuts", "accuracy"))
+OFF = [100 * row["off"] for row in SIMULATOR]
+assert [off >= 0 for off in OFF] == 48 * [True], "the text says that the run is always the slower one"
+ACCURACY.sort(key=lambda row: row["seed"])
 
 
-def simulator() -> list[str]:
-    off = sorted(abs(row["off"]) for row in SIMULATOR)
-    assert len(off) == 48
-    assert all(row["off"] >= 0 for row in SIMULATOR)  # "the run is always the slower one"
-    return [f"{100 * off[0]:.1f}", f"{100 * off[-1]:.1f}", f"{100 * median(off):.1f}"]
+def keep(row: dict[str, Any]) -> str:
+    time, spectrain = (median(run["rounds_ms"]) for run in (row, KEEP.only(label="spectrain")))
+    sizes = join([size / 1e6 for size in row["memory"]], ".1f", " | ")
+    return f"{row['label']} | {sizes} | {time:.0f} | {time / spectrain:.2f}"
 
 
-def _kept(label: str) -> tuple[float, list[float]]:
-    (row,) = [row for row in KEEP if row["label"] == label]
-    return median(row["rounds_ms"]), [size / 1e6 for size in row["memory"]]
+def batch(row: dict[str, Any]) -> str:
+    rate, base = row["samples_per_s"], BATCH.only(label="dtrp 16")["samples_per_s"]
+    start = f"{row['label']} | {row['num_microbatches']} | {row['keeps'].count('graph')} | {rate:.0f}"
+    return f"{start} | {rate / base:.2f} | {max(row['memory']) / 1e6:.1f} | {join(row['busy'], '.0%', ', ')}"
 
 
-def keep() -> list[str]:
-    fdg, spectrain, recomputing, generous = (
-        _kept(label)[0] for label in ("fdg", "spectrain", "dtrp, recomputing", "dtrp, generous limit")
-    )
-    sizes = _kept("dtrp, 100 MB")[1]
-    return [f"{fdg:.0f}", f"{spectrain:.0f}", f"{recomputing:.0f}", f"{generous:.0f}", f"{generous / spectrain:.2f}",
-            "100", *(f"{size:.1f}" for size in sizes)]  # fmt: skip
+def cuts(row: dict[str, Any]) -> str:
+    """Times predicted and measured, and the gain over equal cuts by both."""
+    time, equal, predicted = median(row["rounds_ms"]), median(row["equal_rounds_ms"]), row["predicted_ms"]
+    start = " | ".join(str(row[key]).strip("[]") for key in ("model", "batch", "cuts", "equal_cuts"))
+    measured = f"{time:.0f} [{min(row['rounds_ms']):.0f}, {max(row['rounds_ms']):.0f}]"
+    gains = f"{row['predicted_equal_ms'] / predicted:.2f} | {equal / time:.2f}"
+    return f"{row['run'][:10]} | {start} | {predicted:.0f} | {measured} | {100 * (predicted / time - 1):+.1f} | {gains}"
 
 
-def memory() -> str:
-    names = {
-        "fdg": "`fdg`",
-        "spectrain": "`spectrain`",
-        "dtrp, recomputing": "`dtrp`",
-        "dtrp, generous limit": '`dtrp`, `keep="auto"`, no tight limit',
-        "dtrp, 100 MB": '`dtrp`, `keep="auto"`, 100 MB',
-    }
-    lines = []
-    for label, name in names.items():
-        time, sizes = _kept(label)
-        lines.append([name, *(f"{size:.1f}" for size in sizes), f"{time:.0f}"])
-    return table(["", "stage 0, MB", "stage 1, MB", "ms a mini-batch"], lines)
-
-
-def batch() -> str:
-    lines = []
-    (base,) = [row["samples_per_s"] for row in BATCH if row["label"] == "dtrp 16"]
-    for row in BATCH:
-        kept = row["keeps"].count("graph")
-        lines.append(
-            [row["label"], str(row["num_microbatches"]), str(kept), f"{row['samples_per_s']:.0f}",
-             f"{row['samples_per_s'] / base:.2f}", f"{max(row['memory']) / 1e6:.1f}",
-             ", ".join(f"{share:.0%}" for share in row["busy"])]
-        )  # fmt: skip
-    head = [
-        "mini-batch",
-        "A",
-        "stages with graphs",
-        "samples/s",
-        "times the base's",
-        "largest stage, MB",
-        "busy, by worker",
-    ]
-    return table(head, lines)
-
-
-def _faster(row: dict[str, Any]) -> float:
-    """Planned cuts against equal ones, measured."""
-    return float(median(row["equal_rounds_ms"]) / median(row["rounds_ms"]))
-
-
-def _off(row: dict[str, Any]) -> float:
-    """Predicted time against measured, per cent."""
-    return float(100 * (row["predicted_ms"] / median(row["rounds_ms"]) - 1))
-
-
-def _last_cuts() -> list[dict[str, Any]]:
-    return [[row for row in CUTS if row["model"] == model][-1] for model in ("resnet56", "vgg16", "resnet18")]
-
-
-def cuts() -> str:
-    lines = []
-    for row in _last_cuts():
-        rounds = f"{median(row['rounds_ms']):.0f} [{min(row['rounds_ms']):.0f}, {max(row['rounds_ms']):.0f}]"
-        cuts = (", ".join(map(str, row[key])) for key in ("cuts", "equal_cuts"))
-        gains = row["predicted_equal_ms"] / row["predicted_ms"], _faster(row)
-        lines.append([row["model"], str(row["batch"]), *cuts, f"{row['predicted_ms']:.0f}", rounds, f"{_off(row):+.1f}",
-                      *(f"{gain:.2f}" for gain in gains)])  # fmt: skip
-    head = ["", "batch", "planned cuts", "equal", "predicted, ms", "measured, ms", "off, %", "predicted gain", "gain"]
-    return table(head, lines)
-
-
-def former_cuts() -> list[str]:
-    """How far off the plans before those were, at most."""
-    off = [_off(row) for row in CUTS if row not in _last_cuts()]
-    return [f"{-min(off):.0f}", f"{max(off):.0f}"]
-
-
-def accuracy() -> list[str]:
-    last = {(row["label"], row["seed"]): 100 * row["test_accuracy"][-1] for row in ACCURACY}
-    seeds = sorted({seed for _, seed in last})
-    shown = [last[label, seed] for label in ("base", "compensated") for seed in seeds]
-    less = [last["base", seed] - last["compensated", seed] for seed in seeds]
-    error = stdev(less) / math.sqrt(len(less))
-    return [
-        f"{ACCURACY[0]['lr']:g}",
-        *(f"{value:.2f}" for value in shown),
-        *(f"{value:.2f}" for value in (fmean(less), error)),
-    ]
+TABLES = [
+    table(" | stage 0, MB | stage 1, MB | ms a mini-batch | times spectrain's", map(keep, KEEP)),
+    table("plan of | network | batch | planned cuts | equal | predicted, ms | measured, ms | off, % | predicted gain | gain",
+          map(cuts, CUTS)),
+    table("mini-batch | A | stages with graphs | samples/s | times the base's | largest stage, MB | busy, by worker",
+          map(batch, BATCH)),
+    pivot("seed | base, % | compensated, %", ACCURACY, "{seed}", "label", ("base", "compensated"),
+          lambda found: f"{accuracy(found[0]):.2f}"),
+]  # fmt: skip
+LESS = less(ACCURACY.where(label="compensated"), ACCURACY.where(label="base"))
+TEXTS = {"simulator": join([min(OFF), max(OFF), median(OFF)], ".1f"), "accuracy": spread(LESS, ".2f", error=True)}

@@ -1,29 +1,20 @@
-"""What the documents say of results/saving.jsonl."""
+"""What the documents show of results/saving.jsonl."""
 
-import statistics
+from statistics import median
 from typing import Any
 
-from shown import rows, table
+from shown import join, rows, table
 
-RECORDS = {record["ranks"]: record for record in rows("saving/results/saving.jsonl")}
-
-
-def median(record: dict[str, Any], name: str) -> str:
-    """Of the time by the clock, scaled to a processor of one's own."""
-    return f"{record['processor'] * statistics.median(record[f'{name}_s']['wall']):.2f}"
+LAST = {ranks: found[-1] for ranks, found in rows("saving/results/saving.jsonl").by("{ranks}").items()}
+HEAD = "processes | % of a minute | s an exact save | s a portable one | s a step | MB | % of a processor"
 
 
-def measured() -> str:
-    lines = []
-    for ranks, record in sorted(RECORDS.items()):
-        place = f"one process, K={record['stages']}" if ranks == 1 else f"{ranks} ranks, K={ranks}"
-        times = [median(record, name) for name in ("exact", "portable", "step")]
-        sizes = [f"{record['bytes'] / 2**20:.1f}", f"{100 * record['processor']:.0f}"]
-        lines.append([place, f"{100 * record['share_of_a_minute']:.1f}", *times, *sizes])
-    return table(
-        ["", "% of a minute", "s an exact save", "s a portable one", "s a step", "MB", "% of a processor"], lines
-    )
+def line(run: dict[str, Any]) -> str:
+    """Times by the clock, scaled to a processor of one's own."""
+    times = [run["processor"] * median(run[f"{name}_s"]["wall"]) for name in ("exact", "portable", "step")]
+    share, size = 100 * run["share_of_a_minute"], run["bytes"] / 2**20
+    return f"{run['ranks']} | {share:.1f} | {join(times, '.2f', ' | ')} | {size:.1f} | {100 * run['processor']:.0f}"
 
 
-def alone() -> list[str]:
-    return [f"{100 * RECORDS[1]['share_of_a_minute']:.1f}"]
+TABLES = [table(HEAD, map(line, LAST.values()))]
+TEXTS = {"alone": line(LAST["1"]).split(" | ")[1]}

@@ -1,289 +1,108 @@
-"""What the documents say of the raw files in results/."""
+"""What the documents show of the raw files in results/."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
-from shown import last_run, rows, table
+from shown import Rows, join, pivot, rows, runs, table
 
-_SLEEPING = rows("throughput/results/sleeping.jsonl")
-# The table has the zero bubble too, which the last run may have left out.
-_WITH_ALL = {line["run"] for line in _SLEEPING if line["contender"] == "torch InterleavedZeroBubble"}
-SLEEPING = last_run([line for line in _SLEEPING if line["run"] in _WITH_ALL])
-LINKS, TUN = (last_run(rows(f"throughput/results/{part}.jsonl")) for part in ("links", "tun"))
-FIFO = last_run(rows("throughput/results/sleeping_fifo.jsonl"))
-_COMPUTE = rows("throughput/results/compute.jsonl")
-_COMPUTE_20 = [line for line in _COMPUTE if line["model"] == "resnet20"]
-COMPUTE_20, BEFORE_20 = last_run(_COMPUTE_20), [line for line in _COMPUTE_20 if line["run"] == _COMPUTE_20[0]["run"]]
-_COMPUTE_56 = [line for line in _COMPUTE if line["model"] == "resnet56"]
-TABLE_56 = last_run(_COMPUTE_56)
-CHANNELS_LAST = last_run(rows("throughput/results/channels_last.jsonl"))
-SYNCHRONOUS = ("torch 1F1B", "torch GPipe", "torch InterleavedZeroBubble")
-SIZES = (2, 4, 8)
+PARTS = ("sleeping", "sleeping_fifo", "links", "tun", "compute", "channels_last")
+SLEEPING, FIFO, LINKS, TUN, COMPUTE, FORMATS = (runs(f"throughput/results/{part}.jsonl") for part in PARTS)
+COMPLETE = [run for run in SLEEPING if run.where(contender="torch InterleavedZeroBubble")][-1]
+COMPUTE_20, COMPUTE_56 = ([run for run in COMPUTE if run[0]["model"] == model] for model in ("resnet20", "resnet56"))
+FORWARD, BACKWARD = COMPLETE[0]["forward_ms"], COMPLETE[0]["backward_ms"]
+IDEALS = {"dtrp": 2 * FORWARD + BACKWARD, "fdg": FORWARD + BACKWARD, "spectrain": FORWARD + BACKWARD}
 TARGET = 1.06  # the most that a mini-batch may take where stages sleep, over the ideal
-# Times the better of torch's GPipe and 1F1B: at A = 2, at 4, and each at its own best (None).
-AIMS: tuple[tuple[str, dict[int | None, float]], ...] = (
-    ("spectrain", {2: 1.2, 4: 1.2, None: 1.05}),
-    ("dtrp", {2: 1.05, 4: 1.05, None: 0.95}),
-)
+# Times the better of torch's GPipe and 1F1B: at A = 2, at 4, and each at its own best.
+AIMS = [("spectrain", (2,), 1.2), ("dtrp", (2,), 1.05), ("spectrain", (4,), 1.2), ("dtrp", (4,), 1.05),
+        ("spectrain", (1, 2, 4, 8), 1.05), ("dtrp", (1, 2, 4, 8), 0.95)]  # fmt: skip
 
 
-def _line(lines: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
-    (found,) = [line for line in lines if all(line[key] == value for key, value in wanted.items())]
-    return found
+def rounds(row: dict[str, Any], form: str, unit: float = 1.0) -> str:
+    return f"[{min(row['rounds_ms']) / unit:{form}}, {max(row['rounds_ms']) / unit:{form}}]"
 
 
-def _median(lines: list[dict[str, Any]], **wanted: Any) -> float:
-    return float(_line(lines, **wanted)["median_ms"])
-
-
-def _faster(contender: str, stages: int, lines: list[dict[str, Any]] = SLEEPING) -> str:
+def faster(run: Rows, contender: str, stages: int) -> str:
     """Times as fast as torch's 1F1B."""
-    one, other = (_median(lines, contender=name, stages=stages) for name in ("torch 1F1B", contender))
-    return f"{one / other:.2f}"
+    times = [row["median_ms"] for name in ("torch 1F1B", contender) for row in run.where(contender=name, stages=stages)]
+    return f"{times[0] / times[1]:.2f}" if times[1:] else ""
 
 
-def _lost(contender: str, latency: float, lines: list[dict[str, Any]] = LINKS) -> float:
+def sleeping(run: Rows, stages: int) -> str:
+    """Times over the ideal, bold over the target, and times as fast as torch's 1F1B."""
+    cells = [str(stages)]
+    for method, ideal in IDEALS.items():
+        row = run.only(contender=method, stages=stages)
+        over = row["median_ms"] / ideal
+        cells.append((f"**{over:.3f}** " if over > TARGET else f"{over:.3f} ") + rounds(row, ".3f", ideal))
+    return " | ".join(cells + [faster(run, name, stages) for name in ("dtrp", "fdg", "torch InterleavedZeroBubble")])
+
+
+def lost(run: Rows) -> Callable[[Rows], str]:
     """Per cent of throughput that a latency costs."""
-    here, there = (_median(lines, contender=contender, latency_ms=ms) for ms in (0.0, latency))
-    return 100 * (1 - here / there)
+    base = {row["contender"]: row["median_ms"] for row in run.where(latency_ms=0.0)}
+    return lambda cell: f"{100 * (1 - base[cell[0]['contender']] / cell[0]['median_ms']):.1f}"
 
 
-def _times() -> tuple[float, float]:
-    return SLEEPING[0]["forward_ms"], SLEEPING[0]["backward_ms"]
+def compute(name: str, run: Rows) -> str:
+    """The median, the least and the largest round, and times as fast as one worker."""
+
+    def cell(found: Rows) -> str:
+        time = found[0]["median_ms"]
+        return f"{time:.0f} {rounds(found[0], '.0f')} ({run.only(contender='one worker')['median_ms'] / time:.2f})"
+
+    return pivot(f"{name} | A=1 | A=2 | A=4 | A=8", run, "{contender}", "num_microbatches", (1, 2, 4, 8), cell)
 
 
-def readme() -> list[str]:
-    forward, backward = _times()
-    faster = [_faster(name, stages) for name in ("dtrp", "fdg") for stages in SIZES]
-    assert _lost("dtrp", forward / 2) < 0.5
-    assert _lost("fdg", forward / 2) < 0.5
-    return [f"{forward:g}", f"{backward:g}", *faster, f"{_lost('bp', forward / 2):.0f}"]
+def aims(run: Rows) -> str:
+    """Times the better of torch's GPipe and 1F1B, bold under the aim."""
+
+    def best(sizes: tuple[int, ...], *contenders: str) -> float:
+        found = [row for row in run if row["contender"] in contenders and row["num_microbatches"] in sizes]
+        return min((row["median_ms"] for row in found), default=math.nan)
+
+    cells = [run[0]["run"][:16], str(len(run[0]["rounds_ms"])), f"{best((1,), 'one worker'):.0f}"]
+    for method, sizes, aim in AIMS:
+        tried = run.where(contender=method, num_microbatches=sizes[-1])
+        ratio = best(sizes, "torch GPipe", "torch 1F1B") / best(sizes, method) if tried else math.nan
+        cells.append(f"**{ratio:.2f}**" if ratio < aim else f"{ratio:.2f}")
+    return " | ".join(cells).replace("nan", "")
 
 
-HEAD = ("K", "dtrp / (2F+B)", "fdg / (F+B)", "spectrain / (F+B)", "dtrp, fdg against 1F1B")
+def longer(layers: list[list[float]], forwards: int) -> float:
+    """By how many per cent the longer stage is over a half, at the best cut; the first may repeat its forwards."""
+    front, back = [forwards * f + b for f, b in layers], [f + b for f, b in layers]
+    best = min(((sum(front[:cut]), sum(back[cut:])) for cut in range(1, len(layers))), key=max)
+    return 100 * (2 * max(best) / sum(best) - 1)
 
 
-def _with_spread(line: dict[str, Any], form: str, unit: float = 1.0) -> str:
-    """The median, and the least and the largest round, in units of so many ms."""
-    least, median, most = (
-        format(ms / unit, form) for ms in (min(line["rounds_ms"]), line["median_ms"], max(line["rounds_ms"]))
-    )
-    return f"{median} [{least}, {most}]"
-
-
-def _over(lines: list[dict[str, Any]], stages: int) -> list[str]:
-    over = [
-        _with_spread(_line(lines, contender=name, stages=stages), ".3f", _ideal(name))
-        for name in ("dtrp", "fdg", "spectrain")
-    ]
-    return [str(stages), *over, f"{_faster('dtrp', stages, lines)}, {_faster('fdg', stages, lines)}"]
-
-
-def sleeping() -> str:
-    assert _over_the_target(SLEEPING) == [("spectrain", 8)], "the document says which are over it"
-    lines = [[*_over(SLEEPING, stages), _faster("torch InterleavedZeroBubble", stages)] for stages in SIZES]
-    return table([*HEAD, "zero bubble against 1F1B"], lines)
-
-
-def _ideal(method: str) -> float:
-    forward, backward = _times()
-    return (2 if method == "dtrp" else 1) * forward + backward
-
-
-def _over_the_target(lines: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    return [
-        (method, stages)
-        for method in ("dtrp", "fdg", "spectrain")
-        for stages in SIZES
-        if _median(lines, contender=method, stages=stages) / _ideal(method) > TARGET
-    ]
-
-
-def runs_sleeping() -> list[str]:
-    """The target; then spectrain at K = 4 in every run, the oldest first, and at K = 8."""
-    runs = [[line for line in _SLEEPING if line["run"] == name] for name in _names(_SLEEPING)]
-    over = {method for run in runs for method, _ in _over_the_target(run)}
-    assert over == {"spectrain"}, "the document says that dtrp and fdg are within it in every run"
-    return [
-        str(TARGET),
-        *(
-            f"{_median(run, contender='spectrain', stages=stages) / _ideal('spectrain'):.3f}"
-            for stages in (4, 8)
-            for run in runs
-        ),
-    ]
-
-
-def fifo() -> str:
-    assert not _over_the_target(FIFO), "the document says that all are within it"
-    return table(HEAD, [_over(FIFO, stages) for stages in SIZES])
-
-
-def cold() -> list[str]:
-    row = rows("throughput/results/cold.jsonl")[-1]
-    return [f"{row['at_once_ms']:.2f}", f"{row['after_sleep_ms']:.2f}", f"{row['slept_ms']:g}"]
-
-
-def links() -> str:
-    lines = []
-    for name, label, parts in (
-        ("dtrp", "dtrp", 1),
-        ("dtrp-1f1b", "dtrp-1f1b", 1),
-        ("fdg", "fdg", 1),
-        ("bp", "bp (1F1B-flush)", 4),
-    ):
-        lines.append([label, str(parts), *(f"{_lost(name, ms):.1f}" for ms in (10.0, 18.0, 40.0, 80.0))])
-    return table(["", "A", "10 ms (F/2)", "18 ms (0.9 F)", "40 ms", "80 ms"], lines)
-
-
-def tun() -> str:
-    labels = {"dtrp": "dtrp", "fdg": "fdg", "bp": "bp (1F1B-flush)", "torch 1F1B": "torch 1F1B"}
-    lines = [[label, *(f"{_lost(name, ms, TUN):.1f}" for ms in (10.0, 18.0))] for name, label in labels.items()]
-    return table(["", "10 ms (F/2)", "18 ms (0.9 F)"], lines)
-
-
-def _compute(lines: list[dict[str, Any]], sizes: tuple[int, ...]) -> str:
-    alone = _median(lines, contender="one worker")
-    written = []
-    for contender in dict.fromkeys(line["contender"] for line in lines if line["stages"] > 1):
-        cells = []
-        for parts in sizes:
-            found = [x for x in lines if (x["contender"], x["num_microbatches"]) == (contender, parts)]
-            cells.append(f"{_with_spread(found[0], '.0f')} ({alone / found[0]['median_ms']:.2f})" if found else "")
-        written.append([contender, *cells])
-    return table(["", *(f"A={parts}" for parts in sizes)], written)
-
-
-def resnet20() -> str:
-    assert (_missed(COMPUTE_20), _missed(BEFORE_20)) == ([("spectrain", 4)], []), "the document says which are missed"
-    return _compute(COMPUTE_20, (1, 2, 4, 8))
-
-
-def resnet56() -> str:
-    assert not _missed(TABLE_56), "the document says that all are met"
-    return _compute(TABLE_56, (1, 2, 4, 8))
-
-
-def channels_last() -> str:
-    assert _missed(CHANNELS_LAST) == [("dtrp", 4)], "the document says which is missed"
-    return _compute(CHANNELS_LAST, (2, 4, 8))
-
-
-def _missed(run: list[dict[str, Any]]) -> list[tuple[str, int | None]]:
-    return [
-        (method, parts)
-        for method, aims in AIMS
-        for parts, aim in aims.items()
-        if _against_torch(run, method, parts) < aim
-    ]
-
-
-def _against_torch(run: list[dict[str, Any]], method: str, parts: int | None) -> float:
-    """Times the better of GPipe and 1F1B, with as many micro-batches, or each at its own best number of them."""
-
-    def best(name: str) -> float:
-        own = [line for line in run if line["contender"] == name and parts in (None, line["num_microbatches"])]
-        return min(float(line["median_ms"]) for line in own)
-
-    return min(best("torch GPipe"), best("torch 1F1B")) / best(method)
-
-
-def _all_against_torch(run: list[dict[str, Any]]) -> list[str]:
-    """spectrain and dtrp at A = 2, at 4, and at each one's best."""
-    return [f"{_against_torch(run, method, parts):.2f}" for parts in (2, 4, None) for method, _ in AIMS]
-
-
-def against_torch_56() -> list[str]:
-    assert {len(line["rounds_ms"]) for line in TABLE_56} == {5}, "the document says how many rounds"
-    return _all_against_torch(TABLE_56)
-
-
-def runs_56() -> list[str]:
-    """At A = 4 in every run, the oldest first, and at the best A where there is A = 8: spectrain, then dtrp."""
-    whole = [run for run in _runs_56() if {("spectrain", 8), ("dtrp", 8)} <= {_of(line) for line in run}]
-    assert [not _missed(run) for run in whole] == [False, False, False, True, True], "the document says which meet all"
-    shown = []
-    for parts, tried in ((4, 4), (None, 8)):
-        for method, _ in AIMS:
-            for run in _runs_56():
-                if (method, tried) in map(_of, run):
-                    shown.append(f"{_against_torch(run, method, parts):.2f}")
-    return shown
-
-
-def _of(line: dict[str, Any]) -> tuple[str, int]:
-    return line["contender"], line["num_microbatches"]
-
-
-def _runs_56() -> list[list[dict[str, Any]]]:
-    return [[line for line in _COMPUTE_56 if line["run"] == name] for name in _names(_COMPUTE_56)]
-
-
-def _names(lines: list[dict[str, Any]]) -> list[str]:
-    """Of the runs, the oldest first."""
-    return list(dict.fromkeys(line["run"] for line in lines))
-
-
-def _of_all_layers(run: list[dict[str, Any]]) -> tuple[float, float]:
-    """F and B, in ms."""
-    forwards, backwards = zip(*run[0]["layer_ms"], strict=True)
-    return sum(forwards), sum(backwards)
-
-
-def forwards_56() -> list[str]:
-    """F over F+B of all layers: the least and the largest of the first four runs, and of the others."""
-    shares = []
-    for run in _runs_56():
-        forward, backward = _of_all_layers(run)
-        shares.append(forward / (forward + backward))
-    return [f"{share:.2f}" for part in (shares[:4], shares[4:]) for share in (min(part), max(part))]
-
-
-def against_torch_channels_last() -> list[str]:
-    return _all_against_torch(CHANNELS_LAST)
-
-
-def division_56() -> list[str]:
-    """Of the cut that the layers' times say is best: by how many per cent the longer stage is over an even half.
-
-    The least and the largest of all runs; for dtrp, whose first stage repeats its forward, and then for what recomputes
-    nothing.
-    """
-    shown = []
-    for forwards in (2, 1):
-        over = []
-        for run in _runs_56():
-            times = run[0]["layer_ms"]
-            stages = [
-                (sum(forwards * f + b for f, b in times[:cut]), sum(f + b for f, b in times[cut:]))
-                for cut in range(1, len(times))
-            ]
-            best = min(stages, key=max)
-            over.append(100 * (2 * max(best) / sum(best) - 1))
-        shown += [f"{min(over):.1f}", f"{max(over):.1f}"]
-    return shown
-
-
-def even_56() -> list[str]:
-    """By the layers' times of the last run, were all divided evenly: dtrp over a synchronous schedule at A = 4 and 8."""
-    forward, backward = _of_all_layers(TABLE_56)
-    # dtrp's first stage has a share s of the layers: s (2F+B) = (1-s) (F+B).
+def division(run: Rows) -> str:
+    """Of the layers' times. Divided evenly, dtrp's first stage has a share s of them: s (2F+B) = (1-s) (F+B)."""
+    layers = run[0]["layer_ms"]
+    forward, backward = map(sum, zip(*layers, strict=True))
     whole, again = forward + backward, 2 * forward + backward
-    slot = again * whole / (again + whole)
-    return [f"{whole / 2 * (1 + 1 / parts) / slot:.2f}" for parts in (4, 8)]
+    even = [(again + whole) / (2 * again) * (1 + 1 / parts) for parts in (4, 8)]
+    start = f"{run[0]['run'][:16]} | {forward / whole:.2f} | {longer(layers, 2):.1f} | {longer(layers, 1):.1f}"
+    return f"{start} | {join(even, '.2f', ' | ')}"
 
 
-def one_worker_20() -> list[str]:
-    return [f"{_median(run, contender='one worker'):.0f}" for run in (COMPUTE_20, BEFORE_20)]
-
-
-def against_torch_20() -> list[str]:
-    """spectrain at A = 4."""
-    return [f"{_against_torch(run, 'spectrain', 4):.2f}" for run in (COMPUTE_20, BEFORE_20)]
-
-
-def one_worker_56() -> list[str]:
-    return [f"{TABLE_56[0]['load_before']:.1f}", f"{_median(TABLE_56, contender='one worker'):.0f}"]
-
-
-def one_worker_channels_last() -> list[str]:
-    return [f"{_median(CHANNELS_LAST, contender='one worker'):.0f}"]
+WAITING = "K | dtrp / (2F+B) | fdg / (F+B) | spectrain / (F+B) | times 1F1B: dtrp | fdg | zero bubble"
+AIMED = " | ".join(f"{method}, A={sizes[0] if sizes[0] > 1 else 'best'} ({aim})" for method, sizes, aim in AIMS)
+LAYERS = "F/(F+B) | dtrp's longer stage, % | recomputing nothing, % | even, A=4 | even, A=8"
+TABLES = [
+    table(WAITING, [sleeping(COMPLETE, k) for k in (2, 4, 8)]),
+    table(f"run, {WAITING}", [f"{run[0]['run'][:16]}, {sleeping(run, k)}" for run in SLEEPING for k in (2, 4, 8)]),
+    table(f"real-time priority: {WAITING}", [sleeping(FIFO[-1], k) for k in (2, 4, 8)]),
+    pivot(" | A | 10 ms (F/2) | 18 ms (0.9 F) | 40 ms | 80 ms", LINKS[-1], "{contender} | {num_microbatches}", "latency_ms",
+          (10, 18, 40, 80), lost(LINKS[-1])),
+    pivot("TUN | 10 ms (F/2) | 18 ms (0.9 F)", TUN[-1], "{contender}", "latency_ms", (10, 18), lost(TUN[-1])),
+    *map(compute, ("ResNet-20", "ResNet-56", "channels_last"), (COMPUTE_20[-1], COMPUTE_56[-1], FORMATS[-1])),
+    table(f"run | rounds | one worker, ms | {AIMED}", map(aims, [*COMPUTE_20, *COMPUTE_56, *FORMATS])),
+    table(f"run | {LAYERS}", map(division, COMPUTE_56)),
+]  # fmt: skip
+LOST = [lost(LINKS[-1])(LINKS[-1].where(contender=method, latency_ms=FORWARD / 2)) for method in ("dtrp", "fdg", "bp")]
+FASTER = [faster(COMPLETE, method, stages) for method in ("dtrp", "fdg") for stages in (2, 4, 8)]
+TEXTS = {
+    "cold": "{at_once_ms:.2f} {after_sleep_ms:.2f} {slept_ms:g}".format_map(rows("throughput/results/cold.jsonl")[-1]),
+    "readme": " ".join([f"{FORWARD:g}", f"{BACKWARD:g}", *FASTER, *LOST]),
+}
