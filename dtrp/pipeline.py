@@ -21,15 +21,16 @@ from .measure.trace import Tracer
 from .methods import Keep, Method, as_method, keeping
 from .planning.plan_file import Plan, as_plan
 from .splitting.stages import Stages, check_device, into_stages, stage_device
-from .stage.forward import LossFn
 from .stage.gradients import Clip, GradientRule, OnNonfinite
-from .stage.local_loss import Auxiliary, WithAux, aux_of_stages
+from .stage.local_loss import Auxiliary, aux_of_stages
 from .stage.optimizer_step import check_callables, checked_optimizer, checked_scheduler
 from .stage.reach import Reach, refuse_gradient
+from .stage.specs import StageNetwork, StagePosition, StageTraining
 from .stage.stage import Stage
 from .stage.tied import Tie, check_ties, find_ties
 from .tensors.module_mode import follow
 from .tensors.pytree import check_samples, flatten, num_samples
+from .typing import LossFn
 from .validation import check_seed, check_timeout, whole
 
 Device = torch.device | str | int
@@ -180,34 +181,32 @@ class Pipeline(BasePipeline):
         self._schedules_lr = lr_scheduler is not None
         self._tracer = Tracer(bool(trace))
 
-        wholes = [
-            module if own is None else WithAux(module, *own) for module, own in zip(modules, aux_networks, strict=True)
-        ]
-        reach = Reach(dict(enumerate(wholes)), None if ranks is None else ranks.stage)
-
-        def make_stage(index: int, place: torch.device, replica: int = 0) -> Stage:
-            own = aux_networks[index]
-            return Stage(
-                index,
-                len(modules),
-                modules[index],
-                methods[index],
-                checked_optimizer(optimizer),
-                checked_scheduler(lr_scheduler),
-                loss_fn=loss_fn if index == len(modules) - 1 or own is not None else None,
-                reach=reach,
-                aux=own,
+        networks = [
+            StageNetwork(
+                module,
+                loss_fn=loss_fn if index == len(modules) - 1 or network is not None else None,
                 needs_input_grad=not self.method.local
-                and any(p.requires_grad for module in modules[:index] for p in module.parameters()),
-                seed=self.seed,
-                device=place,
-                replica=replica,
-                num_microbatches=num_microbatches,
-                memory_limit_bytes=limit,
-                rule=rule,
+                and any(p.requires_grad for earlier in modules[:index] for p in earlier.parameters()),
+                aux=network,
                 compile=compiling,
                 ties=ties,
             )
+            for index, (module, network) in enumerate(zip(modules, aux_networks, strict=True))
+        ]
+        wholes = [network.whole for network in networks]
+        reach = Reach(dict(enumerate(wholes)), None if ranks is None else ranks.stage)
+
+        def make_stage(index: int, place: torch.device, replica: int = 0) -> Stage:
+            training = StageTraining(
+                methods[index],
+                checked_optimizer(optimizer),
+                checked_scheduler(lr_scheduler),
+                num_microbatches,
+                limit,
+                rule,
+            )
+            position = StagePosition(index, len(modules), place, self.seed, replica)
+            return Stage(position, networks[index], training, reach)
 
         if ranks is None:
             places = _places(modules, devices, ties=ties)

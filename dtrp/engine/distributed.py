@@ -150,7 +150,7 @@ class DistributedEngine:
         return num_samples(part)
 
     def _received_note(self) -> Note:
-        with self.working_times[0].working:
+        with self.working_times[0].working():
             self._stage.prepare(self._next_microbatch, self.num_updates)
         self._message = self._receive(self._transport.forward_in, "forward", self._next_microbatch)
         return self._message.note
@@ -277,7 +277,7 @@ class DistributedEngine:
     # -- one action -----------------------------------------------------------------------------------------
 
     def _do(self, action: Action) -> None:
-        with self.working_times[0].working, self._tracer.action(action, self._stage.index):
+        with self.working_times[0].working(), self._tracer.action(action, self._stage.index):
             if action.kind == "F":
                 self._forward(action)
             elif action.kind == "B":

@@ -201,7 +201,7 @@ class LocalEngine:
     def _do(self, index: int, action: Action) -> None:
         stage, last = self.stages[index], len(self.stages) - 1
         minibatch = stage.version if action.kind == "U" else self._micros[action.index].minibatch
-        with naming(index, action, minibatch), self.working_times[index].working, self._tracer.action(action, index):
+        with naming(index, action, minibatch), self.working_times[index].working(), self._tracer.action(action, index):
             if action.kind == "F":
                 micro = self._micros[action.index]
                 target = self._targets[action.index] if index == last or self._local else None

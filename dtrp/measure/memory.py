@@ -1,4 +1,4 @@
-"""How much memory a stage will need at most, from sizes alone.
+"""The most memory that a stage will need, from sizes alone.
 
 The stash is counted on the order of work itself: what waits between F and B, and which copies of the weights that
 keeps alive. The rest is a multiple of a size: one micro-batch's graph, one set of gradients, one predicted copy.
@@ -14,19 +14,19 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast, get_args
 
 import torch
 from torch.optim import Optimizer
 
-from ..methods import Method
+from ..methods import Keep, Method
 from ..schedule import StageOrder
 from ..tensors.nbytes import states_bytes, tensor_bytes
 
 
 @dataclass(frozen=True)
 class StageSizes:
-    """What a stage is made of, in bytes, its auxiliary network included; activations of one micro-batch.
+    """The sizes of a stage, in bytes, its auxiliary network included; activations are those of one micro-batch.
 
     Attributes:
         weights: parameters and buffers.
@@ -35,7 +35,7 @@ class StageSizes:
         input: the stage's input.
         graph: what its autograd graph saves.
         output: the stage's output.
-        trains: whether it, or a stage before it, has something to train; else it keeps nothing.
+        trains: whether the stage, or one before it, has something to train; else it keeps nothing.
     """
 
     weights: float
@@ -49,13 +49,13 @@ class StageSizes:
 
 @dataclass(frozen=True)
 class Footprint:
-    """The most that a stage holds, in bytes, by what it is; ``stash`` and ``graph`` at the moment of their sum's maximum.
+    """The most memory that a stage holds, in bytes, by purpose; ``stash`` and ``graph`` when their sum is largest.
 
     Attributes:
         weights, optimizer, gradients: as in `Pipeline.memory`.
         predicted: the predicted copy that a forward reads.
-        stash: inputs, kept graphs, and the copies of weights that these stand on.
-        graph: the one that a backward recomputes.
+        stash: inputs, kept graphs, and the copies of weights on which these are built.
+        graph: the graph that a backward recomputes.
         messages: an input and a gradient received ahead, and what is being sent; no gradients where stages have their own loss.
     """
 
@@ -74,29 +74,28 @@ class Footprint:
 
 
 def footprint(method: Method, num_stages: int, stage: int, num_microbatches: int, sizes: StageSizes) -> Footprint:
-    """The most that ``stage`` holds in a run with mini-batches of A micro-batches.
+    """The most memory that ``stage`` holds in a run with mini-batches of A micro-batches.
 
     Args:
-        method: with this stage's own ``keep`` (`Method.keeping`).
+        method: the stage's row, with what it keeps (`Method.keeping`).
         num_stages: K.
         stage: k.
         num_microbatches: A.
-        sizes: of the stage.
+        sizes: the sizes of the stage.
     """
     last = stage == num_stages - 1
     recomputes = sizes.trains and method.recomputes(num_stages, stage)
-    each = sizes.input if recomputes else sizes.input + sizes.graph
-    each = each if sizes.trains else 0.0
+    kept = (sizes.input if recomputes else sizes.input + sizes.graph) if sizes.trains else 0.0  # of a micro-batch
     graph = sizes.graph if recomputes else 0.0
     predicts = method.predict is not None and not last
     copies = not recomputes or method.backward_at == "stashed"
-    order = (method.ahead, method.backward_first, method.flush, method.forward_all, method.local)
+    order = _Order(method.ahead, method.backward_first, method.flush, method.forward_all, method.local)
     # What dtrp predicts is the same for micro-batches of one version and horizon; another predictor may differ.
     shared = not predicts or isinstance(method.predict, str)
     moments, delayed = _moments(order, num_stages, stage, num_microbatches, predicts, shared)
     stash, added = max(
         (
-            (held * each + (versions if copies else 0) * sizes.trained, graph if backward else 0.0)
+            (held * kept + (versions if copies else 0) * sizes.trained, graph if backward else 0.0)
             for held, versions, backward in moments
         ),
         key=sum,
@@ -112,8 +111,29 @@ def footprint(method: Method, num_stages: int, stage: int, num_microbatches: int
     )
 
 
+def choose_keep(
+    method: Method, num_stages: int, stage: int, num_microbatches: int, sizes: StageSizes, limit_bytes: int
+) -> Keep:
+    """What the stage keeps: its graphs if they fit into ``limit_bytes``, else its inputs; the arguments are those of `footprint`.
+
+    Raises:
+        MemoryError: neither fits.
+    """
+    needs = {}
+    for keep in get_args(Keep):
+        needs[keep] = footprint(method.keeping(keep), num_stages, stage, num_microbatches, sizes)
+        if needs[keep].total <= limit_bytes:
+            return cast(Keep, keep)
+    least = min(needs.values(), key=lambda need: need.total)
+    parts = ", ".join(f"{name} {size:,.0f}" for name, size in dataclasses.asdict(least).items() if size)
+    raise MemoryError(
+        f"stage {stage} needs {least.total:,.0f} bytes at least ({parts}), {least.total - limit_bytes:,.0f} "
+        f"more than memory_limit_bytes={limit_bytes:,}; raise it, or take smaller mini-batches, more micro-batches or more stages"
+    )
+
+
 class _Order(NamedTuple):
-    """What a schedule asks of a method."""
+    """What a schedule reads of a method."""
 
     ahead: float
     backward_first: bool
@@ -125,19 +145,14 @@ class _Order(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _moments(
-    order: tuple[float, bool, bool, bool, bool],
-    num_stages: int,
-    stage: int,
-    num_microbatches: int,
-    predicts: bool,
-    shared: bool,
+    order: _Order, num_stages: int, stage: int, num_microbatches: int, predicts: bool, shared: bool
 ) -> tuple[frozenset[tuple[int, int, bool]], bool]:
-    """What a stage holds at a time: (micro-batches, versions of the weights that these read, whether one is in its B).
+    """What a stage holds at some time: (micro-batches, versions of the weights that these read, whether one is in its B).
 
     And whether any forward has a delay.
     """
-    work = StageOrder(_Order(*order), num_stages, stage)
-    # Up to the lead, and until each has its own version.
+    work = StageOrder(order, num_stages, stage)
+    # Up to the lead, and until every micro-batch in the stash may have read another version.
     minibatches = 2 * math.ceil((work.lead + 1) / num_microbatches) + 2
     held: deque[tuple[int, int] | None] = deque()  # the version that each micro-batch in the stash has read
     moments: set[tuple[int, int, bool]] = set()
@@ -148,29 +163,27 @@ def _moments(
             if action.kind == "F":
                 delay = minibatch - version
                 delayed = delayed or delay > 0
-                own = delay if shared or not delay else -1 - action.index
+                horizon = delay if shared or not delay else -1 - action.index
                 copied = work.lead > 0 and not work.flushes  # what is kept into a later step
-                held.append((version, own if predicts else 0) if copied else None)
+                held.append((version, horizon if predicts else 0) if copied else None)
             elif action.kind == "U":
                 version += 1
-            moments.add((len(held), len({one for one in held if one is not None}), action.kind == "B"))
+            moments.add((len(held), len(set(held) - {None}), action.kind == "B"))
             if action.kind == "B":
                 held.popleft()
     return frozenset(moments), delayed
 
 
 def held_at_most(memory: Mapping[str, int], activations_peak: int) -> int:
-    """Bytes that a stage has held at most, by what it measured of itself (`Pipeline.memory`, `Pipeline.activations_peak`)."""
-    return (
-        sum(memory.get(name, 0) for name in ("weights", "buffers", "optimizer", "gradients_peak", "predicted"))
-        + activations_peak
-    )
+    """The most bytes that a stage has held, from its measurements (`Pipeline.memory`, `Pipeline.activations_peak`)."""
+    parts = ("weights", "buffers", "optimizer", "gradients_peak", "predicted")
+    return sum(memory.get(name, 0) for name in parts) + activations_peak
 
 
 def optimizer_bytes(optimizer: Optimizer) -> int:
-    """Of an optimizer's state once every parameter has had an update; nothing of that size is made.
+    """Bytes of an optimizer's state after the first update of every parameter; nothing of that size is allocated.
 
-    A copy makes a step on the meta device. One that cannot is taken to hold two values for each of the parameters'.
+    A copy of the optimizer makes a step on the meta device. One that cannot is assumed to hold two values per parameter.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if all(optimizer.state.get(p) for p in parameters):

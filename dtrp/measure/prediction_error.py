@@ -1,8 +1,8 @@
-"""How far the weights that a forward read were from those of its backward.
+"""The distance from the weights that a forward has read to those of its backward.
 
-At F(m) of a stage that has a delay the weights that it read are copied, the predicted ones or, where nothing is
-predicted, those of then; at B(m), when the stage has the version that they were to be, they are compared. It costs two
-copies of the weights for each micro-batch under way that is looked at, so only every n-th is.
+At F(m) of a stage with a delay, the weights that it reads are copied (predicted ones, or where nothing is predicted the
+present ones); at B(m), when the stage has the version that was predicted, they are compared. It costs two
+copies of the weights for every micro-batch in flight that is measured, so only every n-th is.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _PRIMES = (17, 13, 11, 7, 5, 3)
 
 
 class PredictionError(NamedTuple):
-    """One micro-batch at one stage; distances are Euclidean over all trained weights, over the norm of the true ones.
+    """The error for one micro-batch at one stage; distances are Euclidean, divided by the norm of the true weights.
 
     Attributes:
         stage: k.
-        minibatch: b, whose version B meets.
+        minibatch: b, the version of the weights at B.
         delay: in updates.
-        read: from the weights that F read to the true ones.
-        stale: from the weights as they were at F to the true ones: what no prediction would have given.
+        read: distance from the weights that F has read to the true ones.
+        stale: distance from the weights at F, without a prediction, to the true ones.
     """
 
     stage: int
@@ -45,14 +45,14 @@ class Gauge:
 
     @torch.no_grad()
     def forward(self, microbatch: int, delay: int, read: Sequence[Tensor], now: Sequence[Tensor]) -> None:
-        """F(m) is about to read ``read``."""
+        """Note that F(m) is about to read the weights ``read``; the present ones are ``now``."""
         if delay > 0 and microbatch % self.every == 0:
             then = [p.detach().clone() for p in now]
             self._pending[microbatch] = (delay, [t.detach().clone() for t in read], then)
 
     @torch.no_grad()
     def backward(self, microbatch: int, minibatch: int, now: Sequence[Tensor]) -> None:
-        """B(m) is about to run, at ``now``."""
+        """Note that B(m) is about to run, at the weights ``now``."""
         pending = self._pending.pop(microbatch, None)
         if pending is None:
             return
@@ -63,17 +63,17 @@ class Gauge:
             self.errors.append(PredictionError(self.stage, minibatch, delay, *distances))
 
     def drop(self) -> None:
-        """Forget the micro-batches under way."""
+        """Forget the micro-batches in flight."""
         self._pending.clear()
 
 
 def look_every(num_total: int, num_microbatches: int) -> int:
-    """The n of every n-th micro-batch to look at, so that a run has a few looks at least, at little cost.
+    """The n of every n-th micro-batch to measure, so that a run has at least a few measurements, at little cost.
 
-    A prime that A has not, so that micro-batches at every place in a mini-batch are looked at.
+    A prime that does not divide A, so that micro-batches at every place in a mini-batch are measured.
 
     Args:
-        num_total: micro-batches of the run.
+        num_total: the number of micro-batches of the run.
         num_microbatches: A.
     """
     return next((n for n in _PRIMES if num_total >= 4 * n and num_microbatches % n), 1)

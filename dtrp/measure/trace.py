@@ -1,4 +1,4 @@
-"""When each F, B, U, send and receive ran: spans, as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
+"""Spans of time in which each F, B, U, send and receive ran, as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..schedule import Action
 
 
 class Span(NamedTuple):
-    """Something that ran: times in nanoseconds since the epoch, ``lane`` the row that shows it."""
+    """A piece of work: times in nanoseconds since the epoch; ``lane`` names the row of the trace that shows it."""
 
     name: str
     kind: str
@@ -32,7 +32,7 @@ _MOST_SPANS = 1_000_000
 
 
 class Tracer:
-    """Collects the spans of one process, if ``on``; of a long run the last million."""
+    """Collects the spans of one process, if ``on``; in a long run only the last million are kept."""
 
     def __init__(self, on: bool) -> None:
         self.on = on
@@ -40,23 +40,23 @@ class Tracer:
         self._lock = threading.Lock()
 
     def action(self, action: Action, stage: int) -> AbstractContextManager[None]:
-        """A span around what a stage does within it, and a range of `torch.profiler`."""
+        """Within it a stage does ``action``: records a span, and a range of `torch.profiler`."""
         return self._span(f"{action.kind}{action.index}", action.kind, stage) if self.on else _NO_SPAN
 
     def wait(self, direction: str, microbatch: int, stage: int) -> AbstractContextManager[None]:
-        """The same around a stage's wait for a message, forward or backward."""
+        """Within it a stage waits for a message, forward or backward: records the same."""
         return self._span(f"wait {direction} {microbatch}", "wait", stage) if self.on else _NO_SPAN
 
     def add(self, name: str, kind: str, lane: str, begin_ns: int) -> None:
-        """A span that ends now."""
+        """Record a span that ends now."""
         if self.on:
             with self._lock:
                 self.spans.append(Span(name, kind, lane, begin_ns, time.time_ns()))
 
     def range(self, name: str) -> AbstractContextManager[Any]:
-        """A range of `torch.profiler` alone, for what `add` records.
+        """Records a range of `torch.profiler` alone, for a span that `add` records.
 
-        In a helper thread: a profiler sees it if it looks at all threads.
+        For helper threads: a profiler sees the range if it looks at all threads.
         """
         return torch.profiler.record_function(name) if self.on else _NO_SPAN
 
@@ -69,53 +69,41 @@ class Tracer:
 
 
 def write_chrome_trace(path: str | os.PathLike[str], processes: Sequence[tuple[str, Sequence[Span]]]) -> None:
-    """Write the spans of some processes, each with its name, whole or not at all.
+    """Write the spans of processes, given with their names, whole or not at all.
 
-    A process becomes a ``pid``, each of its lanes a ``tid``, or several: viewers show spans of one ``tid`` right only where they
-    are nested or apart. Times are microseconds since the first span.
+    A process becomes a ``pid``, and each of its lanes one ``tid`` or several: viewers show spans of a ``tid`` correctly only
+    where they are nested or apart. Times are microseconds since the first span.
     """
     begin = min((span.begin_ns for _, spans in processes for span in spans), default=0)
     events: list[dict[str, Any]] = []
     for pid, (name, spans) in enumerate(processes):
         events.append({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}})
-        for tid, (lane, own) in enumerate(_rows(spans)):
-            events.append({"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": lane}})
-            events += [
-                {
-                    "name": span.name,
-                    "cat": span.kind,
-                    "ph": "X",
-                    "pid": pid,
-                    "tid": tid,
-                    "ts": (span.begin_ns - begin) / 1000,
-                    "dur": (span.end_ns - span.begin_ns) / 1000,
-                }
-                for span in own
-            ]
+        for tid, (lane, row) in enumerate(_rows(spans)):
+            place = {"pid": pid, "tid": tid}
+            events.append({"name": "thread_name", "ph": "M", **place, "args": {"name": lane}})
+            for span in row:
+                times = {"ts": (span.begin_ns - begin) / 1000, "dur": (span.end_ns - span.begin_ns) / 1000}
+                events.append({"name": span.name, "cat": span.kind, "ph": "X", **place, **times})
     with whole_file(path) as file:
         file.write(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
 
 
 def _rows(spans: Sequence[Span]) -> list[tuple[str, list[Span]]]:
-    """The spans of each lane, in as many rows as it takes that those of a row are nested or apart."""
-    rows: dict[str, list[_Row]] = {span.lane: [] for span in spans}
+    """The spans of each lane, in as many rows as are needed for the spans of a row to be nested or apart."""
+    rows: dict[str, list[list[Span]]] = {span.lane: [] for span in spans}
+    open_ends: dict[int, list[int]] = {}  # by row: the ends of its open spans, the innermost last
+
+    def has_room(row: list[Span], span: Span) -> bool:
+        ends = open_ends[id(row)]
+        while ends and ends[-1] <= span.begin_ns:
+            ends.pop()
+        return not ends or span.end_ns <= ends[-1]
+
     for span in sorted(spans, key=lambda span: (span.begin_ns, -span.end_ns)):
-        row = next((row for row in rows[span.lane] if row.has_place(span)), None)
+        row = next((row for row in rows[span.lane] if has_room(row, span)), None)
         if row is None:
-            row = _Row([], [])
-            rows[span.lane].append(row)
-        row.spans.append(span)
-        row.ends.append(span.end_ns)
-    return [(lane, row.spans) for lane, own in rows.items() for row in own]
-
-
-class _Row(NamedTuple):
-    """Spans in the order of their begin, and the ends of those that are open, the innermost last."""
-
-    spans: list[Span]
-    ends: list[int]
-
-    def has_place(self, span: Span) -> bool:
-        while self.ends and self.ends[-1] <= span.begin_ns:
-            self.ends.pop()
-        return not self.ends or span.end_ns <= self.ends[-1]
+            rows[span.lane].append(row := [])
+            open_ends[id(row)] = []
+        row.append(span)
+        open_ends[id(row)].append(span.end_ns)
+    return [(lane, row) for lane, lane_rows in rows.items() for row in lane_rows]

@@ -1,31 +1,47 @@
-"""How long a worker has worked, how long it has waited, and for what."""
+"""The time that a stage has worked, and the time that it has waited, by what for."""
 
 from __future__ import annotations
 
 import time
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 
 class WorkingTime:
-    """Seconds of one stage, by what they went into.
-
-    Attributes:
-        working: the context in which the stage works.
-    """
+    """Seconds of one stage, by what they were spent on."""
 
     WAITS = ("forward", "gradient", "send", "replicas")
 
     def __init__(self) -> None:
-        self.working = _Measured(None)
-        self._waits = {name: _Measured(self.working) for name in self.WAITS}
+        self._seconds = dict.fromkeys(("busy", *(f"wait_{name}" for name in self.WAITS)), 0.0)
+        self._works = False
         self._began: float | None = None
+        self._ended = 0.0
 
-    def waiting(self, what: str) -> _Measured:
+    def working(self) -> AbstractContextManager[None]:
+        """Within it the stage works."""
+        return self._spending("busy")
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
         """Within it the stage waits: for the ``forward`` input, the ``gradient``, to ``send``, for its ``replicas``.
 
-        Within work or outside it; a wait within work is not work.
+        Within work or outside of it; a wait within work is not work.
         """
-        return self._waits[what]
+        return self._spending(f"wait_{what}")
+
+    @contextmanager
+    def _spending(self, what: str) -> Iterator[None]:
+        within_work = self._works
+        self._works = within_work or what == "busy"
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._ended = time.perf_counter()
+            self._seconds[what] += self._ended - start
+            if within_work:
+                self._seconds["busy"] -= self._ended - start
+            self._works = within_work
 
     def begin(self) -> None:
         """The run begins, unless it has."""
@@ -33,39 +49,7 @@ class WorkingTime:
             self._began = time.perf_counter()
 
     def seconds(self) -> dict[str, float]:
-        """As in `Pipeline.busy`."""
-        contexts = [self.working, *self._waits.values()]
-        elapsed = 0.0 if self._began is None else max(self._began, *(each.ended for each in contexts)) - self._began
-        waits = {f"wait_{name}": wait.seconds for name, wait in self._waits.items()}
-        rest = elapsed - self.working.seconds - sum(waits.values())
-        return {"elapsed": elapsed, "busy": self.working.seconds, **waits, "outside": max(0.0, rest)}
-
-
-class _Measured:
-    """A context whose time is added up; it may be entered again, but not within itself.
-
-    Args:
-        around: the context whose time this one's is not, where it is within that.
-    """
-
-    __slots__ = ("_around", "_start", "ended", "entered", "seconds")
-
-    def __init__(self, around: _Measured | None) -> None:
-        self._around = around
-        self._start = self.ended = 0.0
-        self.seconds = 0.0
-        self.entered = False
-
-    def __enter__(self) -> None:
-        self.entered = True
-        self._start = time.perf_counter()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.ended = time.perf_counter()
-        spent = self.ended - self._start
-        self.seconds += spent
-        if self._around is not None and self._around.entered:
-            self._around.seconds -= spent
-        self.entered = False
+        """The seconds of the run, as in `Pipeline.busy`."""
+        elapsed = 0.0 if self._began is None else max(self._began, self._ended) - self._began
+        rest = elapsed - sum(self._seconds.values())
+        return {"elapsed": elapsed, **self._seconds, "outside": max(0.0, rest)}

@@ -28,6 +28,7 @@ from ..splitting.stages import check_device
 from ..stage.gradients import Clip, GradientRule, OnNonfinite
 from ..stage.optimizer_step import check_callables, checked_optimizer, checked_scheduler
 from ..stage.reach import Reach, refuse_gradient
+from ..stage.specs import StageNetwork, StagePosition, StageTraining
 from ..stage.stage import Stage
 from ..tensors.layout import aligned_clone
 from ..tensors.pytree import flatten, num_samples, split
@@ -160,21 +161,22 @@ class ScheduleDTRP(BasePipeline):
             call = Call(module, route, ranks.stage, ranks.num_stages)
             self._loss = RecordedLoss(loss_fn)
             own_stage = Stage(
-                ranks.stage,
-                ranks.num_stages,
-                module,
-                methods[ranks.stage],
-                make_optimizer,
-                checked_scheduler(lr_scheduler),
-                loss_fn=self._loss if ranks.after is None else None,
-                reach=Reach({ranks.stage: module}),
-                needs_input_grad=any(fact[2] for fact in facts[: ranks.stage]),
-                seed=self.seed,
-                device=device,
-                num_microbatches=self.num_microbatches,
-                memory_limit_bytes=limit,
-                rule=rule,
-                call=call,
+                StagePosition(ranks.stage, ranks.num_stages, device, self.seed),
+                StageNetwork(
+                    module,
+                    loss_fn=self._loss if ranks.after is None else None,
+                    needs_input_grad=any(fact[2] for fact in facts[: ranks.stage]),
+                    call=call,
+                ),
+                StageTraining(
+                    methods[ranks.stage],
+                    make_optimizer,
+                    checked_scheduler(lr_scheduler),
+                    self.num_microbatches,
+                    limit,
+                    rule,
+                ),
+                Reach({ranks.stage: module}),
             )
             total = self.num_microbatches if scale_grads else 1
             self._engine: StageEngine = StageEngine(

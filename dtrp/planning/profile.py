@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from ..measure.graph_size import NOT_WEIGHED, weigh_graph
 from ..measure.memory import StageSizes
 from ..predict import BuiltInPredictor, Predictor, as_predictor
 from ..splitting.stages import called, check_device, layers_of, stage_device
-from ..stage.saved_tensors import NOT_WEIGHED, weigh_graph
 from ..tensors.layout import aligned_clone, enter, parts_of
 from ..tensors.nbytes import states_bytes, tensor_bytes
 from ..tensors.pytree import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten

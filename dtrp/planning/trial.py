@@ -22,6 +22,7 @@ from ..measure.trace import Tracer
 from ..methods import Keep, Method
 from ..schedule import lead
 from ..splitting.stages import stage_of
+from ..stage.specs import StageNetwork, StagePosition, StageTraining
 from ..stage.stage import Stage
 from ..tensors.pytree import tensors_of
 from ..typing import OptimizerFactory
@@ -88,16 +89,13 @@ def _stages(
     last = len(cuts)
     return [
         Stage(
-            k,
-            last + 1,
-            stage_of((str(i), layers[i]) for i in range(bounds[k], bounds[k + 1])),
-            method.keeping(keep),
-            _at_rest(profiler.make_optimizer),
-            None,
-            loss_fn=profiler.loss_fn if k == last else None,
-            needs_input_grad=any(p.requires_grad for layer in layers[: bounds[k]] for p in layer.parameters()),
-            device=device,
-            seed=0,
+            StagePosition(k, last + 1, device, seed=0),
+            StageNetwork(
+                stage_of((str(i), layers[i]) for i in range(bounds[k], bounds[k + 1])),
+                loss_fn=profiler.loss_fn if k == last else None,
+                needs_input_grad=any(p.requires_grad for layer in layers[: bounds[k]] for p in layer.parameters()),
+            ),
+            StageTraining(method.keeping(keep), _at_rest(profiler.make_optimizer)),
         )
         for k, keep in enumerate(keeps)
     ]

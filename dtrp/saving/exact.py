@@ -20,7 +20,9 @@ from ..predict import BuiltInPredictor
 from ..schedule import Position
 from ..stage import buffers
 from ..stage.stage import Stage
-from ..stage.stash import Held, MicroBatch, WeightVersion
+from ..stage.stash import Held, MicroBatch
+from ..stage.weight_versions import WeightVersion
+from ..tensors import module_buffers
 from ..tensors.autocast import AutocastState
 from ..tensors.pytree import flatten
 from ..tensors.torch_private import non_persistent_buffers
@@ -49,7 +51,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
     shared = {id(version): list(key) for key, version in stage.versions.shared.items()}
     ahead = stage.repeatable.ahead
     if ahead is not None:
-        ahead.follow(buffers.buffers_of(stage.whole))
+        ahead.follow(module_buffers.buffers_of(stage.whole))
     part: dict[str, Json] = {
         "version": stage.version,
         "keep": stage.method.keep if stage.has_decided else None,
@@ -86,12 +88,12 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
 
 def _named_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers of a module, a shared one once, and None for those that are no tensors."""
-    no_tensors = {slot: None for slot, buffer in buffers.buffers_of(module).items() if buffer is None}
+    no_tensors = {slot: None for slot, buffer in module_buffers.buffers_of(module).items() if buffer is None}
     return {**dict(module.named_buffers()), **_by_name(module, no_tensors)}
 
 
-def _by_name(module: nn.Module, values: dict[buffers.Slot, Any]) -> dict[str, Any]:
-    names = buffers.names_of(module, values)
+def _by_name(module: nn.Module, values: dict[module_buffers.Slot, Any]) -> dict[str, Any]:
+    names = module_buffers.names_of(module, values)
     return {names[slot]: value for slot, value in values.items()}
 
 
@@ -107,9 +109,9 @@ def _buffers_read(stage: Stage) -> list[dict[str, Any]]:
         )
     try:
         met = [held.met or buffers.Met() for held in stage.stash]
-        entries = buffers.values_met(met, buffers.buffers_of(stage.whole))
+        entries = buffers.values_met(met, module_buffers.buffers_of(stage.whole))
     except buffers.Overwritten as error:
-        (name,) = buffers.names_of(stage.whole, [error.slot]).values()
+        (name,) = module_buffers.names_of(stage.whole, [error.slot]).values()
         raise CheckpointError(
             f"the buffer {name} of stage {stage.index} has been written between steps, and graphs in flight have met it as it "
             f"was; {cure}"
@@ -221,7 +223,7 @@ class SavedStage:
                 )
         self._ahead = self._decode(part.get("ahead"))
         for name, buffer in [*self._buffers.items(), *(self._ahead or {}).items()]:
-            buffers.slot_of(module, name)
+            module_buffers.slot_of(module, name)
             checks.expect(isinstance(buffer, Tensor | None), f"the buffer {name} of {self._where} is no tensor")
         self._extra_state = self._decode(part["extra_state"])
         fits = isinstance(self._extra_state, dict) and self._extra_state.keys() == _extra_state(module).keys()
@@ -282,7 +284,7 @@ class SavedStage:
         met = None
         if entry["has_graph"]:
             moved = self._decode(entry["met"]).items()
-            met = buffers.Met({buffers.slot_of(stage.whole, name): value for name, value in moved})
+            met = buffers.Met({module_buffers.slot_of(stage.whole, name): value for name, value in moved})
             fits = all(value is buffers.ABSENT or isinstance(value, Tensor | None) for value in met.moved.values())
             checks.expect(fits, f"a buffer that {self._where} has met is none")
         fits = len(entry["modes"]) == len(list(stage.module.modules()))
@@ -355,13 +357,15 @@ class SavedStage:
         stage.versions.shared.update((key, version) for key, version in self._versions if key is not None)
         for held, has_graph in self._stash:
             stage.restore(held, has_graph=has_graph)
-        current = buffers.buffers_of(stage.whole)
+        current = module_buffers.buffers_of(stage.whole)
         for held, _ in self._stash:
             if held.met is not None:
                 held.met.before = held.met.after = buffers.marks(current)
         if self._ahead is not None:
             shared: dict[int, Tensor | None] = {}
-            ahead: buffers.Buffers = {buffers.slot_of(stage.whole, name): value for name, value in self._ahead.items()}
+            ahead: module_buffers.Buffers = {
+                module_buffers.slot_of(stage.whole, name): value for name, value in self._ahead.items()
+            }
             for slot in ahead.keys() & current.keys():
                 if current[slot] is not None:
                     ahead[slot] = shared.setdefault(id(current[slot]), ahead[slot])
@@ -369,9 +373,9 @@ class SavedStage:
 
     def _put_buffers(self) -> None:
         module, saved = self._stage.whole, self._buffers
-        current = buffers.buffers_of(module)
-        names, first = buffers.names_of(module, current), dict[int, str]()
-        values: buffers.Buffers = {}
+        current = module_buffers.buffers_of(module)
+        names, first = module_buffers.names_of(module, current), dict[int, str]()
+        values: module_buffers.Buffers = {}
         for slot, name in names.items():
             shared = name if current[slot] is None else first.setdefault(id(current[slot]), name)  # is saved once
             if name in saved or shared in saved:
@@ -379,11 +383,11 @@ class SavedStage:
             elif current[slot] is None:
                 values[slot] = None
         for name in saved.keys() - set(names.values()):
-            slot = buffers.slot_of(module, name)
+            slot = module_buffers.slot_of(module, name)
             values[slot] = saved[name]
             if not self._changed.get(name, True):
                 non_persistent_buffers(slot[0]).add(slot[1])
-        buffers.write(current, values)
+        module_buffers.write(current, values)
 
 
 def _is_gradient(value: Any) -> bool:

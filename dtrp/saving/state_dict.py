@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..atomic_file import whole_file
-from ..stage.buffers import buffers_of, names_of, put, slot_of
 from ..stage.stage import Stage
+from ..tensors.module_buffers import buffers_of, names_of, put, slot_of
 from ..tensors.pytree import on_cpu
 from ..tensors.torch_private import non_persistent_buffers
 from ..typing import StateDict

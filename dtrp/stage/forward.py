@@ -1,105 +1,82 @@
-"""A stage's forward, which a backward may repeat: every time the same for a micro-batch.
+"""A stage's forward, which a backward may repeat: the same computation every time for a micro-batch.
 
 The weights are those it is told, its random draws begin in the same place, the autocast settings are those of the first
-time, what it does to buffers goes where it should, and its input is not written.
+time, its writes to buffers go where they should, and its input is not written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..tensors.autocast import AutocastState
+from ..tensors.compile import compiled
 from ..tensors.layout import aligned_clone, enter, parts_of
+from ..tensors.module_buffers import Buffers, Slot, buffers_of, copies_of, kinds_of, names_of, slot_of, write
 from ..tensors.module_mode import in_mode, members
 from ..tensors.nbytes import tensor_bytes
-from ..tensors.parameter_swap import Exchange, Places
+from ..tensors.parameter_swap import Places
 from ..tensors.pytree import flatten, map_tensors, tensors_of, unflatten
 from ..tensors.rng import Draws
-from .buffers import (
-    ABSENT,
-    Buffers,
-    Elsewhere,
-    Mark,
-    Met,
-    Slot,
-    buffers_of,
-    copies_of,
-    doubles,
-    kinds_of,
-    marks,
-    names_of,
-    same,
-    slot_of,
-    write,
-)
+from ..tensors.torch_private import non_persistent_buffers, write_count
+from ..typing import Tree
+from .buffers import ABSENT, Elsewhere, Mark, Met, doubles, marks, same
 from .reach import Reach
 from .repetition import wants_gradients
+from .specs import StageNetwork
 from .stash import Held
 
-LossFn = Callable[[Any, Any], Tensor]
-Moves = Literal["own", "ahead", "discarded", "tried", "returned"]
+Moves = Literal["current", "ahead", "discarded", "tried", "returned"]
 
 
 class Repeatable:
-    """The module of a stage, and the loss of one that has one.
+    """The forward of a stage, with the loss of a stage that has one.
 
     Args:
-        whole: the module, with its auxiliary network where it has one: what has the stage's parameters and buffers.
-        module: without.
-        call: runs ``module`` on an input.
-        call_aux: runs the auxiliary network on the output; None: there is none.
-        loss_fn: None: the stage has no loss.
-        is_last: the loss is the output too.
-        draws: the stage's random numbers, on the device where it works.
-        reach: what tells whose tensors the stage reads, in the first mini-batch; None: nobody asks.
-        compiles: whether ``call`` is compiled code, into which it does not look.
+        network: what the stage computes.
+        draws: the stage's random draws, on the device where it computes.
+        reach: knows which tensors belong to which stage; None: nothing is checked.
+        is_last: whether the loss is the output too.
 
     Attributes:
-        module: as given.
-        changes_input: whether the module writes its input; None: not seen yet.
-        ahead: what the next first forward meets, where some are waiting for their repetition.
-        made: shape and dtype of every buffer, by name, as the module came.
+        module: the stage's module, without its auxiliary network.
+        changes_input: whether the module writes its input; None: not known yet.
+        ahead: the buffers that the next first forward runs on, where some forwards are waiting for their repetition.
+        made: shape and dtype of every buffer, by name, when the stage was made.
     """
 
-    def __init__(
-        self,
-        whole: nn.Module,
-        module: nn.Module,
-        call: Callable[[Any], Any],
-        call_aux: Callable[[Any], Any] | None,
-        loss_fn: LossFn | None,
-        *,
-        is_last: bool,
-        draws: Draws,
-        reach: Reach | None,
-        compiles: bool,
-    ) -> None:
+    def __init__(self, network: StageNetwork, draws: Draws, reach: Reach | None, *, is_last: bool) -> None:
         self.changes_input: bool | None = None
-        self._whole, self.module = whole, module
-        self._call, self._call_aux, self._loss_fn = call, call_aux, loss_fn
-        self._is_last, self._draws, self._reach, self._compiles = is_last, draws, reach, compiles
-        self._places = Places(whole)
         self.ahead: Elsewhere | None = None
-        self.made = kinds_of(whole)
+        self.module, self._whole, self._loss_fn = network.module, network.whole, network.loss_fn
+        self._draws, self._is_last, self._reach = draws, is_last, reach
+        self._compiles = network.compile is not None
+
+        def prepared(module: nn.Module) -> Callable[[Tree], Tree]:
+            return module if network.compile is None else compiled(module, network.compile)
+
+        self._call = network.call or prepared(network.module)
+        self._call_aux = None if network.aux is None else prepared(network.aux[1])
+        self._places = Places(self._whole)
+        self.made = kinds_of(self._whole)
         self._started = False
-        self._doubles: dict[Slot, str] | None = None  # buffers that go by another name too
+        self._doubles: dict[Slot, str] | None = None  # buffers that have another name too
         self._moving: set[Slot] = set()  # buffers that the module has been seen to move
-        self._looked: set[tuple[bool, ...]] = set()  # for them, in these modes
+        self._looked: set[tuple[bool, ...]] = set()  # the train and eval modes in which it was looked for such buffers
         attention = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
         self._frozen_attention = [
             member
-            for member in members(whole)
+            for member in members(self._whole)
             if isinstance(member, attention) and not any(p.requires_grad for p in member.parameters())
         ]
 
     @property
     def may_be_fused(self) -> bool:
-        """Whether torch may run attention by its inference path though gradients are on, where none is asked for."""
+        """Whether torch may run attention by its inference path although gradients are enabled, since none is wanted."""
         return any(not member.training for member in self._frozen_attention)
 
     @property
@@ -107,165 +84,186 @@ class Repeatable:
         """Whether a mode around the module sees what it calls, and changes nothing: it keeps attention off its inference path."""
         return not self._compiles and not self.may_be_fused
 
-    def at(self, weights: dict[str, Tensor]) -> Exchange:
-        """Within it the module has these for its own."""
+    def at(self, weights: dict[str, Tensor]) -> AbstractContextManager[None]:
+        """Within it the module has these weights, by parameter name, in the places of its parameters."""
         return self._places.hold(weights)
 
-    def run(self, held: Held, weights: dict[str, Tensor], buffers: Moves = "own") -> tuple[Any, Tensor | None]:
+    def run(self, held: Held, weights: dict[str, Tensor], moves: Moves = "current") -> tuple[Tree, Tensor | None]:
         """The module's forward and the loss, where there is one.
 
         Args:
-            held: the micro-batch: its input and target, and what was noted the first time. Where autograd is on, it is told
-                where the input's gradients will be.
-            weights: what the module reads, by the names of its parameters; those that are left out are its own.
-            buffers: what the module does to buffers happens to its ``own``; to those that are ``ahead`` of them; or to copies:
-                of what a graph or the next first forward meets, ``discarded``; of its own, which are ``tried``; or of its own,
-                ``returned`` to it afterwards, so that nobody writes what a graph that is kept has saved.
+            held: the micro-batch: its input and target, and what was noted the first time. Where autograd is on, it receives
+                the lists in which the input's gradients will be.
+            weights: what the module reads, by the names of its parameters; the others are read as they are.
+            moves: on which buffers the forward runs, and moves: on the module's ``current`` ones; on those that are ``ahead``
+                of them; or on copies: of what a graph or the next first forward reads, ``discarded`` afterwards; of the
+                current ones, ``tried`` and discarded; or of the current ones, ``returned`` to the module afterwards, so that
+                nothing writes what a kept graph has saved.
 
         Returns:
             The output, and the loss or None. At the last stage the loss is the output too.
         """
-        own = buffers_of(self._whole) if buffers != "own" or self.ahead is not None else {}
-        state = self._state(held, own, buffers)
-        met = {} if state is None else dict(state.buffers)
-        unwritten = marks(met) if buffers == "returned" else {}
-        alone = None if state is None else self._alone(own, met)
+        current = buffers_of(self._whole) if moves != "current" or self.ahead is not None else {}
+        state = self._state(held, current, moves)
+        read = {} if state is None else dict(state.buffers)
+        unwritten = marks(read) if moves == "returned" else {}
+        check_unshared = None if state is None else self._sharing_check(current, read)
         # A module that writes its input (an in-place ReLU at its front) would write the stash, or what the stage
         # before has saved. The first run, on a copy, shows whether it does; one that does gets a copy every time.
         inputs, form = flatten(held.leaf)
         entered = self._entered(held, inputs, copy=self.changes_input is not False)
-        x = unflatten(form, iter(entered))
-        before = [t._version for t in entered]
-        reach, stage = self._reach, self._draws.stage
-        if reach is not None and not reach.covers(held.micro.minibatch):
-            reach = None
-        watch = nullcontext() if reach is None else reach.watching(stage, entered, tensors_of(held.target))
+        counts = list(map(write_count, entered))
         with self._draws.region(held.micro.index), held.autocast.region():
-            with (
-                self._places.hold(weights),
-                self._entered_state(state, own, buffers),
-                watch if self.can_be_watched else nullcontext(),
-            ):
-                out = self._call(x)
-                judged = out if self._call_aux is None else self._judged(out)
-            with watch:
-                loss = None if self._loss_fn is None else self._loss(judged, held)
-
-            def inside() -> list[Tensor]:
-                return [*self._whole.parameters(), *weights.values(), *inputs]
-
-            if reach is not None:
-                reach.check(stage, (out, judged), inside)
-            if self._reach is not None and loss is not None:
-                self._reach.check_loss(stage, judged, loss, inside, self._loss_fn)
-            if self._is_last:
-                out = loss
-            else:
-                flatten(out)  # refuses what cannot be passed on
+            within = self._entered_state(state, current, moves)
+            out, loss = self._compute(held, weights, unflatten(form, iter(entered)), inputs, entered, within)
         made = {} if state is None else dict(state.buffers)
-        if alone is not None:
-            alone(made)
+        if check_unshared is not None:
+            check_unshared(made)
         if state is None:
             if self.ahead is not None:
                 self.ahead.seen = marks(buffers_of(self._whole))
-        elif buffers == "ahead":
+        elif moves == "ahead":
             self._started = True
-            # One that the forward has put there may be a part of its input or output.
-            new = {slot: buffer for slot, buffer in made.items() if buffer is not met.get(slot)}
-            state.buffers |= copies_of(new)
-        elif buffers == "returned" and (own or state.buffers):
-            self._return(held, own, unwritten, made)
-        if reach is not None and state is not None:
-            reach.copied(buffers_of(self._whole), made)
-            reach.copied(state.buffers, made)
-        if [t._version for t in entered] == before:
-            self.changes_input = bool(self.changes_input)
-        elif self.changes_input is False:
+            # A buffer that the forward has put there may be a part of its input or output.
+            state.buffers |= copies_of({slot: buffer for slot, buffer in made.items() if buffer is not read.get(slot)})
+        elif moves == "returned" and (current or state.buffers):
+            self._return(held, current, unwritten, made)
+        if state is not None and self._reach is not None and self._reach.covers(held.micro.minibatch):
+            self._reach.copied(buffers_of(self._whole), made)
+            self._reach.copied(state.buffers, made)
+        self._note_writes(written=list(map(write_count, entered)) != counts)
+        return out, loss
+
+    def _compute(
+        self,
+        held: Held,
+        weights: dict[str, Tensor],
+        x: Tree,
+        inputs: list[Tensor],
+        entered: list[Tensor],
+        state: AbstractContextManager[None],
+    ) -> tuple[Tree, Tensor | None]:
+        """Call the module, the auxiliary network and the loss, and check what they have read.
+
+        Args:
+            held: the micro-batch.
+            weights: what the module reads.
+            x: the input of the module.
+            inputs: the tensors of the stage's input.
+            entered: the same as the module is given them, the tensors of x.
+            state: within it the module has the buffers that it is to move.
+        """
+        stage, reach = self._draws.stage, self._reach
+        watched = reach if reach is not None and reach.covers(held.micro.minibatch) else None
+        watch = nullcontext() if watched is None else watched.watching(stage, entered, tensors_of(held.target))
+        with self._places.hold(weights), state, watch if self.can_be_watched else nullcontext():
+            out = self._call(x)
+            judged = out if self._call_aux is None else self._judged(out)
+        with watch:
+            loss = None if self._loss_fn is None else self._loss(judged, held)
+
+        def inside() -> list[Tensor]:
+            return [*self._whole.parameters(), *weights.values(), *inputs]
+
+        if watched is not None:
+            watched.check(stage, (out, judged), inside)
+        if reach is not None and loss is not None:
+            reach.check_loss(stage, judged, loss, inside, self._loss_fn)
+        if self._is_last:
+            return loss, loss
+        flatten(out)  # raises where the output cannot be passed on
+        return out, loss
+
+    def _note_writes(self, *, written: bool) -> None:
+        """Note whether the module has written its input."""
+        if written and self.changes_input is False:
             raise RuntimeError(
                 "the stage changed its input in place, and did not when it was first tried; make its first operation "
                 "out of place (inplace=False)"
             )
-        else:
-            self.changes_input = True
-        return out, loss
+        self.changes_input = written or bool(self.changes_input)
 
     def changed(self) -> dict[str, bool]:
-        """The buffers that have come, gone, or another shape or dtype since, and whether they are in state dicts."""
+        """The buffers that came, went, or changed shape or dtype since the stage was made, and whether state dicts have them."""
         now = kinds_of(self._whole)
         names = [name for name in self.made | now if self.made.get(name) != now.get(name)]
         slots = [slot_of(self._whole, name) for name in names]
-        persistent = [slot not in module._non_persistent_buffers_set for module, slot in slots]
+        persistent = [slot not in non_persistent_buffers(module) for module, slot in slots]
         return dict(zip(names, persistent, strict=True))
 
     def written(self) -> list[Tensor]:
-        """The buffers that the next forward may write, in their parts."""
+        """The parts of the buffers that the next forward may write."""
         buffers = buffers_of(self._whole) if self.ahead is None else self.ahead.buffers
         return [part for t in buffers.values() if t is not None for part in parts_of(t)]
 
     @property
     def ahead_bytes(self) -> int:
-        """Of the buffers that are ahead of the module's own."""
+        """Bytes of the buffers that are ahead of the module's."""
         buffers = {} if self.ahead is None else {id(t): t for t in self.ahead.buffers.values() if t is not None}
         return sum(map(tensor_bytes, buffers.values()))
 
-    def _judged(self, out: Any) -> Any:
-        """What the auxiliary network makes of the output."""
+    def _judged(self, out: Tree) -> Tree:
+        """The output of the auxiliary network for the module's output."""
         assert self._call_aux is not None
-        before = [t._version for t in tensors_of(out)]
+        before = list(map(write_count, tensors_of(out)))
         judged = self._call_aux(out)
-        if [t._version for t in tensors_of(out)] != before:
+        if list(map(write_count, tensors_of(out))) != before:
             raise RuntimeError(
                 "the auxiliary network changed its input in place, which is the next stage's too; make its first operation "
                 "out of place (inplace=False)"
             )
         return judged
 
-    def _state(self, held: Held, own: Buffers, moves: Moves) -> Elsewhere | None:
-        """What the module is in while it runs; None: in its own state."""
-        if moves == "own" or moves == "ahead":
+    def _state(self, held: Held, current: Buffers, moves: Moves) -> Elsewhere | None:
+        """The state in which the module runs; None: its current one."""
+        if moves in ("current", "ahead"):
             if self.ahead is not None:
-                self.ahead.follow(own)
+                self.ahead.follow(current)
             elif moves == "ahead":
-                self.ahead = Elsewhere(copies_of(own), seen=marks(own))
+                self.ahead = Elsewhere(copies_of(current), seen=marks(current))
             return self.ahead if moves == "ahead" else None
         if moves == "discarded" and held.met is not None:  # the second time
-            values = {**own, **held.met.moved}
+            values = {**current, **held.met.moved}
             return Elsewhere(copies_of({slot: value for slot, value in values.items() if value is not ABSENT}))
         if moves == "discarded" and self.ahead is not None:
             return Elsewhere(copies_of(self.ahead.buffers), dict(self.ahead.attributes))
-        return Elsewhere(copies_of(own))
+        return Elsewhere(copies_of(current))
 
-    def _entered_state(self, state: Elsewhere | None, own: Buffers, moves: Moves) -> AbstractContextManager[None]:
+    def _entered_state(self, state: Elsewhere | None, current: Buffers, moves: Moves) -> AbstractContextManager[None]:
         if state is None:
             return nullcontext()
         noted: set[nn.Module] = set()
         if moves != "returned":
-            noted = {module for module, _ in own | state.buffers} if self._started else set(members(self._whole))
-        return state.entered(self._whole, own, noted)
+            noted = {module for module, _ in current | state.buffers} if self._started else set(members(self._whole))
+        return state.entered(self._whole, current, noted)
 
-    def _alone(self, own: Buffers, met: Buffers) -> Callable[[Buffers], None] | None:
-        """What refuses a forward on copies that moves a buffer which something else shares: an attribute, another buffer.
+    def _sharing_check(self, current: Buffers, read: Buffers) -> Callable[[Buffers], None] | None:
+        """Makes the check that refuses a forward on copies that moves a buffer which shares memory with something else.
 
         Args:
-            own: the module's own buffers.
-            met: the copies.
+            current: the module's buffers.
+            read: the copies.
+
+        Returns:
+            The check, to be called with the buffers after the forward; None where no buffer shares memory.
         """
         is_first = self._doubles is None
-        shared = self._doubles = doubles(self._whole, own) if self._doubles is None else self._doubles
-        slots = shared.keys() & own.keys() & met.keys()
+        shared = self._doubles = doubles(self._whole, current) if self._doubles is None else self._doubles
+        slots = shared.keys() & current.keys() & read.keys()
         if not slots:
             return None
-        before = [marks({slot: buffers[slot] for slot in slots}) for buffers in (own, met)]
+        before = [marks({slot: buffers[slot] for slot in slots}) for buffers in (current, read)]
 
         def check(made: Buffers) -> None:
+            after = marks({slot: current[slot] for slot in slots}), marks({slot: made.get(slot) for slot in slots})
             for slot in slots:
-                now = [(buffer, 0 if buffer is None else buffer._version) for buffer in (own[slot], made.get(slot))]
-                (mine, _), (copied, _) = now
-                if any(not same(mark, marked[slot]) for mark, marked in zip(now, before, strict=True)) or (
-                    is_first and mine is not None and copied is not None and not _equal(mine, copied)
+                (buffer, _), (copied, _) = after[0][slot], after[1][slot]
+                if any(not same(now[slot], then[slot]) for now, then in zip(after, before, strict=True)) or (
+                    is_first and buffer is not None and copied is not None and not _equal(buffer, copied)
                 ):
+                    name = names_of(self._whole, current)[slot]
                     raise RuntimeError(
-                        f"the stage's forward moves the buffer {names_of(self._whole, own)[slot]}, and runs on a copy of it, which "
+                        f"the stage's forward moves the buffer {name}, and runs on a copy of it, which "
                         f"{shared[slot]}, in the same memory as the buffer, has no part in; use the buffer's name alone, or let "
                         "the other have its own memory (clone())"
                     )
@@ -273,21 +271,21 @@ class Repeatable:
         return check
 
     @torch.no_grad()
-    def _return(self, held: Held, own: Buffers, unwritten: dict[Slot, Mark], after: Buffers) -> None:
-        """Give the module its buffers as a forward on copies has left them, and keep what it has met where it moved them."""
-        moved = own.keys() - after.keys()
+    def _return(self, held: Held, current: Buffers, unwritten: dict[Slot, Mark], after: Buffers) -> None:
+        """Give the module the buffers that a forward on copies has left, and keep the old values of those that it moved."""
+        moved = current.keys() - after.keys()
         moved |= {slot for slot, mark in marks(after).items() if not same(mark, unwritten.get(slot))}
         if held.modes not in self._looked:  # some operations, batch norm among them, write without counting
             self._moving |= {
                 slot
-                for slot, buffer in own.items()
+                for slot, buffer in current.items()
                 if buffer is not None and slot not in moved and not _equal(buffer, cast(Tensor, after[slot]))
             }
             self._looked.add(held.modes)
-        met = Met(before=marks(own))
-        met.moved |= copies_of({slot: buffer for slot, buffer in own.items() if slot in moved or slot in self._moving})
-        met.moved |= dict.fromkeys(moved - own.keys(), ABSENT)
-        met.after = marks(write(own, after, moved))
+        met = Met(before=marks(current))
+        met.moved |= copies_of({slot: b for slot, b in current.items() if slot in moved or slot in self._moving})
+        met.moved |= dict.fromkeys(moved - current.keys(), ABSENT)
+        met.after = marks(write(current, after, moved))
         held.met = met
 
     def _entered(self, held: Held, inputs: list[Tensor], *, copy: bool) -> list[Tensor]:
@@ -300,10 +298,10 @@ class Repeatable:
             for t, gradients in zip(inputs, held.input_gradients, strict=True)
         ]
 
-    def _loss(self, out: Any, held: Held) -> Tensor:
+    def _loss(self, out: Tree, held: Held) -> Tensor:
         assert self._loss_fn is not None
-        place = out.device if isinstance(out, Tensor) else self._draws.device
-        loss = self._loss_fn(out, map_tensors(lambda t: t.to(place), held.target))
+        device = out.device if isinstance(out, Tensor) else self._draws.device
+        loss = self._loss_fn(out, map_tensors(lambda t: t.to(device), held.target))
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"loss_fn returned a {type(loss).__name__}; it returns a scalar tensor, the mean over samples"
@@ -315,18 +313,18 @@ class Repeatable:
             )
         return loss * held.micro.share
 
-    def infer(self, x: Any) -> Any:
-        """The output in eval mode, at the weights of now; called without autograd."""
+    def infer(self, x: Tree) -> Tree:
+        """The output in eval mode, at the present weights; called without autograd."""
         try:
             return self._infer(x)
         except Exception as error:
             if not wants_gradients(error):
                 raise
-        # A forward that differentiates something of its own, as that of forces does.
+        # A forward that differentiates within itself, as one that computes forces does.
         with torch.inference_mode(False), torch.enable_grad():
             return map_tensors(Tensor.detach, self._infer(map_tensors(aligned_clone, x)))
 
-    def _infer(self, x: Any) -> Any:
+    def _infer(self, x: Tree) -> Tree:
         autocast = AutocastState.now(self._draws.device.type).region()
         with in_mode(self.module, training=False), self._draws.region(-1), autocast:
             return self._call(x if self.changes_input is False else map_tensors(aligned_clone, x))

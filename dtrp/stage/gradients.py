@@ -1,7 +1,7 @@
-"""What happens to a mini-batch's gradient between its last backward and its update: is it finite, and how long is it.
+"""Checks and clipping of a mini-batch's gradient, between its last backward and its update.
 
-A gradient that is not finite would spoil weights and optimizer for good, so it is looked at before U (of an accelerator
-the answer is heard at the next): one pass over it for its 2-norm, which is not finite where an entry is not. The same norm
+A gradient that is not finite would spoil weights and optimizer for good, so it is checked before U (on an accelerator
+the answer is read at the next U): one pass over it for its 2-norm, which is not finite where an entry is not. The same norm
 clips it::
 
     scale = min(1, max_grad_norm / (norm + 1e-6))       as torch.nn.utils.clip_grad_norm_ has it
@@ -22,9 +22,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..methods import Method
+from ..tensors.torch_private import sparse_parts
 from ..validation import is_number
 
 Clip = Literal["stage", "global"]
@@ -83,19 +85,19 @@ def all_finite(gradients: Sequence[Tensor | None]) -> bool:
     for g in gradients:
         if g is not None:
             values = _values(g)
-            # A sum is not finite where an entry is not; and seldom otherwise, where it leaves the range of its dtype.
+            # A sum is not finite where an entry is not; and rarely otherwise, where it leaves the range of its dtype.
             if not cmath.isfinite(values.sum().item()) and not torch.isfinite(values).all():
                 return False
     return True
 
 
 def overall(norms: Sequence[float]) -> float:
-    """The norm over all stages, from those of each."""
+    """The norm over all stages, from the norms of the stages."""
     return norms[0] if len(norms) == 1 else math.hypot(*norms)
 
 
 def clip_(parameters: Sequence[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-    """Scale the gradients of ``parameters`` in place by what brings a ``norm`` down to ``max_norm``."""
+    """Scale the gradients of ``parameters``, whose norm is ``norm``, in place, so that it is at most ``max_norm``."""
     dense = [p for p in parameters if p.grad is not None and p.grad.layout is torch.strided]
     clip_grads_with_norm_(dense, max_norm, norm)
     for p in parameters:
@@ -106,13 +108,13 @@ def clip_(parameters: Sequence[nn.Parameter], max_norm: float, norm: Tensor) -> 
 def nonfinite(
     minibatch: int, stage: int, names: Sequence[str], gradients: Sequence[Tensor | None]
 ) -> FloatingPointError:
-    """The error that says whose gradient is not finite.
+    """The error that says which gradient is not finite.
 
     Args:
-        minibatch: where.
-        stage: where.
-        names: of the stage's parameters.
-        gradients: theirs; none where they are gone, or another rank's.
+        minibatch: b.
+        stage: k.
+        names: the names of the stage's parameters.
+        gradients: their gradients; empty where they are gone, or another rank's.
     """
     where = ""
     for name, gradient in zip(names, gradients, strict=False):
@@ -128,29 +130,28 @@ def nonfinite(
 
 
 class Unseen:
-    """Norms on their way from an accelerator, to be looked at when they have come, and not waited for."""
+    """Norms on their way from an accelerator, which are read when they have arrived, without waiting for them."""
 
     def __init__(self) -> None:
         self._norms: deque[tuple[int, Tensor, Any]] = deque()
 
     def add(self, minibatch: int, gradients: Sequence[Tensor | None], device: torch.device) -> None:
-        """Begin to look at the gradient of ``minibatch``."""
-        values = [_values(g) for g in gradients if g is not None]
-        present = [each for each in values if each.numel()]
+        """Start the transfer of a norm of the gradient of ``minibatch``."""
+        present = [values for g in gradients if g is not None and (values := _values(g)).numel()]
         if not present:
             return
-        there = get_total_norm(present, math.inf)  # the largest entry: it leaves no range
-        here = torch.empty((), dtype=there.dtype, pin_memory=there.device.type != "cpu")
-        here.copy_(there, non_blocking=True)
+        largest = get_total_norm(present, math.inf)  # unlike the 2-norm it cannot leave the range of the dtype
+        norm = torch.empty((), dtype=largest.dtype, pin_memory=largest.device.type != "cpu")
+        norm.copy_(largest, non_blocking=True)
         stream = torch.get_device_module(device).current_stream(device)
-        self._norms.append((minibatch, here, stream.record_event()))  # of a CPU there is no event
+        self._norms.append((minibatch, norm, stream.record_event()))  # on a CPU the event is None
 
     def first_bad(self) -> int | None:
         """The first mini-batch whose gradient was not finite, if there was one."""
         while self._norms:
-            minibatch, norm, come = self._norms[0]
-            if come is not None:
-                come.synchronize()
+            minibatch, norm, arrived = self._norms[0]
+            if arrived is not None:
+                arrived.synchronize()
             if not torch.isfinite(norm):
                 return minibatch
             self._norms.popleft()
@@ -160,8 +161,35 @@ class Unseen:
         self._norms.clear()
 
 
+def shows_nonfinite(roots: Sequence[Tensor | GradientEdge], starts: Sequence[Tensor | None]) -> Tensor:
+    """Whether the loss of a micro-batch was not finite: a boolean scalar, not waited for.
+
+    A mask or an ignored label hides a nan on its way back, so `mark_nonfinite` writes it into the first entries of a gradient
+    that is sent on.
+
+    Args:
+        roots: where differentiation starts: the loss, or the stage's outputs.
+        starts: the gradients of the outputs; None for the loss.
+    """
+    if isinstance(loss := roots[0], Tensor):
+        return ~torch.isfinite(loss.detach())
+    return torch.stack([_first_entry(gradient).isnan().any() for gradient in starts if gradient is not None]).any()
+
+
+def mark_nonfinite(gradients: Sequence[Tensor | None], spoiled: Tensor) -> None:
+    """Show in the gradients that are sent on whether (``spoiled``, a boolean scalar) the loss was not finite."""
+    for gradient in gradients:
+        if gradient is not None:
+            _first_entry(gradient).masked_fill_(spoiled, math.nan)
+
+
+def _first_entry(x: Tensor) -> Tensor:
+    """A view of the first entry, if there is one; of all stored ones of a sparse tensor, whose order may change on the way."""
+    return sparse_parts(x)[1] if x.is_sparse else x[(slice(1),) * x.dim()]
+
+
 def _values(gradient: Tensor) -> Tensor:
-    """The entries of a gradient as a dense tensor; those of a sparse one that are there, each once."""
+    """The entries of a gradient as a dense tensor; of a sparse gradient the stored ones, each once."""
     if gradient.layout is torch.strided:
         return gradient
-    return gradient.coalesce()._values()
+    return sparse_parts(gradient.coalesce())[1]

@@ -1,12 +1,12 @@
-"""U: what a stage does with the gradient of a mini-batch."""
+"""The optimizer steps of a stage (U), after a check of the gradient."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,15 @@ from .gradients import GradientRule, Unseen, all_finite, clip_, gradient_norm, n
 
 
 class Updates:
-    """The optimizer steps of one stage, each after a look at its gradient.
+    """The optimizer steps of one stage, with a check of the gradient before each.
 
     Args:
         stage: k, for errors.
-        parameters: all that are trained here, by name; the optimizer may have fewer.
-        optimizer, lr_scheduler: the stage's; None: it has none.
+        parameters: all parameters that are trained at the stage, by name; the optimizer may have fewer.
+        optimizer, lr_scheduler: the stage's optimizer and scheduler, or None.
         rule: what is done with gradients that are too long or not finite.
-        lr_factor: of every learning rate, out of the scheduler's sight.
-        device: where the gradients are.
+        lr_factor: multiplies every learning rate, unseen by the scheduler.
+        device: the device of the gradients.
 
     Attributes:
         skipped: mini-batches whose update was left out.
@@ -49,7 +49,7 @@ class Updates:
         self._stage, self._names, self._parameters = stage, list(parameters), list(parameters.values())
         self._optimizer, self._lr_scheduler, self._rule = optimizer, lr_scheduler, rule
         self._lr_factor, self._device = lr_factor, device
-        # An accelerator would have nothing to do while its answer is waited for: it is heard at the next update.
+        # An accelerator would have nothing to do while its answer is waited for: it is read at the next update.
         self._at_once = device.type == "cpu" or rule.max_norm is not None or rule.on_nonfinite == "skip"
         self._unseen = Unseen()
 
@@ -57,12 +57,12 @@ class Updates:
         """One optimizer step.
 
         Args:
-            minibatch: whose gradient it is.
-            gradients: of the parameters.
-            norms: of every stage's gradient, where the rule is about all of them together.
+            minibatch: the mini-batch of the gradient.
+            gradients: the gradients of the parameters, in their order.
+            norms: the norms of all stages' gradients, where the rule looks at them together.
 
         Raises:
-            StageError: a gradient is not finite, and the rule says to stop. With it nothing has been updated, but on an
+            StageError: a gradient is not finite, and the rule says to stop. Nothing has been updated then, except on an
                 accelerator that is not waited for: there it is the gradient of the update before.
         """
         assert self._optimizer is not None
@@ -96,40 +96,36 @@ class Updates:
         else:
             like = next((g for g in gradients if g is not None), torch.zeros(()))
             norm = torch.tensor(overall(norms), dtype=like.dtype.to_real(), device=like.device)
-        every = {self._stage: float(norm)} if norms is None else dict(enumerate(norms))
-        bad = next((stage for stage, each in every.items() if not math.isfinite(each)), None)
+        by_stage = {self._stage: float(norm)} if norms is None else dict(enumerate(norms))
+        bad = next((stage for stage, value in by_stage.items() if not math.isfinite(value)), None)
         if bad is not None:
             if rule.on_nonfinite == "skip":
                 return False
-            cause = nonfinite(minibatch, bad, self._names, gradients if bad == self._stage else ())
-            raise StageError(bad, Action("U", minibatch), minibatch, cause) from cause
+            self._raise_nonfinite(minibatch, bad, gradients if bad == self._stage else ())
         if rule.max_norm is not None:
             clip_(self._parameters, rule.max_norm, norm)
         return True
 
     def check(self) -> None:
-        """Refuse a gradient that was not finite and has been applied: an accelerator answers when it comes to it."""
+        """Refuse a gradient that was not finite and has been applied, where an accelerator has answered by now."""
         minibatch = self._unseen.first_bad()
         if minibatch is not None:
-            cause = nonfinite(minibatch, self._stage, self._names, ())
-            raise StageError(self._stage, Action("U", minibatch), minibatch, cause) from cause
+            self._raise_nonfinite(minibatch, self._stage, ())
+
+    def _raise_nonfinite(self, minibatch: int, stage: int, gradients: Sequence[Tensor | None]) -> NoReturn:
+        cause = nonfinite(minibatch, stage, self._names, gradients)
+        raise StageError(stage, Action("U", minibatch), minibatch, cause) from cause
 
     def _step_scheduler(self, *, applied: bool) -> None:
-        if applied:
+        with nullcontext() if applied else warnings.catch_warnings():
+            if not applied:  # where the very first update is left out, torch takes it for a wrong order
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
             self._lr_scheduler.step()
-            return
-        with warnings.catch_warnings():  # where the very first update is left out, torch takes it for a wrong order
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
-            self._lr_scheduler.step()
-
-    def shrunk_lr(self) -> AbstractContextManager[None]:
-        """Within it learning rates are lr * lr_shrink**d, out of the scheduler's sight."""
-        return nullcontext() if self._lr_factor == 1 or self._optimizer is None else self._shrunk_lr()
 
     @contextmanager
-    def _shrunk_lr(self) -> Iterator[None]:
-        assert self._optimizer is not None
-        groups = self._optimizer.param_groups
+    def shrunk_lr(self) -> Iterator[None]:
+        """Within it the learning rates are lr * lr_shrink**d, unseen by the scheduler."""
+        groups = [] if self._lr_factor == 1 or self._optimizer is None else self._optimizer.param_groups
         rates = [group["lr"] for group in groups]
         try:
             for group in groups:
@@ -140,7 +136,7 @@ class Updates:
                 group["lr"] = rate
 
     def drop(self) -> None:
-        """Forget what is under way."""
+        """Forget the norms under way."""
         self._unseen.drop()
 
 

@@ -1,11 +1,11 @@
-"""What a stage reads of another stage behind the pipeline's back, which is refused at the first mini-batch.
+"""Which tensors belong to which stage: what a stage reads of another one outside the pipeline is refused at the first mini-batch.
 
-Between stages go what a stage returns, and its gradient. A loss or a module that reads something else of another stage, its
+Between stages go the output of a stage, and its gradient. A loss or a module that reads something else of another stage, its
 parameters or a tensor that its forward has left in an attribute, would train nothing there, and would read an old value, or on
 ranks an initial one. So every tensor made from the parameters or the input of a stage is known as that stage's (by its storage,
 which is not held), and what comes to depend on another stage's is noted::
 
-    stage 0    self.aux = gate(x).var()      is stage 0's
+    stage 0    self.aux = gate(x).var()      belongs to stage 0
     stage 1    loss = ce(out, y) + moe.aux   reads "0.aux of stage 0", and so it is refused
 """
 
@@ -23,22 +23,25 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..tensors.layout import parts_of
+from ..tensors.pytree import tensors_in
+from ..tensors.torch_private import buffer_dict, parameter_dict, without_functorch_wrappers
+from ..typing import LossFn, Tree
 
 _WAY_OUT = "no gradient goes there; return it with that stage's output, through the stages in between"
 
 
 class Reach:
-    """Whose tensors are whose.
+    """Knows which tensors belong to which stage.
 
     Args:
-        stages: the modules of all stages that are known here, with their auxiliary networks, by index.
-        here: the one that this process hosts; None: all of them.
+        stages: the modules of all stages that are known on this rank, with their auxiliary networks, by index.
+        here: the stage that this process hosts; None: all of them.
     """
 
     def __init__(self, stages: Mapping[int, nn.Module], here: int | None = None) -> None:
         self._stages = stages
         self._first: int | None = None  # the mini-batch that is watched
-        # Of a storage: the stage that has made it; or, as text, what of another stage it was made from.
+        # By storage: the stage that has made it; or, as text, the tensor of another stage from which it was made.
         self._origins: Any = WeakIdKeyDictionary()
         self._names = {
             id(p): f"{name} of stage {k}" for k, module in stages.items() for name, p in module.named_parameters()
@@ -48,12 +51,12 @@ class Reach:
             # A constant is right wherever it is read, but for one that another rank may have another value of.
             tensors: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
             if here not in (None, k):
-                tensors = [*module.parameters(), *module.buffers()]
+                tensors = _tensors_of(module)
             for storage in storages_of(tensors):
                 holders.setdefault(id(storage), (storage, set()))[1].add(k)
-        # What this rank's stage holds too, frozen, is right there.
-        mine = [] if here is None else [*storages_of([*stages[here].parameters(), *stages[here].buffers()])]
-        shared = set(map(id, mine))
+        # What this rank's stage holds too, frozen, has the right value there.
+        held = [] if here is None else [*storages_of(_tensors_of(stages[here]))]
+        shared = set(map(id, held))
         for key, (storage, owners) in holders.items():
             if len(owners) == 1 and (key not in shared or here in owners):
                 self._origins[storage] = owners.pop()
@@ -65,12 +68,12 @@ class Reach:
         return minibatch == self._first
 
     def watching(self, stage: int, entered: Iterable[Tensor], target: Iterable[Tensor]) -> AbstractContextManager[Any]:
-        """Within it what ``stage`` computes is known as its own, and what it computes from another stage's is noted.
+        """Within it what ``stage`` computes is known as that stage's, and what it computes from another stage's is noted.
 
         Args:
             stage: k.
-            entered: its input, which is its own from now on.
-            target: the caller's, and no stage's.
+            entered: the tensors of its input, which are the stage's from now on.
+            target: the caller's tensors, which are no stage's.
         """
         for storage in storages_of(entered):
             self._origins[storage] = stage
@@ -79,21 +82,20 @@ class Reach:
         return _Watch(self, stage) if self._stages.keys() - {stage} else nullcontext()
 
     def copied(self, buffers: Mapping[Any, Tensor | None], made: Mapping[Any, Tensor | None]) -> None:
-        """Buffers have the origins of those that a stage has ``made`` in their places."""
+        """Give ``buffers`` the origins of the buffers that a stage has ``made`` in their places."""
         for slot, buffer in buffers.items():
             if (origin := next(map(self._origin, tensors_in(made.get(slot))), None)) is not None:
                 self._origins.update((storage, origin) for storage in storages_of(tensors_in(buffer)))
 
     def follow(self, stage: int, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Note what ``function``, called at ``stage``, has made of what."""
+        """Note from which tensors ``function``, called at ``stage``, has made its result."""
         made = [*tensors_in(result)]
         name = getattr(function, "__name__", "")
         if (not made and result is not None) or name.endswith("_like") or name.startswith("new_"):
             return
         read = args[:1] if name in ("to", "type_as") else args[1:] if name == "copy_" else args
-        given = [*tensors_in(read), *tensors_in({key: value for key, value in kwargs.items() if key != "out"})]
         label: int | str | None = None
-        for t in given:
+        for t in tensors_in((*read, *(value for key, value in kwargs.items() if key != "out"))):
             origin = self._origin(t)
             if origin is not None and origin != stage:
                 label = origin if isinstance(origin, str) else self._describe(t, origin)
@@ -109,13 +111,13 @@ class Reach:
             if not any(storage is view for view in views):
                 self._origins[storage] = label
 
-    def check(self, stage: int, made: tuple[Any, Any], inside: Callable[[], Iterable[Tensor]]) -> None:
-        """Refuse a stage whose output depends on another's tensors, or would train what no stage has.
+    def check(self, stage: int, made: tuple[Tree, Tree], inside: Callable[[], Iterable[Tensor]]) -> None:
+        """Refuse a stage whose output depends on another's tensors, or would train a parameter that no stage has.
 
         Args:
             stage: k.
-            made: what its module has returned, and its auxiliary network.
-            inside: the leaves that the stage differentiates to.
+            made: the outputs of its module and of its auxiliary network.
+            inside: the leaves to which the stage differentiates.
 
         Raises:
             ValueError: naming what is read.
@@ -124,7 +126,7 @@ class Reach:
             if isinstance(read := self._origin(t), str):
                 raise ValueError(f"stage {stage} reads {read}, and {_WAY_OUT}, or cut so that both lie in one stage")
         for leaf in strange_leaves(tensors_in(made), set(), inside):
-            if isinstance(leaf, nn.Parameter):  # another is of the module's making, and nobody trains it
+            if isinstance(leaf, nn.Parameter):  # another leaf is made by the module, and nobody trains it
                 raise ValueError(
                     f"stage {stage} reads {self._holder(stage, leaf)}, which would be trained and no stage has: no optimizer "
                     "updates it; register it as a parameter or submodule of the module that reads it, or freeze it "
@@ -132,24 +134,24 @@ class Reach:
                 )
 
     def check_loss(
-        self, stage: int, judged: Any, loss: Tensor, inside: Callable[[], Iterable[Tensor]], loss_fn: Any
+        self, stage: int, judged: Tree, loss: Tensor, inside: Callable[[], Iterable[Tensor]], loss_fn: LossFn | None
     ) -> None:
-        """Refuse a loss that depends on another stage's tensors, or would train what no stage has.
+        """Refuse a loss that depends on another stage's tensors, or would train a parameter that no stage has.
 
-        A leaf is seen in every mini-batch, since a loss may begin to depend on it at any time.
+        Leaves are looked for in every mini-batch, since a loss may begin to depend on one at any time.
 
         Args:
             stage: k.
-            judged: what the loss is made of.
-            loss: what ``loss_fn`` has made of that.
-            inside: the leaves that the stage differentiates to.
-            loss_fn: to name what is in it.
+            judged: the output that ``loss_fn`` was called with.
+            loss: the loss.
+            inside: the leaves to which the stage differentiates.
+            loss_fn: the function, to name what is in it.
 
         Raises:
             ValueError: naming what is read.
         """
         strange = strange_leaves([loss], {_node(t) for t in tensors_in(judged) if t.requires_grad}, inside)
-        if strange:  # what the module reaches is not the loss's doing
+        if strange:  # without what the module reads already
             reached = set(map(id, strange_leaves(tensors_in(judged), set(), inside)))
             strange = [leaf for leaf in strange if id(leaf) not in reached]
         read = self._origin(loss)
@@ -168,7 +170,7 @@ class Reach:
             )
 
     def _holder(self, stage: int, leaf: Tensor) -> str:
-        """What a module of a stage calls a parameter that it holds, and has not registered."""
+        """The name of a parameter that a module of the stage holds without having registered it."""
         for prefix, module in self._stages[stage].named_modules():
             for name, value in vars(module).items():
                 for held in value if isinstance(value, (tuple, list)) else [value]:
@@ -182,10 +184,10 @@ class Reach:
         return next((origin for origin in origins if origin is not None), None)
 
     def _describe(self, t: Tensor, stage: int) -> str:
-        """A tensor of a stage, by the name that the stage has for it."""
+        """The name that a stage has for its tensor."""
         places = [*storages_of([t])]
         for prefix, module in self._stages[stage].named_modules():
-            for name, value in {**module._parameters, **module._buffers, **vars(module)}.items():
+            for name, value in {**parameter_dict(module), **buffer_dict(module), **vars(module)}.items():
                 if any(storage is place for storage in storages_of(tensors_in(value)) for place in places):
                     return f"{prefix}.{name} of stage {stage}" if prefix else f"{name} of stage {stage}"
         return f"a tensor of shape {tuple(t.shape)} that stage {stage} has computed"
@@ -203,7 +205,7 @@ class _Watch(TorchFunctionMode):
         return result
 
 
-def refuse_gradient(label: str, value: Any, way_out: str) -> None:
+def refuse_gradient(label: str, value: Tree, way_out: str) -> None:
     """Refuse a mini-batch that requires a gradient: none leaves the pipeline.
 
     Raises:
@@ -215,26 +217,19 @@ def refuse_gradient(label: str, value: Any, way_out: str) -> None:
         )
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Those in a value, which may hold anything."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(each)
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
-def storages_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """What they lie in, but for those that lie in none; of one inside `torch.vmap`, what the whole lies in."""
+def storages_of(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
+    """The storages of the tensors that have one; inside `torch.vmap` the storage of the whole."""
     for t in tensors:
-        while torch._C._functorch.is_functorch_wrapped_tensor(t):
-            t = torch._C._functorch.get_unwrapped(t)
         with suppress(RuntimeError, NotImplementedError):
-            yield from [part.untyped_storage() for part in parts_of(t)]
+            yield from [part.untyped_storage() for part in parts_of(without_functorch_wrappers(t))]
 
 
 def strange_leaves(tensors: Iterable[Tensor], seen: set[Any], inside: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
-    """The leaves that are not ``inside`` and that autograd would give a gradient, through nodes that have not been ``seen``."""
+    """The leaves that autograd would give a gradient and that are not ``inside``, through nodes that have not been ``seen``."""
     found: list[Tensor] = []
     left: list[Any] = [_node(t) for t in tensors if t.requires_grad]
     while left:
@@ -244,12 +239,12 @@ def strange_leaves(tensors: Iterable[Tensor], seen: set[Any], inside: Callable[[
             if isinstance(leaf := getattr(node, "variable", None), Tensor):
                 found.append(leaf)
             left.extend(before for before, _ in node.next_functions)
-    own = set(map(id, inside())) if found else ()
-    return [leaf for leaf in found if id(leaf) not in own]
+    known = set(map(id, inside())) if found else ()
+    return [leaf for leaf in found if id(leaf) not in known]
 
 
 def _node(t: Tensor) -> Any:
-    """Where the gradient of a tensor goes; None for a view that was made without autograd, of a tensor that requires one."""
+    """The node to which a tensor's gradient goes; None for a view made without autograd of a tensor that requires one."""
     if t.grad_fn is not None:
         return t.grad_fn
     with torch.enable_grad():
@@ -258,7 +253,7 @@ def _node(t: Tensor) -> Any:
 
 
 def _name_in(holder: Any, leaf: Tensor, depth: int = 3) -> str | None:
-    """What a loss function calls a tensor that it holds, if it can be told."""
+    """The name of a tensor in a loss function, or in a module, that holds it, if it can be found."""
     parts: Mapping[Any, Any] = getattr(holder, "__dict__", {})
     if isinstance(holder, nn.Module):
         return next((f"{name} of {type(holder).__name__}" for name, p in holder.named_parameters() if p is leaf), None)

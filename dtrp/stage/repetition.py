@@ -1,14 +1,14 @@
-"""Whether a forward, repeated, gives again what it gave: what a stage relies on that keeps inputs and recomputes.
+"""Whether a repeated forward gives the same output, on which a stage relies that keeps inputs and recomputes.
 
-Weights, input, random draws of torch, buffers, modes and autocast are the same the second time (`dtrp.stage.forward`). What a
-module remembers in plain attributes (a counter, a hidden state), draws from a generator of its own, or does otherwise where
-gradients are off, is not. So the first mini-batch is looked at::
+Weights, input, torch's random draws, buffers, modes and autocast are the same the second time (`dtrp.stage.forward`). What a
+module remembers in plain attributes (a counter, a hidden state), draws from another generator, or does differently where
+gradients are off, is not. So the first mini-batch is checked::
 
     F(m)    of the first micro-batch: has it changed an attribute or a weight, or drawn from another generator than torch's?
-            Then it is tried again at once, before anything is learned: the same output, and no draws
-    B(m)    the same output as F(m), where nobody has changed anything in between: the weights are those of F(m)
+            Then it is tried again at once, before anything is learned: it must give the same output, and draw nothing
+    B(m)    must give the same output as F(m), if nothing has changed in between: the weights are those of F(m)
 
-What a trial does to buffers and attributes is undone. What first matters later than that is not seen.
+What a trial does to buffers and attributes is undone. What only matters later is not seen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import pickle
 import random
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -29,8 +28,10 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.overrides import TorchFunctionMode
 
-from ..tensors.module_mode import members, modes_of
+from ..tensors.module_mode import members, modes_of, slow_attention
 from ..tensors.pytree import map_tensors, tensors_of
+from ..tensors.torch_private import foreach_norm, write_count
+from ..typing import Tree
 from .stash import Held
 
 if TYPE_CHECKING:
@@ -41,52 +42,26 @@ _CURE = (
 )
 
 
-class _SlowPaths:
-    """Within it torch's modules of attention take the path that they take with gradients.
-
-    The switch is the process's: the first thread that comes in turns it, and the last one out turns it back.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, True
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._before = torch.backends.mha.get_fastpath_enabled()
-                torch.backends.mha.set_fastpath_enabled(False)
-            self._inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                torch.backends.mha.set_fastpath_enabled(self._before)
-
-
-slow_paths = _SlowPaths()
-
-
 class Repetition:
     """The forwards of a stage that its backwards repeat.
 
     Args:
         repeatable: the forward.
         module: all that is trained at the stage.
-        parameters: its trainable ones.
+        parameters: its trainable parameters.
     """
 
     def __init__(self, repeatable: Repeatable, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         self._repeatable, self._module, self._parameters = repeatable, module, parameters
         self._minibatch: int | None = None  # the first
-        self._moves: set[Any] = set()  # what of its state its first forward has changed
+        self._moves: set[Any] = set()  # the entries of its state that its first forward has changed
 
-    def forward(self, held: Held, weights: dict[str, Tensor]) -> Any:
+    def forward(self, held: Held, weights: dict[str, Tensor]) -> Tree:
         """The output of a forward without a graph.
 
         Args:
-            held: the micro-batch, which is told what it is compared with.
-            weights: what it reads instead of the parameters.
+            held: the micro-batch, which receives what its repetition is compared with.
+            weights: what the module reads instead of the parameters.
         """
         is_first = self._minibatch is None
         if self._minibatch is None:
@@ -103,30 +78,33 @@ class Repetition:
                     f"first of a stage that keeps its inputs does; {_CURE})"
                 ) from error
             raise
-        held.modes = modes_of(self._repeatable.module)  # of those too that the first forward has made
+        held.modes = modes_of(self._repeatable.module)  # also of the submodules that the first forward has made
         if compares:
-            held.first = _copies(out), self._state()
+            held.first = (
+                [t.detach().clone() for t in tensors_of(out)],
+                self._state(),
+            )  # the next forward may write the output
         if before is not None:
             self._try(held, weights, *before)
         return out
 
-    def _run(self, held: Held, weights: dict[str, Tensor], buffers: Moves) -> Any:
-        """The output, without a graph; by the path that attention takes where there is one."""
-        if self._repeatable.may_be_fused:  # which depends on what has a gradient: the graph is let go at once
+    def _run(self, held: Held, weights: dict[str, Tensor], moves: Moves) -> Tree:
+        """The output, without a graph; attention takes the path that it takes with one."""
+        if self._repeatable.may_be_fused:  # the path depends on what has a gradient: the graph is let go at once
             with torch.enable_grad():
-                return map_tensors(Tensor.detach, self._repeatable.run(held, weights, buffers)[0])
-        with torch.no_grad(), slow_paths:
-            return self._repeatable.run(held, weights, buffers)[0]
+                return map_tensors(Tensor.detach, self._repeatable.run(held, weights, moves)[0])
+        with torch.no_grad(), slow_attention():
+            return self._repeatable.run(held, weights, moves)[0]
 
     def expected(self, held: Held) -> list[Tensor] | None:
-        """The output of the repetition that is next; None where it is not known: somebody else has changed something since."""
+        """The output that the next repetition must give; None where it is not known: something else has changed since."""
         if held.first is None:
             return None
         (first, state), held.first = held.first, None
         return first if self._state().changes(state) <= self._moves else None
 
-    def check(self, held: Held, first: Sequence[Tensor], again: Any, *, at_once: bool = False) -> None:
-        """Refuse another output: ``again`` where it was ``first``; it is by the same kernels where it comes ``at_once``."""
+    def check(self, held: Held, first: Sequence[Tensor], again: Tree, *, at_once: bool = False) -> None:
+        """Refuse a repetition that gave ``again`` where the forward gave ``first``; ``at_once``: with the same kernels."""
         read = [*first, *self._parameters]
         tolerance = 1e-3
         if held.autocast.enabled or any(map(_is_half, read)):
@@ -146,16 +124,15 @@ class Repetition:
         )
 
     def _try(self, held: Held, weights: dict[str, Tensor], state: _State, generators: Generators) -> None:
-        """After the first forward: if it has changed something, refuse what another does not give or changes again."""
+        """If the first forward has changed something, repeat it at once; refuse another output, or another change."""
         assert held.first is not None
         first, after = held.first
         self._moves = after.changes(state)
         if not generators.put_back() and not self._moves:
             return
-        again = Held(held.micro, held.version, held.autocast, held.leaf, 0, held.target)
         attributes = {member: dict(vars(member)) for member in members(self._module)}
         try:
-            out = self._run(again, weights, "tried")
+            out = self._run(_again(held), weights, "tried")
         finally:
             for member, values in attributes.items():
                 now = vars(member)
@@ -171,10 +148,9 @@ class Repetition:
             )
 
     def _runs_with_gradients(self, held: Held, weights: dict[str, Tensor]) -> bool:
-        again = Held(held.micro, held.version, held.autocast, held.leaf, 0, held.target)
         try:
             with torch.enable_grad():
-                self._repeatable.run(again, weights, "tried")
+                self._repeatable.run(_again(held), weights, "tried")
         except Exception:
             return False
         return True
@@ -183,35 +159,39 @@ class Repetition:
         return _State(self._module, self._parameters)
 
 
+def _again(held: Held) -> Held:
+    """A new entry for the same forward."""
+    return Held(held.micro, held.version, held.autocast, held.leaf, 0, held.target)
+
+
 class _State:
-    """What a module may remember: attributes, buffers, and the sizes of its weights.
+    """What a module may remember: attributes, buffers, and the norms of its weights.
 
     Attributes:
-        marks: what tells each from what it is later.
+        marks: for each entry a value that differs once the entry has been replaced, or visibly written.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[Tensor]) -> None:
-        self._kept: list[Any] = []  # as long as this is, nothing new has the identity of something here
-        self._seen: set[int] = set()  # what has been looked into
+        self._kept: list[Any] = []  # while these are held, no new object has the identity of one of them
+        self._seen: set[int] = set()  # the objects whose entries have been marked
         self.marks: dict[Any, Any] = {"sizes": sizes_of(parameters)}
         for member in members(module):
             self.marks |= {(id(member), name): self._mark(value) for name, value in vars(member).items()}
 
     def changes(self, before: _State) -> set[Any]:
-        """What is otherwise than it was."""
+        """The entries that differ from ``before``."""
         names = self.marks.keys() | before.marks.keys()
         return {name for name in names if self.marks.get(name) != before.marks.get(name)}
 
     def _mark(self, value: Any, depth: int = 6) -> Any:
-        """What tells a value from what it is after it has been replaced, or written where that can be seen."""
         if isinstance(value, (bool, int, float, str)):
             return value
         self._kept.append(value)
         if isinstance(value, Tensor):
-            return id(value), value._version
+            return id(value), write_count(value)
         if depth and id(value) not in self._seen:
             self._seen.add(id(value))
-            return id(value), *(self._mark(each, depth - 1) for each in _inside(value).values())
+            return id(value), *(self._mark(inner, depth - 1) for inner in _entries(value).values())
         return id(value)
 
 
@@ -221,14 +201,14 @@ def wants_gradients(error: Exception) -> bool:
 
 
 def sizes_of(tensors: Sequence[Tensor]) -> str:
-    """What tells whether somebody has written one of them, by whatever way: their norms, in full."""
-    norms = torch._foreach_norm([t.detach() for t in tensors]) if tensors else ()
+    """The norms of the tensors in full, which differ once one has been written, by whatever way."""
+    norms = foreach_norm([t.detach() for t in tensors]) if tensors else ()
     return repr([float(norm) for norm in norms])
 
 
 class Generators(TorchFunctionMode):
-    """Those that a module draws from and that are not torch's own: Python's, NumPy's, those in its attributes, and within it
-    those that functions of torch are given."""
+    """The random generators of a module besides torch's default one: Python's, NumPy's, those in its attributes, and within
+    this context those that functions of torch are given."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -237,48 +217,43 @@ class Generators(TorchFunctionMode):
         }
         if (numpy := sys.modules.get("numpy.random")) is not None:
             self._known["NumPy's random"] = (numpy.get_state, numpy.set_state)
-        self._found: set[int] = set()  # what has been looked at
+        self._found: set[int] = set()  # the objects that have been searched
         for name, member in module.named_modules():
             for attribute, value in vars(member).items():
                 self._find(f"the generator {name}.{attribute}".replace(" .", " "), value)
         self._before = self._states()
         self._moved: dict[str, Any] = {}
 
-    def _find(self, place: str, value: Any, depth: int = 6) -> None:
+    def _find(self, label: str, value: Any, depth: int = 6) -> None:
+        """Add the generators in a value, which the errors call ``label``."""
         if id(value) in self._found or not depth:
             return
         self._found.add(id(value))
         if isinstance(value, torch.Generator):
-            self._known[place] = (partial(_state, value), partial(_set_state, value))
+            self._known[label] = (partial(_state, value), partial(_set_state, value))
         elif isinstance(value, random.Random):
-            self._known[place] = (value.getstate, value.setstate)
+            self._known[label] = (value.getstate, value.setstate)
         elif hasattr(bits := getattr(value, "bit_generator", getattr(value, "_bit_generator", None)), "state"):
-            self._known[place] = (partial(getattr, bits, "state"), partial(setattr, bits, "state"))  # NumPy's
+            self._known[label] = (partial(getattr, bits, "state"), partial(setattr, bits, "state"))  # NumPy's
         else:
-            for key, inner in _inside(value).items():
-                self._find(
-                    f"{place}[{key!r}]" if isinstance(value, (dict, list, tuple)) else f"{place}.{key}",
-                    inner,
-                    depth - 1,
-                )
+            form = "{}[{!r}]" if isinstance(value, (dict, list, tuple)) else "{}.{}"
+            for key, inner in _entries(value).items():
+                self._find(form.format(label, key), inner, depth - 1)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in (*args, *(kwargs or {}).values()):
-            if (
-                isinstance(value, torch.Generator)
-                and value is not torch.default_generator
-                and id(value) not in self._found
-            ):
-                place = f"a generator that {getattr(func, '__name__', func)} is given"
-                self._find(place, value)
-                self._before[place] = _state(value)
+            is_other = isinstance(value, torch.Generator) and value is not torch.default_generator
+            if is_other and id(value) not in self._found:
+                label = f"a generator that {getattr(func, '__name__', func)} is given"
+                self._find(label, value)
+                self._before[label] = _state(value)
         return func(*args, **(kwargs or {}))
 
     def _states(self) -> dict[str, Any]:
         return {name: get() for name, (get, _) in self._known.items()}
 
     def put_back(self) -> bool:
-        """After a forward: let those that have moved be where they were before it; whether any has."""
+        """After a forward: put the generators that it moved back to where they were; whether there are any."""
         for name, state in self._states().items():
             if pickle.dumps(state) != pickle.dumps(self._before[name]):
                 self._moved[name] = state
@@ -286,7 +261,7 @@ class Generators(TorchFunctionMode):
         return bool(self._moved)
 
     def check(self) -> None:
-        """After another: refuse those that it has moved just as far. (Another thread's draws would have to be as many.)"""
+        """After a second forward: refuse generators that it moved as far. (Another thread's draws would have to be as many.)"""
         for name, state in self._moved.items():
             get, put = self._known[name]
             if pickle.dumps(get()) == pickle.dumps(state):
@@ -297,13 +272,13 @@ class Generators(TorchFunctionMode):
             put(state)
 
 
-def _inside(value: Any) -> dict[Any, Any]:
-    """What a list, a mapping or an object holds."""
+def _entries(value: Any) -> dict[Any, Any]:
+    """The entries of a list or a mapping, or the attributes of an object."""
     if isinstance(value, (list, tuple, deque)):
         return dict(enumerate(value))
     if isinstance(value, dict):
         return value
-    # Functions and classes are the program's, and modules of a stage are looked into by themselves.
+    # Functions and classes are the program's, and modules of a stage are searched by themselves.
     held = None if isinstance(value, (type, ModuleType, nn.Module, Tensor)) else getattr(value, "__dict__", None)
     return held if isinstance(held, dict) else {}
 
@@ -317,13 +292,8 @@ def _set_state(generator: torch.Generator, state: list[int]) -> None:
     generator.set_state(torch.tensor(state, dtype=torch.uint8))
 
 
-def _copies(out: Any) -> list[Tensor]:
-    """The tensors of an output, which the next forward may write."""
-    return [t.detach().clone() for t in tensors_of(out)]
-
-
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether ``b`` is ``a``, within a part of its norm where its numbers are no whole ones."""
+    """Whether ``b`` equals ``a``; floating-point values within a part of the norm of ``a``."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     a, b = (t.detach() if t.layout is torch.strided else t.detach().to_dense() for t in (a, b))
@@ -337,5 +307,5 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def _is_half(t: Tensor) -> bool:
-    """Whether its numbers have about the digits of half precision, or fewer."""
+    """Whether its numbers have about as many digits as half precision, or fewer."""
     return t.dtype.is_floating_point and torch.finfo(t.dtype).eps > 1e-4

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..tensors.autocast import AutocastState
+from ..typing import Tree
 from .buffers import Met
+from .weight_versions import WeightVersion
 
 
 @dataclass(frozen=True)
@@ -29,28 +30,6 @@ class MicroBatch:
     share: float
 
 
-class WeightVersion:
-    """A copy of a stage's trainable weights: ``tensors`` to write, ``leaves`` for graphs to stand on.
-
-    Attributes:
-        minibatch, marks: the last mini-batch that has read it as the weights of then, and what told that they were.
-    """
-
-    minibatch: int | None = None
-    marks: list[tuple[int, int]] | None = None
-
-    def __init__(self, like: Sequence[Tensor]) -> None:
-        self.tensors = [torch.empty_like(t, requires_grad=False) for t in like]
-        self.leaves = [t.detach().requires_grad_() for t in self.tensors]
-        self.nbytes = sum(t.nbytes for t in self.tensors)
-
-    @torch.no_grad()
-    def copy_from(self, parameters: Sequence[Tensor]) -> None:
-        """Take the weights of now."""
-        for t, p in zip(self.tensors, parameters, strict=True):
-            t.copy_(p)
-
-
 @dataclass
 class Held:
     """The stash's entry for one micro-batch."""
@@ -58,23 +37,23 @@ class Held:
     micro: MicroBatch
     version: int  # updates when F ran
     autocast: AutocastState
-    leaf: Any  # the input, a tensor or a tree of them
+    leaf: Tree  # the input
     nbytes: int  # of the input, and of the graph where it is kept
-    target: Any = None  # what the loss compares with, at a stage that has one
+    target: Tree = None  # what the loss compares with, at a stage that has one
     weights: WeightVersion | None = None  # the copy that F read, where B needs it
     has_graph: bool = False
-    modes: tuple[bool, ...] = ()  # of the module and those in it, train or eval, in the forward
+    modes: tuple[bool, ...] = ()  # of the module and its submodules, train or eval, in the forward
     met: Met | None = None  # the buffers that F read, where its graph is kept
     first: Any = None  # what the repetition of the forward is compared with (`dtrp.stage.repetition`)
-    # Where differentiation starts, for each tensor of the output; None where it has nothing to do. Where there is a loss: it.
+    # Where differentiation starts: the loss, or for each tensor of the output its edge; None where no gradient is wanted.
     roots: list[Tensor | GradientEdge | None] = field(default_factory=list)
-    # Which tensors of the output went on as ones that want a gradient; empty where all have a root that do.
+    # Which tensors of the output were passed on as requiring a gradient; empty where those with a root were.
     wanting: list[bool] = field(default_factory=list)
     # Filled by B, for each tensor of the input; empty where it needs none.
     input_gradients: list[list[Tensor]] = field(default_factory=list)
 
 
 def stash_bytes(stash: Iterable[Held]) -> int:
-    """What the entries hold together; entries may share a copy of the weights."""
+    """Bytes of the entries together; entries may share a copy of the weights."""
     versions = {id(held.weights): held.weights.nbytes for held in stash if held.weights is not None}
     return sum(held.nbytes for held in stash) + sum(versions.values())

@@ -1,4 +1,4 @@
-"""The weights that a stage's forwards read where they are not those of now: copies, predicted if the method predicts."""
+"""The weights that a stage's forwards read where they are not the present ones: copies, predicted if the method predicts."""
 
 from __future__ import annotations
 
@@ -12,22 +12,50 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..predict import BuiltInPredictor, Predictor
-from .stash import WeightVersion
+from ..tensors.torch_private import write_count
+
+
+class WeightVersion:
+    """A copy of a stage's trainable weights: ``tensors`` to write, ``leaves`` on which graphs are built.
+
+    Attributes:
+        minibatch, marks: the last mini-batch that has read the copy as the present weights, and the marks of these then.
+    """
+
+    minibatch: int | None = None
+    marks: list[tuple[int, int]] | None = None
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self.tensors = [torch.empty_like(t, requires_grad=False) for t in like]
+        self.leaves = [t.detach().requires_grad_() for t in self.tensors]
+        self.nbytes = sum(t.nbytes for t in self.tensors)
+
+    @torch.no_grad()
+    def copy_from(self, parameters: Sequence[Tensor]) -> None:
+        """Take the present weights."""
+        for t, p in zip(self.tensors, parameters, strict=True):
+            t.copy_(p)
+
+
+def weight_marks(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Address and count of writes of each tensor, which differ once it has been written or replaced."""
+    return [(t.data_ptr(), write_count(t)) for t in tensors]
 
 
 class Versions:
-    """What the forwards of one stage read.
+    """The weights that the forwards of one stage read.
 
     Args:
         stage: k, which a predictor is told.
-        parameters: what is trained at the stage.
-        optimizer: the stage's.
-        predictor: None: copies are of the weights of now.
-        lr: within it the optimizer has the learning rates of the next update.
+        parameters: the stage's trainable parameters.
+        optimizer: the stage's optimizer.
+        predictor: None: copies are of the present weights.
+        lr: makes the context in which the optimizer has the learning rates of the next update.
+        gradients: the keyword arguments for a predictor that uses gradients.
 
     Attributes:
-        shared: the copies that graphs stand on, by (updates made, horizon), as long as something holds them.
-        alike: whether micro-batches of one version and horizon read the same, which may be made ahead of its time.
+        shared: the copies on which graphs are built, by (updates made, horizon), as long as something holds them.
+        alike: whether micro-batches of one version and horizon read the same weights, which may then be made in advance.
     """
 
     def __init__(
@@ -37,6 +65,7 @@ class Versions:
         optimizer: Optimizer | None,
         predictor: Predictor | None,
         lr: Callable[[], AbstractContextManager[None]],
+        gradients: Callable[[], dict[str, Any]],
     ) -> None:
         self.predictor = predictor
         if isinstance(predictor, BuiltInPredictor) and optimizer is not None:
@@ -44,43 +73,39 @@ class Versions:
         self.uses_gradients = bool(getattr(predictor, "uses_gradients", False))
         self.alike = predictor is None or (isinstance(predictor, BuiltInPredictor) and not self.uses_gradients)
         self.shared: WeakValueDictionary[tuple[int, int], WeightVersion] = WeakValueDictionary()
-        self._stage, self._parameters, self._optimizer, self._lr = stage, parameters, optimizer, lr
+        self._stage, self._parameters, self._optimizer = stage, parameters, optimizer
+        self._lr, self._gradients = lr, gradients
         self._buffer: WeightVersion | None = None
         self._buffered: tuple[int, int] | None = None  # (version, horizon) of what the buffer holds
 
     @property
     def nbytes(self) -> int:
-        """Of the buffer for predictions."""
+        """Bytes of the buffer for predictions."""
         return self._buffer.nbytes if self._buffer is not None else 0
 
     def tensors(self) -> Sequence[Tensor]:
-        """The buffer's, which the next prediction writes."""
+        """The tensors of the buffer, which the next prediction writes."""
         return self._buffer.tensors if self._buffer is not None else ()
 
-    def predicted(
-        self, microbatch: int, version: int, horizon: int, gradients: Callable[[], dict[str, Any]]
-    ) -> WeightVersion | None:
+    def predicted(self, microbatch: int, version: int, horizon: int) -> WeightVersion | None:
         """The predicted weights, in the one buffer for them; None where nothing is predicted.
 
         Args:
             microbatch: m.
-            version: updates that the weights of now have had.
-            horizon: updates to the micro-batch's backward.
-            gradients: what a predictor that uses them is told.
+            version: updates that the present weights have had.
+            horizon: updates until the micro-batch's backward.
         """
         if self.predictor is None:
             return None
         if self._buffer is None:
             self._buffer = WeightVersion(self._parameters)
         if self._buffered != (version, horizon) or not self.alike:
-            self._predict(self._buffer, microbatch, version, horizon, gradients)
+            self._predict(self._buffer, microbatch, version, horizon)
             self._buffered = (version, horizon)
         return self._buffer
 
-    def copied(
-        self, microbatch: int, version: int, horizon: int, gradients: Callable[[], dict[str, Any]]
-    ) -> WeightVersion | None:
-        """A copy of its own, shared by the micro-batches that read the same; None where nothing is trained.
+    def copied(self, microbatch: int, version: int, horizon: int) -> WeightVersion | None:
+        """A new copy, shared by the micro-batches that read the same weights; None where nothing is trained.
 
         The arguments are those of `predicted`.
         """
@@ -89,22 +114,22 @@ class Versions:
         key = (version, 0 if self.predictor is None else horizon)
         alike = self.alike or not horizon
         copy = self.shared.get(key) if alike else None
-        if copy is None or not self._is_now(copy, version + horizon):
+        if copy is None or not self._is_current(copy, version + horizon):
             copy = WeightVersion(self._parameters)
             if self.predictor is None or not horizon:
                 copy.copy_from(self._parameters)
             else:
-                self._predict(copy, microbatch, version, horizon, gradients)
-            copy.minibatch, copy.marks = version + horizon, self._marks()
+                self._predict(copy, microbatch, version, horizon)
+            copy.minibatch, copy.marks = version + horizon, weight_marks(self._parameters)
             if alike:
                 self.shared[key] = copy
         return copy
 
-    def _is_now(self, copy: WeightVersion, minibatch: int) -> bool:
-        """Whether a copy of this version is of the weights of now: between two steps the caller may write them."""
+    def _is_current(self, copy: WeightVersion, minibatch: int) -> bool:
+        """Whether a copy of this version is of the present weights: between two steps the caller may write them."""
         if copy.minibatch != minibatch:
-            # What is written through ``.data`` counts nowhere; an accelerator would have to be waited for.
-            unwritten = copy.marks == self._marks() and all(
+            # Writes through ``.data`` are not counted, so values are compared; an accelerator would have to be waited for.
+            unwritten = copy.marks == weight_marks(self._parameters) and all(
                 p.device.type != "cpu" or torch.equal(p, t) for p, t in zip(self._parameters, copy.tensors, strict=True)
             )
             if not unwritten:
@@ -112,35 +137,22 @@ class Versions:
             copy.minibatch = minibatch
         return True
 
-    def _marks(self) -> list[tuple[int, int]]:
-        return [(p.data_ptr(), p._version) for p in self._parameters]
-
-    def _predict(
-        self, out: WeightVersion, microbatch: int, version: int, horizon: int, gradients: Callable[[], dict[str, Any]]
-    ) -> None:
+    def _predict(self, out: WeightVersion, microbatch: int, version: int, horizon: int) -> None:
         assert self.predictor is not None
         assert self._optimizer is not None
         if not isinstance(self.predictor, BuiltInPredictor):
-            out.copy_from(self._parameters)  # a weight that it leaves out is predicted to stay
-        more = gradients() if self.uses_gradients else {}
+            out.copy_from(self._parameters)  # a weight that the predictor leaves out is predicted to stay
+        more = self._gradients() if self.uses_gradients else {}
+        at = {"stage": self._stage, "microbatch": microbatch, "version": version}
         with torch.no_grad(), self._lr():
-            self.predictor(
-                self._parameters,
-                self._optimizer,
-                horizon,
-                out.tensors,
-                stage=self._stage,
-                microbatch=microbatch,
-                version=version,
-                **more,
-            )
+            self.predictor(self._parameters, self._optimizer, horizon, out.tensors, **at, **more)
 
     def forget(self) -> None:
-        """What was predicted from other weights than those of now."""
+        """Forget what was predicted from other weights than the present ones."""
         self._buffered = None
         self.shared.clear()
 
     def drop(self) -> None:
-        """The buffer too."""
+        """Forget the predictions, and free their buffer."""
         self._buffer = None
         self.forget()

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .torch_private import sparse_parts
+
 LINE_BYTES = 512  # what allocators on accelerators align to, and a multiple of every cache line
 _CPU_LINE_BYTES = 128  # a multiple of every CPU's cache line and vector
 
@@ -30,7 +32,7 @@ def parts_of(x: Tensor) -> list[Tensor]:
     if type(x) is Tensor and x.layout is torch.strided:
         return [x]
     if x.layout is torch.sparse_coo:
-        return [x._indices(), x._values()]
+        return [*sparse_parts(x)]
     if x.layout in (torch.sparse_csr, torch.sparse_bsr):
         return [x.crow_indices(), x.col_indices(), x.values()]
     if x.layout in (torch.sparse_csc, torch.sparse_bsc):

@@ -100,6 +100,15 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else flatten(value)[0]
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, which may hold anything, however deep in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(entry)
+
+
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """The tree with ``function`` of every tensor in its place."""
     if isinstance(value, Tensor):

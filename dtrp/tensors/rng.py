@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,9 +40,9 @@ class Draws:
     """The random draws of one stage.
 
     Args:
-        seed: of the pipeline.
-        replica, stage: whose draws they are.
-        device: where the stage works.
+        seed: the pipeline's seed.
+        replica, stage: the indices of the replica and the stage.
+        device: the device on which the stage computes.
     """
 
     seed: int
@@ -51,7 +51,7 @@ class Draws:
     device: torch.device
 
     def seed_of(self, microbatch: int) -> int:
-        """The seed of those for one micro-batch; it is remembered."""
+        """The seed of the draws for one micro-batch; it is cached."""
         return microbatch_seed(self.seed, self.replica, self.stage, microbatch)
 
     def region(self, microbatch: int) -> AbstractContextManager[None]:
@@ -59,56 +59,37 @@ class Draws:
         return seeded(self.seed_of(microbatch), self.device)
 
 
-def seeded(seed: int, device: torch.device) -> AbstractContextManager[None]:
-    """Within it torch draws from ``seed``, on the CPU and on ``device``; after it, from where it was before."""
-    if device.type == "cpu":
-        return _Seeded(seed)
-    # Empty until the device has been used, and a stage's has.
-    generators = getattr(torch.get_device_module(device), "default_generators", ())
-    if device.index is not None and device.index < len(generators):
-        return _SeededOn(seed, generators[device.index])
-    return _seeded_by_name(seed, device)
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within it torch draws from ``seed``, on the CPU and on ``device``; afterwards from where it was before.
 
-
-class _Seeded:
-    """On the CPU. (Not torch.manual_seed: that would reseed every accelerator, and none is put back.)"""
-
-    __slots__ = ("_before", "_seed")
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def __enter__(self) -> None:
-        self._before = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(self._seed)
-
-    def __exit__(self, *error: object) -> None:
-        torch.default_generator.set_state(self._before)
-
-
-class _SeededOn:
-    """On the CPU and on an accelerator, by its generator itself, which takes less than `torch.random.fork_rng`."""
-
-    __slots__ = ("_before", "_cpu", "_generator", "_seed")
-
-    def __init__(self, seed: int, generator: torch.Generator) -> None:
-        self._cpu, self._seed, self._generator = _Seeded(seed), seed, generator
-
-    def __enter__(self) -> None:
-        self._before = self._generator.get_state()
-        self._generator.manual_seed(self._seed)
-        self._cpu.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._cpu.__exit__(*error)
-        self._generator.set_state(self._before)
+    (Not by torch.manual_seed, which would reseed every accelerator, and put none back.)
+    """
+    generators = [torch.default_generator]
+    by_name: AbstractContextManager[None] = nullcontext()
+    if device.type != "cpu":
+        # Empty until the device has been used, and a stage's has. Takes less than `torch.random.fork_rng`.
+        shown = getattr(torch.get_device_module(device), "default_generators", ())
+        if device.index is not None and device.index < len(shown):
+            generators.append(shown[device.index])
+        else:
+            by_name = _seeded_by_name(seed, device)
+    before = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        with by_name:
+            yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
 
 
 @contextmanager
 def _seeded_by_name(seed: int, device: torch.device) -> Iterator[None]:
-    """On the CPU and on an accelerator that does not show its generators."""
+    """The same on an accelerator that does not show its generators."""
     module = torch.get_device_module(device)
-    with torch.random.fork_rng([device], device_type=device.type), _Seeded(seed):
+    with torch.random.fork_rng([device], device_type=device.type):
         with module.device(device):
             module.manual_seed(seed)
         yield

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "ASSERT_TENSOR_METADATA", "SET_GRAD_ENABLED", "TO_COPY", "TorchDispatchMode", "backward_hooks", "buffer_dict",
     "default_gloo_devices", "default_store", "enter_autocast", "exit_autocast", "foreach_copy", "foreach_norm",
-    "forward_hooks", "gloo_options", "grad_accumulated_hooks", "has_internal_overlap", "is_operator",
+    "forward_hooks", "gloo_options", "grad_accumulated_hooks", "has_gradient_hooks", "has_internal_overlap",
+    "is_operator",
     "module_backward_hooks", "module_dict", "nccl_options", "non_persistent_buffers", "operator_schema",
     "parameter_dict", "pytree", "region_passes", "replace_tensor_dicts", "sparse_parts", "storage_info_class",
     "without_functorch_wrappers", "write_count", "writes_arguments",
@@ -74,6 +75,11 @@ def without_functorch_wrappers(t: Tensor) -> Tensor:
     return t
 
 
+def has_gradient_hooks(t: Tensor) -> bool:
+    """Whether the tensor has hooks of either of the two kinds below."""
+    return bool(t._backward_hooks or t._post_accumulate_grad_hooks)
+
+
 def backward_hooks(t: Tensor) -> dict[int, Any]:
     """The hooks of ``t.register_hook``; no public name lists them."""
     return t._backward_hooks or {}
@@ -81,7 +87,7 @@ def backward_hooks(t: Tensor) -> dict[int, Any]:
 
 def grad_accumulated_hooks(t: Tensor) -> dict[int, Any]:
     """The hooks of ``t.register_post_accumulate_grad_hook``; no public name lists them."""
-    return getattr(t, "_post_accumulate_grad_hooks", None) or {}
+    return t._post_accumulate_grad_hooks or {}
 
 
 # -- modules --------------------------------------------------------------------------------------

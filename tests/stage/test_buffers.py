@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import dtrp
 from dtrp.saving import manifest
-from dtrp.stage.buffers import ABSENT, Met, Overwritten, Slot, buffers_of, marks, names_of, values_met
+from dtrp.stage.buffers import ABSENT, Met, Overwritten, marks, values_met
+from dtrp.tensors.module_buffers import Slot, buffers_of, names_of
 from dtrp.tensors.module_mode import members
 
 

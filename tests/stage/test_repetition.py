@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import dtrp
-from dtrp.stage.repetition import _close, slow_paths
+from dtrp.stage.repetition import _close
+from dtrp.tensors.module_mode import slow_attention
 
 CURE = r"keep this stage's graphs, which repeats nothing: Pipeline\(keep='graph'\)"
 OTHER_OUTPUT = rf"gives another output.*a counter or a hidden state in an attribute.*{CURE}"
@@ -300,18 +301,18 @@ def test_a_frozen_encoder_takes_the_path_that_it_takes_in_a_plain_loop(below: bo
 def test_the_switch_of_the_fast_path_is_put_back() -> None:
     enabled = torch.backends.mha.get_fastpath_enabled
     torch.backends.mha.set_fastpath_enabled(False)
-    with slow_paths:
+    with slow_attention():
         pass
     assert not enabled()
     torch.backends.mha.set_fastpath_enabled(True)
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with slow_paths:
+        with slow_attention():
             inside.set()
             leave.wait()
 
-    with slow_paths:
+    with slow_attention():
         thread = threading.Thread(target=other)
         thread.start()
         inside.wait()

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dtrp
+from dtrp.measure.graph_size import weigh_graph
 from dtrp.planning.profile import Profiler
-from dtrp.stage.saved_tensors import weigh_graph
 
 WIDTH = 6
 

@@ -1,10 +1,10 @@
-"""What autograd saves of a forward, weighed.
+"""How many bytes an autograd graph saves of a forward.
 
-Hooks see every tensor that is saved. Where hooks are set autograd does not look itself whether a saved tensor has been
-written since, so they do::
+Hooks see every tensor that is saved. Where hooks are set, autograd does not check by itself whether a saved tensor has been
+written since, so the hooks do::
 
-    forward     pack      weigh the storage; keep an alias of the tensor, and how often it has been written
-    backward    unpack    as often as then? then the alias is what was saved; else the error that autograd raises
+    forward     pack      add the size of the storage; keep an alias of the tensor, and its count of writes
+    backward    unpack    the same count? then return the alias; else raise the error that autograd raises
 
 An alias and not the tensor: an operation may save its own output, which holds the operation's node, which would hold the
 output. Such a graph is freed by its backward alone.
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..tensors.layout import parts_of
-from .buffers import buffers_of, copies_of, write
+from ..tensors.module_buffers import buffers_of, copies_of, write
+from ..tensors.torch_private import write_count
 
 T = TypeVar("T")
 NOT_WEIGHED = (
@@ -31,22 +32,22 @@ NOT_WEIGHED = (
 def weigh_graph(
     run: Callable[[], T], module: nn.Module, known: Iterable[Tensor] = ()
 ) -> tuple[T, dict[int, int] | None]:
-    """Run a forward, and weigh what its graph saves.
+    """Run a forward, and measure what its graph saves.
 
     Args:
-        run: the forward; called once more, without hooks, where something in it (`torch.func.grad`) refuses them.
-        module: whose forward it is; its parameters and buffers are not weighed.
-        known: other tensors that are not.
+        run: the forward; called again, without hooks, if something in it (`torch.func.grad`) refuses them.
+        module: the module that ``run`` calls; its parameters and buffers are not counted.
+        known: other tensors that are not counted.
 
     Returns:
-        What ``run`` returns; and the bytes of each storage, by its address. None where nobody could look,
-        since the caller has hooks around it, or the forward refuses them. What goes through hooks that the module sets
-        within (an activation checkpoint) is not seen.
+        The result of ``run``; and the bytes of each saved storage, by its address. None instead of the bytes where hooks are
+        not possible: the caller has some, or the forward refuses them. What goes through hooks that the module sets
+        itself (an activation checkpoint) is not seen.
     """
     if not _admitted():
         return run(), None
-    own = [*module.parameters(), *module.buffers(), *known]
-    unweighed = {part.untyped_storage().data_ptr() for t in own for part in parts_of(t)}
+    excluded = [*module.parameters(), *module.buffers(), *known]
+    unweighed = {part.untyped_storage().data_ptr() for t in excluded for part in parts_of(t)}
     sizes: dict[int, int] = {}
 
     def pack(t: Tensor) -> tuple[Tensor, int]:
@@ -54,7 +55,7 @@ def weigh_graph(
             storage = part.untyped_storage()
             if storage.data_ptr() not in unweighed:
                 sizes[storage.data_ptr()] = storage.nbytes()
-        return t.detach(), t._version  # which they share
+        return t.detach(), write_count(t)  # the alias has the same count
 
     before = copies_of(buffers_of(module))
     try:
@@ -68,7 +69,7 @@ def weigh_graph(
 
 
 def _admitted() -> bool:
-    """Whether hooks would be in nobody's way: the caller has none, and has not ruled them out."""
+    """Whether hooks can be set: the caller has set none, and has not forbidden them."""
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks("looking"):  # refused where there are any
             pass
@@ -80,10 +81,11 @@ def _admitted() -> bool:
 
 def _unpack(saved: tuple[Tensor, int]) -> Tensor:
     tensor, version = saved
-    if tensor._version != version:
+    now = write_count(tensor)
+    if now != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} instead; "
+            f"[{tensor.type()} {list(tensor.shape)}] is at version {now}; expected version {version} instead; "
             "make the operation that wrote it out of place"
         )
     return tensor
