@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .engine.base import Engine, come_to_rest
+from .engine.base import Engine
 from .engine.consistency import method_values
 from .errors import message_of
 from .measure.prediction_error import Gauge, PredictionError
@@ -201,7 +201,7 @@ class BasePipeline:
         """
         self._check_names("model_state_dict")
         with self._shared():
-            parts = self._engine.of_stages("model_state_dict", _with_version(state_dict.model_part))
+            parts = self._engine.gather_stages("model_state_dict", _with_version(state_dict.model_part))
         return state_dict.merge_model(self._of_one_version("model_state_dict", parts))
 
     def model_state_dict_on_first(self) -> dict[str, Tensor] | None:
@@ -212,7 +212,7 @@ class BasePipeline:
     def _parts_on_first(self, method: str) -> list[tuple[int, dict[str, Tensor]]] | None:
         self._check_names(method)
         with self._shared():
-            return self._engine.of_stages_to_first(method, _with_version(state_dict.model_part))
+            return self._engine.gather_stages_to_first(method, _with_version(state_dict.model_part))
 
     def _of_one_version(self, method: str, parts: list[tuple[int, T]]) -> list[T]:
         """The stages' parts, without the updates that each has made; the first rank says once where these differ."""
@@ -239,7 +239,7 @@ class BasePipeline:
         """
         self._check_names("state_dict")
         with self._shared():
-            parts = self._engine.of_stages("state_dict", _with_version(state_dict.state_part))
+            parts = self._engine.gather_stages("state_dict", _with_version(state_dict.state_part))
         return {**state_dict.merge_state(self._of_one_version("state_dict", parts)), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -255,7 +255,7 @@ class BasePipeline:
         self._check_usable(trains=True)
 
         with self._shared():
-            parts = self._engine.of_stages("load_state_dict", state_dict.shapes_of)
+            parts = self._engine.gather_stages("load_state_dict", state_dict.shapes_of)
             next_microbatch = self._engine.progress("load_state_dict")[0].next_microbatch
         shapes = state_dict.merge_model(parts)
 
@@ -269,7 +269,7 @@ class BasePipeline:
         load = self._engine.all_or_none("load_state_dict", check)
         with self._shared():
             load()
-            come_to_rest(self._engine, state["num_updates"], next_microbatch)
+            self._engine.resume_at_rest(state["num_updates"], next_microbatch)
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
         """Write `model_state_dict` to ``path`` with `torch.save`, on the CPU, whole or not at all; rank 0 writes."""
@@ -336,7 +336,7 @@ class BasePipeline:
         self._check_usable(trains=True)
         with self._shared():
             settings = self._settings("load")
-            parts = self._engine.of_stages("load", state_dict.shapes_of)
+            parts = self._engine.gather_stages("load", state_dict.shapes_of)
             self._engine.progress("load")
         shapes = state_dict.merge_model(parts)
         commit = self._engine.all_or_none(

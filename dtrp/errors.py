@@ -59,10 +59,10 @@ class WaitTimeoutError(WorkerError, TimeoutError):
 
 @contextmanager
 def naming(stage: int, action: Action, minibatch: int) -> Iterator[None]:
-    """The context in which an exception becomes a `StageError` that says where it was raised."""
+    """The context in which an exception becomes a `StageError` that says where it was raised; another rank's is left as it is."""
     try:
         yield
-    except StageError:
+    except (StageError, WorkerError):
         raise
     except Exception as error:
         raise StageError(stage, action, minibatch, error) from error

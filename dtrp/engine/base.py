@@ -1,22 +1,25 @@
-"""What `Pipeline` asks of an engine, and the bookkeeping of losses that engines share."""
+"""What both engines share: the interface that a pipeline uses, the progress of their stages, and the mini-batch's losses."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ..comm.message import Note
 from ..comm.proposals import Proposals
 from ..errors import StageError
-from ..measure.trace import Span
+from ..measure.trace import Span, Tracer
 from ..measure.wait_time import WorkingTime
-from ..schedule import Action, Position
+from ..methods import Method
+from ..schedule import Action, Position, StageOrder
 from ..stage.stage import Stage
 from ..stage.stash import MicroBatch
+from ..typing import Tree
 
 T = TypeVar("T")
 
@@ -26,82 +29,91 @@ class Progress:
     """What an engine knows of one stage between two steps, besides what the stage itself holds.
 
     Args:
-        num_updates: mini-batches stepped.
-        next_microbatch: counted since the pipeline was made.
-        position: in the stage's order of work.
-        notes: of the micro-batches between their F and their B here, the oldest first.
-        samples: in each mini-batch that has not had its U here.
-        gradients: of the outputs of the oldest of ``notes``, from the next stage, which has had their B; None for one that
-            has no gradient.
-        keywords: of each of ``notes``, what the caller has given this stage for it; empty where stages are given nothing.
+        num_updates: the number of mini-batches stepped.
+        next_microbatch: the number of the next micro-batch, counted since the pipeline was made.
+        position: of the stage in its order of work.
+        notes: of the micro-batches between their F and their B, the oldest first.
+        samples: the numbers of samples of the mini-batches that have not had their U.
+        gradients: of the stage's outputs for the oldest of ``notes``, those that the next stage has returned; None for one
+            that has no gradient.
+        keywords: for each of ``notes`` the keyword arguments that the caller has given this stage; empty where there are none.
     """
 
     num_updates: int
     next_microbatch: int
     position: Position
-    notes: list[Note]
-    samples: list[int]
-    gradients: list[Any]
+    notes: list[Note] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    gradients: list[Tree | None] = field(default_factory=list)
     keywords: list[dict[str, Any]] = field(default_factory=list)
 
-    @classmethod
-    def at_rest(cls, num_updates: int, next_microbatch: int) -> Progress:
-        """Nothing is in flight."""
-        return cls(
-            num_updates, next_microbatch, Position(next_microbatch, next_microbatch, num_updates, ()), [], [], []
-        )
 
+class Engine(ABC):
+    """Runs the slots of this process's stages: all of them (`LocalEngine`), or one (`DistributedEngine`).
 
-class Engine(Protocol):
-    """Runs the slots of this process's stages: all of them (`LocalEngine`), or one (`DistributedEngine`)."""
+    In the methods below ``method`` is the name of the pipeline's method that every rank has called, for messages.
 
-    @property
-    def stages(self) -> Sequence[Stage]:
-        """This process's stages."""
+    Args:
+        stages: the stages of this process.
+        method: the row of the method that trains.
+        num_microbatches: A.
+        tracer: records every action.
 
-    @property
-    def alone(self) -> bool:
-        """Whether no other rank takes part."""
+    Attributes:
+        alone: whether no other rank takes part.
+        is_first: whether this is the process that writes files.
+        name: of this process, for people.
+        takes_x: whether this process hosts the first stage.
+        takes_y: whether this process hosts the last stage.
+        working_times: of the stages of this process.
+        num_updates: the number of mini-batches stepped.
+        proposals: what this process has proposed to all ranks, and what they have agreed on.
+    """
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the process that writes files."""
+    alone: bool
+    is_first: bool
+    name: str
+    takes_x: bool
+    takes_y: bool
 
-    @property
-    def name(self) -> str:
-        """Of this process, for people."""
+    def __init__(self, stages: Sequence[Stage], method: Method, num_microbatches: int, tracer: Tracer) -> None:
+        last = stages[-1]
+        self.stages = stages
+        self.working_times = [WorkingTime() for _ in stages]
+        self.num_updates = 0
+        self.proposals = Proposals()
+        self._num_microbatches, self._tracer = num_microbatches, tracer
+        self._next_microbatch = 0
+        self._has_local_losses = method.local
+        self._orders = [StageOrder(method, stage.num_stages, stage.index) for stage in stages]
+        stops = last.rule.on_nonfinite == "stop"
+        self._losses = Losses(last.num_stages - 1, at_once=last.device.type == "cpu", stops=stops)
 
-    @property
-    def takes_x(self) -> bool:
-        """Whether this process hosts the first stage."""
+    @abstractmethod
+    def step(self, x: Tree, y: Tree) -> Tensor | None:
+        """Train on a mini-batch; its mean loss, where the last stage is."""
 
-    @property
-    def takes_y(self) -> bool:
-        """Whether this process hosts the last stage."""
+    @abstractmethod
+    def flush(self) -> None:
+        """Run the backwards and updates that are left."""
 
-    @property
-    def working_times(self) -> Sequence[WorkingTime]:
-        """Of this process's stages."""
+    @abstractmethod
+    def infer(self, x: Tree) -> Tree:
+        """The model's output in eval mode; None on ranks without the last stage."""
 
-    num_updates: int  # mini-batches stepped
-    proposals: Proposals
-
-    def step(self, x: Any, y: Any) -> Tensor | None: ...
-    def flush(self) -> None: ...
-    def infer(self, x: Any) -> Any: ...
-
+    @abstractmethod
     def gather(self, method: str, value: T) -> list[T]:
-        """Every process's value, by rank, on every rank; ``method``, called on every rank, is for messages."""
+        """Every process's value, by rank, on every rank."""
 
-    def spans(self) -> list[Span]:
-        """What this process has traced."""
-
-    def of_stages(self, method: str, part: Callable[[Stage], T]) -> list[T]:
+    @abstractmethod
+    def gather_stages(self, method: str, part: Callable[[Stage], T]) -> list[T]:
         """``part`` of every stage, on every rank."""
 
-    def of_stages_to_first(self, method: str, part: Callable[[Stage], T]) -> list[T] | None:
+    @abstractmethod
+    def gather_stages_to_first(self, method: str, part: Callable[[Stage], T]) -> list[T] | None:
         """``part`` of every stage, on the first rank; None elsewhere."""
 
+    @abstractmethod
     def all_or_none(self, method: str, job: Callable[[], T], error: type[Exception] = RuntimeError) -> T:
         """Run ``job`` on every rank; if it fails on a rank, every rank raises, and the run goes on.
 
@@ -111,57 +123,93 @@ class Engine(Protocol):
             error: what the ranks raise on which it has not failed.
         """
 
+    def spans(self) -> list[Span]:
+        """What this process has traced."""
+        return list(self._tracer.spans)
+
+    @abstractmethod
     def progress(self, method: str) -> list[Progress]:
-        """Of this process's stages; every message under way has arrived then, and stays for its backward."""
+        """Of the stages of this process. Every message under way has arrived then, and stays for its backward."""
 
     def resume(self, progress: Sequence[Progress]) -> None:
-        """Go on from there, stages and all; what was in flight is dropped. `progress` has been called before."""
+        """Go on from there, after a call of `progress`; what was in flight is dropped."""
+        self._forget()
+        for index, saved in enumerate(progress):
+            self._orders[index].resume(saved.position)
+            self.stages[index].version = saved.position.next_update
+            self.num_updates, self._next_microbatch = saved.num_updates, saved.next_microbatch
+            self._restore(index, saved)
+
+    def resume_at_rest(self, num_updates: int, next_microbatch: int) -> None:
+        """Go on after so many updates with nothing in flight."""
+        position = Position(next_microbatch, next_microbatch, num_updates, ())
+        self.resume([Progress(num_updates, next_microbatch, position)] * len(self.stages))
 
     def fail(self, error: BaseException) -> None:
-        """An error ends the run: let go of what is in flight, and tell the other ranks."""
+        """An error ends the run: drop what is in flight, and tell the other ranks."""
+        self._drop()
 
     def close(self) -> None:
-        """Let go of what is in flight, and of the other ranks."""
+        """Drop what is in flight, and leave the other ranks."""
+        self._drop()
 
+    @abstractmethod
+    def _restore(self, index: int, saved: Progress) -> None:
+        """Take back what is in flight at a stage of this process."""
 
-def come_to_rest(engine: Engine, num_updates: int, next_microbatch: int) -> None:
-    """Bring an engine to a state in which so many updates have been made, and nothing is in flight."""
-    engine.resume([Progress.at_rest(num_updates, next_microbatch)] * len(engine.stages))
+    def _drop(self) -> None:
+        for stage in self.stages:
+            stage.drop()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is in flight, but for what the stages hold."""
+        self._losses.drop()
+
+    def _check_losses(self) -> None:
+        """Refuse a loss that is not finite."""
+        self._losses.check()
+
+    def _check_finite(self) -> None:
+        """Refuse a loss, or a gradient, that is not finite."""
+        self._check_losses()
+        for stage in self.stages:
+            stage.check_gradients()
 
 
 class Losses:
-    """The shares of a mini-batch's loss, and whether they are finite.
+    """The micro-batches' shares of a mini-batch's loss, and whether they are finite.
 
     Args:
-        at_once: look at each before anything is learned from it. Else, since looking would make the launches of
-            a slot wait for an accelerator, when the next mini-batch comes.
-        stops: whether one that is not finite ends the run.
+        last_stage: K-1.
+        at_once: check each share before anything is learned from it. Otherwise check when the next mini-batch comes: an
+            accelerator would have to be waited for in the middle of a slot.
+        stops: whether a loss that is not finite ends the run.
     """
 
     def __init__(self, last_stage: int, *, at_once: bool, stops: bool = True) -> None:
-        self._last_stage = last_stage
-        self._at_once = at_once
-        self._stops = stops
+        self._last_stage, self._at_once, self._stops = last_stage, at_once, stops
         self._terms: list[Tensor] = []  # of the current mini-batch
-        self._unseen: list[tuple[int, MicroBatch, Tensor]] = []  # with their stages
+        self._unchecked: list[tuple[int, MicroBatch, Tensor]] = []  # with their stages
 
     def add(self, micro: MicroBatch, loss: Tensor) -> None:
+        """A share of the last stage's loss."""
         self._terms.append(loss)
         self.watch(self._last_stage, micro, loss)
 
     def watch(self, stage: int, micro: MicroBatch, loss: Tensor) -> None:
         """A loss that ``stage`` learns from."""
         if self._stops:
-            self._unseen.append((stage, micro, loss))
+            self._unchecked.append((stage, micro, loss))
         if self._at_once:
             self.check()
 
     def sum(self) -> float:
-        """Of the current mini-batch's so far."""
+        """The loss of the current mini-batch so far."""
         return sum(float(term) for term in self._terms)
 
     def total(self) -> Tensor:
-        """The mini-batch's loss; the next one begins."""
+        """The mini-batch's loss; the next mini-batch begins."""
         total = self._terms[0]
         for term in self._terms[1:]:
             total = total + term
@@ -170,7 +218,7 @@ class Losses:
 
     def check(self) -> None:
         """Refuse a loss that is not finite."""
-        for stage, micro, loss in self._unseen:
+        for stage, micro, loss in self._unchecked:
             if not math.isfinite(value := float(loss)):
                 which = f"stage {stage}, the last" if stage == self._last_stage else f"stage {stage}"
                 cause = FloatingPointError(
@@ -178,8 +226,8 @@ class Losses:
                     f"the data of this mini-batch ({which})"
                 )
                 raise StageError(stage, Action("F", micro.index), micro.minibatch, cause) from cause
-        self._unseen.clear()
+        self._unchecked.clear()
 
     def drop(self) -> None:
         self._terms.clear()
-        self._unseen.clear()
+        self._unchecked.clear()

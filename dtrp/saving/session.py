@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from ..atomic_file import whole_file
-from ..engine.base import Engine, come_to_rest
+from ..engine.base import Engine
 from ..errors import StageError
 from ..schedule import lead
 from ..stage.stage import Stage
@@ -211,7 +211,7 @@ def _load_portable(engine: Engine, found: Checkpoint, shapes: state_dict.Shapes,
             stage.drop()
             stage.draws.seed = found.manifest["seed"]
         write()
-        come_to_rest(engine, found.num_updates, found.manifest["next_microbatch"])
+        engine.resume_at_rest(found.num_updates, found.manifest["next_microbatch"])
 
     return put
 
