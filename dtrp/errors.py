@@ -59,7 +59,7 @@ class WaitTimeoutError(WorkerError, TimeoutError):
 
 @contextmanager
 def naming(stage: int, action: Action, minibatch: int) -> Iterator[None]:
-    """The context in which an exception becomes a `StageError` that says where it was raised; another rank's is left as it is."""
+    """The context in which an exception becomes a `StageError` that says where it was raised, but for a `WorkerError`."""
     try:
         yield
     except (StageError, WorkerError):

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from .base_pipeline import BasePipeline
 from .comm.transport import Transport
-from .engine.consistency import unite
+from .engine.consistency import make_consistent
 from .engine.distributed import DistributedEngine
-from .engine.habits import Elsewhere, other_optimizers
+from .engine.habits import StaleStages, optimizer_watch
 from .engine.local import LocalEngine
 from .launch.ranks import Ranks, find_ranks
 from .measure.trace import Tracer
@@ -213,7 +213,7 @@ class Pipeline(BasePipeline):
             _move(aux_networks, places)
             stages = [make_stage(index, place) for index, place in enumerate(places)]
             self._engine = LocalEngine(stages, self.method, num_microbatches, self._tracer)
-            self._watches = [other_optimizers.watch(self._engine)]
+            self._watches = [optimizer_watch.watch(self._engine)]
         else:
             _check_world(len(modules), ranks)
             place = _places(modules, devices, only=ranks.stage)[ranks.stage]
@@ -231,11 +231,11 @@ class Pipeline(BasePipeline):
                     "clip": clip,
                     "on_nonfinite": on_nonfinite,
                 }
-                self.seed = unite(transport, wholes, place, settings, self.seed, ties)
+                self.seed = make_consistent(transport, wholes, place, settings, self.seed, ties)
                 stage = make_stage(ranks.stage, place, ranks.replica)
                 self._engine = DistributedEngine(stage, self.method, num_microbatches, transport, self._tracer, loss_on)
-                watch = Elsewhere(modules, ranks.stage, self._engine)
-                self._watches = [other_optimizers.watch(self._engine), watch.end]
+                watch = StaleStages(modules, ranks.stage, self._engine)
+                self._watches = [optimizer_watch.watch(self._engine), watch.end]
             except BaseException as error:
                 transport.fail(error)
                 transport.close()

@@ -1,1 +1,1 @@
-"""How ranks talk: messages, links, collectives, failures."""
+"""How ranks talk: messages, links, collectives over the ranks, and what happens when one fails."""

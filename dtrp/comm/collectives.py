@@ -1,7 +1,7 @@
 """Object collectives over the chain of neighbours: a value goes from rank to rank, through all of them.
 
-Every rank calls the same methods in the same order. Each message carries the name of the method, so that a rank that calls
-another one is told so.
+Every rank calls the same methods in the same order. Each message carries the name of the method, so that a rank that
+calls another one is told so.
 """
 
 from __future__ import annotations

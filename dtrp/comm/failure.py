@@ -1,8 +1,8 @@
 """What ends a run of several ranks, and how the threads of a rank learn of it.
 
-Only the main thread of a rank waits for other ranks, and only in `Monitor.wait`. The helper threads of `dtrp.comm.transport` tell
-the monitor what has arrived and what has failed. The wait is Python's, so that Ctrl-C and SIGTERM are heard in it. It ends
-with what is waited for, with a failure on any rank, or after ``timeout_s``.
+Only the main thread of a rank waits for other ranks, and only in `Monitor.wait`. The helper threads of
+`dtrp.comm.transport` tell the monitor what has arrived and what has failed. The wait is Python's, so that Ctrl-C and
+SIGTERM are heard in it. It ends with what is waited for, with a failure on any rank, or after ``timeout_s``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Failure:
     """Why a run ends.
 
     Args:
-        kind: ``gone`` (a process that ended without a word), ``timeout``, ``stage`` (a `StageError`), or ``ended`` (anything
-            else).
+        kind: ``gone`` (a process that ended without a word), ``timeout``, ``stage`` (a `StageError`), or ``ended``
+            (anything else).
         rank: the rank that failed.
         text: the reason, beginning with that rank; for ``stage`` the message of the `StageError`.
         place: (stage, microbatch, minibatch) of the `StageError`.
@@ -234,7 +234,8 @@ class HelperThread(threading.Thread):
 class SigtermHandler(SigtermListener):
     """Raises in the main thread at SIGTERM, with the name of the rank that failed if one did.
 
-    torchrun ends the other workers by SIGTERM when one has died, and the signal is often faster than the news of the death.
+    torchrun ends the other workers by SIGTERM when one has died, and the signal is often faster than the news of the
+    death.
 
     Args:
         monitor: learns of failures.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..launch.ranks import Ranks
 from .failure import HelperThread, Monitor
-from .proposals import NUM_BITS, bits_of, word_of
+from .proposals import NUM_BITS, word_from_sums, word_to_bits
 
 _BUCKET_BYTES = 25 * 2**20
 
@@ -51,7 +51,7 @@ class GradientAveraging:
         if any(g is not None and g.layout is not torch.strided for g in gradients):
             raise TypeError("sparse gradients cannot be averaged over replicas; make the embedding with sparse=False")
         device = like[0].device if like else torch.device("cpu")
-        numbers = [samples, samples * loss, *bits_of(word), *(g is not None for g in gradients)]
+        numbers = [samples, samples * loss, *word_to_bits(word), *(g is not None for g in gradients)]
         sums = torch.tensor(numbers, dtype=torch.float64, device=device)
         # On an accelerator the helper works on the main thread's stream, which waits for it.
         module = torch.get_device_module(device) if device.type != "cpu" else None
@@ -90,7 +90,7 @@ class GradientAveraging:
             self._group.allreduce([flat]).wait()
             for gradient, part in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view(gradient.shape))
-        return all_losses / all_samples, word_of(rest[:NUM_BITS])
+        return all_losses / all_samples, word_from_sums(rest[:NUM_BITS])
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

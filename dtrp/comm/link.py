@@ -1,8 +1,8 @@
 """The two ends of a connection between ranks, each with a thread of its own.
 
-The receiver's thread posts its next receive as soon as the last message has been taken, a slot before the next one comes, since
-gloo moves data only into a receive that is posted. Both ends agree on the capacity of a buffer: a message that exceeds it is
-announced by one of kind GROW, and the receive after that has the room.
+The receiver's thread posts its next receive as soon as the last message has been taken, a slot before the next one
+comes, since gloo moves data only into a receive that is posted. Both ends agree on the capacity of a buffer: a message
+that exceeds it is announced by one of kind GROW, and the receive after that has the room.
 """
 
 from __future__ import annotations
@@ -39,19 +39,20 @@ _yield_core = getattr(os, "sched_yield", lambda: None)
 class DeviceTransfer:
     """Moves the messages of one link between a stage's device and what the backend takes.
 
-    With gloo the tensors of an accelerator go through pinned host memory, on a stream of the link's own. NCCL takes them where
-    they are, in messages that always have the full capacity.
+    With gloo the tensors of an accelerator go through pinned host memory, on a stream of the link's own. NCCL takes
+    them where they are, in messages that always have the full capacity.
 
     Args:
         device: of the stage.
         backend: ``gloo`` or ``nccl``.
+        latency_s: how long every message is held back, to simulate a slow network.
 
     Attributes:
         full_capacity: whether every message has the full capacity.
     """
 
-    def __init__(self, device: torch.device, backend: str) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, backend: str, latency_s: float = 0.0) -> None:
+        self.device, self.latency_s = device, latency_s
         self.full_capacity = backend == "nccl"
         self._module: Any = torch.get_device_module(device) if device.type != "cpu" else None
         self._stream: Any = self._module.Stream(device) if self._module is not None else None
@@ -186,9 +187,8 @@ class Sender(Link):
         bounded: whether the main thread waits while the link is `crowded`, before it sends.
     """
 
-    def __init__(self, *link: Any, latency_s: float = 0.0) -> None:
+    def __init__(self, *link: Any) -> None:
         super().__init__(*link)
-        self._latency_s = latency_s
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._packer = Packer(reuses=self.purpose != "control")
         self.begun = self.finished = 0
@@ -203,9 +203,10 @@ class Sender(Link):
     def send(self, kind: Kind, note: Note, value: Tree | None = None) -> None:
         """Send a tensor or a tree, which may be written when this returns; None in messages that carry none."""
         packed, ready = self._transfer.to_backend(self._packer.pack(kind, note, value))
-        job = _Job(kind, note, packed, ready, time.monotonic() + self._latency_s if self._latency_s else 0.0)
-        # The main thread hands a small message to the backend itself: waking the thread would cost more than the message.
-        # (Nobody but this thread and `end` raises the count of the jobs before it.)
+        latency_s = self._transfer.latency_s
+        job = _Job(kind, note, packed, ready, time.monotonic() + latency_s if latency_s else 0.0)
+        # The main thread hands a small message to the backend itself: waking the thread would cost more than the
+        # message. (Nobody but this thread and `end` raises the count of the jobs before it.)
         small = packed.buffer.numel() <= _SMALL_BYTES
         at_once = small and not (self._unsent or job.due or ready or self._transfer.full_capacity)
         if at_once:

@@ -6,12 +6,12 @@
     | header, int64s  | (alignment)    | the tensor's       |
     |                 |                | elements           |
 
-Sender and receiver align their buffers to `LINE_BYTES`, and the received tensor stands on the buffer itself. So it has the
-strides of the tensor sent, and its address modulo the line: see `dtrp.tensors.layout`.
+Sender and receiver align their buffers to `LINE_BYTES`, and the received tensor stands on the buffer itself. So it has
+the strides of the tensor sent, and its address modulo the line: see `dtrp.tensors.layout`.
 
-A tree of tensors is one message too, and so is a sparse tensor. After the header come, as JSON, the tree's form and how each
-tensor lies (of a sparse one its indices and values); then the tensors, each from the beginning of a line. A tensor arrives with
-the ``requires_grad`` that it was sent with.
+A tree of tensors is one message too, and so is a sparse tensor. After the header come, as JSON, the tree's form and how
+each tensor lies (of a sparse one its indices and values); then the tensors, each from the beginning of a line. A tensor
+arrives with the ``requires_grad`` that it was sent with.
 """
 
 from __future__ import annotations
@@ -75,9 +75,11 @@ class Note(NamedTuple):
         minibatch: the number of its mini-batch, b(m).
         parts: the number of micro-batches in the mini-batch.
         samples: the number of samples in the micro-batch.
-        total: the number of samples in the mini-batch. In a message of kind GROW: the bytes that the next message needs.
+        total: the number of samples in the mini-batch. In a message of kind GROW: the bytes that the next message
+            needs.
         checksum: of the mini-batch's targets as the first rank was given them; -1: it was given none.
-        word: forward, what all ranks agree on in this mini-batch; backward, what a rank proposes. See `dtrp.comm.proposals`.
+        word: forward, what all ranks agree on in this mini-batch; backward, what a rank proposes. See
+            `dtrp.comm.proposals`.
     """
 
     microbatch: int = -1
@@ -347,8 +349,8 @@ def _tensor_on(room: Tensor, start: int, words: Sequence[int]) -> tuple[Tensor, 
 class ReceiveBuffer:
     """A buffer on the CPU, made ready for tensors with the layouts of earlier messages.
 
-    After a long wait a processor's caches are cold, and a little work takes ten times as long. So as much as possible is done
-    before the wait.
+    After a long wait a processor's caches are cold, and a little work takes ten times as long. So as much as possible
+    is done before the wait.
 
     Args:
         room: the buffer, uint8.

@@ -42,7 +42,7 @@ class PeerWatch:
         self._answers: dict[int, Json] = {}
         self._group, self._monitor, self._on_end = group, monitor, on_end
         self._others = {rank: i for i, rank in enumerate(ranks.all) if rank != ranks.rank}  # their ranks in the group
-        # All threads begin now: at the end of the process, where there may be something to tell, none can begin any more.
+        # All threads begin now: at the end of the process, where there may be something to tell, none can begin.
         self._outbox: queue.SimpleQueue[tuple[int | None, Json]] = queue.SimpleQueue()  # None: to all others, the last
         self.threads = [threading.Thread(target=self._tell, name="dtrp tell", daemon=True)]
         self.threads += [threading.Thread(target=self._hear, args=(rank,), daemon=True) for rank in self._others]
@@ -55,7 +55,7 @@ class PeerWatch:
         return [rank for rank in self._others if rank not in self.done]
 
     def announce(self, message: Json) -> None:
-        """Tell all others, without waiting: ``{"done": mini-batches}``, or the fields of a `Failure`. The first one counts."""
+        """Tell all others, without waiting: ``{"done": mini-batches}``, or the fields of a `Failure`; only once."""
         self._outbox.put((None, message))
 
     def explain(self, awaited: Sequence[int]) -> str:
@@ -128,7 +128,7 @@ class PeerWatch:
 
 
 def _packed(message: Json) -> bytes:
-    """A message as JSON of `_MESSAGE_BYTES`. What is too long for it is cut, and says so: a traceback at its beginning."""
+    """A message as JSON of `_MESSAGE_BYTES`. Text that is too long is cut at its end, a traceback at its beginning."""
     most, packed = _MESSAGE_BYTES, json.dumps(message).encode()
     while len(packed) > _MESSAGE_BYTES:
         most //= 2

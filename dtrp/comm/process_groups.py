@@ -1,8 +1,9 @@
 """The process groups of one pipeline, and the choice of their backend.
 
-Each group is a set of connections that nothing else uses: a message meets only receives of its group. The groups are made beside
-`torch.distributed.new_group`, which numbers groups by how many a rank has seen, and so finds no common name where some ranks
-have made groups without the others. Here the name says whose the group is and how many pipelines the same ranks made before.
+Each group is a set of connections that nothing else uses: a message meets only receives of its group. The groups are
+made beside `torch.distributed.new_group`, which numbers groups by how many a rank has seen, and so finds no common name
+where some ranks have made groups without the others. Here the name says whose the group is and how many pipelines the
+same ranks made before.
 """
 
 from __future__ import annotations

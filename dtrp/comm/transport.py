@@ -12,9 +12,9 @@
 
 While it trains, nothing blocks the main thread but `Monitor.wait`: a link has a thread at each end.
 
-The end is a message too. Every rank tells all others that it is done, or why it fails (`PeerWatch`), and ends its links, so that
-no thread stays in a wait. If a process ends without a word, the watch hears of it first, and directly: each rank waits for a
-message from every other.
+The end is a message too. Every rank tells all others that it is done, or why it fails (`PeerWatch`), and ends its
+links, so that no thread stays in a wait. If a process ends without a word, the watch hears of it first, and directly:
+each rank waits for a message from every other.
 """
 
 from __future__ import annotations
@@ -44,15 +44,14 @@ from .peer_watch import PeerWatch
 from .process_groups import GroupFactory
 
 LATENCY_VARIABLE = "DTRP_MESSAGE_LATENCY_S"
-_CPU = torch.device("cpu")
 L = TypeVar("L", bound=Link)
 
 
 class Transport:
     """All connections of a rank.
 
-    Made in two steps, since the backend for tensors is chosen when the ranks have compared their devices: the constructor
-    connects control and watch, `connect` the rest.
+    Made in two steps, since the backend for tensors is chosen when the ranks have compared their devices: the
+    constructor connects control and watch, `connect` the rest.
 
     Args:
         ranks: which rank hosts which stage.
@@ -104,12 +103,10 @@ class Transport:
         def neighbour(place: int) -> Connection | None:
             if not 0 <= place < len(ranks.all):
                 return None
-            peer, transfer = Peer(ranks.all[place], control, place), DeviceTransfer(_CPU, "gloo")
-            return Connection(
-                self._open(Receiver, "control", peer, transfer), self._open(Sender, "control", peer, transfer)
-            )
+            peer = Peer(ranks.all[place], control, place)
+            return Connection(self._open(Receiver, "control", peer, cpu), self._open(Sender, "control", peer, cpu))
 
-        place = ranks.all.index(ranks.rank)
+        place, cpu = ranks.all.index(ranks.rank), DeviceTransfer(torch.device("cpu"), "gloo")
         self.collectives = Collectives(ranks, self, neighbour(place - 1), neighbour(place + 1))
 
     def connect(self, device: torch.device, backend: str, tied_stages: Sequence[Sequence[int]] = ()) -> None:
@@ -132,30 +129,26 @@ class Transport:
             self.averaging = GradientAveraging(ranks, groups["replicas"], self.monitor, self._helper)
         latency_s = float(os.environ.get(LATENCY_VARIABLE, "0"))
 
-        def receiver(name: str, rank: int) -> Receiver:
+        def link(kind: type[L], name: str, rank: int) -> L:
             peer = Peer(rank, groups[name], ranks.all.index(rank))
-            return self._open(Receiver, name, peer, DeviceTransfer(device, backend))
-
-        def sender(name: str, rank: int) -> Sender:
-            peer = Peer(rank, groups[name], ranks.all.index(rank))
-            return self._open(Sender, name, peer, DeviceTransfer(device, backend), latency_s=latency_s)
+            return self._open(kind, name, peer, DeviceTransfer(device, backend, latency_s))
 
         before, after = ranks.before, ranks.after
-        self.forward_in = receiver("forward", before) if before is not None else None
-        self.forward_out = sender("forward", after) if after is not None else None
-        self.backward_in = receiver("backward", after) if after is not None else None
-        self.backward_out = sender("backward", before) if before is not None else None
+        self.forward_in = link(Receiver, "forward", before) if before is not None else None
+        self.forward_out = link(Sender, "forward", after) if after is not None else None
+        self.backward_in = link(Receiver, "backward", after) if after is not None else None
+        self.backward_out = link(Sender, "backward", before) if before is not None else None
         for stage in tied_stages[ranks.stage] if tied_stages else ():
+            inward, outward = "tied gradients", "tied values"  # of the stage that updates what both share
+            if ranks.stage > stage:
+                inward, outward = outward, inward
             rank = ranks.rows[ranks.replica][stage]
-            if ranks.stage < stage:  # this stage owns what they share: it receives gradients, and sends values
-                self._tied[stage] = Connection(receiver("tied gradients", rank), sender("tied values", rank))
-            else:
-                self._tied[stage] = Connection(receiver("tied values", rank), sender("tied gradients", rank))
+            self._tied[stage] = Connection(link(Receiver, inward, rank), link(Sender, outward, rank))
 
-    def _open(self, kind: Callable[..., L], name: str, peer: Peer, transfer: DeviceTransfer, **options: float) -> L:
-        link = kind(name, peer, transfer, self.monitor, self._tracer, **options)
-        self._links.append(link)
-        return link
+    def _open(self, kind: type[L], name: str, peer: Peer, transfer: DeviceTransfer) -> L:
+        opened = kind(name, peer, transfer, self.monitor, self._tracer)
+        self._links.append(opened)
+        return opened
 
     # -- training ---------------------------------------------------------------------------------------
 

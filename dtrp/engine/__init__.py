@@ -1,1 +1,1 @@
-"""Who runs the slots: all stages in this process, or one stage a rank."""
+"""Who runs the slots of a schedule: one process for all stages, or one process a stage."""

@@ -1,4 +1,4 @@
-"""What both engines share: the interface that a pipeline uses, the progress of their stages, and the mini-batch's losses."""
+"""What both engines share: the interface that a pipeline uses, the stages' progress, and the mini-batch's losses."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ class Progress:
         position: of the stage in its order of work.
         notes: of the micro-batches between their F and their B, the oldest first.
         samples: the numbers of samples of the mini-batches that have not had their U.
-        gradients: of the stage's outputs for the oldest of ``notes``, those that the next stage has returned; None for one
-            that has no gradient.
-        keywords: for each of ``notes`` the keyword arguments that the caller has given this stage; empty where there are none.
+        gradients: of the stage's outputs for the oldest of ``notes``, those that the next stage has returned; None for
+            one that has no gradient.
+        keywords: for each of ``notes`` the keyword arguments that the caller has given this stage; empty where there
+            are none.
     """
 
     num_updates: int

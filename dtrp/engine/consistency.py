@@ -1,15 +1,15 @@
-"""What must be the same on every rank of a pipeline, and who says so when it is not.
+"""Checks that what must be the same on every rank of a pipeline is the same.
 
-When the pipeline is made: the settings, the method, and the names, shapes and dtypes of all stages' tensors, which are
-compared, and the initial values and the seed, which are the first rank's. In every mini-batch: the targets, which the first
-and the last rank may both be given; on an accelerator, which would be waited for, in the first few.
+When the pipeline is made, the ranks compare the settings, the method, and the names, shapes and dtypes of all stages'
+tensors; initial values and seed are those of the first rank. In every mini-batch the targets are compared, which the
+first and the last rank may both be given; on an accelerator, which would have to be waited for, only in the first few.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any
 
@@ -24,59 +24,59 @@ from ..predict import BuiltInPredictor
 from ..stage.tied import Tie
 from ..tensors.layout import parts_of
 from ..tensors.pytree import flatten, num_samples, on_cpu
+from ..typing import Tree
 
 _CHECKED_BYTES = 4 * 2**20  # of a mini-batch's targets; of larger ones every n-th value
 
 
-def unite(
+def make_consistent(
     transport: Transport,
     modules: Sequence[nn.Module],
     device: torch.device,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     seed: int,
     ties: Sequence[Tie] = (),
 ) -> int:
-    """Make all ranks one pipeline: what must be the same is, the first rank's initial values are taken, and links made.
+    """Compare the ranks of a pipeline, take the first rank's initial values and seed, and connect them for training.
 
     Args:
         transport: the connections made so far.
-        modules: of all stages, with their auxiliary networks.
+        modules: all stages, with their auxiliary networks.
         device: of this rank's stage.
         settings: what else must be the same on every rank, by the name of its argument.
-        seed: the first rank's is everyone's.
+        seed: of the pipeline, as this rank has it.
         ties: parameters that several stages hold.
 
     Returns:
-        The seed.
+        The first rank's seed.
 
     Raises:
         ValueError: a rank differs from the first.
     """
-    ranks = transport.ranks
+    ranks, collectives = transport.ranks, transport.collectives
     settings = {**settings, "method": method_values(settings["method"]), "tied parameters": [str(tie) for tie in ties]}
-    own = {"settings": settings, "stages": [_fingerprint(module) for module in modules]}
-    facts = transport.collectives.all_gather("Pipeline", (own, place_of(device)))
-    for rank, (theirs, _) in zip(ranks.all, facts, strict=True):
-        _check_alike(rank, theirs, facts[0][0])
+    described = {"settings": settings, "stages": [_described(module) for module in modules]}
+    gathered = collectives.all_gather("Pipeline", (described, place_of(device)))
+    for rank, (theirs, _) in zip(ranks.all, gathered, strict=True):
+        _check_rank(rank, theirs, gathered[0][0])
     values = [_tensors(module) for module in modules] * ranks.num_replicas
-    given = transport.collectives.scatter("Pipeline", on_cpu(values) if ranks.rank == ranks.all[0] else None)
+    given = collectives.scatter("Pipeline", on_cpu(values) if ranks.rank == ranks.all[0] else None)
     with torch.no_grad():
         for name, tensor in _tensors(modules[ranks.stage]).items():
             tensor.copy_(given[name])
-    seed = transport.collectives.broadcast("Pipeline", seed)
-    backend = backend_for([place for _, place in facts])
+    seed = collectives.broadcast("Pipeline", seed)
     trained = [tie for tie in ties if tie.trained]
-    tied = [sorted({k for tie in trained for k in tie.partners(stage)}) for stage in range(ranks.num_stages)]
-    transport.connect(device, backend, tied)
-    return int(seed)
+    tied_stages = [sorted({k for tie in trained for k in tie.partners(stage)}) for stage in range(ranks.num_stages)]
+    transport.connect(device, backend_for([place for _, place in gathered]), tied_stages)
+    return seed
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict([*module.named_parameters(), *module.named_buffers()])
 
 
-def _fingerprint(module: nn.Module) -> dict[str, str]:
-    """What a stage's tensors are, by name."""
+def _described(module: nn.Module) -> dict[str, str]:
+    """Shape and dtype of a stage's tensors, by name."""
     return {
         name: f"shape {tuple(t.shape)}, {t.dtype}, {'trained' if t.requires_grad else 'not trained'}"
         for name, t in _tensors(module).items()
@@ -84,7 +84,7 @@ def _fingerprint(module: nn.Module) -> dict[str, str]:
 
 
 def method_values(method: Method) -> dict[str, Any]:
-    """A method as values that can be compared; a predictor object by its name or its type."""
+    """The fields of a method as values that can be compared; a predictor object by its name or its type."""
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     if not isinstance(method.predict, (str, NoneType)):
         built_in = isinstance(method.predict, BuiltInPredictor)
@@ -92,27 +92,32 @@ def method_values(method: Method) -> dict[str, Any]:
     return values
 
 
-def check_same(rank: int, theirs: dict[str, Any], first: dict[str, Any], same: str) -> None:
-    """Refuse a rank whose settings differ from the first's; ``same`` says what to make the same."""
+def check_same(rank: int, theirs: Mapping[str, Any], first: Mapping[str, Any], advice: str) -> None:
+    """Refuse a rank whose settings differ from the first rank's; ``advice`` says what to make the same."""
     for name, value in first.items():
         if theirs[name] != value:
-            raise ValueError(f"rank {rank} has {name}={theirs[name]}, rank 0 has {value}; {same}")
+            raise ValueError(f"rank {rank} has {name}={theirs[name]}, rank 0 has {value}; {advice}")
 
 
-def _check_alike(rank: int, theirs: dict[str, Any], first: dict[str, Any]) -> None:
-    same = "make the same Pipeline on every rank"
-    check_same(rank, theirs["settings"], first["settings"], same)
+def _check_rank(rank: int, theirs: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    advice = "make the same Pipeline on every rank"
+    check_same(rank, theirs["settings"], first["settings"], advice)
     for stage, (a, b) in enumerate(zip(theirs["stages"], first["stages"], strict=True)):
         for name in dict.fromkeys([*b, *a]):
             if a.get(name) != b.get(name):
                 raise ValueError(
                     f"the models differ: {name} of stage {stage} is {a.get(name, 'missing')} on rank {rank}, "
-                    f"{b.get(name, 'missing')} on rank 0; {same}"
+                    f"{b.get(name, 'missing')} on rank 0; {advice}"
                 )
 
 
-def checksum_of(y: Any, *, waits: bool) -> int:
-    """Of the targets' values, shapes and dtypes; -1 where looking at them would hold up an accelerator, unless it ``waits``."""
+def checksum_of(y: Tree, *, waits: bool) -> int:
+    """A checksum of the values, shapes and dtypes of targets.
+
+    Args:
+        y: the targets of a mini-batch.
+        waits: whether to wait for an accelerator; otherwise the checksum of targets on one is -1.
+    """
     tensors, form = flatten(y)
     if not waits and any(t.device.type != "cpu" for t in tensors):
         return -1
@@ -124,17 +129,23 @@ def checksum_of(y: Any, *, waits: bool) -> int:
     return checksum
 
 
-def check_targets(note: Note, y: Any, *, waits: bool) -> None:
-    """Refuse targets on the last rank that are not those that the first one was given; ``waits`` as in `checksum_of`."""
-    seed = (
+def check_targets(note: Note, y: Tree, *, waits: bool) -> None:
+    """Refuse targets on the last rank that differ from the first rank's.
+
+    Args:
+        note: what the first rank's message says of the mini-batch.
+        y: the targets that the last rank was given.
+        waits: as in `checksum_of`.
+    """
+    advice = (
         "seed the sampler, so that all ranks of a pipeline see the same mini-batches; a DistributedSampler deals samples out to "
         "ranks, which is for replicas alone: num_replicas=the number of replicas (1 without a mesh), rank=the replica (0)"
     )
     if num_samples(y) != note.total:
         raise ValueError(
-            f"the first rank was given {note.total} samples and the last rank {num_samples(y)} targets; {seed}"
+            f"the first rank was given {note.total} samples and the last rank {num_samples(y)} targets; {advice}"
         )
     if note.checksum != -1 and checksum_of(y, waits=waits) not in (-1, note.checksum):
         raise ValueError(
-            f"the first and the last rank were given different targets for mini-batch {note.minibatch}; {seed}"
+            f"the first and the last rank were given different targets for mini-batch {note.minibatch}; {advice}"
         )

@@ -1,7 +1,7 @@
 """The engine that runs one stage a process, over `torch.distributed`.
 
-The slots are those of the local engine; what differs is that an input may have to be waited for. What a rank does in slot m of a
-method that recomputes, backward first::
+The slots are those of the local engine; what differs is that an input may have to be waited for. What a rank does in
+slot m of a method that recomputes, backward first::
 
       1. recompute m - lead                   the forward that is repeated hides the message of 2
       2. wait for the gradient of m - lead    sent by the stage after, in its last slot
@@ -10,8 +10,8 @@ method that recomputes, backward first::
       5. wait for the input of m              sent by the stage before, in its last slot
       6. forward; send the output
 
-Where every stage has a loss there is no 2, and in 6 the micro-batch's targets go along with the output. No gradient then holds up
-a stage that is faster than the next, so it waits before it sends until there is room.
+Where every stage has a loss there is no 2, and in 6 the micro-batch's targets go along with the output. No gradient
+then holds up a stage that is faster than the next, so it waits before it sends until there is room.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ class DistributedEngine(Engine):
     def _take_gradients(self, method: str) -> None:
         """Take every gradient that is under way from its link; it stays here until its B.
 
-        The forwards of all steps are done, so no forward message is under way. The stage after has sent a gradient for each of
-        its backwards, and this stage has taken one for each of its own: the rest are under way.
+        The forwards of all steps are done, so no forward message is under way. The stage after has sent a gradient for
+        each of its backwards, and this stage has taken one for each of its own: the rest are under way.
         """
         backwards = self._collectives.all_gather(method, (self.num_updates, self._order.next_backward))
         self._transport.check_steps([steps for steps, _ in backwards])

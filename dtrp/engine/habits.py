@@ -1,4 +1,8 @@
-"""What is written by habit beside a pipeline, and does not do there what it does in a plain loop; each is warned of once."""
+"""Warnings about what users write by habit in a training loop and what does something else beside a pipeline.
+
+A rank that saves or runs the whole model has old values of the stages that other ranks train (`StaleStages`). An
+optimizer of the caller's that steps parameters of a pipeline does nothing (`optimizer_watch`). Each warning comes once.
+"""
 
 from __future__ import annotations
 
@@ -17,33 +21,35 @@ from ..tensors.module_mode import Follower
 from .base import Engine
 
 
-class Elsewhere:
-    """Modules that other ranks train: what this rank holds of them is what they began with.
+class StaleStages:
+    """Watches the modules that other ranks train, of which this rank holds the initial values.
 
-    Their values are as they should be before the first update, and after `load_state_dict` until the next one. A copy of
-    a module, pickled or not, has a watch that warns of nothing. The modules are watched for as long as they live, since most
-    is saved after the pipeline's end; the watch of a new pipeline takes the place of an old one's.
+    Those values are right before the first update, and after `load_state_dict` until the next one. A copy of a module,
+    pickled or not, has a watch that warns of nothing. The modules are watched for as long as they live, since most are
+    saved after the pipeline's end. The watch of a new pipeline replaces that of an old one.
 
     Args:
-        stages: of the pipeline.
-        place: of this rank's among them.
+        stages: all stages of the pipeline.
+        stage: the index of the one that this rank trains.
         engine: counts the updates.
     """
 
-    def __init__(self, stages: Sequence[nn.Module] = (), place: int = 0, engine: Engine | None = None) -> None:
+    def __init__(self, stages: Sequence[nn.Module] = (), stage: int = 0, engine: Engine | None = None) -> None:
         self._engine = weakref.ref(engine) if engine is not None else lambda: None
-        self._stage = place
-        self._made = 0  # updates, as of the pipeline's end
+        self._stage = stage
+        self._final_updates = 0  # the number of updates at the pipeline's end
         self._warned: set[str] = set()
-        self._since: Any = WeakTensorKeyDictionary()  # of parameters, the updates made when their values came
+        self._valid_at: Any = (
+            WeakTensorKeyDictionary()
+        )  # by parameter, the number of updates when its values were right
         self._handles: list[RemovableHandle] = []
-        here = {id(p) for p in stages[place].parameters()} if stages else ()
-        before = {id(watch): watch for stage in stages for m in stage.modules() if (watch := _elsewhere.get(m))}
-        for watch in before.values():
-            watch._leave(told=engine is not None and engine.is_first)
-        for module in {module for stage in stages for module in _holders(stage, here)}:
-            _elsewhere[module] = self
-            self._has_now(module, 0)
+        trained_here = {id(p) for p in stages[stage].parameters()} if stages else ()
+        replaced = {id(watch): watch for stage in stages for m in stage.modules() if (watch := _watches.get(m))}
+        for watch in replaced.values():
+            watch._replace(warns=engine is not None and engine.is_first)
+        for module in {module for stage in stages for module in _holders(stage, trained_here)}:
+            _watches[module] = self
+            self._mark_valid(module, 0)
             self._handles += [
                 module.register_state_dict_pre_hook(self._before_state_dict),  # type: ignore[no-untyped-call]
                 module.register_forward_pre_hook(self._before_forward),
@@ -51,42 +57,41 @@ class Elsewhere:
             ]
 
     def end(self) -> None:
-        """The pipeline ends, and makes no update any more."""
-        self._made = self._updates()
+        """The pipeline ends, and makes no more updates."""
+        self._final_updates = self._num_updates()
         self._engine = lambda: None
 
-    def _updates(self) -> int:
+    def _num_updates(self) -> int:
         engine = self._engine()
-        return self._made if engine is None else engine.num_updates
+        return self._final_updates if engine is None else engine.num_updates
 
-    def _leave(self, *, told: bool) -> None:
-        """A new pipeline has the modules, and begins with the values that the first rank, which is ``told``, has of them."""
+    def _replace(self, *, warns: bool) -> None:
+        """A new pipeline has the modules. It begins with the values of the first rank, which ``warns`` of them."""
         for handle in self._handles:
             handle.remove()
-        if told:
-            self._warn(self._since, "The new pipeline begins with", "model.load_state_dict(pipe.model_state_dict())")
+        if warns:
+            self._warn(self._valid_at, "The new pipeline begins with", "model.load_state_dict(pipe.model_state_dict())")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        self._warn(self._since, "A copy of the model has", "pipe.save_model(path)")
-        return Elsewhere, ()
+        self._warn(self._valid_at, "A copy of the model has", "pipe.save_model(path)")
+        return StaleStages, ()
 
     def _before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        self._warn(
-            module.parameters(False), "model.state_dict() has", "pipe.save_model(path) or pipe.model_state_dict()"
-        )
+        instead = "pipe.save_model(path) or pipe.model_state_dict()"
+        self._warn(module.parameters(False), "model.state_dict() has", instead)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         self._warn(module.parameters(False), "The model is run with", "pipe.infer(x)")
 
     def _after_load(self, module: nn.Module, keys: Any) -> None:
-        self._has_now(module, self._updates())
+        self._mark_valid(module, self._num_updates())
 
-    def _has_now(self, module: nn.Module, num_updates: int) -> None:
-        self._since.update(dict.fromkeys(module.parameters(False), num_updates))
+    def _mark_valid(self, module: nn.Module, num_updates: int) -> None:
+        self._valid_at.update(dict.fromkeys(module.parameters(False), num_updates))
 
     def _warn(self, parameters: Iterable[nn.Parameter], what: str, instead: str) -> None:
-        now = self._updates()
-        if what not in self._warned and any(self._since.get(p, now) != now for p in parameters):
+        now = self._num_updates()
+        if what not in self._warned and any(self._valid_at.get(p, now) != now for p in parameters):
             self._warned.add(what)
             warnings.warn(
                 f"{what} old values of the stages that other ranks train, since this rank trains stage {self._stage} alone; call "
@@ -95,53 +100,53 @@ class Elsewhere:
             )
 
 
-_elsewhere: weakref.WeakKeyDictionary[nn.Module, Elsewhere] = weakref.WeakKeyDictionary()  # who watches a module
+_watches: weakref.WeakKeyDictionary[nn.Module, StaleStages] = weakref.WeakKeyDictionary()  # by the module they watch
 
 
-def _holders(stage: nn.Module, here: Container[int]) -> Iterator[nn.Module]:
-    """The modules that hold what a stage trains, and not ``here``; where it was made of another module, that one's too."""
-    trained = [name for name, p in stage.named_parameters() if p.requires_grad and id(p) not in here]
+def _holders(stage: nn.Module, trained_here: Container[int]) -> Iterator[nn.Module]:
+    """The modules that hold what only another rank trains, of a stage and of the module that it was made of."""
+    trained = [name for name, p in stage.named_parameters() if p.requires_grad and id(p) not in trained_here]
     for root in (stage, *(stage._leader if isinstance(stage, Follower) else ())):
         yield from (root.get_submodule(name.rpartition(".")[0]) for name in trained)
 
 
-class _OtherOptimizers:
-    """Hears of every optimizer's step while there is a pipeline, and warns of those that train what a pipeline trains."""
+class _OptimizerWatch:
+    """Hears of every optimizer's step while there is a pipeline, and warns of those on a pipeline's parameters."""
 
     def __init__(self) -> None:
         self._engines: dict[int, weakref.ref[Engine]] = {}
-        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # of whose steps there is nothing to say
+        self._unsuspicious: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._handle: RemovableHandle | None = None
 
-    def watch(self, engine: Engine) -> Callable[[], Any]:
-        """Watch over what is trained there; what is returned ends it, as the engine's own end does."""
-        self._known.clear()
+    def watch(self, engine: Engine) -> Callable[[], object]:
+        """Watch what an engine trains, until it ends or the function that is returned is called."""
+        self._unsuspicious.clear()
         self._engines[id(engine)] = weakref.ref(engine)
         if self._handle is None:
             self._handle = register_optimizer_step_pre_hook(self._before_step)
-        end = weakref.finalize(engine, self._leave, id(engine))
+        end = weakref.finalize(engine, self._end, id(engine))
         end.atexit = False
         return end
 
-    def _leave(self, number: int) -> None:
-        self._engines.pop(number, None)
+    def _end(self, key: int) -> None:
+        self._engines.pop(key, None)
         if not self._engines and self._handle is not None:
             self._handle.remove()
             self._handle = None
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer in self._known or any(callable(value) for value in (*args[1:], *kwargs.values())):
+        if optimizer in self._unsuspicious or any(callable(value) for value in (*args[1:], *kwargs.values())):
             return  # a closure makes the gradients
-        self._known.add(optimizer)
+        self._unsuspicious.add(optimizer)
         engines = [engine for reference in list(self._engines.values()) if (engine := reference()) is not None]
         if any(stage.optimizer is optimizer for engine in engines for stage in engine.stages):
             return
         members = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for engine in engines:
             trained = [p for stage in engine.stages for p in stage.parameters if id(p) in members]
-            # Inside an update, where an optimizer steps another, they have gradients, and so where the caller makes some.
+            # In an update, where an optimizer steps another, they have gradients, and so where the caller makes some.
             if trained and all(p.grad is None for p in trained):
-                self._leave(id(engine))
+                self._end(id(engine))
                 warnings.warn(
                     f"{type(optimizer).__name__}.step() does nothing: a pipeline trains its parameters, and makes the updates "
                     "itself, with optimizers of its own; leave it out, and pass a function that makes the optimizer as optimizer=",
@@ -150,4 +155,4 @@ class _OtherOptimizers:
                 return
 
 
-other_optimizers = _OtherOptimizers()
+optimizer_watch = _OptimizerWatch()

@@ -25,9 +25,9 @@ T = TypeVar("T")
 class LocalEngine(Engine):
     """All stages in one process: each slot runs as soon as its inputs are there.
 
-    The result does not depend on how the stages' slots interleave, since stages share nothing but messages, and parameters that
-    change only when all stages have finished a mini-batch. The order chosen, a slot of each stage in turn, keeps at most one
-    message waiting, and on several devices launches the work of all before it waits for any.
+    The result does not depend on how the stages' slots interleave, since stages share nothing but messages, and
+    parameters that change only when all stages have finished a mini-batch. The order chosen, a slot of each stage in
+    turn, keeps at most one message waiting, and on several devices launches the work of all before it waits for any.
     """
 
     alone = is_first = takes_x = takes_y = True
@@ -111,10 +111,14 @@ class LocalEngine(Engine):
         try:
             self._losses.check()
         except StageError as error:
-            refused = [cause for stage in self.stages if (cause := _gradient_error(stage))]
-            refused = [cause for cause in refused if cause.minibatch < error.minibatch]
-            if refused:  # it goes from stage to stage, beginning with the last
-                raise min(refused, key=lambda cause: (cause.minibatch, -cause.stage)) from None
+            causes = []
+            for stage in self.stages:
+                try:
+                    stage.check_gradients()
+                except StageError as refused:
+                    causes += [refused] if refused.minibatch < error.minibatch else []
+            if causes:  # it goes from stage to stage, beginning with the last
+                raise min(causes, key=lambda cause: (cause.minibatch, -cause.stage)) from None
             raise
 
     def _forget(self) -> None:
@@ -197,12 +201,3 @@ class LocalEngine(Engine):
                 self._gradients[index - 1][m] = gradient
         if index == (last if self._has_local_losses else 0):  # the last stage to need it
             del self._micros[m]
-
-
-def _gradient_error(stage: Stage) -> StageError | None:
-    """What `Stage.check_gradients` raises."""
-    try:
-        stage.check_gradients()
-    except StageError as error:
-        return error
-    return None

@@ -1,1 +1,1 @@
-"""Starting processes, joining them, and stopping them."""
+"""Processes: how they start, join each other, and end."""

@@ -1,7 +1,7 @@
 """Elastic runs: workers come and go, and the run goes on with those that are there.
 
-torchrun starts all workers of one launcher again when one has failed, but cannot do with fewer of them. So each worker has a
-launcher of its own, and the launchers meet anew at every restart:
+torchrun starts all workers of one launcher again when one has failed, but cannot do with fewer of them. So each worker
+has a launcher of its own, and the launchers meet anew at every restart:
 
 ::
 
@@ -12,8 +12,8 @@ launcher of its own, and the launchers meet anew at every restart:
         worker
       launcher       started by hand, with the address of the store: the others meet again, with it
 
-The store is in this process, which trains nothing, so that no launcher is needed more than another. Ranks are assigned anew at
-each restart. If this process is killed the store is gone, and launchers and workers end by themselves.
+The store is in this process, which trains nothing, so that no launcher is needed more than another. Ranks are assigned
+anew at each restart. If this process is killed the store is gone, and launchers and workers end by themselves.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Launchers:
             process.wait()
 
     def last_line(self, beginning: str) -> str:
-        """The last line with this beginning in the workers' logs, the latest log first; without one, the end of that log."""
+        """The last line with this beginning in the latest log that has one; otherwise the end of the latest log."""
         ends = [end for end in ends_of_logs(self._folder, "*/*/attempt_*/*/stderr.log") if end]
         lines = (line for end in ends for line in reversed(end.splitlines()) if line.startswith(beginning))
         return next(lines, ends[0] if ends else "")

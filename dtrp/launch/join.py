@@ -1,4 +1,4 @@
-"""How a process that torchrun has started joins the default process group, so that Ctrl-C and SIGTERM are heard meanwhile."""
+"""How a process that torchrun has started joins the default process group, and hears Ctrl-C and SIGTERM meanwhile."""
 
 from __future__ import annotations
 

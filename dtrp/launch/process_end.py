@@ -17,8 +17,8 @@ _GRACE_S = 5.0  # for a process whose launcher is gone to end by itself
 def end_at_once() -> None:
     """End this process with exit code 1, without the exit handlers that are left.
 
-    For a process with a thread in the backend, which nothing can stop: if the thread comes back while the interpreter shuts
-    down, it aborts the process. And for one whose main thread does not hear that it is to end.
+    For a process with a thread in the backend, which nothing can stop: if the thread comes back while the interpreter
+    shuts down, it aborts the process. And for one whose main thread does not hear that it is to end.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -38,7 +38,7 @@ class _EndsWithFailure:
 
 
 def launcher_pid() -> int:
-    """The launcher of this process: its parent, or who was that if it died while torch was imported (then it is process 1)."""
+    """The launcher of this process: its parent, also where that has died since and process 1 is the parent."""
     parent = os.getppid()
     return int(os.environ.get(LAUNCHER_VARIABLE, parent)) if parent == 1 else parent
 

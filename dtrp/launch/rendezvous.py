@@ -1,13 +1,14 @@
 """How the ranks of one attempt find each other in a store that earlier attempts have used, and which ranks are missing.
 
-After a failure torchrun starts all workers again, and the store may be the same: what a killed attempt has left in it would be
-read by the next one under the same keys. Neither the number of restarts nor the port tells attempts apart if several launchers
-have a worker each. So rank 0 draws a name for the attempt, and all further keys begin with it. Another rank takes a name only
-from a list that rank 0 has written after it read the token that this very process has drawn.
+After a failure torchrun starts all workers again, and the store may be the same: what a killed attempt has left in it
+would be read by the next one under the same keys. Neither the number of restarts nor the port tells attempts apart if
+several launchers have a worker each. So rank 0 draws a name for the attempt, and all further keys begin with it.
+Another rank takes a name only from a list that rank 0 has written after it read the token that this very process has
+drawn.
 
 ::
 
-    rank r    writes here/r = token      reads roll until its token is in it       writes heard/NAME/r, waits for the others'
+    rank r    writes here/r = token      reads roll until its token is there       writes heard/NAME/r, waits for all
     rank 0    reads here/1 .. here/n     writes roll = [NAME, tokens]              waits for heard/NAME/1 .. n
               (a token of a dead process may be among them: it reads again until all have heard)
 """
@@ -115,8 +116,9 @@ def first_rank_holds_store() -> bool:
 class Heartbeats:
     """Tells which ranks are alive while the backend makes connections, where a rank may wait for a dead one.
 
-    Each rank raises a counter in the store again and again, over a connection that nothing else uses: the other one is held
-    meanwhile. A rank that has waited in vain looks which counters have stopped, and writes those ranks for all to read.
+    Each rank raises a counter in the store again and again, over a connection that nothing else uses: the other one is
+    held meanwhile. A rank that has waited in vain looks which counters have stopped, and writes those ranks for all to
+    read.
 
     Args:
         store: a store that all ranks see and use for nothing else.
@@ -152,7 +154,7 @@ class Heartbeats:
             return self._missing_with_store()
 
     def missing(self, known: Sequence[int] = ()) -> list[int]:
-        """The ranks that are missing: those ``known`` to be, else those without a heartbeat for a while. Tells all ranks."""
+        """The missing ranks: those ``known`` to be, else those without a heartbeat for a while; all ranks are told."""
         if self._store is None:
             return self._missing_with_store() if self._lost else list(known)
         try:

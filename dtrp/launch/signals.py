@@ -1,8 +1,8 @@
 """Handlers for Ctrl-C and SIGTERM; no other module installs any.
 
-While ``dtrp train`` runs, a first signal is a request to stop: the run saves after a step that all ranks have made, and ends.
-A launcher also sends SIGTERM to the living workers when one of them has died. That request is never fulfilled: a save needs
-all ranks, and each of the living hears of the death in the step that it is in, and ends with that.
+While ``dtrp train`` runs, a first signal is a request to stop: the run saves after a step that all ranks have made, and
+ends. A launcher also sends SIGTERM to the living workers when one of them has died. That request is never fulfilled: a
+save needs all ranks, and each of the living hears of the death in the step that it is in, and ends with that.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class SignalHandlers:
 
 
 class SigtermListener(SignalHandlers):
-    """A handler for SIGTERM, installed only where the caller has none; it takes the place of an older `SigtermListener`.
+    """A handler for SIGTERM, installed only where there is none, or another `SigtermListener`.
 
     Args:
         handle: called with the signal's number; may raise.

@@ -20,7 +20,7 @@ from ..base_pipeline import BasePipeline
 from ..comm.process_groups import backend_for, place_of
 from ..comm.transport import Transport
 from ..engine.consistency import check_same, method_values
-from ..engine.habits import other_optimizers
+from ..engine.habits import optimizer_watch
 from ..launch.ranks import Ranks
 from ..measure.trace import Tracer
 from ..methods import Keep, Method, as_method, keeping
@@ -182,7 +182,7 @@ class ScheduleDTRP(BasePipeline):
             self._engine: StageEngine = StageEngine(
                 own_stage, self.method, self.num_microbatches, total, transport, self._tracer, call, self._loss
             )
-            self._watches = [other_optimizers.watch(self._engine)]
+            self._watches = [optimizer_watch.watch(self._engine)]
         except BaseException as error:
             transport.fail(error)
             transport.close()

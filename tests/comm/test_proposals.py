@@ -11,7 +11,7 @@ import torch
 from helpers import minibatches, network, pipeline, sgd
 from launching import Server, run_ranks
 
-from dtrp.comm.proposals import Proposals, bits_of, word_of
+from dtrp.comm.proposals import Proposals, word_from_sums, word_to_bits
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -45,7 +45,9 @@ def test_all_ranks_agree_after_the_same_step(
     heard = 0
     for word in said:
         heard |= word
-    assert heard == word_of([sum(bits) for bits in zip(*(bits_of(word) for _, _, word in proposals), strict=True)])
+    assert heard == word_from_sums(
+        [sum(bits) for bits in zip(*(word_to_bits(word) for _, _, word in proposals), strict=True)]
+    )
     first = min(when for _, when, _ in proposals)
     # Where no gradients travel, the first stage may be a few messages a stage further.
     assert first <= next(step for step, word in enumerate(said) if word) <= first + (8 if method == "dtrp" else 14)
@@ -73,5 +75,5 @@ def test_words() -> None:
     proposals.add(1)
     proposals.add(2)
     assert [proposals.take(), proposals.take()] == [3, 0]
-    assert [word_of(bits_of(word)) for word in range(4)] == [0, 1, 2, 3]
-    assert word_of(torch.tensor([0.0, 3.0]).tolist()) == 2
+    assert [word_from_sums(word_to_bits(word)) for word in range(4)] == [0, 1, 2, 3]
+    assert word_from_sums(torch.tensor([0.0, 3.0]).tolist()) == 2
