@@ -62,6 +62,7 @@ class Engine(ABC):
 
     Attributes:
         alone: whether no other rank takes part.
+        ranks: all ranks, in the order of `gather`; of one process [0].
         is_first: whether this is the process that writes files.
         name: of this process, for people.
         takes_x: whether this process hosts the first stage.
@@ -72,6 +73,7 @@ class Engine(ABC):
     """
 
     alone: bool
+    ranks: list[int]
     is_first: bool
     name: str
     takes_x: bool
@@ -113,6 +115,27 @@ class Engine(ABC):
     @abstractmethod
     def gather_stages_to_first(self, method: str, part: Callable[[Stage], T]) -> list[T] | None:
         """``part`` of every stage, on the first rank; None elsewhere."""
+
+    def try_on_all(
+        self, method: str, job: Callable[[], T], reason: Callable[[Exception], str]
+    ) -> tuple[T | None, Exception | None, dict[int, str]]:
+        """Run ``job`` on every rank, and tell all ranks where it has failed.
+
+        Args:
+            method: the caller's method, for messages.
+            job: raises where it cannot be done.
+            reason: what the other ranks are told of an error.
+
+        Returns:
+            What ``job`` has returned here, or what it has raised, and the reasons of the ranks where it has failed.
+        """
+        result, error = None, None
+        try:
+            result = job()
+        except Exception as failed:
+            error = failed
+        reasons = self.gather(method, None if error is None else reason(error))
+        return result, error, {rank: text for rank, text in zip(self.ranks, reasons, strict=True) if text is not None}
 
     @abstractmethod
     def all_or_none(self, method: str, job: Callable[[], T], error: type[Exception] = RuntimeError) -> T:

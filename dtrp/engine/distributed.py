@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class DistributedEngine(Engine):
         super().__init__((stage,), method, num_microbatches, tracer)
         ranks = transport.ranks
         self.takes_x, self.takes_y = ranks.before is None, ranks.after is None
-        self.is_first = ranks.rank == ranks.all[0]
+        self.ranks, self.is_first = ranks.all, ranks.rank == ranks.all[0]
         replica = f" of replica {ranks.replica}" if ranks.num_replicas > 1 else ""
         self.name = f"rank {ranks.rank}: stage {ranks.stage}{replica}"
         self._stage, self._transport, self._ranks, self._loss_on = stage, transport, ranks, loss_on
@@ -211,22 +211,16 @@ class DistributedEngine(Engine):
         return on_cpu(part(self._stage)) if self._ranks.replica == 0 else None
 
     def all_or_none(self, method: str, job: Callable[[], T], error: type[Exception] = RuntimeError) -> T:
-        failed: Exception | None = None
         try:
-            try:
-                result = job()
-            except Exception as reason:
-                failed = reason
-            reasons = self.gather(method, None if failed is None else message_of(failed) or type(failed).__name__)
-        except BaseException as reason:
-            self.fail(reason)
+            result, failed, reasons = self.try_on_all(method, job, lambda e: message_of(e) or type(e).__name__)
+        except BaseException as interrupted:
+            self.fail(interrupted)
             raise
         if failed is not None:
             raise failed
-        for rank, text in zip(self._ranks.all, reasons, strict=True):
-            if text is not None:
-                raise error(f"{method}() failed on rank {rank}: {text}")
-        return result
+        for rank, text in reasons.items():
+            raise error(f"{method}() failed on rank {rank}: {text}")
+        return cast(T, result)
 
     def fail(self, error: BaseException) -> None:
         self._transport.fail(error)

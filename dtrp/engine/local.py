@@ -35,6 +35,7 @@ class LocalEngine(Engine):
 
     def __init__(self, stages: Sequence[Stage], method: Method, num_microbatches: int, tracer: Tracer) -> None:
         super().__init__(stages, method, num_microbatches, tracer)
+        self.ranks = [0]
         self._queues: list[deque[deque[Action]]] = [deque() for _ in stages]  # the slots of each stage
         # By stage and micro-batch; micro-batches and targets are the same for all stages.
         self._inputs: list[dict[int, Tree]] = [{} for _ in stages]

@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 
@@ -112,28 +112,19 @@ def _merge(kind: Kind, ranks: list[dict[str, Json]]) -> dict[str, Json]:
 
 def _on_all_ranks(engine: Engine, target: Path, job: Callable[[], T]) -> list[T]:
     """The results of ``job`` on all ranks; if it fails on one rank, all raise."""
-    error: Exception | None = None
-    result: Any = None
-    try:
-        result = job()
-    except Exception as failed:
-        error = failed
-    outcomes = engine.gather("save", (result, _reason(error)))
-    reasons = [(rank, reason) for rank, (_, reason) in enumerate(outcomes) if reason is not None]
+    result, error, reasons = engine.try_on_all("save", job, _reason)
     if not reasons:
-        return [value for value, _ in outcomes]
+        return engine.gather("save", cast(T, result))
     if isinstance(error, (CheckpointError, TypeError)):
         raise error
-    rank, reason = reasons[0]
+    rank, reason = next(iter(reasons.items()))
     where = "" if engine.alone else f" on rank {rank}"
     raise CheckpointError(
         f"nothing was saved to {target}{where}: {reason}; what was there before is as it was, and training can go on"
     ) from error
 
 
-def _reason(error: BaseException | None) -> str | None:
-    if error is None:
-        return None
+def _reason(error: BaseException) -> str:
     if isinstance(error, (CheckpointError, TypeError)):
         return first_line(error, "")
     # A full disk shows as an error of the writer of archives, which is left with half of one.
