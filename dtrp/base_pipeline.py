@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from .engine.base import Engine
 from .engine.consistency import method_values
 from .errors import message_of
-from .measure.prediction_error import Gauge, PredictionError
+from .measure.prediction_error import PredictionError, PredictionErrorGauge
 from .measure.trace import Tracer, write_chrome_trace
 from .methods import Keep, Method
 from .saving import CheckpointError, session, state_dict
@@ -127,7 +127,7 @@ class BasePipeline:
         """From now on compare, at every n-th micro-batch, the weights that a forward read with those of its backward."""
         every = whole("every", every)
         for stage in self._engine.stages:
-            stage.gauge = Gauge(stage.index, every)
+            stage.gauge = PredictionErrorGauge(stage.index, every)
 
     def prediction_errors(self) -> list[PredictionError]:
         """What `watch_prediction` has seen on this rank: the distances, relative to the norm of the true weights."""

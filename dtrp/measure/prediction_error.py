@@ -35,7 +35,7 @@ class PredictionError(NamedTuple):
     stale: float
 
 
-class Gauge:
+class PredictionErrorGauge:
     """Compares weights at every n-th micro-batch of one stage."""
 
     def __init__(self, stage: int, every: int) -> None:

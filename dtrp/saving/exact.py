@@ -20,7 +20,7 @@ from ..predict import BuiltInPredictor
 from ..schedule import Position
 from ..stage import buffers
 from ..stage.stage import Stage
-from ..stage.stash import Held, MicroBatch
+from ..stage.stash import MicroBatch, StashEntry
 from ..stage.weight_versions import WeightVersion
 from ..tensors import module_buffers
 from ..tensors.autocast import AutocastState
@@ -108,7 +108,7 @@ def _buffers_read(stage: Stage) -> list[dict[str, Any]]:
             f"checkpoint has only as it is now; {cure}"
         )
     try:
-        met = [held.met or buffers.Met() for held in stage.stash]
+        met = [held.met or buffers.BuffersRead() for held in stage.stash]
         entries = buffers.values_met(met, module_buffers.buffers_of(stage.whole))
     except buffers.Overwritten as error:
         (name,) = module_buffers.names_of(stage.whole, [error.slot]).values()
@@ -120,7 +120,7 @@ def _buffers_read(stage: Stage) -> list[dict[str, Any]]:
 
 
 def _encode_held(
-    held: Held, met: dict[str, Any], numbers: dict[int, int], encode: Callable[[Any, str], Json]
+    held: StashEntry, met: dict[str, Any], numbers: dict[int, int], encode: Callable[[Any, str], Json]
 ) -> dict[str, Json]:
     """A micro-batch of the stash as JSON; ``numbers`` numbers the versions of weights by id."""
     m = held.micro.index
@@ -273,7 +273,7 @@ class SavedStage:
         version.copy_from(tensors)
         return tuple(entry["key"]) if entry["key"] else None, version
 
-    def _held(self, entry: dict[str, Json]) -> Held:
+    def _held(self, entry: dict[str, Json]) -> StashEntry:
         """A micro-batch of the stash, without its graph."""
         stage = self._stage
         leaf, target = self._decode(entry["leaf"]), self._decode(entry["target"])
@@ -284,14 +284,14 @@ class SavedStage:
         met = None
         if entry["has_graph"]:
             moved = self._decode(entry["met"]).items()
-            met = buffers.Met({module_buffers.slot_of(stage.whole, name): value for name, value in moved})
+            met = buffers.BuffersRead({module_buffers.slot_of(stage.whole, name): value for name, value in moved})
             fits = all(value is buffers.ABSENT or isinstance(value, Tensor | None) for value in met.moved.values())
             checks.expect(fits, f"a buffer that {self._where} has met is none")
         fits = len(entry["modes"]) == len(list(stage.module.modules()))
         fits = fits or (not entry["modes"] and not (entry["has_graph"] and stage.trains))
         checks.expect(fits, f"what {self._where} keeps is not of its modules")
         device_type, enabled, dtype = entry["autocast"]
-        return Held(
+        return StashEntry(
             MicroBatch(*entry["micro"]),
             entry["version"],
             AutocastState(str(device_type), enabled, DTYPES[dtype]),
@@ -369,7 +369,7 @@ class SavedStage:
             for slot in ahead.keys() & current.keys():
                 if current[slot] is not None:
                     ahead[slot] = shared.setdefault(id(current[slot]), ahead[slot])
-            stage.repeatable.ahead = buffers.Elsewhere(ahead, seen=buffers.marks(current))
+            stage.repeatable.ahead = buffers.BufferState(ahead, seen=buffers.marks(current))
 
     def _put_buffers(self) -> None:
         module, saved = self._stage.whole, self._buffers

@@ -10,8 +10,8 @@ import dataclasses
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..tensors.autocast import AutocastState
-from ..tensors.module_mode import in_mode, members
+from ..tensors.module_mode import in_mode, members, slow_attention
 from ..tensors.rng import seeded
 from ..tensors.torch_private import TO_COPY, TorchDispatchMode, operator_schema, pytree, writes_arguments
 from ..typing import Tree
@@ -124,7 +124,7 @@ class Verifier:
         casts = _CastCounter()
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         copies = {id(t): t.detach().clone() for t in tensors if id(t) in self._moved}
-        contexts: list[AbstractContextManager[Any]] = [_without_fast_paths(), without_cache(self._model)]
+        contexts: list[AbstractContextManager[Any]] = [slow_attention(), without_cache(self._model)]
         contexts += [AutocastState.now(self.device_type).region(), seeded(0, self._device), torch.no_grad()]
         for module in modules:
             contexts += [in_mode(module, training=training), on_copies(module, copies)]
@@ -170,17 +170,6 @@ class _CastCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is TO_COPY:
             self.counts[args[0].dtype, result.dtype] += 1
         return result
-
-
-@contextmanager
-def _without_fast_paths() -> Iterator[None]:
-    """Context in which attention in eval mode runs as it does for gradients, which is what is traced."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _written(graph: fx.GraphModule) -> list[str]:

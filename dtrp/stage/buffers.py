@@ -51,7 +51,7 @@ class Overwritten(RuntimeError):
 
 
 @dataclass
-class Met:
+class BuffersRead:
     """The buffers that one forward has read.
 
     Args:
@@ -65,7 +65,7 @@ class Met:
 
 
 @dataclass
-class Elsewhere:
+class BufferState:
     """Another state of a module than its present one.
 
     Args:
@@ -149,7 +149,7 @@ def marks(buffers: Buffers) -> dict[Slot, Mark]:
     return {slot: (buffer, 0 if buffer is None else write_count(buffer)) for slot, buffer in buffers.items()}
 
 
-def values_met(entries: Sequence[Met], buffers: Buffers) -> list[dict[Slot, Any]]:
+def values_met(entries: Sequence[BuffersRead], buffers: Buffers) -> list[dict[Slot, Any]]:
     """For each forward, the buffer values that it has read and that are not there any more.
 
     Args:

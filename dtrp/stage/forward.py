@@ -24,16 +24,16 @@ from ..tensors.pytree import flatten, map_tensors, tensors_of, unflatten
 from ..tensors.rng import Draws
 from ..tensors.torch_private import non_persistent_buffers, write_count
 from ..typing import Tree
-from .buffers import ABSENT, Elsewhere, Mark, Met, doubles, marks, same
+from .buffers import ABSENT, BuffersRead, BufferState, Mark, doubles, marks, same
 from .reach import Reach
 from .repetition import wants_gradients
 from .specs import StageNetwork
-from .stash import Held
+from .stash import StashEntry
 
 Moves = Literal["current", "ahead", "discarded", "tried", "returned"]
 
 
-class Repeatable:
+class RepeatableForward:
     """The forward of a stage, with the loss of a stage that has one.
 
     Args:
@@ -51,7 +51,7 @@ class Repeatable:
 
     def __init__(self, network: StageNetwork, draws: Draws, reach: Reach | None, *, is_last: bool) -> None:
         self.changes_input: bool | None = None
-        self.ahead: Elsewhere | None = None
+        self.ahead: BufferState | None = None
         self.module, self._whole, self._loss_fn = network.module, network.whole, network.loss_fn
         self._draws, self._is_last, self._reach = draws, is_last, reach
         self._compiles = network.compile is not None
@@ -88,7 +88,7 @@ class Repeatable:
         """Within it the module has these weights, by parameter name, in the places of its parameters."""
         return self._places.hold(weights)
 
-    def run(self, held: Held, weights: dict[str, Tensor], moves: Moves = "current") -> tuple[Tree, Tensor | None]:
+    def run(self, held: StashEntry, weights: dict[str, Tensor], moves: Moves = "current") -> tuple[Tree, Tensor | None]:
         """The module's forward and the loss, where there is one.
 
         Args:
@@ -136,7 +136,7 @@ class Repeatable:
 
     def _compute(
         self,
-        held: Held,
+        held: StashEntry,
         weights: dict[str, Tensor],
         x: Tree,
         inputs: list[Tensor],
@@ -214,22 +214,22 @@ class Repeatable:
             )
         return judged
 
-    def _state(self, held: Held, current: Buffers, moves: Moves) -> Elsewhere | None:
+    def _state(self, held: StashEntry, current: Buffers, moves: Moves) -> BufferState | None:
         """The state in which the module runs; None: its current one."""
         if moves in ("current", "ahead"):
             if self.ahead is not None:
                 self.ahead.follow(current)
             elif moves == "ahead":
-                self.ahead = Elsewhere(copies_of(current), seen=marks(current))
+                self.ahead = BufferState(copies_of(current), seen=marks(current))
             return self.ahead if moves == "ahead" else None
         if moves == "discarded" and held.met is not None:  # the second time
             values = {**current, **held.met.moved}
-            return Elsewhere(copies_of({slot: value for slot, value in values.items() if value is not ABSENT}))
+            return BufferState(copies_of({slot: value for slot, value in values.items() if value is not ABSENT}))
         if moves == "discarded" and self.ahead is not None:
-            return Elsewhere(copies_of(self.ahead.buffers), dict(self.ahead.attributes))
-        return Elsewhere(copies_of(current))
+            return BufferState(copies_of(self.ahead.buffers), dict(self.ahead.attributes))
+        return BufferState(copies_of(current))
 
-    def _entered_state(self, state: Elsewhere | None, current: Buffers, moves: Moves) -> AbstractContextManager[None]:
+    def _entered_state(self, state: BufferState | None, current: Buffers, moves: Moves) -> AbstractContextManager[None]:
         if state is None:
             return nullcontext()
         noted: set[nn.Module] = set()
@@ -271,7 +271,7 @@ class Repeatable:
         return check
 
     @torch.no_grad()
-    def _return(self, held: Held, current: Buffers, unwritten: dict[Slot, Mark], after: Buffers) -> None:
+    def _return(self, held: StashEntry, current: Buffers, unwritten: dict[Slot, Mark], after: Buffers) -> None:
         """Give the module the buffers that a forward on copies has left, and keep the old values of those that it moved."""
         moved = current.keys() - after.keys()
         moved |= {slot for slot, mark in marks(after).items() if not same(mark, unwritten.get(slot))}
@@ -282,13 +282,13 @@ class Repeatable:
                 if buffer is not None and slot not in moved and not _equal(buffer, cast(Tensor, after[slot]))
             }
             self._looked.add(held.modes)
-        met = Met(before=marks(current))
+        met = BuffersRead(before=marks(current))
         met.moved |= copies_of({slot: b for slot, b in current.items() if slot in moved or slot in self._moving})
         met.moved |= dict.fromkeys(moved - current.keys(), ABSENT)
         met.after = marks(write(current, after, moved))
         held.met = met
 
-    def _entered(self, held: Held, inputs: list[Tensor], *, copy: bool) -> list[Tensor]:
+    def _entered(self, held: StashEntry, inputs: list[Tensor], *, copy: bool) -> list[Tensor]:
         """The tensors of the input, as the module is given them."""
         if not torch.is_grad_enabled():
             return [aligned_clone(t) if copy else t for t in inputs]
@@ -298,7 +298,7 @@ class Repeatable:
             for t, gradients in zip(inputs, held.input_gradients, strict=True)
         ]
 
-    def _loss(self, out: Tree, held: Held) -> Tensor:
+    def _loss(self, out: Tree, held: StashEntry) -> Tensor:
         assert self._loss_fn is not None
         device = out.device if isinstance(out, Tensor) else self._draws.device
         loss = self._loss_fn(out, map_tensors(lambda t: t.to(device), held.target))

@@ -129,7 +129,7 @@ def nonfinite(
     )
 
 
-class Unseen:
+class PendingNorms:
     """Norms on their way from an accelerator, which are read when they have arrived, without waiting for them."""
 
     def __init__(self) -> None:

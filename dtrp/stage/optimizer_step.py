@@ -16,10 +16,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ..errors import StageError
 from ..schedule import Action
 from ..typing import OptimizerFactory, SchedulerFactory
-from .gradients import GradientRule, Unseen, all_finite, clip_, gradient_norm, nonfinite, overall
+from .gradients import GradientRule, PendingNorms, all_finite, clip_, gradient_norm, nonfinite, overall
 
 
-class Updates:
+class OptimizerSteps:
     """The optimizer steps of one stage, with a check of the gradient before each.
 
     Args:
@@ -51,7 +51,7 @@ class Updates:
         self._lr_factor, self._device = lr_factor, device
         # An accelerator would have nothing to do while its answer is waited for: it is read at the next update.
         self._at_once = device.type == "cpu" or rule.max_norm is not None or rule.on_nonfinite == "skip"
-        self._unseen = Unseen()
+        self._unseen = PendingNorms()
 
     def step(self, minibatch: int, gradients: Sequence[Tensor | None], norms: Sequence[float] | None) -> None:
         """One optimizer step.

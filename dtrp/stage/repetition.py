@@ -32,10 +32,10 @@ from ..tensors.module_mode import members, modes_of, slow_attention
 from ..tensors.pytree import map_tensors, tensors_of
 from ..tensors.torch_private import foreach_norm, write_count
 from ..typing import Tree
-from .stash import Held
+from .stash import StashEntry
 
 if TYPE_CHECKING:
-    from .forward import Moves, Repeatable
+    from .forward import Moves, RepeatableForward
 
 _CURE = (
     "keep this stage's graphs, which repeats nothing: Pipeline(keep='graph'), or keep=[...] with 'graph' at its place"
@@ -51,12 +51,12 @@ class Repetition:
         parameters: its trainable parameters.
     """
 
-    def __init__(self, repeatable: Repeatable, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, repeatable: RepeatableForward, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         self._repeatable, self._module, self._parameters = repeatable, module, parameters
         self._minibatch: int | None = None  # the first
         self._moves: set[Any] = set()  # the entries of its state that its first forward has changed
 
-    def forward(self, held: Held, weights: dict[str, Tensor]) -> Tree:
+    def forward(self, held: StashEntry, weights: dict[str, Tensor]) -> Tree:
         """The output of a forward without a graph.
 
         Args:
@@ -88,7 +88,7 @@ class Repetition:
             self._try(held, weights, *before)
         return out
 
-    def _run(self, held: Held, weights: dict[str, Tensor], moves: Moves) -> Tree:
+    def _run(self, held: StashEntry, weights: dict[str, Tensor], moves: Moves) -> Tree:
         """The output, without a graph; attention takes the path that it takes with one."""
         if self._repeatable.may_be_fused:  # the path depends on what has a gradient: the graph is let go at once
             with torch.enable_grad():
@@ -96,14 +96,14 @@ class Repetition:
         with torch.no_grad(), slow_attention():
             return self._repeatable.run(held, weights, moves)[0]
 
-    def expected(self, held: Held) -> list[Tensor] | None:
+    def expected(self, held: StashEntry) -> list[Tensor] | None:
         """The output that the next repetition must give; None where it is not known: something else has changed since."""
         if held.first is None:
             return None
         (first, state), held.first = held.first, None
         return first if self._state().changes(state) <= self._moves else None
 
-    def check(self, held: Held, first: Sequence[Tensor], again: Tree, *, at_once: bool = False) -> None:
+    def check(self, held: StashEntry, first: Sequence[Tensor], again: Tree, *, at_once: bool = False) -> None:
         """Refuse a repetition that gave ``again`` where the forward gave ``first``; ``at_once``: with the same kernels."""
         read = [*first, *self._parameters]
         tolerance = 1e-3
@@ -123,7 +123,7 @@ class Repetition:
             f"buffer, or {_CURE}"
         )
 
-    def _try(self, held: Held, weights: dict[str, Tensor], state: _State, generators: Generators) -> None:
+    def _try(self, held: StashEntry, weights: dict[str, Tensor], state: _State, generators: Generators) -> None:
         """If the first forward has changed something, repeat it at once; refuse another output, or another change."""
         assert held.first is not None
         first, after = held.first
@@ -147,7 +147,7 @@ class Repetition:
                 f"hook of the optimizer's step do it, or {_CURE}"
             )
 
-    def _runs_with_gradients(self, held: Held, weights: dict[str, Tensor]) -> bool:
+    def _runs_with_gradients(self, held: StashEntry, weights: dict[str, Tensor]) -> bool:
         try:
             with torch.enable_grad():
                 self._repeatable.run(_again(held), weights, "tried")
@@ -159,9 +159,9 @@ class Repetition:
         return _State(self._module, self._parameters)
 
 
-def _again(held: Held) -> Held:
+def _again(held: StashEntry) -> StashEntry:
     """A new entry for the same forward."""
-    return Held(held.micro, held.version, held.autocast, held.leaf, 0, held.target)
+    return StashEntry(held.micro, held.version, held.autocast, held.leaf, 0, held.target)
 
 
 class _State:

@@ -39,7 +39,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..measure.graph_size import NOT_WEIGHED, weigh_graph
 from ..measure.memory import StageSizes, choose_keep, optimizer_bytes
-from ..measure.prediction_error import Gauge
+from ..measure.prediction_error import PredictionErrorGauge
 from ..methods import Keep
 from ..predict import as_predictor
 from ..schedule import lead
@@ -50,15 +50,15 @@ from ..tensors.nbytes import states_bytes, tensor_bytes, value_bytes
 from ..tensors.parameter_hooks import attach
 from ..tensors.pytree import flatten, map_tensors, tensors_of, unflatten
 from ..typing import Tree
-from .forward import Moves, Repeatable
+from .forward import Moves, RepeatableForward
 from .gradients import gradient_norm, mark_nonfinite, shows_nonfinite
-from .optimizer_step import Updates
+from .optimizer_step import OptimizerSteps
 from .reach import Reach, strange_leaves
 from .repetition import Repetition, sizes_of
 from .specs import StageNetwork, StagePosition, StageTraining
-from .stash import Held, MicroBatch, stash_bytes
+from .stash import MicroBatch, StashEntry, stash_bytes
 from .tied import Tie
-from .weight_versions import Versions, WeightVersion, weight_marks
+from .weight_versions import WeightVersion, WeightVersions, weight_marks
 
 Gradients = Tensor | list[Tensor | None] | None  # of a tensor; of a tree, one for each tensor of it
 
@@ -93,7 +93,7 @@ class Stage:
             _check_layout(t, f"{name} of stage {self.index}")
         for p in self.parameters:
             p.grad = None
-        self.repeatable = Repeatable(network, self.draws, reach, is_last=position.is_last)
+        self.repeatable = RepeatableForward(network, self.draws, reach, is_last=position.is_last)
         self.repetition = Repetition(self.repeatable, self.whole, self.parameters)
         self._note_ties(network.ties)
         # A frozen front part has nothing to differentiate, so nothing to keep and nothing to repeat.
@@ -109,8 +109,8 @@ class Stage:
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
         self.delays: Counter[int] = Counter()
         self.stash_peak = self.activations_peak = self.gradients_peak = 0  # bytes
-        self.gauge: Gauge | None = None  # of the distance from the weights read to the true ones
-        self.stash: deque[Held] = deque()  # the micro-batches between their F and their B, the oldest first
+        self.gauge: PredictionErrorGauge | None = None  # of the distance from the weights read to the true ones
+        self.stash: deque[StashEntry] = deque()  # the micro-batches between their F and their B, the oldest first
         self._spoiled: list[Tensor] = []  # for each micro-batch of the mini-batch, whether its loss was not finite
         self._spent: list[Tensor | None] = []  # the gradients of the last update
         self._prepared: WeightVersion | None = None  # made ahead of its F, which finds it among the shared ones
@@ -136,12 +136,12 @@ class Stage:
         self.optimizer = training.optimizer(updated) if updated else None
         make_scheduler = training.lr_scheduler
         self.lr_scheduler = make_scheduler(self.optimizer) if make_scheduler and self.optimizer else None
-        self.updates = Updates(
+        self.updates = OptimizerSteps(
             self.index, self._named, self.optimizer, self.lr_scheduler, self.rule,
             lr_factor=self.method.lr_shrink**self.distance, device=self.device,
         )  # fmt: skip
         predictor = as_predictor(self.method.predict) if self.distance > 0 and self.parameters else None
-        self.versions = Versions(
+        self.versions = WeightVersions(
             self.index, self.parameters, self.optimizer, predictor, self.updates.shrunk_lr, self._known_gradients
         )
 
@@ -173,7 +173,7 @@ class Stage:
         if self.gauge is not None and self.trains:
             read = self.parameters if weights is None else weights.tensors
             self.gauge.forward(micro.index, micro.minibatch - self.version, read, self.parameters)
-        held = Held(micro, self.version, self._autocast_now(), leaf, value_bytes(leaf), target)
+        held = StashEntry(micro, self.version, self._autocast_now(), leaf, value_bytes(leaf), target)
         if not self.trains:
             with torch.enable_grad():  # for a module that differentiates within itself
                 out, _ = self.repeatable.run(held, {})
@@ -220,7 +220,7 @@ class Stage:
             "input, run the model once before"
         )
 
-    def _wants(self, held: Held, tensors: list[Tensor]) -> list[bool]:
+    def _wants(self, held: StashEntry, tensors: list[Tensor]) -> list[bool]:
         """Which tensors of an output require a gradient; of an output made without a graph, by a trial with one."""
         if self.method.local or not self.trains:
             return [False] * len(tensors)
@@ -231,7 +231,7 @@ class Stage:
             return able
         key = (*((t.dtype, t.dim()) for t in tensors), self.module.training)
         if key not in self._wanting:
-            trial = Held(held.micro, self.version, held.autocast, held.leaf, 0)
+            trial = StashEntry(held.micro, self.version, held.autocast, held.leaf, 0)
             self._graph(trial, "discarded")
             self._wanting[key] = [root is not None for root in trial.roots]
         held.wanting = self._wanting[key]
@@ -243,7 +243,7 @@ class Stage:
     def _decide(self, micro: MicroBatch, leaf: Tree, target: Tree) -> None:
         """Keep graphs if they fit the memory limit, inputs if those do; the size of a graph is measured on a trial run."""
         assert self.memory_limit_bytes is not None
-        trial = Held(micro, self.version, self._autocast_now(), leaf, value_bytes(leaf), target)
+        trial = StashEntry(micro, self.version, self._autocast_now(), leaf, value_bytes(leaf), target)
         if self.repeatable.changes_input is None:  # the first run is on a copy of the input, which must not be counted
             self._graph(trial, "discarded")
         out, graph_bytes = self._graph(trial, "discarded")
@@ -343,7 +343,7 @@ class Stage:
         return gradients[0] if isinstance(held.leaf, Tensor) else gradients
 
     def _differentiate(
-        self, held: Held, roots: Sequence[Tensor | GradientEdge], starts: Sequence[Tensor | None]
+        self, held: StashEntry, roots: Sequence[Tensor | GradientEdge], starts: Sequence[Tensor | None]
     ) -> None:
         """Differentiate from ``roots``, with the gradients ``starts``, and add to the stage's gradients."""
         leaves = self.parameters if held.weights is None else held.weights.leaves
@@ -360,7 +360,7 @@ class Stage:
             for i, leaf in enumerate(leaves):
                 self.gradients[i], leaf.grad = leaf.grad, None
 
-    def _starts(self, held: Held, grad: Gradients) -> tuple[list[Tensor | GradientEdge], list[Tensor | None]]:
+    def _starts(self, held: StashEntry, grad: Gradients) -> tuple[list[Tensor | GradientEdge], list[Tensor | None]]:
         """Where differentiation starts, and with which gradients."""
         if self.loss_fn is not None:
             return [root for root in held.roots if root is not None], [None] * len(held.roots)
@@ -388,7 +388,7 @@ class Stage:
         (root, *_) = self.stash[-1].roots if self.loss_fn is not None else (None,)
         return root.detach() if isinstance(root, Tensor) else None
 
-    def _graph(self, held: Held, moves: Moves = "current") -> tuple[Tree, int]:
+    def _graph(self, held: StashEntry, moves: Moves = "current") -> tuple[Tree, int]:
         """Run with a graph and remember where its differentiation starts; (output, bytes of the graph)."""
         out, loss, nbytes = self._run_with_graph(held, moves)
         held.has_graph = True
@@ -411,7 +411,7 @@ class Stage:
             raise ValueError("the loss has no gradient; loss_fn must not detach it or compute it under no_grad")
         return out, nbytes
 
-    def _run_with_graph(self, held: Held, moves: Moves) -> tuple[Tree, Tensor | None, int]:
+    def _run_with_graph(self, held: StashEntry, moves: Moves) -> tuple[Tree, Tensor | None, int]:
         """The output, the loss, and the bytes that the graph saves, which are measured once for each kind of input."""
         inputs = tensors_of(held.leaf)
         held.modes = held.modes or modes_of(self.module)
@@ -461,7 +461,7 @@ class Stage:
             norms: the norms of all stages' gradients, where the rule looks at them together.
 
         Raises:
-            StageError: see `Updates.step`.
+            StageError: see `OptimizerSteps.step`.
         """
         if self.optimizer is not None:
             self.updates.step(self.version, self.gradients, norms)
@@ -516,7 +516,7 @@ class Stage:
             self.recomputes = self.trains and self.method.recomputes(self.num_stages, self.index)
         self.has_decided = keep is not None
 
-    def restore(self, held: Held, *, has_graph: bool) -> None:
+    def restore(self, held: StashEntry, *, has_graph: bool) -> None:
         """Add a micro-batch of a checkpoint to the stash; a graph that it had is built again from its input."""
         if has_graph and self.trains:
             with in_modes(self.module, held.modes):

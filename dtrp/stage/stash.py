@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from ..tensors.autocast import AutocastState
 from ..typing import Tree
-from .buffers import Met
+from .buffers import BuffersRead
 from .weight_versions import WeightVersion
 
 
@@ -31,7 +31,7 @@ class MicroBatch:
 
 
 @dataclass
-class Held:
+class StashEntry:
     """The stash's entry for one micro-batch."""
 
     micro: MicroBatch
@@ -43,7 +43,7 @@ class Held:
     weights: WeightVersion | None = None  # the copy that F read, where B needs it
     has_graph: bool = False
     modes: tuple[bool, ...] = ()  # of the module and its submodules, train or eval, in the forward
-    met: Met | None = None  # the buffers that F read, where its graph is kept
+    met: BuffersRead | None = None  # the buffers that F read, where its graph is kept
     first: Any = None  # what the repetition of the forward is compared with (`dtrp.stage.repetition`)
     # Where differentiation starts: the loss, or for each tensor of the output its edge; None where no gradient is wanted.
     roots: list[Tensor | GradientEdge | None] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Held:
     input_gradients: list[list[Tensor]] = field(default_factory=list)
 
 
-def stash_bytes(stash: Iterable[Held]) -> int:
+def stash_bytes(stash: Iterable[StashEntry]) -> int:
     """Bytes of the entries together; entries may share a copy of the weights."""
     versions = {id(held.weights): held.weights.nbytes for held in stash if held.weights is not None}
     return sum(held.nbytes for held in stash) + sum(versions.values())

@@ -71,7 +71,7 @@ def find_ties(stages: Sequence[nn.Module]) -> list[Tie]:
     ties = []
     for key, places in names.items():
         if len(places) > 1:
-            tie = Tie({stage: tuple(each) for stage, each in places.items()}, tensors[key].requires_grad)
+            tie = Tie({stage: tuple(stage_names) for stage, stage_names in places.items()}, tensors[key].requires_grad)
             if not isinstance(tensors[key], nn.Parameter):
                 raise ValueError(
                     f"{tie} are one tensor, and a buffer may be written by any forward: two stages would move it apart. "

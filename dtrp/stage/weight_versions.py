@@ -42,7 +42,7 @@ def weight_marks(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(t.data_ptr(), write_count(t)) for t in tensors]
 
 
-class Versions:
+class WeightVersions:
     """The weights that the forwards of one stage read.
 
     Args:

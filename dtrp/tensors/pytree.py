@@ -1,4 +1,4 @@
-"""What a stage is given and returns: a tensor, or a tree of tensors and plain constants.
+"""Trees of tensors and plain constants, which a stage is given and returns; a tensor is a tree too.
 
 A tree is made of tuples, lists and dicts; its leaves are tensors, None, booleans, numbers and text. A tree is taken apart into
 its tensors, in order, and a form, which is plain data and so can travel in a message::
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..typing import Tree
+
 Form = list[Any]
 _TENSOR: Form = ["tensor"]
 _CONSTANTS = (type(None), bool, int, float, str)
@@ -30,48 +32,44 @@ _CURES = {
 }
 
 
-def flatten(value: Any, what: str = "its output") -> tuple[list[Tensor], Form]:
+def flatten(value: Tree, what: str = "its output") -> tuple[list[Tensor], Form]:
     """The tensors of a tree, in order, and its form.
 
     Args:
         value: a tree.
-        what: it is, for the error.
+        what: the name of the value in errors.
 
     Raises:
         TypeError: there is something else in it, with its place.
     """
-    if isinstance(value, Tensor):
-        return [checked(value, what)], _TENSOR
     tensors: list[Tensor] = []
-    return tensors, _form(value, what, "", tensors)
+    return tensors, _form(value, what, tensors)
 
 
-def _form(value: Any, what: str, place: str, tensors: list[Tensor]) -> Form:
+def _form(value: Tree, what: str, tensors: list[Tensor]) -> Form:
     if isinstance(value, Tensor):
-        tensors.append(checked(value, f"{what}{place}"))
+        tensors.append(checked(value, what))
         return _TENSOR
     if type(value) in _CONSTANTS:
         return ["constant", value]
     if type(value) in (tuple, list, torch.Size):
         name = "list" if type(value) is list else "tuple"
-        return [name, [_form(each, what, f"{place}[{i}]", tensors) for i, each in enumerate(value)]]
+        return [name, [_form(entry, f"{what}[{i}]", tensors) for i, entry in enumerate(value)]]
     if isinstance(value, Mapping):
         if all(type(key) in (str, int) for key in value):
-            return ["dict", [[key, _form(each, what, f"{place}[{key!r}]", tensors)] for key, each in value.items()]]
-        raise TypeError(f"{what}{place} is a dict whose keys are not all text or whole numbers; name its entries")
+            return ["dict", [[key, _form(entry, f"{what}[{key!r}]", tensors)] for key, entry in value.items()]]
+        raise TypeError(f"{what} is a dict whose keys are not all text or whole numbers; name its entries")
     kind = f"a {type(value).__name__}"
     if isinstance(value, tuple):
-        raise TypeError(f"{what}{place} is {kind}; pass a plain tuple, tuple(value), or a dict")
-    raise TypeError(
-        f"{what}{place} is {kind}; between stages go tensors, None, numbers and text, in tuples, lists and dicts"
-    )
+        raise TypeError(f"{what} is {kind}; pass a plain tuple, tuple(value), or a dict")
+    raise TypeError(f"{what} is {kind}; between stages go tensors, None, numbers and text, in tuples, lists and dicts")
 
 
 def checked(t: Tensor, what: str) -> Tensor:
-    """A tensor that can be cut, kept and passed on: with strides, or a sparse COO one.
+    """Check that a tensor can be cut, kept and passed on: it has strides, or is a sparse COO one.
 
     Raises:
-        TypeError: it is another.
+        TypeError: it has another layout.
     """
     if t.layout in (torch.strided, torch.sparse_coo) and not (t.is_nested or t.is_quantized):
         return t
@@ -82,7 +80,7 @@ def checked(t: Tensor, what: str) -> Tensor:
     )
 
 
-def unflatten(form: Form, tensors: Iterator[Tensor]) -> Any:
+def unflatten(form: Form, tensors: Iterator[Tensor]) -> Tree:
     """The tree of a form, with these tensors."""
     kind = form[0]
     if kind == "tensor":
@@ -90,12 +88,12 @@ def unflatten(form: Form, tensors: Iterator[Tensor]) -> Any:
     if kind == "constant":
         return form[1]
     if kind == "dict":
-        return {key: unflatten(each, tensors) for key, each in form[1]}
-    entries = [unflatten(each, tensors) for each in form[1]]
+        return {key: unflatten(entry, tensors) for key, entry in form[1]}
+    entries = [unflatten(entry, tensors) for entry in form[1]]
     return entries if kind == "list" else tuple(entries)
 
 
-def tensors_of(value: Any) -> list[Tensor]:
+def tensors_of(value: Tree) -> list[Tensor]:
     """The tensors of a tree, in order."""
     return [value] if isinstance(value, Tensor) else flatten(value)[0]
 
@@ -109,7 +107,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(entry)
 
 
-def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Any], value: Tree) -> Tree:
     """The tree with ``function`` of every tensor in its place."""
     if isinstance(value, Tensor):
         return function(value)
@@ -117,15 +115,15 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return unflatten(form, iter([function(t) for t in tensors]))
 
 
-def num_samples(value: Any) -> int:
-    """Samples along dimension 0; of a tree that of its tensors that is not 1, if there is one."""
+def num_samples(value: Tree) -> int:
+    """Samples along dimension 0; in a tree, the length of its tensors that is not 1, if there is one."""
     if isinstance(value, Tensor):
         return len(value)
     lengths = {len(t) for t in tensors_of(value) if t.dim()}
     return next(iter(lengths - {1}), len(lengths))
 
 
-def split(value: Any, parts: int) -> Sequence[Any]:
+def split(value: Tree, parts: int) -> Sequence[Tree]:
     """A mini-batch cut into micro-batches, as `torch.tensor_split` cuts each of its tensors.
 
     Constants, tensors without a dimension and, in a tree, tensors of length 1 beside longer ones go to every part whole.
@@ -135,11 +133,11 @@ def split(value: Any, parts: int) -> Sequence[Any]:
     tensors, form = flatten(value)
     samples = num_samples(value)
     cut = [_cut(t, parts) if t.dim() and len(t) == samples else (t,) * parts for t in tensors]
-    return [unflatten(form, iter([each[part] for each in cut])) for part in range(parts)]
+    return [unflatten(form, iter([parts_of_t[part] for parts_of_t in cut])) for part in range(parts)]
 
 
 def _cut(t: Tensor, parts: int) -> Sequence[Tensor]:
-    """`torch.tensor_split`, of a sparse tensor too, of which a part is no view."""
+    """`torch.tensor_split`, also for sparse tensors, whose parts are no views."""
     if t.layout is torch.strided:
         return torch.tensor_split(t, parts)
     lengths = [len(rows) for rows in torch.arange(len(t)).tensor_split(parts)]
@@ -147,11 +145,11 @@ def _cut(t: Tensor, parts: int) -> Sequence[Tensor]:
     return [torch.narrow_copy(t, 0, start, length) for start, length in zip(starts, lengths, strict=False)]
 
 
-def check_samples(label: str, value: Any) -> Any:
-    """A mini-batch, every tensor of which has the same number of samples, at least one, along dimension 0, or is one for all.
+def check_samples(label: str, value: Tree) -> Tree:
+    """Check a mini-batch: every tensor has the same number of samples, at least one, along dimension 0, or is one for all.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError, ValueError: the value is no mini-batch.
     """
     tensors = flatten(value, label)[0] if isinstance(value, (Tensor, tuple, list, Mapping)) else []
     if not tensors:

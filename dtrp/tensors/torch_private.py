@@ -14,29 +14,19 @@ from typing import Any, TypeGuard
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.amp.autocast_mode import _enter_autocast as enter_autocast
-from torch.amp.autocast_mode import _exit_autocast as exit_autocast
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-
-__all__ = [
-    "ASSERT_TENSOR_METADATA", "SET_GRAD_ENABLED", "TO_COPY", "TorchDispatchMode", "backward_hooks", "buffer_dict",
-    "default_gloo_devices", "default_store", "enter_autocast", "exit_autocast", "foreach_copy", "foreach_norm",
-    "forward_hooks", "gloo_options", "grad_accumulated_hooks", "has_gradient_hooks", "has_internal_overlap",
-    "is_operator",
-    "module_backward_hooks", "module_dict", "nccl_options", "non_persistent_buffers", "operator_schema",
-    "parameter_dict", "pytree", "region_passes", "replace_tensor_dicts", "sparse_parts", "storage_info_class",
-    "without_functorch_wrappers", "write_count", "writes_arguments",
-]  # fmt: skip
+from torch.amp import autocast_mode
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 # The marks that torch.export leaves where a region of `torch.no_grad` or `torch.autocast` begins and ends; they are
-# compared by identity. Those of autocast are `enter_autocast` and `exit_autocast`, imported above.
+# compared by identity.
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
+enter_autocast, exit_autocast = autocast_mode._enter_autocast, autocast_mode._exit_autocast
 # Operators that torch.export writes into a graph: a check of the traced run, and what every cast becomes.
 ASSERT_TENSOR_METADATA = torch.ops.aten._assert_tensor_metadata.default
 TO_COPY = torch.ops.aten._to_copy.default
 # `pytree` takes any nesting of containers apart, also those that users have registered; `torch.utils._cxx_pytree` and
 # `torch.export` are built on it, and there is no public module.
+pytree = torch.utils._pytree
 # `TorchDispatchMode` sees every operator that runs; torch documents it, under this private path alone.
 
 # -- tensors --------------------------------------------------------------------------------------

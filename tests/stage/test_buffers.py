@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import dtrp
 from dtrp.saving import manifest
-from dtrp.stage.buffers import ABSENT, Met, Overwritten, marks, values_met
+from dtrp.stage.buffers import ABSENT, BuffersRead, Overwritten, marks, values_met
 from dtrp.tensors.module_buffers import Slot, buffers_of, names_of
 from dtrp.tensors.module_mode import members
 
@@ -207,8 +207,8 @@ def test_values_met() -> None:
     a, b, c = [(module, name) for name in "abc"]
     buffers: dict[Slot, Any] = {a: torch.zeros(1), b: torch.zeros(1)}
 
-    def forward(*moves: Slot) -> Met:
-        met = Met({slot: buffers[slot].clone() for slot in moves}, before=marks(buffers))
+    def forward(*moves: Slot) -> BuffersRead:
+        met = BuffersRead({slot: buffers[slot].clone() for slot in moves}, before=marks(buffers))
         for slot in moves:
             buffers[slot].add_(1)
         met.after = marks(buffers)
@@ -248,7 +248,8 @@ def test_values_met_that_came_and_went() -> None:
     ]
     moved = [{a: ABSENT}, {a: None}, {a: states[2][a]}, {a: ABSENT}]
     entries = [
-        Met(each, marks(before), marks(after)) for each, before, after in zip(moved, states, states[1:], strict=False)
+        BuffersRead(each, marks(before), marks(after))
+        for each, before, after in zip(moved, states, states[1:], strict=False)
     ]
     assert values_met(entries, states[-1]) == moved
     assert values_met(entries[:3], states[-2]) == [{a: ABSENT}, {a: None}, moved[2]]

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from dtrp import Pipeline, StageError
 from dtrp.cli import run
 from dtrp.splitting.stages import equal_cuts
-from dtrp.stage.gradients import Unseen, gradient_norm
+from dtrp.stage.gradients import PendingNorms, gradient_norm
 
 SMALL = ["train", "--data", "digits", "--model", "mlp", "--limit-train", "100", "--limit-test", "50", "--batch-size", "32",
          "--epochs", "1", "--threads", "1", "--lr", "0.01", "--stages", "2"]  # fmt: skip
@@ -247,7 +247,7 @@ def test_where_nothing_waits_a_gradient_without_entries_is_finite(sparse: bool) 
     gradient = torch.empty(0)
     if sparse:  # of an embedding that no sample has used
         gradient = torch.sparse_coo_tensor(torch.empty(1, 0), torch.empty(0), (3,), check_invariants=True)
-    unseen = Unseen()
+    unseen = PendingNorms()
     unseen.add(0, [gradient, None, torch.ones(2)], torch.device("cpu"))
     unseen.add(1, [gradient], torch.device("cpu"))
     unseen.add(2, [gradient, torch.tensor([1.0, -math.inf])], torch.device("cpu"))
