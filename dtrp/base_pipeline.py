@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,84 @@ from .engine.consistency import method_values
 from .errors import message_of
 from .measure.prediction_error import PredictionError, PredictionErrorGauge
 from .measure.trace import Tracer, write_chrome_trace
-from .methods import Keep, Method
+from .methods import Keep, Method, as_method, keeping
 from .saving import CheckpointError, session, state_dict
+from .stage.gradients import Clip, GradientRule, OnNonfinite
+from .stage.optimizer_step import checked_scheduler
+from .stage.specs import StageTraining
 from .stage.stage import Stage
-from .typing import Json
-from .validation import whole
+from .typing import Json, OptimizerFactory, SchedulerFactory
+from .validation import check_seed, check_timeout, whole
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the caller has chosen for all stages; every rank of a pipeline has the same.
+
+    Args:
+        method: the row of the method that trains.
+        num_microbatches: A.
+        seed: of random draws; None: the caller left it open.
+        rule: what is done with gradients that are too long or not finite.
+        keep, memory_limit_bytes: as given to `dtrp.Pipeline`.
+    """
+
+    method: Method
+    num_microbatches: int
+    seed: int | None
+    rule: GradientRule
+    keep: Literal["auto"] | Keep | list[Keep] | None
+    memory_limit_bytes: int | None
+
+    @classmethod
+    def checked(
+        cls,
+        method: str | Method,
+        num_microbatches: int,
+        seed: int | None,
+        timeout_s: float,
+        max_grad_norm: float | None,
+        clip: Clip,
+        on_nonfinite: OnNonfinite,
+        keep: Literal["auto"] | Keep | Sequence[Keep] | None,
+        memory_limit_bytes: int | None,
+        *,
+        count: str = "num_microbatches",
+    ) -> Settings:
+        """The arguments of `dtrp.Pipeline` of these names; ``count``: what the caller calls A.
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit, with what to change.
+        """
+        row = as_method(method)
+        num_microbatches = whole(count, num_microbatches)
+        check_seed(seed)
+        check_timeout(timeout_s)
+        rule = GradientRule.of(max_grad_norm, clip, on_nonfinite, row)
+        kept = list(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else keep
+        return cls(row, num_microbatches, seed, rule, kept, memory_limit_bytes)
+
+    def shared(self) -> dict[str, Json]:
+        """The settings that ranks compare, by the name of the argument."""
+        return {
+            "seed": self.seed,
+            "method": method_values(self.method),
+            "keep": self.keep,
+            "memory_limit_bytes": self.memory_limit_bytes,
+            "max_grad_norm": self.rule.max_norm,
+            "clip": self.rule.clip,
+            "on_nonfinite": self.rule.on_nonfinite,
+        }
+
+    def trainings(
+        self, num_stages: int, optimizer: OptimizerFactory, lr_scheduler: SchedulerFactory | None
+    ) -> list[StageTraining]:
+        """How each stage is trained."""
+        rows, limit = keeping(self.method, num_stages, self.keep, self.memory_limit_bytes)
+        factories = optimizer, checked_scheduler(lr_scheduler)
+        return [StageTraining(row, *factories, self.num_microbatches, limit, self.rule) for row in rows]
 
 
 class BasePipeline:
@@ -50,6 +121,10 @@ class BasePipeline:
     _closed = False
     _broken: str | None = None  # what it has failed with
     _warned_of_versions = False
+
+    def _configure(self, settings: Settings, num_stages: int, *, schedules_lr: bool, trace: bool) -> None:
+        self.method, self.num_stages, self.num_microbatches = settings.method, num_stages, settings.num_microbatches
+        self._keep, self._schedules_lr, self._tracer = settings.keep, schedules_lr, Tracer(bool(trace))
 
     def propose(self, word: int) -> None:
         """Propose something to all ranks, at any time, from a signal handler or a thread too: 1, 2, or 3 for both.

@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from .base_pipeline import BasePipeline
+from .base_pipeline import BasePipeline, Settings
 from .comm.transport import Transport
 from .engine.consistency import make_consistent
 from .engine.distributed import DistributedEngine
 from .engine.habits import StaleStages, optimizer_watch
 from .engine.local import LocalEngine
 from .launch.ranks import Ranks, find_ranks
-from .measure.trace import Tracer
-from .methods import Keep, Method, as_method, keeping
+from .methods import Keep, Method
 from .planning.plan_file import Plan, as_plan
 from .splitting.stages import Stages, check_device, into_stages, stage_device
-from .stage.gradients import Clip, GradientRule, OnNonfinite
+from .stage.gradients import Clip, OnNonfinite
 from .stage.local_loss import Auxiliary, aux_of_stages
-from .stage.optimizer_step import check_callables, checked_optimizer, checked_scheduler
+from .stage.optimizer_step import check_callables, checked_optimizer
 from .stage.reach import Reach, refuse_gradient
 from .stage.specs import StageNetwork, StagePosition, StageTraining
 from .stage.stage import Stage
-from .stage.tied import Tie, check_ties, find_ties
+from .stage.tied import check_ties, find_ties
 from .tensors.module_mode import follow
 from .tensors.pytree import check_samples, flatten, num_samples
-from .typing import LossFn
-from .validation import check_seed, check_timeout, whole
+from .typing import Json, LossFn, OptimizerFactory, SchedulerFactory, Tree
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 Device = torch.device | str | int
 
@@ -121,19 +122,19 @@ class Pipeline(BasePipeline):
     def __init__(
         self,
         model: nn.Sequential | Sequence[nn.Module],
-        optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        optimizer: OptimizerFactory,
         loss_fn: LossFn,
         *,
         num_stages: int | None = None,
         cuts: Sequence[int] | None = None,
         method: str | Method = "dtrp",
         num_microbatches: int = 1,
-        lr_scheduler: Callable[[Optimizer], Any] | None = None,
+        lr_scheduler: SchedulerFactory | None = None,
         aux: Auxiliary | None = None,
         seed: int | None = None,
         devices: Device | Sequence[Device] | None = None,
-        group: Any = None,
-        mesh: Any = None,
+        group: ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
         loss_on: Literal["last", "all"] = "last",
         timeout_s: float = 300.0,
         max_grad_norm: float | None = None,
@@ -146,104 +147,80 @@ class Pipeline(BasePipeline):
         trace: bool = False,
     ) -> None:
         if plan is not None:
-            given = {"num_stages": num_stages, "cuts": cuts, "keep": keep, "memory_limit_bytes": memory_limit_bytes}
             plan = as_plan(plan)
-            plan.check_model(model)
+            given = {"num_stages": num_stages, "cuts": cuts, "keep": keep, "memory_limit_bytes": memory_limit_bytes}
             _check_plan_alone(given, method, num_microbatches, plan)
-            cuts, keep, method, num_microbatches = plan.cuts, plan.keep, plan.row, plan.num_microbatches
-            if isinstance(model, Stages):
-                model, cuts = model.cut(plan.cuts), None
-            elif not isinstance(model, nn.Module):
-                model = nn.Sequential(*model)
-        self.method = as_method(method)
-        num_microbatches = whole("num_microbatches", num_microbatches)
-        check_seed(seed)
+            model, cuts = _cut_by_plan(model, plan)
+            keep, method, num_microbatches = plan.keep, plan.row, plan.num_microbatches
+        settings = Settings.checked(
+            method, num_microbatches, seed, timeout_s, max_grad_norm, clip, on_nonfinite, keep, memory_limit_bytes
+        )
         check_callables(optimizer, loss_fn, lr_scheduler)
         if loss_on not in ("last", "all"):
             raise ValueError(f"loss_on={loss_on!r}: choose 'last' or 'all'")
-        check_timeout(timeout_s)
-        rule = GradientRule.of(max_grad_norm, clip, on_nonfinite, self.method)
         ranks = find_ranks(group, mesh, timeout_s)
         if num_stages is None and cuts is None and ranks is not None and isinstance(model, nn.Module):
             num_stages = ranks.num_stages
         modules = into_stages(model, num_stages, cuts)
-        if not any(p.requires_grad for module in modules for p in module.parameters()):
-            raise ValueError("the model has no parameter that requires a gradient; there is nothing to train")
-        ties = find_ties(modules)
-        check_ties(ties, self.method)
-        aux_networks = aux_of_stages(aux, modules, self.method)
-        self.num_stages = len(modules)
-        self.num_microbatches = num_microbatches
+        networks = _networks(modules, loss_fn, aux, settings.method, compile)
+        trainings = settings.trainings(len(modules), checked_optimizer(optimizer), lr_scheduler)
+        self._configure(settings, len(modules), schedules_lr=lr_scheduler is not None, trace=trace)
         self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else int(seed)
-        methods, limit = keeping(self.method, self.num_stages, keep, memory_limit_bytes)
-        self._keep = list(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else keep
-        compiling = _compiling(compile)
-        self._schedules_lr = lr_scheduler is not None
-        self._tracer = Tracer(bool(trace))
-
-        networks = [
-            StageNetwork(
-                module,
-                loss_fn=loss_fn if index == len(modules) - 1 or network is not None else None,
-                needs_input_grad=not self.method.local
-                and any(p.requires_grad for earlier in modules[:index] for p in earlier.parameters()),
-                aux=network,
-                compile=compiling,
-                ties=ties,
-            )
-            for index, (module, network) in enumerate(zip(modules, aux_networks, strict=True))
-        ]
-        wholes = [network.whole for network in networks]
-        reach = Reach(dict(enumerate(wholes)), None if ranks is None else ranks.stage)
-
-        def make_stage(index: int, place: torch.device, replica: int = 0) -> Stage:
-            training = StageTraining(
-                methods[index],
-                checked_optimizer(optimizer),
-                checked_scheduler(lr_scheduler),
-                num_microbatches,
-                limit,
-                rule,
-            )
-            position = StagePosition(index, len(modules), place, self.seed, replica)
-            return Stage(position, networks[index], training, reach)
-
         if ranks is None:
-            places = _places(modules, devices, ties=ties)
-            _move(aux_networks, places)
-            stages = [make_stage(index, place) for index, place in enumerate(places)]
-            self._engine = LocalEngine(stages, self.method, num_microbatches, self._tracer)
+            self._engine = self._local_engine(networks, trainings, devices)
             self._watches = [optimizer_watch.watch(self._engine)]
         else:
             _check_world(len(modules), ranks)
-            place = _places(modules, devices, only=ranks.stage)[ranks.stage]
-            _move(aux_networks[ranks.stage : ranks.stage + 1], [place])
-            transport = Transport(ranks, timeout_s, self._tracer)
-            try:
-                settings = {
-                    "num_microbatches": num_microbatches,
-                    "loss_on": loss_on,
-                    "seed": seed,
-                    "method": self.method,
-                    "keep": self._keep,
-                    "memory_limit_bytes": limit,
-                    "max_grad_norm": rule.max_norm,
-                    "clip": clip,
-                    "on_nonfinite": on_nonfinite,
-                }
-                self.seed = make_consistent(transport, wholes, place, settings, self.seed, ties)
-                stage = make_stage(ranks.stage, place, ranks.replica)
-                self._engine = DistributedEngine(stage, self.method, num_microbatches, transport, self._tracer, loss_on)
-                watch = StaleStages(modules, ranks.stage, self._engine)
-                self._watches = [optimizer_watch.watch(self._engine), watch.end]
-            except BaseException as error:
-                transport.fail(error)
-                transport.close()
-                raise
+            shared = {"num_microbatches": self.num_microbatches, "loss_on": loss_on, **settings.shared()}
+            self._engine = self._distributed_engine(networks, trainings, devices, ranks, timeout_s, shared)
+            watch = StaleStages(modules, ranks.stage, self._engine)
+            self._watches = [optimizer_watch.watch(self._engine), watch.end]
+
+    def _local_engine(
+        self,
+        networks: Sequence[StageNetwork],
+        trainings: Sequence[StageTraining],
+        devices: Device | Sequence[Device] | None,
+    ) -> LocalEngine:
+        """All stages in this process."""
+        reach = Reach({index: network.whole for index, network in enumerate(networks)}, None)
+        stages = [
+            Stage(StagePosition(index, len(networks), device, self.seed), network, training, reach)
+            for index, (device, network, training) in enumerate(
+                zip(_place(networks, devices, range(len(networks))), networks, trainings, strict=True)
+            )
+        ]
+        return LocalEngine(stages, self.method, self.num_microbatches, self._tracer)
+
+    def _distributed_engine(
+        self,
+        networks: Sequence[StageNetwork],
+        trainings: Sequence[StageTraining],
+        devices: Device | Sequence[Device] | None,
+        ranks: Ranks,
+        timeout_s: float,
+        shared: dict[str, Json],
+    ) -> DistributedEngine:
+        """The stage of this rank, connected with the others; ``shared``: the settings that all ranks must have in common."""
+        index = ranks.stage
+        device = _place(networks, devices, [index])[index]
+        transport = Transport(ranks, timeout_s, self._tracer)
+        try:
+            wholes = [network.whole for network in networks]
+            self.seed = make_consistent(transport, wholes, device, shared, self.seed, networks[index].ties)
+            position = StagePosition(index, len(networks), device, self.seed, ranks.replica)
+            stage = Stage(position, networks[index], trainings[index], Reach(dict(enumerate(wholes)), index))
+            return DistributedEngine(
+                stage, self.method, self.num_microbatches, transport, self._tracer, shared["loss_on"]
+            )
+        except BaseException as error:
+            transport.fail(error)
+            transport.close()
+            raise
 
     # -- training ---------------------------------------------------------------------------------------
 
-    def step(self, x: Any, y: Any) -> Tensor | None:
+    def step(self, x: Tree, y: Tree) -> Tensor | None:
         """Train on one mini-batch.
 
         Args:
@@ -289,7 +266,7 @@ class Pipeline(BasePipeline):
         with self._breaking():
             return engine.step(x, y)
 
-    def infer(self, x: Any) -> Any:
+    def infer(self, x: Tree) -> Tree:
         """The model's output for ``x``, any number of samples, in eval mode, with the weights as they are.
 
         Batches in flight stay in flight. Modules that were in train mode are again after it.
@@ -301,24 +278,64 @@ class Pipeline(BasePipeline):
             return self._engine.infer(x)
 
     def __repr__(self) -> str:
-        own = self._engine.stages
+        stages = self._engine.stages
         sizes = ", ".join(
-            str(len(stage.module)) if isinstance(stage.module, nn.Sequential) else "traced" for stage in own
+            str(len(stage.module)) if isinstance(stage.module, nn.Sequential) else "traced" for stage in stages
         )
-        here = "" if self._engine.alone else f"stage={own[0].index}, "
+        rank = "" if self._engine.alone else f"stage={stages[0].index}, "
         return (
-            f"Pipeline(method={self.method.name!r}, num_stages={self.num_stages}, {here}layers=[{sizes}], "
+            f"Pipeline(method={self.method.name!r}, num_stages={self.num_stages}, {rank}layers=[{sizes}], "
             f"num_microbatches={self.num_microbatches}, num_updates={self.num_updates}, in_flight={self.in_flight})"
         )
 
 
-def _compiling(compile: Any) -> Mapping[str, Any] | None:
-    """Arguments of `torch.compile`, or None."""
+def _cut_by_plan(model: nn.Module | Sequence[nn.Module], plan: Plan) -> tuple[Any, list[int] | None]:
+    """(the model, the cuts) that `into_stages` takes, of a model that the plan is for."""
+    plan.check_model(model)
+    if isinstance(model, Stages):
+        return model.cut(plan.cuts), None
+    return model if isinstance(model, nn.Module) else nn.Sequential(*model), plan.cuts
+
+
+def _networks(
+    modules: Sequence[nn.Module],
+    loss_fn: LossFn,
+    aux: Auxiliary | None,
+    method: Method,
+    compile: bool | Mapping[str, Any],
+) -> list[StageNetwork]:
+    """What each stage computes.
+
+    Raises:
+        TypeError, ValueError: nothing to train, parameters that stages may not share, auxiliary networks that do not fit.
+    """
+    trains = [any(p.requires_grad for p in module.parameters()) for module in modules]
+    if not any(trains):
+        raise ValueError("the model has no parameter that requires a gradient; there is nothing to train")
+    ties = find_ties(modules)
+    check_ties(ties, method)
+    aux_networks = aux_of_stages(aux, modules, method)
+    options = _compile_options(compile)
+    return [
+        StageNetwork(
+            module,
+            loss_fn if index == len(modules) - 1 or aux_networks[index] is not None else None,
+            needs_input_grad=not method.local and any(trains[:index]),
+            aux=aux_networks[index],
+            compile=options,
+            ties=ties,
+        )
+        for index, module in enumerate(modules)
+    ]
+
+
+def _compile_options(compile: bool | Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Keyword arguments for `torch.compile`, or None."""
     if isinstance(compile, Mapping):
         return compile
     if not isinstance(compile, bool):
         raise TypeError(f"compile={compile!r}: pass True, False, or a dict of keyword arguments for torch.compile")
-    # Else inductor draws masks of its own, and not the same ones with and without a graph: recomputing would see others.
+    # Inductor's own random numbers differ with and without a graph: a recomputed forward would have other dropout masks.
     return {"options": {"fallback_random": True}} if compile else None
 
 
@@ -337,65 +354,44 @@ def _check_world(num_stages: int, ranks: Ranks) -> None:
     )
 
 
-def _places(
-    modules: Sequence[nn.Module],
-    devices: Device | Sequence[Device] | None,
-    only: int | None = None,
-    ties: Sequence[Tie] = (),
+def _place(
+    networks: Sequence[StageNetwork], devices: Device | Sequence[Device] | None, hosted: Sequence[int]
 ) -> list[torch.device]:
-    """Each stage's device; the modules are moved there if ``devices`` says so.
-
-    Args:
-        modules: the stages.
-        devices: as given to `Pipeline`.
-        only: the one stage that this process hosts: the others' devices are not touched.
-        ties: parameters that several stages hold, where this process hosts them all.
-    """
-    if devices is not None:
-        given = [devices] * len(modules) if isinstance(devices, (torch.device, str, int)) else list(devices)
-        if len(given) != len(modules):
-            raise ValueError(
-                f"devices has {len(given)} entries for {len(modules)} stages; pass one device, or one per stage"
-            )
-        hosted = range(len(modules)) if only is None else [only]
-        # A tensor knows the index that "cuda" leaves out.
-        try:
-            places = [
-                torch.empty(0, device=device if index in hosted else "cpu").device for index, device in enumerate(given)
-            ]
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise ValueError(f"devices={devices!r}: torch cannot use them ({str(error).splitlines()[0]})") from error
-        _check_places(places, ties, hosted)
-        for index in hosted:
-            modules[index].to(places[index])
-        return places
-    found = [stage_device(module) for module in modules]
-    # A stage without tensors works where the stage before it does, or the first that has any.
-    current = next(own for own in found if own is not None)
-    result = []
-    for own in found:
-        current = own or current
-        result.append(current)
-    _check_places(result, ties, range(len(modules)) if only is None else [only])
-    return result
-
-
-def _check_places(places: Sequence[torch.device], ties: Sequence[Tie], hosted: Iterable[int]) -> None:
-    """Refuse devices on which a stage cannot work, and tied parameters on several."""
-    if ties and len(set(places)) > 1:
+    """The device of each stage; the networks of the stages that this process hosts are moved there."""
+    found = _devices_of(networks) if devices is None else _named_devices(devices, len(networks), hosted)
+    ties = networks[0].ties
+    if len(hosted) > 1 and ties and len(set(found)) > 1:
         raise ValueError(
-            f"{ties[0]} are one tensor, which cannot be on {' and '.join(map(str, dict.fromkeys(places)))}; pass one "
+            f"{ties[0]} are one tensor, which cannot be on {' and '.join(map(str, dict.fromkeys(found)))}; pass one "
             "device, give each stage its own, or start a rank for each stage, where each has a copy"
         )
     for index in hosted:
-        check_device(places[index])
+        check_device(found[index])
+        if devices is not None:
+            networks[index].module.to(found[index])
+        if (aux := networks[index].aux) is not None:
+            aux[1].to(found[index])
+    return found
 
 
-def _move(aux: Sequence[tuple[str, nn.Module] | None], places: Sequence[torch.device]) -> None:
-    """Auxiliary networks to where their stages work."""
-    for own, place in zip(aux, places, strict=True):
-        if own is not None:
-            own[1].to(place)
+def _devices_of(networks: Sequence[StageNetwork]) -> list[torch.device]:
+    """Where the modules are; a stage without tensors works where the one before it does, or the first that has any."""
+    devices = [stage_device(network.module) for network in networks]
+    current = next(device for device in devices if device is not None)
+    return [current := device or current for device in devices]
+
+
+def _named_devices(devices: Device | Sequence[Device], num_stages: int, hosted: Sequence[int]) -> list[torch.device]:
+    """The devices that the caller names; those of stages that other processes host are not touched."""
+    named = [devices] * num_stages if isinstance(devices, (torch.device, str, int)) else list(devices)
+    if len(named) != num_stages:
+        raise ValueError(f"devices has {len(named)} entries for {num_stages} stages; pass one device, or one per stage")
+    try:  # a tensor knows the index that "cuda" leaves out
+        return [
+            torch.empty(0, device=device if index in hosted else "cpu").device for index, device in enumerate(named)
+        ]
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"devices={devices!r}: torch cannot use them ({str(error).splitlines()[0]})") from error
 
 
 def _check_plan_alone(given: dict[str, Any], method: str | Method, num_microbatches: Any, plan: Plan) -> None:

@@ -54,7 +54,7 @@ def make_consistent(
         ValueError: a rank differs from the first.
     """
     ranks, collectives = transport.ranks, transport.collectives
-    settings = {**settings, "method": method_values(settings["method"]), "tied parameters": [str(tie) for tie in ties]}
+    settings = {**settings, "tied parameters": [str(tie) for tie in ties]}
     described = {"settings": settings, "stages": [_described(module) for module in modules]}
     gathered = collectives.all_gather("Pipeline", (described, place_of(device)))
     for rank, (theirs, _) in zip(ranks.all, gathered, strict=True):

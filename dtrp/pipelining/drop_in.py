@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -16,27 +17,24 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils import _pytree as pytree
 
 from .. import saving
-from ..base_pipeline import BasePipeline
+from ..base_pipeline import BasePipeline, Settings
 from ..comm.process_groups import backend_for, place_of
 from ..comm.transport import Transport
-from ..engine.consistency import check_same, method_values
+from ..engine.consistency import check_same
 from ..engine.habits import optimizer_watch
 from ..launch.ranks import Ranks
-from ..measure.trace import Tracer
-from ..methods import Keep, Method, as_method, keeping
+from ..methods import Keep, Method
 from ..splitting.stages import check_device
-from ..stage.gradients import Clip, GradientRule, OnNonfinite
-from ..stage.optimizer_step import check_callables, checked_optimizer, checked_scheduler
+from ..stage.gradients import Clip, OnNonfinite
+from ..stage.optimizer_step import check_callables, checked_optimizer
 from ..stage.reach import Reach, refuse_gradient
 from ..stage.specs import StageNetwork, StagePosition, StageTraining
 from ..stage.stage import Stage
 from ..tensors.layout import aligned_clone
 from ..tensors.pytree import flatten, num_samples, split
-from ..validation import check_seed, check_timeout, whole
+from ..typing import Json
 from .engine import RecordedLoss, StageEngine
 from .routes import Call, Route
-
-_SAME = "make the same ScheduleDTRP on every rank"
 
 
 class ScheduleDTRP(BasePipeline):
@@ -103,90 +101,82 @@ class ScheduleDTRP(BasePipeline):
         memory_limit_bytes: int | None = None,
         trace: bool = False,
     ) -> None:
-        self.method = as_method(method)
-        if self.method.local:
+        settings = Settings.checked(
+            method, n_microbatches, seed, timeout_s, max_grad_norm, clip, on_nonfinite, keep, memory_limit_bytes,
+            count="n_microbatches",
+        )  # fmt: skip
+        if settings.method.local:
             raise ValueError(
-                f"method={self.method.name!r} needs auxiliary networks, and targets on the first rank, which a schedule of "
+                f"method={settings.method.name!r} needs auxiliary networks, and targets on the first rank, which a schedule of "
                 "torch's is not given; use dtrp.Pipeline(aux=...), or another method"
             )
-        self.num_microbatches = whole("n_microbatches", n_microbatches)
-        check_seed(seed)
-        check_timeout(timeout_s)
-        rule = GradientRule.of(max_grad_norm, clip, on_nonfinite, self.method)
         ranks = _ranks_of(stage)
-        self.num_stages = ranks.num_stages
-        methods, limit = keeping(self.method, self.num_stages, keep, memory_limit_bytes)
-        self._keep = list(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else keep
-        self._schedules_lr = lr_scheduler is not None
-        self._tracer = Tracer(bool(trace))
+        self._configure(settings, ranks.num_stages, schedules_lr=lr_scheduler is not None, trace=trace)
         self._specs = (args_chunk_spec, kwargs_chunk_spec)
         self._output_merge_spec = output_merge_spec
         self._is_traced = hasattr(stage, "pipe_info")
+        self._loss = RecordedLoss(loss_fn)
         transport = Transport(ranks, timeout_s, self._tracer)
         transport.collectives.tensor_method = "eval"
         try:  # from here on the other ranks hear of what does not fit on this one
             module = _checked_module(stage, ranks)
-            device = _device_of(stage)
             make_optimizer = _maker(optimizer, module)
             check_callables(make_optimizer, loss_fn, lr_scheduler)
-            settings = {
-                "n_microbatches": self.num_microbatches,
-                "scale_grads": bool(scale_grads),
-                "seed": seed,
-                "method": method_values(self.method),
-                "keep": self._keep,
-                "memory_limit_bytes": limit,
-                "max_grad_norm": rule.max_norm,
-                "clip": clip,
-                "on_nonfinite": on_nonfinite,
-                "lr_scheduler": self._schedules_lr,
-            }
-            trains = any(p.requires_grad for p in module.parameters())
-            own = (
-                settings,
-                place_of(device),
-                trains,
-                list(module.state_dict()),
-                _drawn_seed() if seed is None else seed,
-            )
-            facts = transport.collectives.all_gather("ScheduleDTRP", own)
-            for rank, theirs in zip(ranks.all, facts, strict=True):
-                check_same(rank, theirs[0], facts[0][0], _SAME)
-            if not any(fact[2] for fact in facts):
-                raise ValueError("no stage has a parameter that requires a gradient; there is nothing to train")
-            transport.connect(device, backend_for([fact[1] for fact in facts]))
-            self.seed = facts[0][4]
-            self._shared_name = _shared_name([fact[3] for fact in facts])
-            route = Route.of(stage.pipe_info.graph, ranks.stage) if self._is_traced else None
-            call = Call(module, route, ranks.stage, ranks.num_stages)
-            self._loss = RecordedLoss(loss_fn)
-            own_stage = Stage(
-                StagePosition(ranks.stage, ranks.num_stages, device, self.seed),
-                StageNetwork(
-                    module,
-                    loss_fn=self._loss if ranks.after is None else None,
-                    needs_input_grad=any(fact[2] for fact in facts[: ranks.stage]),
-                    call=call,
-                ),
-                StageTraining(
-                    methods[ranks.stage],
-                    make_optimizer,
-                    checked_scheduler(lr_scheduler),
-                    self.num_microbatches,
-                    limit,
-                    rule,
-                ),
-                Reach({ranks.stage: module}),
-            )
-            total = self.num_microbatches if scale_grads else 1
-            self._engine: StageEngine = StageEngine(
-                own_stage, self.method, self.num_microbatches, total, transport, self._tracer, call, self._loss
+            trainings = settings.trainings(ranks.num_stages, make_optimizer, lr_scheduler)
+            shared = {"n_microbatches": self.num_microbatches, "scale_grads": bool(scale_grads)} | settings.shared()
+            needs_input_grad = self._connect(module, _device_of(stage), transport, shared, seed)
+            self._engine: StageEngine = self._stage_engine(
+                stage, trainings[ranks.stage], transport, needs_input_grad=needs_input_grad, scale_grads=scale_grads
             )
             self._watches = [optimizer_watch.watch(self._engine)]
         except BaseException as error:
             transport.fail(error)
             transport.close()
             raise
+
+    def _connect(
+        self, module: nn.Module, device: torch.device, transport: Transport, shared: dict[str, Json], seed: int | None
+    ) -> bool:
+        """Compare with the other ranks what must be the same, take the first one's seed, and open the links.
+
+        Returns:
+            Whether a stage before this one has something to train.
+        """
+        ranks = transport.ranks
+        trains = any(p.requires_grad for p in module.parameters())
+        facts = (
+            {**shared, "lr_scheduler": self._schedules_lr},
+            place_of(device),
+            trains,
+            list(module.state_dict()),
+            _drawn_seed() if seed is None else seed,
+        )
+        everyone = transport.collectives.all_gather("ScheduleDTRP", facts)
+        settings, places, all_train, names, seeds = zip(*everyone, strict=True)
+        for rank, theirs in zip(ranks.all, settings, strict=True):
+            check_same(rank, theirs, settings[0], "make the same ScheduleDTRP on every rank")
+        if not any(all_train):
+            raise ValueError("no stage has a parameter that requires a gradient; there is nothing to train")
+        transport.connect(device, backend_for(places))
+        self.seed = seeds[0]
+        self._shared_name = _shared_name(names)
+        return any(all_train[: ranks.stage])
+
+    def _stage_engine(
+        self, stage: Any, training: StageTraining, transport: Transport, *, needs_input_grad: bool, scale_grads: bool
+    ) -> StageEngine:
+        ranks, module = transport.ranks, stage.submod
+        route = Route.of(stage.pipe_info.graph, ranks.stage) if self._is_traced else None
+        call = Call(module, route, ranks.stage, ranks.num_stages)
+        loss_fn = self._loss if ranks.after is None else None
+        hosted = Stage(
+            StagePosition(ranks.stage, ranks.num_stages, _device_of(stage), self.seed),
+            StageNetwork(module, loss_fn, needs_input_grad, call=call),
+            training,
+            Reach({ranks.stage: module}),
+        )
+        total = self.num_microbatches if scale_grads else 1
+        return StageEngine(hosted, self.method, self.num_microbatches, total, transport, self._tracer, call, self._loss)
 
     # -- training ---------------------------------------------------------------------------------------
 
@@ -307,12 +297,12 @@ class ScheduleDTRP(BasePipeline):
         stage = engine.stages[0]
         copies = outlive and stage.distance > 0 and not self.method.flush
 
-        def own(t: Tensor) -> Tensor:
+        def kept(t: Tensor) -> Tensor:
             return aligned_clone(t) if copies or t.is_inference() else t.detach()
 
         # Arguments are copied by the stage, where need be.
         arguments = [pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, c) for c in cut_args]
-        return arguments, [pytree.tree_map_only(Tensor, own, c) for c in cut_kwargs]
+        return arguments, [pytree.tree_map_only(Tensor, kept, c) for c in cut_kwargs]
 
     def _cut_target(self, target: Any, losses: Any, loss_kwargs: Any) -> list[Any]:
         """(target, loss_kwargs) of each micro-batch, on the last rank, where there is a target."""
@@ -415,9 +405,9 @@ def _maker(optimizer: Any, module: nn.Module) -> Callable[[list[nn.Parameter]], 
         return checked_optimizer(lambda parameters: torch.optim.SGD(parameters))  # never called
     if not isinstance(optimizer, Optimizer):
         return checked_optimizer(optimizer) if callable(optimizer) else optimizer
-    own = {id(p) for p in module.parameters()}
+    parameters = {id(p) for p in module.parameters()}
     members = [p for group in optimizer.param_groups for p in group["params"]]
-    strange = sum(id(p) not in own for p in members)
+    strange = sum(id(p) not in parameters for p in members)
     if strange:
         raise ValueError(
             f"{strange} of the optimizer's {len(members)} tensors are no parameters of stage.submod; make it of "
@@ -437,12 +427,7 @@ def _drawn_seed() -> int:
         torch.default_generator.set_state(before)
 
 
-def _shared_name(names: list[list[str]]) -> str | None:
+def _shared_name(names: Sequence[Sequence[str]]) -> str | None:
     """A name that two stages have."""
-    seen: set[str] = set()
-    for own in names:
-        for name in own:
-            if name in seen:
-                return name
-        seen.update(own)
-    return None
+    counts = Counter(name for stage in names for name in set(stage))
+    return next((name for name, count in counts.items() if count > 1), None)
