@@ -22,7 +22,7 @@ Three are built in. With p a weight, v its momentum buffer, mu the momentum and 
     momentum prediction, USENIX ATC 2021). SGD without decay: ``p - lr v (mu + mu^2 + ... + mu^h)``.
 ``informed``
     ``linear``, from a momentum that counts what is known of the next gradient. When a micro-batch's
-    forward runs, some of those of the mini-batch before its own have often had their backward; with s
+    forward runs, some of those of the preceding mini-batch have often had their backward; with s
     their share of its samples, a their gradient so far, and g the mean gradient that a momentum stands
     for, the next gradient is taken to be ``a + (1 - s) g``. Ours. It is another prediction for each micro-batch,
     so it costs a pass each, with scratch of up to five weights. ::
@@ -33,7 +33,7 @@ Three are built in. With p a weight, v its momentum buffer, mu the momentum and 
 All leave a weight as it is while its optimizer holds no state for it: before its first update, and
 for SGD without momentum.
 
-A predictor of one's own is told the gradient too if it has an attribute ``uses_gradients`` that is
+A predictor that the user writes is told the gradient too if it has an attribute ``uses_gradients`` that is
 true: it is then called with ``gradients=`` (those of mini-batch ``version`` so far, summed over its
 micro-batches, each weighted by its share; None where there is none; not to be written) and ``share=``
 (of its samples, from 0 to 1), and on ranks the prediction is not made ahead of its time.

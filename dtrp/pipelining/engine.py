@@ -1,4 +1,4 @@
-"""The distributed engine, given micro-batches that are cut already, and keyword arguments of each stage's own."""
+"""The distributed engine for a stage of torch's: micro-batches come cut, and each stage has keyword arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .routes import Call
 
 
 class RecordedLoss:
-    """The caller's loss function, which remembers the last stage's output and the loss of the micro-batch at hand.
+    """The caller's loss function; it records the output and the loss of the last micro-batch.
 
     Args:
         loss_fn: (output, target, **loss_kwargs) -> scalar.
@@ -37,21 +37,21 @@ class RecordedLoss:
         return loss
 
     def take(self) -> tuple[Any, Any]:
-        """(output, loss), detached; forgotten here, so that no graph outlives its backward."""
+        """(output, loss), detached, and forgotten, so that no graph outlives its backward."""
         last, self._last = self._last, (None, None)
         return pytree.tree_map_only(Tensor, Tensor.detach, last)  # type: ignore[no-any-return]
 
 
 class StageEngine(DistributedEngine):
-    """One stage of torch's, in this process; the others are other ranks'.
+    """One stage of torch's in this process; every other rank has another.
 
     Args:
-        stage: this rank's; it was made with ``call`` and, the last one, with ``loss``.
-        method: the row to work by.
+        stage: the stage of this rank, made with ``call``, and the last stage with ``loss``.
+        method: the row of the method that trains.
         num_microbatches: A, of every mini-batch.
-        total: what the losses of the micro-batches are divided by.
+        total: the divisor of the micro-batches' losses.
         transport: the connections to the other ranks.
-        tracer: hears of every action.
+        tracer: records every action.
         call: runs the stage's module.
         loss: the loss function.
     """
@@ -82,13 +82,13 @@ class StageEngine(DistributedEngine):
         *,
         keeps_outputs: bool,
     ) -> list[tuple[Any, Tensor]]:
-        """A step.
+        """Train on a mini-batch.
 
         Args:
-            arguments: of each micro-batch; they matter on the first rank.
-            keywords: of each micro-batch, for this rank's stage.
-            targets: of each micro-batch, with the keyword arguments of the loss; on the last rank.
-            keeps_outputs: whether the caller wants what the last stage has returned.
+            arguments: the positional arguments for each micro-batch; they matter on the first rank.
+            keywords: the keyword arguments of this rank's stage for each micro-batch.
+            targets: (target, keyword arguments of the loss) for each micro-batch, on the last rank.
+            keeps_outputs: whether the outputs of the last stage are wanted.
 
         Returns:
             (output, loss) of each micro-batch on the last rank; nothing on others.
@@ -103,8 +103,8 @@ class StageEngine(DistributedEngine):
         """The last stage's output for each micro-batch, in eval mode; None elsewhere."""
         self._begin("in eval()")
         outputs = []
-        for each, self._call.keywords in zip(arguments, keywords, strict=True):
-            outputs.append(self._transport.collectives.through_stages("eval", each, self._stage.infer))
+        for inputs, self._call.keywords in zip(arguments, keywords, strict=True):
+            outputs.append(self._transport.collectives.through_stages("eval", inputs, self._stage.infer))
         self._call.keywords = {}
         return outputs
 
@@ -132,15 +132,15 @@ class StageEngine(DistributedEngine):
         self._call.keywords = {}
 
     def progress(self, method: str) -> list[Progress]:
-        (own,) = super().progress(method)
-        own.keywords = [self._keywords[note.microbatch] for note in own.notes]
-        return [own]
+        (progress,) = super().progress(method)
+        progress.keywords = [self._keywords[note.microbatch] for note in progress.notes]
+        return [progress]
 
     def resume(self, progress: Sequence[Progress]) -> None:
         super().resume(progress)
-        (own,) = progress
-        microbatches = [note.microbatch for note in own.notes]
-        self._keywords.update(zip(microbatches, own.keywords or [{}] * len(microbatches), strict=True))
+        (resumed,) = progress
+        microbatches = [note.microbatch for note in resumed.notes]
+        self._keywords.update(zip(microbatches, resumed.keywords or [{}] * len(microbatches), strict=True))
 
     def _forget(self) -> None:
         super()._forget()

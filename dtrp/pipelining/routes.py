@@ -1,4 +1,4 @@
-"""How values come to a stage's arguments, and go on.
+"""The values that pass between the stages of torch's pipelines.
 
 A stage by hand is called with what the stage before has returned, a tuple as several arguments. A traced one may take values
 of any stage before it, which torch sends from rank to rank directly; here they travel through the stages in between::
@@ -21,25 +21,25 @@ Source = tuple[int, int]  # a stage, and which of its outputs
 
 @dataclass(frozen=True)
 class Route:
-    """What a stage takes of the values that reach it, and what it sends on.
+    """Which of the values that arrive at a stage are its arguments, and which values it sends on.
 
     Args:
-        takes: for each of its arguments, its place among the values that arrive.
-        sends: each value for the next stage: one that the stage has made, by its number, or one that has arrived, by its place.
+        takes: the place of each argument among the values that arrive.
+        sends: for each value sent on, (True, number of the stage's output) or (False, place among the values that arrived).
     """
 
     takes: tuple[int, ...]
-    sends: tuple[tuple[bool, int], ...]  # (made here, number or place)
+    sends: tuple[tuple[bool, int], ...]
 
     @classmethod
     def of(cls, graph: fx.Graph, stage: int) -> Route:
-        """Of a stage in the graph that calls all stages."""
+        """The route of a stage in the graph that calls all stages."""
         nodes = [node for node in graph.nodes if node.op == "call_module"]
         numbers = {node: k for k, node in enumerate(nodes)}
         taken = [[s for s in (_source(arg, numbers) for arg in node.args) if s is not None] for node in nodes]
 
         def crossing(boundary: int) -> list[Source]:
-            """What stages before the boundary have made for stages behind it."""
+            """The values that stages before the boundary make for stages behind it."""
             return sorted({s for sources in taken[boundary:] for s in sources if s[0] < boundary})
 
         arriving, leaving = crossing(stage), crossing(stage + 1)
@@ -62,12 +62,12 @@ class Call:
     """A stage's module, called as torch's schedules call it.
 
     Args:
-        module: the stage's.
-        route: of a traced stage; None: by hand.
+        module: the module of the stage.
+        route: the route of a traced stage; None for a stage made by hand.
         stage, num_stages: k and K.
 
     Attributes:
-        keywords: the caller's keyword arguments for the micro-batch at hand.
+        keywords: the caller's keyword arguments for the current micro-batch.
     """
 
     def __init__(self, module: Callable[..., Any], route: Route | None, stage: int, num_stages: int) -> None:
@@ -76,7 +76,7 @@ class Call:
         self._is_first, self._is_last = stage == 0, stage == num_stages - 1
 
     def __call__(self, values: tuple[Any, ...]) -> Any:
-        """The stage's values for the next one; of the last stage what it returns, as it is."""
+        """The values for the next stage; the last stage returns its output as it is."""
         route = self._route
         arguments = values if route is None or self._is_first else [values[place] for place in route.takes]
         out = self._module(*arguments, **self.keywords)
@@ -85,4 +85,4 @@ class Call:
         made = tuple(out) if type(out) in (tuple, list) else (out,)
         if route is None:
             return made
-        return tuple(made[number] if here else values[number] for here, number in route.sends)
+        return tuple((made if is_output else values)[place] for is_output, place in route.sends)
