@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo docs test test-full lint format clean
+.PHONY: demo docs test test-full mutants lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dtrp demo
@@ -24,6 +24,10 @@ test: lint
 # The numbers as the issues word them: hours. CIFAR is the folder that holds cifar-10-batches-py.
 test-full: lint
 	CIFAR=$(CIFAR) $(BIN)/python -m pytest -q -m "full or not full" --timeout 7200 -rs
+
+# Defects of one line, each with the test that must fail on it (they are part of test-full too).
+mutants: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n 2 -m "full or not full" tests/test_mutants.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
