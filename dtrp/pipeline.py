@@ -289,7 +289,7 @@ class Pipeline(BasePipeline):
         )
 
 
-def _cut_by_plan(model: nn.Module | Sequence[nn.Module], plan: Plan) -> tuple[Any, list[int] | None]:
+def _cut_by_plan(model: nn.Module | Sequence[nn.Module], plan: Plan) -> tuple[Any, Sequence[int] | None]:
     """(the model, the cuts) that `into_stages` takes, of a model that the plan is for."""
     plan.check_model(model)
     if isinstance(model, Stages):

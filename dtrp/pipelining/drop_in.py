@@ -14,7 +14,6 @@ from torch.distributed.pipelining.microbatch import merge_chunks, split_args_kwa
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
-from torch.utils import _pytree as pytree
 
 from .. import saving
 from ..base_pipeline import BasePipeline, Settings
@@ -32,6 +31,7 @@ from ..stage.specs import StageNetwork, StagePosition, StageTraining
 from ..stage.stage import Stage
 from ..tensors.layout import aligned_clone
 from ..tensors.pytree import flatten, num_samples, split
+from ..tensors.torch_private import pytree
 from ..typing import Json
 from .engine import RecordedLoss, StageEngine
 from .routes import Call, Route
@@ -429,5 +429,5 @@ def _drawn_seed() -> int:
 
 def _shared_name(names: Sequence[Sequence[str]]) -> str | None:
     """A name that two stages have."""
-    counts = Counter(name for stage in names for name in set(stage))
+    counts = Counter(name for stage in names for name in stage)
     return next((name for name, count in counts.items() if count > 1), None)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..comm.message import Note
 from ..comm.transport import Transport
@@ -16,6 +15,7 @@ from ..measure.trace import Tracer
 from ..methods import Method
 from ..schedule import Action
 from ..stage.stage import Stage
+from ..tensors.torch_private import pytree
 from .routes import Call
 
 
