@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..tensors.module_mode import Follower
+from ..tensors.module_mode import leaders
 from .base import Engine
 
 
@@ -106,7 +106,7 @@ _watches: weakref.WeakKeyDictionary[nn.Module, StaleStages] = weakref.WeakKeyDic
 def _holders(stage: nn.Module, trained_here: Container[int]) -> Iterator[nn.Module]:
     """The modules that hold what only another rank trains, of a stage and of the module that it was made of."""
     trained = [name for name, p in stage.named_parameters() if p.requires_grad and id(p) not in trained_here]
-    for root in (stage, *(stage._leader if isinstance(stage, Follower) else ())):
+    for root in (stage, *leaders(stage)):
         yield from (root.get_submodule(name.rpartition(".")[0]) for name in trained)
 
 

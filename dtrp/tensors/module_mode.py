@@ -107,6 +107,11 @@ def let_follow(modules: Sequence[Follower], leader: nn.Module) -> None:
         _take_mode(module, leader)
 
 
+def leaders(module: nn.Module) -> tuple[nn.Module, ...]:
+    """The module that ``module`` follows; empty where it follows none."""
+    return module._leader if isinstance(module, Follower) else ()
+
+
 def follow(module: nn.Module) -> None:
     """Adopt the mode of the leader, if it has changed; does nothing for a module without one.
 
