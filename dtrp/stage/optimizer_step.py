@@ -71,7 +71,7 @@ class OptimizerSteps:
                 p.grad = gradient
             applies = self._admit(minibatch, gradients, norms)
             if applies:
-                with self.shrunk_lr():
+                with nullcontext() if self._lr_factor == 1 else self.shrunk_lr():
                     self._optimizer.step()
             else:
                 self.skipped.append(minibatch)

@@ -181,7 +181,7 @@ class Stage:
         else:
             if not self.recomputes or self.method.backward_at == "stashed":
                 held.weights = weights
-            with self._refusing_writes(held.weights):
+            with nullcontext() if held.weights is None else self._refusing_writes(held.weights):
                 if self.recomputes:
                     out = self.repetition.forward(held, self._tensors(weights))
                 else:
@@ -198,11 +198,8 @@ class Stage:
         return unflatten(form, iter([t.requires_grad_(wants) for t, wants in zip(passed, wanting, strict=True)]))
 
     @contextmanager
-    def _refusing_writes(self, weights: WeightVersion | None) -> Iterator[None]:
+    def _refusing_writes(self, weights: WeightVersion) -> Iterator[None]:
         """Refuse a forward that writes the copy of the weights that it reads; the first one by whatever way."""
-        if weights is None:
-            yield
-            return
         is_first = not self._begun
 
         def state() -> tuple[list[tuple[int, int]], str]:

@@ -7,7 +7,7 @@ places are looked up once, not in every call.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,13 @@ class Places:
                     first = names.setdefault(id(tensor), name)
                     self._places.setdefault(first, []).append((parameter_dict(owner), attribute))
 
-    @contextmanager
-    def hold(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    def hold(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Within it the module has ``tensors`` in the places of its parameters of these names."""
-        if tensors and isinstance(self._module, torch.jit.ScriptModule):
+        return self._holding(tensors) if tensors else nullcontext()
+
+    @contextmanager
+    def _holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        if isinstance(self._module, torch.jit.ScriptModule):
             raise TypeError(
                 "a scripted module cannot run at other weights than its own; give the module it was made of"
             )
