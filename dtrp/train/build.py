@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -32,14 +33,21 @@ def make_method(config: TrainConfig) -> Method:
     return get_method(config.method, **{key: value for key, value in options.items() if value is not None})
 
 
-def load_dataset(config: TrainConfig) -> Dataset | TextDataset:
-    """The data set of a run.
+def load_dataset(config: TrainConfig, say: Callable[[str], None]) -> Dataset | TextDataset:
+    """The data set of a run; ``say`` is called with what `dtrp.data.load_data` warns of.
 
     Raises:
         ValueError, OSError: missing or damaged files, or a size that the data set does not have.
     """
     context = config.context if config.data == "text" else None
-    return load_data(config.data, config.data_dir, seed=config.seed, image_size=config.image_size, context=context)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dataset = load_data(
+            config.data, config.data_dir, seed=config.seed, image_size=config.image_size, context=context
+        )
+    for warning in caught:
+        say(str(warning.message))
+    return dataset
 
 
 def example(config: TrainConfig, dataset: Dataset | TextDataset, samples: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any
     device = build.find_devices(config.device)[0]
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    dataset = build.load_dataset(config)
+    dataset = build.load_dataset(config, say)
     torch.manual_seed(config.seed)
     model = build.make_model(config, dataset)
     batch = build.example(config, dataset, config.batch_size)

@@ -108,7 +108,7 @@ class Trainer:
         pipe: pipeline, or this rank's part of it.
         total_updates: number of updates of the run.
         reports: whether this rank shows the progress.
-        notes: notes for the user about a run that continues.
+        notes: notes for the user, about the data and about a run that continues.
 
     Raises:
         ValueError, OSError: a setting that does not fit, with what to change. No file has been touched.
@@ -131,7 +131,9 @@ class Trainer:
         threads = config.threads or (1 if num_workers else None)
         if threads is not None:
             torch.set_num_threads(threads)
-        self.dataset = build.load_dataset(config).limit(config.limit_train, config.limit_test).to(device)
+        self.notes: list[str] = []
+        dataset = build.load_dataset(config, self.notes.append)
+        self.dataset = dataset.limit(config.limit_train, config.limit_test).to(device)
         self.total_updates = config.epochs * math.ceil(len(self.dataset.train_y) / config.batch_size)
         if config.max_updates is not None:
             self.total_updates = min(self.total_updates, config.max_updates)
@@ -143,7 +145,6 @@ class Trainer:
         if launched() and world_size == 1:
             watch_launcher(lambda: None, lambda: False)  # on ranks, the engine does
         self.reports = self.pipe.is_last and self.replica == 0
-        self.notes: list[str] = []
         self._position = Position()
         self._saves = self._open_saves()
         self._stop_request = StopRequest()
@@ -198,9 +199,8 @@ class Trainer:
         every = SaveEvery.of(config.save_every)
         saves = Saves(self._folder, config.keep_last, tidies=self.run_folder is not None, every=every)
         if self.pipe.gather(self.run_folder.resumes if self.run_folder is not None else config.resume)[0]:
-            self._position, self.notes = saves.resume(
-                self.pipe, num_replicas=config.replicas, check=self._check_position
-            )
+            self._position, notes = saves.resume(self.pipe, num_replicas=config.replicas, check=self._check_position)
+            self.notes += notes
             if self.run_folder is not None:
                 self.run_folder.go_on(config_text(config), list(map(vars, self._position.metrics)))
         return saves if config.keep_last else None

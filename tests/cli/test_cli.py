@@ -132,7 +132,7 @@ def test_options(options: list[str], tmp_path: Path) -> None:
 
 def test_channels_last() -> None:
     config = TrainConfig(model="resnet14-8", channels_last=True)
-    weights = [p for p in make_model(config, load_dataset(config)).parameters() if p.dim() == 4]
+    weights = [p for p in make_model(config, load_dataset(config, print)).parameters() if p.dim() == 4]
     assert len(weights) == 13
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 

@@ -6,7 +6,10 @@ import random
 import re
 import struct
 import sys
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -702,8 +705,6 @@ def images(tmp_path) -> Path:
 @pytest.mark.parametrize("test_name", ["test", "val"])
 def test_folder(images, test_name):
     (images / "test").rename(images / test_name)
-    (images / "train" / "red" / "notes.txt").write_text("no image")
-    (images / "train" / ".cache").mkdir()
     data = load_data("folder", images)
     assert data.class_names == ("blue", "red")
     assert data.train_x.shape == (8, 3, 32, 32)
@@ -719,7 +720,7 @@ def test_folder_image_size_and_modes(images):
     paint(images / "train" / "red" / "see-through.png", (1, 2, 3, 4), mode="RGBA")
     data = load_data("folder", images, image_size=12)
     assert data.train_x.shape == (10, 3, 12, 12)
-    assert data.train_x[-2:, :, 0, 0].tolist() == [[77, 77, 77], [1, 2, 3]]
+    assert data.train_x[-2:, :, 0, 0].tolist() == [[77, 77, 77], [251, 251, 251]]
 
 
 @pytest.mark.parametrize(("width", "height"), [(60, 20), (20, 60)])
@@ -744,6 +745,135 @@ def test_folder_orientation(images):
     assert x[:, 20, 3].tolist() == [0, 0, 0]
 
 
+def png(mode: int, bits: int, pixels: np.ndarray) -> bytes:
+    """A PNG (H, W, C) of 16 bits, which Pillow writes in grey alone."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels.astype(f">u{bits // 8}"))
+    header = struct.pack(">IIBBBBB", width, height, bits, mode, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+RAMP = np.tile(np.linspace(0, 65535, 32).round().astype(np.uint16), (32, 1))  # 32 levels, from left to right
+GREY = (RAMP / 257).round().astype(np.uint8)
+COLOURS = np.stack([GREY, GREY[:, ::-1], np.zeros_like(GREY)], -1)
+HALF = np.full_like(GREY, 128)
+
+
+def on_white(colours: np.ndarray, alpha: int) -> np.ndarray:
+    return (colours * (alpha / 255) + 255 - alpha).round()
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the first row is on the right
+    return exif
+
+
+KINDS: dict[str, tuple[Callable[[Path], Any], np.ndarray, int]] = {  # how it is written, what it shows, and how nearly
+    "grey.png": (lambda path: Image.fromarray(GREY).save(path), GREY, 0),
+    "16 bits.png": (lambda path: Image.fromarray(RAMP).save(path), GREY, 0),
+    "16 bits.tif": (lambda path: Image.fromarray(RAMP).save(path), GREY, 0),
+    "16 bits, the high byte first.tif": (
+        lambda path: Image.frombytes("I;16B", (32, 32), RAMP.astype(">u2").tobytes()).save(path), GREY, 0
+    ),
+    "16 bits.pgm": (lambda path: Image.fromarray(RAMP).save(path), GREY, 0),
+    "16 bits, coloured.png": (lambda path: path.write_bytes(png(2, 16, np.stack([RAMP] * 3, -1))), GREY, 1),
+    "16 bits, opaque.png": (lambda path: path.write_bytes(png(4, 16, np.stack([RAMP, 0 * RAMP + 65535], -1))), GREY, 1),
+    "floats.tif": (lambda path: Image.fromarray((RAMP / 65535).astype(np.float32)).save(path), GREY, 0),
+    "one bit.png": (lambda path: Image.fromarray(GREY > 127).save(path), (GREY > 127) * 255, 0),
+    "palette.gif": (lambda path: Image.fromarray(GREY).convert("P").save(path), GREY, 0),
+    "palette, one colour transparent.png": (
+        lambda path: Image.fromarray(GREY).convert("P").save(path, transparency=0), np.where(GREY == 0, 255, GREY), 0
+    ),
+    "grey, half transparent.png": (
+        lambda path: Image.fromarray(np.stack([GREY, HALF], -1)).save(path), on_white(GREY, 128), 1
+    ),
+    "half transparent.png": (
+        lambda path: Image.fromarray(np.dstack([COLOURS, HALF])).save(path), on_white(COLOURS, 128), 1
+    ),
+    "not at all transparent.webp": (
+        lambda path: Image.fromarray(np.dstack([COLOURS, 0 * GREY + 255])).save(path, lossless=True), COLOURS, 0
+    ),
+    "for printing.jpg": (
+        lambda path: Image.fromarray(COLOURS).convert("CMYK").save(path, quality=100, subsampling=0), COLOURS, 6
+    ),
+    "for printing.tif": (lambda path: Image.fromarray(COLOURS).convert("CMYK").save(path), COLOURS, 0),
+    "luminance.tif": (lambda path: Image.fromarray(COLOURS).convert("YCbCr").save(path), COLOURS, 3),
+    "turned.jpg": (lambda path: Image.fromarray(GREY).save(path, exif=turned(), quality=100), GREY.T, 3),
+    "turned.png": (lambda path: Image.fromarray(COLOURS).save(path, exif=turned()), np.rot90(COLOURS, -1), 0),
+    "turned.tif": (lambda path: Image.fromarray(COLOURS).save(path, exif=turned()), np.rot90(COLOURS, -1), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_folder_reads_images_as_they_are(images, name):
+    write, shows, tolerance = KINDS[name]
+    write(images / "test" / "red" / name)
+    paint(images / "test" / "red" / "zzz.png", 0)
+    x = load_data("folder", images).test_x[-2]
+    expected = np.broadcast_to(shows[..., None] if shows.ndim == 2 else shows, (32, 32, 3)).transpose(2, 0, 1)
+    difference = (x.int() - torch.tensor(expected.astype(np.int32))).abs().max()
+    assert difference <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "match"),
+    [
+        ("32 bits.tif", RAMP.astype(np.int32) * 30000, "numbers of 32 bits, or with a sign, have no known range"),
+        ("floats.tif", RAMP.astype(np.float32), r"floats from 0 to 65535, and those of an image are in 0\.\.1"),
+        ("below.tif", RAMP.astype(np.float32) / 65535 - 0.5, r"floats from -0\.5 to 0\.5"),
+        ("nan.tif", RAMP.astype(np.float32) * np.nan, "floats from nan to nan"),
+    ],
+)
+def test_folder_refuses_numbers_of_no_known_range(images, name, pixels, match):
+    Image.fromarray(pixels).save(images / "train" / "red" / name)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read as an image .*{match}"):
+        load_data("folder", images)
+
+
+def test_folder_names_what_it_does_not_read(images):
+    red = images / "train" / "red"
+    for name in ("notes.txt", "a.heic", "b.heic", "c.heic", "._0.png", "sub/deep/1.png", "sub/2.png"):
+        (red / name).parent.mkdir(parents=True, exist_ok=True)
+        (red / name).write_bytes((red / "0.png").read_bytes())
+    (images / "train" / ".cache").mkdir()
+    (images / "train" / "lost.jpg").touch()
+    paint(images / "val" / "red" / "0.png", 0)
+    (images / "elsewhere").mkdir()
+    (images / "elsewhere" / "0.png").symlink_to(red / "0.png")
+    (images / "train" / "red" / "gone.png").symlink_to("nowhere")
+    with pytest.warns(UserWarning, match="12 images are read") as told:
+        data = load_data("folder", images)
+    assert len(data.train_x) == 8
+    (message,) = [str(warning.message) for warning in told]
+    assert message == (
+        f"{images}: 12 images are read; not read: 2 hidden (train/.cache, train/red/._0.png); "
+        "5 in no class's own folder (elsewhere/0.png, train/lost.jpg, train/red/sub/2.png, ...); "
+        "1 no files (train/red/gone.png); 4 with another ending (train/red/a.heic, train/red/b.heic, train/red/c.heic, ...)"
+    )
+
+
+def test_folder_with_images_in_folders_of_classes_alone(images):
+    paint(images / "train" / "green" / "monday" / "1.png", 0)
+    (images / "train" / "green" / "a.heic").touch()
+    with pytest.raises(
+        ValueError,
+        match=r"green has no images \(.*\), but 1 in no class's own folder \(monday/1.png\); 1 with .* \(a.heic\); add some",
+    ):
+        load_data("folder", images)
+
+
+def test_folder_by_links_is_read_whole(tmp_path_factory, images):
+    linked = tmp_path_factory.mktemp("linked")
+    for split in ("train", "test"):
+        (linked / split).symlink_to(images / split)
+    assert torch.equal(load_data("folder", linked).train_x, load_data("folder", images).train_x)
+
+
 def test_folder_without_splits_is_split_by_seed(tmp_path):
     for name, num in (("a", 10), ("b", 23), ("c", 2)):
         for i in range(num):
@@ -758,7 +888,9 @@ def test_folder_without_splits_is_split_by_seed(tmp_path):
     assert not torch.equal(load_data("folder", tmp_path, seed=1).test_x, data.test_x)
 
 
-def test_folder_errors(tmp_path, images):
+def test_folder_errors(tmp_path_factory, images):
+    tmp_path = tmp_path_factory.mktemp("others")
+
     def fails(match, place=images, error=ValueError):
         with pytest.raises(error, match=match):
             load_data("folder", place)
