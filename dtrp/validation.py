@@ -48,15 +48,23 @@ def check_timeout(timeout_s: Any) -> None:
 
 
 def nearest(name: object, names: Iterable[str]) -> str | None:
-    """The most like it of ``names``, if one is.
+    """The most like it of ``names``, if one is; a name of the same letters before all others.
 
+    >>> nearest("dtpr", ["bp", "dtr", "dtrp"])
+    'dtrp'
     >>> nearest("encoder.layer.1", ["bert.encoder.layer", "bert.encoder.layer.1", "bert.pooler"])
     'bert.encoder.layer.1'
     """
     names = list(names)
     near = difflib.get_close_matches(str(name), names, n=len(names) or 1, cutoff=0.4)
     # Among equally near ones, the one that begins alike: resnet20 for resnet21, not resnet32.
-    near.sort(key=lambda n: (-difflib.SequenceMatcher(None, n, str(name)).ratio(), -len(commonprefix([n, str(name)]))))  # noqa: RUF071
+    near.sort(
+        key=lambda n: (
+            sorted(n) != sorted(str(name)),
+            -difflib.SequenceMatcher(None, n, str(name)).ratio(),
+            -len(commonprefix([n, str(name)])),  # noqa: RUF071
+        )
+    )
     return near[0] if near else None
 
 

@@ -8,6 +8,7 @@ import click
 import rich  # noqa: F401  (commands import it when they run; a missing package is to be reported at once)
 
 from .. import __version__
+from ..validation import nearest
 from .comparing import compare, report
 from .endings import Stopped
 from .planning import plan
@@ -26,6 +27,9 @@ def run(arguments: list[str] | None = None) -> int:
         return 2
     except Stopped as error:
         return _complain(str(error), error.code)
+    except click.NoSuchOption as error:
+        near = nearest(error.option_name, error.possibilities or ())
+        return _complain(f"no such option: {error.option_name}" + (f"; did you mean {near!r}?" if near else ""))
     except click.ClickException as error:
         return _complain(error.format_message())
     except (click.Abort, KeyboardInterrupt):

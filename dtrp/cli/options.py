@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
@@ -14,7 +15,7 @@ import yaml
 from ..data import list_data
 from ..methods import list_methods
 from ..models import list_models
-from ..train.config import CHOICES, TrainConfig
+from ..train.config import CHOICES, COMPARISON, TrainConfig
 from ..validation import unknown
 from .option_types import INTERVAL, SIZE, Name, count, numbers
 
@@ -89,9 +90,54 @@ _HELP = {
 
 def load_run(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Make a run's settings the defaults of the other options, unless a file of settings has been read."""
-    if value is not None and not ctx.default_map:
-        _load_config(ctx, param, str(Path(value) / "config"))
+    if value is not None:
+        folder = Path(value).expanduser()
+        if message := _no_run(folder):
+            raise click.BadParameter(message)
+        if not ctx.default_map:
+            _load_config(ctx, param, str(folder / "config"))
     return value
+
+
+def _no_run(folder: Path) -> str | None:
+    """Why a run cannot be resumed from a place; None where there is one."""
+    for place in (folder, folder.parent):
+        if (place / COMPARISON).is_file():
+            command = f"dtrp compare --out {place}"
+            return f"{place} is a comparison, whose runs keep no saves; the command that began it goes on: {command}"
+    if (folder / "config").is_file():
+        return None
+    if run := next((place for place in folder.parents if (place / "metrics.jsonl").is_file()), None):
+        return f"{folder} is no run, but lies in one; pass --resume {run}"
+    if not folder.exists():
+        return f"there is no {folder}; name the folder that 'dtrp train --out' has written"
+    what = "a folder without the config of a run" if folder.is_dir() else "a file"
+    return f"{folder} is {what}; name the folder that 'dtrp train --out' has written"
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML whose numbers and dates stay as they are written, and whose names stand once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, times in names.items():
+            if times > 1:
+                raise ValueError(f"{name} is there {times} times; keep one")
+        return super().construct_mapping(node, deep)
+
+    def as_written(self, node: yaml.ScalarNode) -> str:
+        """The text of a number or a date.
+
+        Raises:
+            ValueError: a number to the base of 60, which nobody means.
+        """
+        if ":" in node.value and not node.tag.endswith("timestamp"):
+            raise ValueError(f"{node.value} is a number to the base of 60 in YAML; quote it: '{node.value}'")
+        return str(node.value)
+
+
+for _kind in ("int", "float", "timestamp"):
+    _Yaml.add_constructor(f"tag:yaml.org,2002:{_kind}", _Yaml.as_written)
 
 
 def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -101,11 +147,13 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     path = Path(value)
     try:
         text = path.read_text()
-        values = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+        values = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, _Yaml)
     except (OSError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"cannot read {value}: {error}") from None
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
         raise click.BadParameter(f"{value} is no {'TOML' if path.suffix == '.toml' else 'YAML'}: {error}") from None
+    except ValueError as error:  # of _Yaml
+        raise click.BadParameter(f"{value}: {error}") from None
     if not isinstance(values, dict):
         raise click.BadParameter(f"{value} holds no options; write lines like 'method: dtrp'")
     known = {p.name: p for p in ctx.command.params if p.name and p.name not in ("config", "resume")}
@@ -124,6 +172,8 @@ def _wrong_entries(values: dict[str, Any], known: Mapping[str, click.Parameter])
     """Messages about entries of a file that no option takes."""
     for key, entry in values.items():
         option = known.get(str(key).replace("-", "_"))
+        if "_" in str(key) and (other := str(key).replace("_", "-")) in values:
+            yield f"{key} and {other} are the same option; keep one"
         if option is None:
             yield unknown("option", key, (name.replace("_", "-") for name in sorted(known)))
         elif isinstance(entry, dict) or (isinstance(entry, list) and option.name != "cuts"):

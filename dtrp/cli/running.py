@@ -10,6 +10,7 @@ import click
 
 from ..errors import StageError, WorkerError
 from ..saving import CheckpointError
+from ..train.build import check_stages
 from ..train.comparison import read_summary
 from ..train.config import TrainConfig, config_text
 from ..train.config_checks import check_settings, worker_range, workers_per_replica
@@ -64,8 +65,10 @@ def train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
     with mistakes(ValueError, OSError):
         settings, _ = resolved(config)
         check_settings(settings)
+        most = worker_range(config.workers)[1] if isinstance(config.workers, str) else workers_per_replica(settings)
+        check_stages(settings, most)
         if not isinstance(config.workers, str):
-            config = dataclasses.replace(config, workers=workers_per_replica(settings))
+            config = dataclasses.replace(config, workers=most)
         if config.out:
             RunFolder.open(
                 dataclasses.replace(settings, workers=config.workers)

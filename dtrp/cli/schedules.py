@@ -113,7 +113,7 @@ def simulate(
 
 
 @click.command(short_help="List the training methods, or explain one.")
-@click.argument("name", type=_METHODS, required=False)
+@click.argument("name", type=_METHODS, required=False, metavar="[METHOD]")
 def methods(name: str | None) -> None:
     """List the methods, or say what one does: its update rule, delay, memory and source."""
     if name:

@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 from ..data import Dataset, TextDataset, batches, load_data
 from ..methods import Method, get_method
 from ..models import get_model
+from ..splitting.stages import into_stages
 from ..typing import OptimizerFactory
-from .config import DTYPES, TrainConfig
+from .config import DTYPES, TrainConfig, option_name
 
 
 def weights_dtype(config: TrainConfig) -> torch.dtype:
@@ -70,6 +71,23 @@ def make_model(config: TrainConfig, dataset: Dataset | TextDataset) -> nn.Sequen
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def check_stages(config: TrainConfig, num_stages: int) -> None:
+    """Check what a run has by stage against its network, without data and without weights.
+
+    Raises:
+        ValueError: fewer layers than stages, cuts out of range, or another number of devices or of kept things.
+    """
+    sizes = {field: getattr(config, field) for field in ("layers", "width", "heads", "context")}
+    with torch.device("meta"):
+        into_stages(get_model(config.model, image_size=config.image_size or 32, **sizes), num_stages, config.cuts)
+    for field in ("keep", "device"):
+        words = str(getattr(config, field)).split(",")
+        if len(words) not in (1, num_stages):
+            raise ValueError(
+                f"{option_name(field)} {','.join(words)} names {len(words)} stages, and there are {num_stages}"
+            )
 
 
 def class_loss(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:

@@ -27,10 +27,10 @@ from ..atomic_file import whole_file
 from ..measure.memory import held_at_most
 from ..methods import get_method
 from ..typing import Json
-from .config import CELL_SETTINGS, TrainConfig, config_text, read_settings
+from .build import check_stages
+from .config import CELL_SETTINGS, COMPARISON, TrainConfig, config_text, read_settings
 from .config_checks import check_settings
 
-_SETTINGS = "compare.yaml"
 # Contents of a run's ``summary.json``.
 Summary: TypeAlias = dict[str, Json]
 
@@ -117,11 +117,13 @@ class Comparison:
         self.folder = Path(folder).expanduser().absolute()
         for cell in self.cells:
             check_settings(self.config(cell))
+        for num_stages in {cell.stages for cell in self.cells}:
+            check_stages(base, num_stages)
         shared = dict.fromkeys((*CELL_SETTINGS, "cuts"))
         self._settings = config_text(dataclasses.replace(base, **shared))  # type: ignore[arg-type]
         if self.folder.exists():
-            known = self.folder / _SETTINGS
-            unfinished = f".{_SETTINGS}."  # left by a process that died while it wrote the settings
+            known = self.folder / COMPARISON
+            unfinished = f".{COMPARISON}."  # left by a process that died while it wrote the settings
             if not self.folder.is_dir() or not (
                 known.is_file() or all(path.name.startswith(unfinished) for path in self.folder.iterdir())
             ):
@@ -167,8 +169,8 @@ class Comparison:
             The cells that failed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / _SETTINGS).is_file():
-            with whole_file(self.folder / _SETTINGS) as file:
+        if not (self.folder / COMPARISON).is_file():
+            with whole_file(self.folder / COMPARISON) as file:
                 file.write(self._settings.encode())
         left = [cell for cell in self.cells if self.done(cell) is None]
         if len(left) < len(self.cells):

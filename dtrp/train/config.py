@@ -28,6 +28,7 @@ SAVE_SETTINGS = ("save_every", "keep_last")
 SETTINGS_WITHOUT_EFFECT = (  # on what a run learns
     "data_dir", "trace", "tensorboard", *SAVE_SETTINGS, "prediction_error_every", "plan", "max_restarts",
 )  # fmt: skip
+COMPARISON = "compare.yaml"  # the file that makes a folder a comparison
 _NOT_WRITTEN = ("out", "overwrite", "resume", "max_restarts")  # to the ``config`` of a run
 
 

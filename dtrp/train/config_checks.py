@@ -109,6 +109,9 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
     if config.batch_size < config.num_microbatches:
         sizes = f"--batch-size {config.batch_size} is smaller than --num-microbatches {config.num_microbatches}"
         yield f"{sizes}; every micro-batch needs a sample: raise the one or lower the other"
+    if config.batch_size < config.replicas:
+        sizes = f"--batch-size {config.batch_size} is smaller than --replicas {config.replicas}"
+        yield f"{sizes}; every replica needs a sample: raise the one or lower the other"
 
 
 def worker_range(text: str) -> tuple[int, int]:

@@ -47,7 +47,10 @@ def resolved(config: TrainConfig) -> tuple[TrainConfig, Plan | None]:
     """
     if config.plan is None:
         return config, None
-    plan = Plan.load(config.plan)
+    try:
+        plan = Plan.load(config.plan)
+    except OSError as error:
+        raise ValueError(f"--plan {config.plan} cannot be read: {error.strerror}; name a file of 'dtrp plan'") from None
     row = plan.row
     decided: dict[str, Any] = {
         "method": plan.method,

@@ -171,7 +171,7 @@ def written(text: str, name: str = "c.yaml") -> Callable[[Path], list[str]]:
         (["--cuts", "1", "--stages", "3"], "make 2 stages but num_stages=3"),
         (["--batch-size", "3", "--num-microbatches", "4"], "--batch-size 3 is smaller than --num-microbatches 4"),
         (["--batch-size", "0"], "--batch-size 0: at least 1"),
-        (["--method", "dtpr"], "unknown method 'dtpr'; did you mean"),
+        (["--method", "dtpr"], "unknown method 'dtpr'; did you mean 'dtrp'?"),
         (["--model", "resnet21"], "unknown model 'resnet21'; did you mean 'resnet20'"),
         (["--data", "cifar11"], "unknown data 'cifar11'; did you mean 'cifar10'"),
         (["--optimizer", "agd"], "unknown optimizer 'agd'; did you mean 'sgd'"),
@@ -202,7 +202,22 @@ def written(text: str, name: str = "c.yaml") -> Callable[[Path], list[str]]:
         (written("method: bpp"), "unknown method 'bpp'"),
         (written("momentum: many"), "'many' is not a valid float"),
         (written("epochs: {a: 1}"), "give one value"),
-        (["--frobnicate"], "No such option"),
+        (written("workers: 2:4"), "c.yaml: 2:4 is a number to the base of 60 in YAML; quote it: '2:4'"),
+        (written("cuts: [1, 1:30.5]"), "quote it: '1:30.5'"),
+        (written("lr: 0.1\nseed: 3\nlr: 0.2"), "c.yaml: lr is there 2 times; keep one"),
+        (written("batch-size: 4\nbatch_size: 8"), "batch_size and batch-size are the same option; keep one"),
+        (written("max-updates: 0x10"), "'0x10' is not a valid integer"),
+        (written("seed: 2024-13-45"), "'2024-13-45' is not a valid integer"),
+        (["--frobnicate"], "no such option: --frobnicate\n"),
+        (["--stage", "2"], "no such option: --stage; did you mean '--stages'?"),
+        (["--methd", "bp"], "no such option: --methd; did you mean '--method'?"),
+        (["--workers", "124"], "num_stages=124 but the model has 6 layers"),
+        (["--workers", "2:50"], "num_stages=50 but the model has 6 layers"),
+        (["--workers", "3", "--cuts", "1,99"], "99 is out of range"),
+        (["--workers", "3", "--keep", "graph,input"], "--keep graph,input names 2 stages, and there are 3"),
+        (["--workers", "3", "--device", "cpu,cpu"], "--device cpu,cpu names 2 stages, and there are 3"),
+        (["--workers", "2", "--replicas", "99"], "--batch-size 32 is smaller than --replicas 99"),
+        (["--plan", "{tmp}/none"], "none cannot be read: No such file or directory; name a file of 'dtrp plan'"),
         (["--lr", "1e30", "--lr-schedule", "constant"], "the loss of mini-batch"),
         (["--model", "resnet18", "--batch-size", "1"], "Expected more than 1 value per channel"),
     ],
@@ -221,6 +236,14 @@ def test_a_mistake_is_answered_with_one_line_and_nothing_written(
     assert error.count("\n") == 1
     assert "Traceback" not in error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_file_says_is_taken_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("epochs: 010\nmax-updates: 1\nlr: 1e-2\nout: 007\nbatch_size: 1_6\n")
+    assert run([*SMALL[:9], "--config", "c.yaml"]) == 0
+    settings = yaml.safe_load(Path("007", "config").read_text())
+    assert (settings["epochs"], settings["lr"], settings["batch-size"]) == (10, 0.01, 16)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")

@@ -264,6 +264,7 @@ def test_in_workers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--methods", "bp,dtrq"], "did you mean 'dtr"),
         (["--stages", "two"], "no list of whole numbers"),
         (["--stages", "0"], "--stages 0: at least 1"),
+        (["--stages", "2,50"], "num_stages=50 but the model has"),
         (["--num-microbatches", "k"], "--num-microbatches k"),
         (["--predictions", "cubic"], "cubic"),
         (

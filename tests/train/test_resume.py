@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -220,7 +221,7 @@ def test_a_save_is_read_once(whole: Path, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [
-        (["--resume", "nowhere"], "cannot read nowhere/config"),
+        (["--resume", "nowhere"], "there is no nowhere; name the folder that 'dtrp train --out' has written"),
         (["--save-every", "3"], "--save-every without --out"),
         (["--save-every", "3", "--keep-last", "0", "--out", "x"], "--save-every with --keep-last 0"),
         (["--keep-last", "-1"], "--keep-last -1: at least 0"),
@@ -229,6 +230,25 @@ def test_a_save_is_read_once(whole: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_wrong_use(arguments: list[str], rule: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", *arguments]) == 2
     assert rule in capsys.readouterr().err
+
+
+def test_what_is_no_run(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "grid" / "bp-K2-A1-seed0").mkdir(parents=True)
+    (tmp_path / "grid" / "compare.yaml").touch()
+    (tmp_path / "grid" / "bp-K2-A1-seed0" / "config").touch()
+    comparison = f"{tmp_path / 'grid'} is a comparison, .* goes on: dtrp compare --out {tmp_path / 'grid'}\n"
+    inside = f"is no run, but lies in one; pass --resume {whole}\n"
+    for path, answer in {
+        tmp_path / "file": "file is a file; name the folder that",
+        tmp_path: "is a folder without the config of a run",
+        tmp_path / "grid": comparison,
+        tmp_path / "grid" / "bp-K2-A1-seed0": comparison,
+        whole / "saves": inside,
+        next(whole.glob("saves/*")): inside,
+    }.items():
+        assert run(["train", "--resume", str(path)]) == 2
+        assert re.search(answer, capsys.readouterr().err), path
 
 
 def test_nothing_to_go_on_from(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
