@@ -48,9 +48,15 @@ def trained(trainer: Trainer, reporter: Reporter) -> TrainResult:
         cause = error.__cause__ if isinstance(error.__cause__, FloatingPointError) else error
         raise click.ClickException(str(cause)) from error
     except (WorkerError, CheckpointError) as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(f"{error}{_going_on(trainer.config)}") from error
     except OSError as error:
-        raise click.ClickException(f"cannot write the run: {error}") from error
+        raise click.ClickException(f"cannot write the run: {error}{_going_on(trainer.config)}") from error
+
+
+def _going_on(config: TrainConfig) -> str:
+    """The end of a message about a run that has saves, with the command that goes on with it."""
+    has_saves = config.out is not None and any(Path(config.out).expanduser().glob("saves/update-*"))
+    return f"; go on with: dtrp train --resume {config.out}" if has_saves else ""
 
 
 def train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
@@ -82,7 +88,7 @@ def train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
         elif config.out:
             arguments += ["--out", config.out, *(["--overwrite"] if config.overwrite else [])]
         try:
-            _launch(arguments, config, quiet=quiet)
+            _launch(arguments, config)
         except WorkersStopped as error:
             last_line = error.log.strip().rpartition("\n")[2].removeprefix("dtrp: ")
             message = last_line if last_line.startswith("stopped after") else "interrupted"
@@ -91,10 +97,12 @@ def train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
             message, from_dtrp = str(error).removeprefix("dtrp: "), str(error).startswith("dtrp: ")
             if error.log.strip() and (error.exit_code < 0 or not from_dtrp):  # messages of native code are there alone
                 click.echo(error.log, err=True)
+            if error.exit_code < 0 or isinstance(config.workers, str):  # what a worker says is complete
+                message += _going_on(config)
             raise click.ClickException(message if from_dtrp else f"rank {error.rank} failed: {message}") from None
 
 
-def _launch(arguments: list[str], config: TrainConfig, *, quiet: bool) -> None:
+def _launch(arguments: list[str], config: TrainConfig) -> None:
     """Run ``python`` with these arguments in every worker."""
     from ..launch.elastic import run_elastic
     from ..launch.torchrun import run_workers
@@ -103,7 +111,7 @@ def _launch(arguments: list[str], config: TrainConfig, *, quiet: bool) -> None:
         assert config.workers is not None
         # The last stage of the first replica knows the loss.
         shown, restarts = config.workers - 1, config.max_restarts or 0
-        run_workers(arguments, config.workers * config.replicas, shown=shown, max_restarts=restarts)
+        run_workers(arguments, config.workers * config.replicas, shown=shown, max_restarts=restarts, say=click.echo)
         return
     out = Path(str(config.out)).expanduser()
     before = read_summary(out)  # of a run that is trained longer
@@ -112,5 +120,5 @@ def _launch(arguments: list[str], config: TrainConfig, *, quiet: bool) -> None:
         *worker_range(config.workers),
         max_restarts=10 if config.max_restarts is None else config.max_restarts,
         is_finished=lambda: read_summary(out) not in (None, before),
-        say=lambda line: None if quiet else click.echo(line),
+        say=click.echo,
     )

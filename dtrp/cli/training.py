@@ -58,6 +58,8 @@ def train(*, quiet: bool, resume: str | None, **options: Any) -> None:
     if config.out and launched() and left_by(config.out, "", overwrite=False) == "finished":
         return  # a worker has failed after the end
     trainer = checked(config)
+    if not config.out:
+        trainer.notes.append("nothing of this run is kept; name a folder for it with --out")
     with make_reporter(quiet=quiet) if trainer.reports else Reporter() as reporter:
         trained(trainer, reporter)
 

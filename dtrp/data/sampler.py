@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 
 from torch.utils.data import Sampler
 
 from ..tensors.rng import epoch_order
 from ..typing import Json
+from .random_state import random_states, restorer
 
 _STATE = ("num_samples", "seed", "shuffle", "epoch", "position")
 
@@ -27,7 +28,12 @@ class ResumableSampler(Sampler[int]):
                 ...
                 pipe.save("checkpoint", extra={"sampler": sampler.state_dict()})
 
-    and, in another process, ``sampler.load_state_dict(pipe.load("checkpoint")["sampler"])`` before the loop.
+    and, in another process, ``sampler.load_state_dict(pipe.load("checkpoint")["sampler"])`` just before the loop.
+
+    The state holds those of the global generators of torch (for the CPU), Python and NumPy too, which data sets and
+    transforms draw from by habit: without workers of the loader, what they draw goes on to the bit. A worker draws from a
+    seed that the loader draws at the beginning of an epoch, so with workers this is so of saves at the end of an epoch.
+    Generators of the data set's own, and those of accelerators, are not in it.
 
     Args:
         data: data set, or its number of samples.
@@ -42,8 +48,8 @@ class ResumableSampler(Sampler[int]):
         >>> sampler = ResumableSampler(5, seed=3)
         >>> whole = list(sampler)
         >>> sampler.advance(2)
-        >>> list(sampler) == whole[2:], sampler.state_dict()
-        (True, {'num_samples': 5, 'seed': 3, 'shuffle': True, 'epoch': 0, 'position': 2})
+        >>> list(sampler) == whole[2:], sampler.epoch, sampler.position
+        (True, 0, 2)
     """
 
     def __init__(self, data: Sized | int, *, seed: int = 0, shuffle: bool = True) -> None:
@@ -55,6 +61,7 @@ class ResumableSampler(Sampler[int]):
         self.num_samples, self.seed, self.shuffle = int(num_samples), seed, bool(shuffle)
         self.epoch = self.position = 0
         self._drawn: tuple[int, int] | None = None  # (epoch, position) that has been iterated to its end
+        self._restore: Callable[[], None] | None = None  # the generators' states, when the epoch goes on
 
     def __iter__(self) -> Iterator[int]:
         start = (self.epoch, self.position)
@@ -62,6 +69,10 @@ class ResumableSampler(Sampler[int]):
             raise RuntimeError(
                 f"epoch {self.epoch} has been drawn and nothing of it trained on; call sampler.advance(len(y)) after each step"
             )
+        # Not before: a loader draws a seed when an iteration begins, which the run that was saved had drawn already.
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
         order: Sequence[int] = range(self.num_samples)
         if self.shuffle:
             order = epoch_order(self.num_samples, seed=self.seed, epoch=self.epoch).tolist()
@@ -91,17 +102,19 @@ class ResumableSampler(Sampler[int]):
         self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Json]:
-        """Seed and position, as values that JSON can hold."""
-        return {name: getattr(self, name) for name in _STATE}
+        """Seed and position, and the states of the global random generators, as values that JSON can hold."""
+        return {**{name: getattr(self, name) for name in _STATE}, "random": random_states()}
 
     def load_state_dict(self, state: dict[str, Json]) -> None:
         """Continue from the position in ``state``.
 
+        The random generators are put back as well: at the beginning of an epoch at once, else when the iteration goes on.
+
         Raises:
             ValueError: the state of a sampler with another number of samples, or no such state at all.
         """
-        types = {name: type(value) for name, value in self.state_dict().items()}
-        if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != types:
+        types = {name: type(getattr(self, name)) for name in _STATE}
+        if not isinstance(state, dict) or types != {n: type(value) for n, value in state.items() if n != "random"}:
             raise ValueError(f"{str(state)[:80]} is no state of a sampler; pass what state_dict() returned")
         if state["num_samples"] != self.num_samples:
             raise ValueError(
@@ -111,6 +124,10 @@ class ResumableSampler(Sampler[int]):
             raise ValueError(
                 f"epoch {state['epoch']}, position {state['position']}: no place among {self.num_samples} samples"
             )
+        restore = restorer(state["random"]) if "random" in state else None  # older versions kept none
         for name in _STATE:
             setattr(self, name, state[name])
-        self._drawn = None
+        self._drawn, self._restore = None, restore
+        if restore is not None and self.position == 0:
+            restore()
+            self._restore = None

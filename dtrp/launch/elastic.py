@@ -19,6 +19,7 @@ anew at each restart. If this process is killed the store is gone, and launchers
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -32,7 +33,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from .signals import handled_signals
-from .torchrun import SAVING_S, WorkersError, WorkersStopped, ends_of_logs, worker_variables
+from .torchrun import FAILURE, SAVING_S, WorkersError, WorkersStopped, ends_of_logs, how_ended, worker_variables
 
 _POLL_S = 0.2
 _END_S = 15.0  # how long launchers may take to end after the run is finished
@@ -65,7 +66,8 @@ class Launchers:
             f"--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{self._store.port} --rdzv-id {uuid.uuid4().hex} "
             f"--rdzv-conf {','.join(f'{name}={value}' for name, value in _RENDEZVOUS.items())} --local-addr 127.0.0.1"
         ).split()
-        self._arguments, self._folder = list(arguments), folder
+        self._arguments, self._folder, self._max_restarts = list(arguments), folder, max_restarts
+        self._num_failures, self._ended = 0, set[int]()
         # With the store that launchers share by default, those that stay would look for a first one that is gone.
         self._variables = {**worker_variables(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -107,6 +109,27 @@ class Launchers:
         for process in self.processes:
             process.wait()
 
+    def new_failures(self) -> list[str]:
+        """What has happened since the last call: workers that failed, after which all start again, and launchers that ended."""
+        news = []
+        logs = [(self._folder / f"{number}.log").read_text(errors="replace") for number in range(len(self.processes))]
+        codes = [list(map(int, re.findall(rf"{re.escape(FAILURE)}(-?\d+)", log))) for log in logs]
+        if (restart := max(map(len, codes))) > self._num_failures:
+            self._num_failures = restart
+            # To blame is first who was killed, then who ended with an error.
+            failed = {number: ended[-1] for number, ended in enumerate(codes) if len(ended) == restart}
+            worker = min(failed, key=lambda number: (failed[number] == -signal.SIGTERM, failed[number] > 0))
+            how = how_ended(f"worker {worker}", failed[worker], self.last_line("dtrp: "))
+            news.append(f"{how.removeprefix('dtrp: ')}; restart {restart} of {self._max_restarts}")
+        for number, process in enumerate(self.processes):
+            if process.poll() and number not in self._ended:
+                self._ended.add(number)
+                how = how_ended(f"the launcher of worker {number}", process.returncode, "")
+                news.append(
+                    f"{how.removeprefix('dtrp: ')}; {len(self.living)} of {len(self.processes)} workers are left"
+                )
+        return news
+
     def last_line(self, beginning: str) -> str:
         """The last line with this beginning in the latest log that has one; otherwise the end of the latest log."""
         ends = [end for end in ends_of_logs(self._folder, "*/*/attempt_*/*/stderr.log") if end]
@@ -131,11 +154,11 @@ def run_elastic(
         most: the number of workers at the start, and the largest.
         max_restarts: the number of failures that the run survives.
         is_finished: () -> whether the run is finished.
-        say: shows a line to the user.
+        say: shows a line to the user: how to add a worker, and who failed and why.
 
     Raises:
         WorkersError: too few workers are left, or they have failed too often.
-        WorkersStopped: Ctrl-C or SIGTERM; all workers were told, had the time to save, and have ended.
+        WorkersStopped: Ctrl-C, SIGTERM or SIGHUP; all workers were told, had the time to save, and have ended.
     """
     received: list[int] = []
     with tempfile.TemporaryDirectory(prefix="dtrp-") as folder, handled_signals(received.append):
@@ -150,6 +173,8 @@ def run_elastic(
                     return
                 if len(launchers.living) < least and not launchers.any_succeeded:
                     break
+                for line in launchers.new_failures():
+                    say(line)
                 time.sleep(_POLL_S)
             left = len(launchers.living)
             launchers.send_signal(received[0] if received else signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Handlers for Ctrl-C and SIGTERM; no other module installs any.
+"""Handlers for Ctrl-C, SIGTERM and SIGHUP; no other module installs any.
 
 While ``dtrp train`` runs, a first signal is a request to stop: the run saves after a step that all ranks have made, and
 ends. A launcher also sends SIGTERM to the living workers when one of them has died. That request is never fulfilled: a
@@ -79,10 +79,16 @@ class StopRequest:
     signal: int | None = None
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Ctrl-C, SIGTERM and, unless this process ignores it, as under nohup, SIGHUP: its terminal is closed."""
+    numbers = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    return [n for n in numbers if n.name != "SIGHUP" or signal.getsignal(n) is not signal.SIG_IGN]
+
+
 @contextmanager
 def handled_signals(handle: Callable[[int], None]) -> Iterator[SignalHandlers]:
-    """Within this context Ctrl-C and SIGTERM call ``handle`` with their number, in the main thread of a process."""
-    handlers = SignalHandlers((signal.SIGINT, signal.SIGTERM), handle)
+    """Within this context `stop_signals` call ``handle`` with their number, in the main thread of a process."""
+    handlers = SignalHandlers(stop_signals(), handle)
     try:
         yield handlers
     finally:

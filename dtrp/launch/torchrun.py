@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -18,8 +20,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .process_end import LAUNCHER_VARIABLE
-from .signals import handlers_restored
+from .signals import handlers_restored, stop_signals
 
+FAILURE = "failed (exitcode: "  # how torch's launcher begins the record of a worker's failure
 _LAST_LINES = 30  # of a failed worker's log that are kept
 SAVING_S = 120  # how long workers may take to save and end when they are told to stop
 
@@ -35,12 +38,16 @@ class WorkersError(RuntimeError):
 
     def __init__(self, rank: int, exit_code: int, log: str) -> None:
         self.rank, self.exit_code, self.log = rank, exit_code, log
-        if exit_code < 0:
-            super().__init__(f"dtrp: rank {rank} was killed by signal {-exit_code} ({signal.Signals(-exit_code).name})")
-        elif log.strip():
-            super().__init__(log.strip().splitlines()[-1])
-        else:
-            super().__init__(f"dtrp: rank {rank} ended with exit code {exit_code}, and nothing in its log")
+        super().__init__(how_ended(f"rank {rank}", exit_code, log))
+
+
+def how_ended(worker: str, exit_code: int, log: str) -> str:
+    """The signal that killed a worker, or the last line of its log."""
+    if exit_code < 0:
+        return f"dtrp: {worker} was killed by signal {-exit_code} ({signal.Signals(-exit_code).name})"
+    if log.strip():
+        return log.strip().splitlines()[-1]
+    return f"dtrp: {worker} ended with exit code {exit_code}, and nothing in its log"
 
 
 class WorkersStopped(Exception):
@@ -56,7 +63,14 @@ class WorkersStopped(Exception):
         self.signal, self.log = signal, log
 
 
-def run_workers(arguments: Sequence[str], num_processes: int, *, shown: int, max_restarts: int = 0) -> None:
+def run_workers(
+    arguments: Sequence[str],
+    num_processes: int,
+    *,
+    shown: int,
+    max_restarts: int = 0,
+    say: Callable[[str], None] = print,
+) -> None:
     """Run ``python -m ...`` in several processes, as torchrun would, and wait for them.
 
     Args:
@@ -64,15 +78,17 @@ def run_workers(arguments: Sequence[str], num_processes: int, *, shown: int, max
         num_processes: the number of workers.
         shown: the local rank whose standard output is this process's; the others write to logs that are thrown away.
         max_restarts: how often all workers are started again after one has failed.
+        say: shows a line to the user: before each restart, who failed and why.
 
     Raises:
         WorkersError: one failed; the others have been ended.
-        WorkersStopped: Ctrl-C or SIGTERM; all workers were told, had the time to save, and have ended.
+        WorkersStopped: Ctrl-C, SIGTERM or SIGHUP; all workers were told, had the time to save, and have ended.
     """
     with (
+        tempfile.TemporaryDirectory(prefix="dtrp-") as folder,
         handlers_restored(("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")),  # the launcher replaces them
         _launcher_settings(),
-        tempfile.TemporaryDirectory(prefix="dtrp-") as folder,
+        _restarts_told(Path(folder), max_restarts, say),
     ):
         redirects = {rank: Std.ERR if rank == shown else Std.ALL for rank in range(num_processes)}
         config = LaunchConfig(
@@ -81,10 +97,12 @@ def run_workers(arguments: Sequence[str], num_processes: int, *, shown: int, max
             nproc_per_node=num_processes,
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",  # else the name of this host, which it may not be able to resolve
             max_restarts=max_restarts,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=redirects),
+            **_handled_by_launcher(),
         )
         try:
             elastic_launch(config, sys.executable)(*arguments)
@@ -113,6 +131,33 @@ def _launcher_settings() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
         os.environ.clear()
         os.environ.update(variables)
+
+
+@contextmanager
+def _restarts_told(folder: Path, max_restarts: int, say: Callable[[str], None]) -> Iterator[None]:
+    """Within this context ``say`` is told of each failure after which all workers start again; torch's launcher logs them."""
+    logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    restarts = itertools.count(1)
+
+    def tell(record: logging.LogRecord) -> bool:
+        if str(record.msg).startswith(FAILURE) and record.args and (restart := next(restarts)) <= max_restarts:
+            exit_code, rank = tuple(record.args)[:2]
+            how = how_ended(f"rank {rank}", int(str(exit_code)), _end_of_log(folder, int(str(rank))))
+            say(f"{how.removeprefix('dtrp: ')}; restart {restart} of {max_restarts}")
+        return False
+
+    logger.addFilter(tell)
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.removeFilter(tell)
+
+
+def _handled_by_launcher() -> dict[str, Any]:
+    """The setting of torch's launcher, where it has one, by which it does not hear signals that this process ignores."""
+    names = [number.name for number in (*stop_signals(), signal.SIGQUIT)]
+    return {"signals_to_handle": ",".join(names)} if hasattr(LaunchConfig, "signals_to_handle") else {}
 
 
 def worker_variables() -> dict[str, str]:

@@ -120,7 +120,7 @@ def _on_all_ranks(engine: Engine, target: Path, job: Callable[[], T]) -> list[T]
     rank, reason = next(iter(reasons.items()))
     where = "" if engine.alone else f" on rank {rank}"
     raise CheckpointError(
-        f"nothing was saved to {target}{where}: {reason}; what was there before is as it was, and training can go on"
+        f"nothing was saved to {target}{where}: {reason}; what was there before is as it was"
     ) from error
 
 

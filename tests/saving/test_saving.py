@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,7 +24,7 @@ from helpers import Scale, adamw, assert_same, minibatches, network, pipeline, s
 from launching import Server, run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import dtrp
 from dtrp.data import batches, load_data
@@ -587,6 +589,72 @@ def test_a_sampler_that_nobody_advances_says_so() -> None:
         sampler.load_state_dict({"epoch": 1})
     with pytest.raises(ValueError, match="position 9: no place"):
         sampler.load_state_dict({**sampler.state_dict(), "position": 9})
+
+
+class Habits(Dataset[Any]):
+    """A data set that draws from the global generators, as augmentations do."""
+
+    def __len__(self) -> int:
+        return 23
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([index, torch.rand(()).item(), random.gauss(0, 1), np.random.randn()], dtype=torch.float64)
+
+
+def draws(sampler: dtrp.ResumableSampler, *, workers: int = 0, stop: int = 99) -> list[Tensor]:
+    """The batches of three epochs and what the loop itself draws, until ``stop`` of them have been seen."""
+    loader = DataLoader(Habits(), batch_size=6, sampler=sampler, num_workers=workers)
+    seen: list[Tensor] = []
+    while sampler.epoch < 3:
+        for batch in loader:
+            seen.append(torch.cat([batch.flatten(), torch.rand(1, dtype=torch.float64)]))
+            sampler.advance(len(batch))
+            if len(seen) == stop:
+                return seen
+    return seen
+
+
+def reseed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_data_set_draws_goes_on_to_the_bit(workers: int) -> None:
+    """With workers of the loader at the end of an epoch."""
+    reseed(1)
+    whole = draws(dtrp.ResumableSampler(23, seed=4), workers=workers)
+    for stop in range(1, 13) if not workers else [4, 8]:
+        reseed(1)
+        first = dtrp.ResumableSampler(23, seed=4)
+        draws(first, workers=workers, stop=stop)
+        state = json.loads(json.dumps(first.state_dict()))
+        reseed(2)
+        sampler = dtrp.ResumableSampler(23)
+        sampler.load_state_dict(state)
+        assert all(map(torch.equal, draws(sampler, workers=workers), whole[stop:]))
+
+
+def test_a_sampler_s_state_of_other_random_generators_is_refused() -> None:
+    sampler = dtrp.ResumableSampler(4)
+    state = sampler.state_dict()
+    before = torch.get_rng_state(), random.getstate()
+    python, numpy = state["random"]["python"], state["random"]["numpy"]
+    for wrong in (
+        None, {}, {"torch": 1}, {"torch": "AAAA"}, {"torch": "A" * 6744}, {"python": ["AAAA", 3, None]},
+        {"python": [python[0], 625, None]}, {"python": [python[0], 3, "x"]}, {"numpy": [numpy[0], 10**6, 0, 0.0]},
+        {"numpy": [numpy[0], -1, 0, 0.0]}, {"numpy": [1]}, {"numpy": [numpy[0], 3, 5, 0.0]},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="no states of random generators"):
+            sampler.load_state_dict({**state, "random": wrong and {**state["random"], **wrong}, "position": 2})
+        assert sampler.position == 0
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    del state["random"]  # as versions wrote it that kept none
+    sampler.load_state_dict({**state, "position": 2})
+    assert len(list(sampler)) == 2
+    assert torch.equal(before[0], torch.get_rng_state())
 
 
 def test_batches_from_the_middle_of_an_epoch() -> None:
