@@ -244,7 +244,7 @@ class Pipeline(BasePipeline):
         self._check_usable(trains=True)
         engine = self._engine
         with self._shared():
-            x = check_samples("x", x) if engine.takes_x else None
+            x = check_samples("x", x, self.num_microbatches) if engine.takes_x else None
             # Of the first and the last rank one needs y. The other may be given it too, and then both are checked against
             # each other.
             needs_y = engine.takes_x if self.method.local else engine.takes_y
@@ -253,7 +253,8 @@ class Pipeline(BasePipeline):
                     f"y is None; by method {self.method.name!r} each stage has a loss of its own, and the first hands the "
                     "targets on: pass y where you pass x"
                 )
-            y = check_samples("y", y) if needs_y or ((engine.takes_x or engine.takes_y) and y is not None) else None
+            wants_y = needs_y or ((engine.takes_x or engine.takes_y) and y is not None)
+            y = check_samples("y", y, self.num_microbatches) if wants_y else None
             for stage in engine.stages:
                 stage.check_trainable()
                 follow(stage.module)

@@ -55,17 +55,21 @@ def nearest(name: object, names: Iterable[str]) -> str | None:
     >>> nearest("encoder.layer.1", ["bert.encoder.layer", "bert.encoder.layer.1", "bert.pooler"])
     'bert.encoder.layer.1'
     """
-    names = list(names)
-    near = difflib.get_close_matches(str(name), names, n=len(names) or 1, cutoff=0.4)
-    # Among equally near ones, the one that begins alike: resnet20 for resnet21, not resnet32.
-    near.sort(
-        key=lambda n: (
-            sorted(n) != sorted(str(name)),
-            -difflib.SequenceMatcher(None, n, str(name)).ratio(),
-            -len(commonprefix([n, str(name)])),  # noqa: RUF071
-        )
+    text = str(name).lower()
+
+    def likeness(known: str) -> float:
+        return difflib.SequenceMatcher(None, known.lower(), text).ratio()
+
+    return min(
+        (known for known in names if likeness(known) >= 0.4),
+        # Among equally near ones, the one that begins alike: resnet20 for resnet21, not resnet32.
+        key=lambda known: (
+            sorted(known.lower()) != sorted(text),
+            -likeness(known),
+            -len(commonprefix([known.lower(), text])),  # noqa: RUF071
+        ),
+        default=None,
     )
-    return near[0] if near else None
 
 
 def unknown(label: str, name: object, names: Iterable[str]) -> str:

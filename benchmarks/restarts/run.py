@@ -168,7 +168,13 @@ def killed_often(
         process.wait()
         said, error = reader.finish()
     going_on = re.findall(r"going on after update (\d+)", said)
-    return {"kills": done, "code": process.returncode, "error": error, "went_on_after": [int(n) for n in going_on]}
+    return {
+        "kills": done,
+        "code": process.returncode,
+        "error": error,
+        "went_on_after": [int(n) for n in going_on],
+        "restarts": re.findall(r"^(.*); restart (\d+ of \d+)$", said, re.M),
+    }
 
 
 def lines_of(out: Path) -> list[dict[str, Any]]:

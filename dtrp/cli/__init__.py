@@ -10,7 +10,7 @@ import rich  # noqa: F401  (commands import it when they run; a missing package 
 from .. import __version__
 from ..validation import nearest
 from .comparing import compare, report
-from .endings import Stopped
+from .endings import Stopped, lost_terminal_ignored
 from .planning import plan
 from .schedules import methods, schedule, simulate
 from .training import demo, train
@@ -40,7 +40,8 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _complain(text: str, code: int = 2) -> int:
-    print(f"dtrp: {' '.join(text.split())}", file=sys.stderr)
+    with lost_terminal_ignored():
+        print(f"dtrp: {' '.join(text.split())}", file=sys.stderr, flush=True)
     return code
 
 

@@ -21,6 +21,7 @@ from ..train import comparison
 from ..train.comparison import mean_text, megabytes_by_stage, prediction_error, shown_delay, weight_distance
 from ..train.results import EpochMetrics, TrainResult, describe_layers, summarize_delays
 from ..train.trainer import Reporter, Trainer
+from .endings import lost_terminal_ignored
 
 _LINE_EVERY_S = 30.0
 _MEMORY = "memory by stage, MB"
@@ -48,7 +49,8 @@ class ConsoleReporter(Reporter):
         )
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        with lost_terminal_ignored():
+            self.console.print(text, highlight=False, markup=False)
 
     def epoch(self, metrics: EpochMetrics) -> None:
         line = (
@@ -74,7 +76,8 @@ class ConsoleReporter(Reporter):
     def finish(self, result: TrainResult) -> None:
         if not self.table:
             return
-        self.console.print(_stage_table(result))
+        with lost_terminal_ignored():
+            self.console.print(_stage_table(result))
         last = result.epochs[-1]
         skipped = [f"{len(s.skipped_updates)} at stage {s.stage}" for s in result.stages if s.skipped_updates]
         if skipped:
@@ -127,7 +130,8 @@ class LiveReporter(ConsoleReporter):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._live.stop()
+        with lost_terminal_ignored():
+            self._live.stop()
 
     def _lines(self) -> RenderableType:
         if self._loss is None:

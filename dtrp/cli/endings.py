@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,3 +30,16 @@ def mistakes(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise click.ClickException(str(error)) from error
+
+
+@contextmanager
+def lost_terminal_ignored() -> Iterator[None]:
+    """What is written to a terminal that has been closed is dropped, here and from then on; the run goes on, or saves."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        with open(os.devnull, "wb") as nowhere:
+            for standard_output in (1, 2):
+                os.dup2(nowhere.fileno(), standard_output)

@@ -92,14 +92,14 @@ def load_run(ctx: click.Context, param: click.Parameter, value: str | None) -> s
     """Make a run's settings the defaults of the other options, unless a file of settings has been read."""
     if value is not None:
         folder = Path(value).expanduser()
-        if message := _no_run(folder):
+        if message := _why_no_run(folder):
             raise click.BadParameter(message)
         if not ctx.default_map:
             _load_config(ctx, param, str(folder / "config"))
     return value
 
 
-def _no_run(folder: Path) -> str | None:
+def _why_no_run(folder: Path) -> str | None:
     """Why a run cannot be resumed from a place; None where there is one."""
     for place in (folder, folder.parent):
         if (place / COMPARISON).is_file():

@@ -18,7 +18,7 @@ from ..train.from_plan import resolved
 from ..train.results import TrainResult
 from ..train.run_folder import RunFolder
 from ..train.trainer import Interrupted, Reporter, Trainer
-from .endings import Stopped, mistakes
+from .endings import Stopped, lost_terminal_ignored, mistakes
 
 
 def checked(config: TrainConfig) -> Trainer:
@@ -48,12 +48,12 @@ def trained(trainer: Trainer, reporter: Reporter) -> TrainResult:
         cause = error.__cause__ if isinstance(error.__cause__, FloatingPointError) else error
         raise click.ClickException(str(cause)) from error
     except (WorkerError, CheckpointError) as error:
-        raise click.ClickException(f"{error}{_going_on(trainer.config)}") from error
+        raise click.ClickException(f"{error}{_resume_hint(trainer.config)}") from error
     except OSError as error:
-        raise click.ClickException(f"cannot write the run: {error}{_going_on(trainer.config)}") from error
+        raise click.ClickException(f"cannot write the run: {error}{_resume_hint(trainer.config)}") from error
 
 
-def _going_on(config: TrainConfig) -> str:
+def _resume_hint(config: TrainConfig) -> str:
     """The end of a message about a run that has saves, with the command that goes on with it."""
     has_saves = config.out is not None and any(Path(config.out).expanduser().glob("saves/update-*"))
     return f"; go on with: dtrp train --resume {config.out}" if has_saves else ""
@@ -98,8 +98,13 @@ def train_in_workers(config: TrainConfig, *, quiet: bool = True) -> None:
             if error.log.strip() and (error.exit_code < 0 or not from_dtrp):  # messages of native code are there alone
                 click.echo(error.log, err=True)
             if error.exit_code < 0 or isinstance(config.workers, str):  # what a worker says is complete
-                message += _going_on(config)
+                message = message.removesuffix(_resume_hint(config)) + _resume_hint(config)
             raise click.ClickException(message if from_dtrp else f"rank {error.rank} failed: {message}") from None
+
+
+def _show(line: str) -> None:
+    with lost_terminal_ignored():
+        click.echo(line)
 
 
 def _launch(arguments: list[str], config: TrainConfig) -> None:
@@ -111,7 +116,7 @@ def _launch(arguments: list[str], config: TrainConfig) -> None:
         assert config.workers is not None
         # The last stage of the first replica knows the loss.
         shown, restarts = config.workers - 1, config.max_restarts or 0
-        run_workers(arguments, config.workers * config.replicas, shown=shown, max_restarts=restarts, say=click.echo)
+        run_workers(arguments, config.workers * config.replicas, shown=shown, max_restarts=restarts, say=_show)
         return
     out = Path(str(config.out)).expanduser()
     before = read_summary(out)  # of a run that is trained longer
@@ -120,5 +125,5 @@ def _launch(arguments: list[str], config: TrainConfig) -> None:
         *worker_range(config.workers),
         max_restarts=10 if config.max_restarts is None else config.max_restarts,
         is_finished=lambda: read_summary(out) not in (None, before),
-        say=click.echo,
+        say=_show,
     )

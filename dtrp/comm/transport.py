@@ -44,6 +44,7 @@ from .peer_watch import PeerWatch
 from .process_groups import GroupFactory
 
 LATENCY_VARIABLE = "DTRP_MESSAGE_LATENCY_S"
+_RULE = "Every rank must call the same methods in the same order, and step() the same number of times"
 L = TypeVar("L", bound=Link)
 
 
@@ -164,8 +165,7 @@ class Transport:
         return self.monitor.wait(
             take,
             lambda: (
-                f"{self._has_waited} for rank {link.peer}: {describe()}{self.collectives.neighbours_methods()}. Every rank must "
-                "call step() the same number of times, and all else in the same order"
+                f"{self._has_waited} for rank {link.peer}: {describe()}{self.collectives.neighbours_methods()}. {_RULE}"
             ),
             (link.peer,),
         )
@@ -213,7 +213,7 @@ class Transport:
         if peer in self._watch.done:
             raise WorkerError(
                 f"rank {peer} has closed its pipeline after {self._watch.done[peer]} steps, and rank {self.ranks.rank}, "
-                f"{self.monitor.doing}, waits for it: {describe()}. Every rank must call step() the same number of times"
+                f"{self.monitor.doing}, waits for it: {describe()}. {_RULE}"
             )
 
     # -- the end ------------------------------------------------------------------------------------------

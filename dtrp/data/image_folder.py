@@ -51,7 +51,7 @@ def load_folder(data_dir: Path, seed: int, image_size: int) -> Dataset:
             f"no folder {data_dir}; pass data_dir (--data-dir), a folder with train/<class>/ and test/<class>/"
         )
     train, test = _splits(data_dir, seed)
-    _warn_of_others(data_dir, {file for files in (*train.values(), *test.values()) for file in files})
+    _warn_of_unread(data_dir, {file for files in (*train.values(), *test.values()) for file in files})
     names = tuple(train)
     train_images, test_images = (_read(files, names, image_size) for files in (train, test))
     return image_dataset("folder", train_images, test_images, len(names), names, augment=True)
@@ -94,7 +94,7 @@ def _is_image(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() in _ENDINGS and not path.name.startswith(".")
 
 
-def _warn_of_others(data_dir: Path, images: set[Path]) -> None:
+def _warn_of_unread(data_dir: Path, images: set[Path]) -> None:
     """Warn of what lies in the folder and is not among ``images``."""
     classes = {image.parent for image in images}
     folders = {data_dir, *classes, *(path.parent for path in classes)}  # of which some may be links

@@ -244,10 +244,10 @@ class Losses:
         """Refuse a loss that is not finite."""
         for stage, micro, loss in self._unchecked:
             if not math.isfinite(value := float(loss)):
-                which = f"stage {stage}, the last" if stage == self._last_stage else f"stage {stage}"
+                where = "" if stage == self._last_stage else f" (stage {stage})"
                 cause = FloatingPointError(
                     f"the loss of mini-batch {micro.minibatch} is {value}; lower the learning rate, or look at "
-                    f"the data of this mini-batch ({which})"
+                    f"the data of this mini-batch{where}"
                 )
                 raise StageError(stage, Action("F", micro.index), micro.minibatch, cause) from cause
         self._unchecked.clear()

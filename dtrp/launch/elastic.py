@@ -114,7 +114,7 @@ class Launchers:
         news = []
         logs = [(self._folder / f"{number}.log").read_text(errors="replace") for number in range(len(self.processes))]
         codes = [list(map(int, re.findall(rf"{re.escape(FAILURE)}(-?\d+)", log))) for log in logs]
-        if (restart := max(map(len, codes))) > self._num_failures:
+        if self._num_failures < (restart := max(map(len, codes))) <= self._max_restarts:
             self._num_failures = restart
             # To blame is first who was killed, then who ended with an error.
             failed = {number: ended[-1] for number, ended in enumerate(codes) if len(ended) == restart}

@@ -69,7 +69,7 @@ def run_workers(
     *,
     shown: int,
     max_restarts: int = 0,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None],
 ) -> None:
     """Run ``python -m ...`` in several processes, as torchrun would, and wait for them.
 
@@ -88,7 +88,7 @@ def run_workers(
         tempfile.TemporaryDirectory(prefix="dtrp-") as folder,
         handlers_restored(("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")),  # the launcher replaces them
         _launcher_settings(),
-        _restarts_told(Path(folder), max_restarts, say),
+        _report_restarts(Path(folder), max_restarts, say),
     ):
         redirects = {rank: Std.ERR if rank == shown else Std.ALL for rank in range(num_processes)}
         config = LaunchConfig(
@@ -134,7 +134,7 @@ def _launcher_settings() -> Iterator[None]:
 
 
 @contextmanager
-def _restarts_told(folder: Path, max_restarts: int, say: Callable[[str], None]) -> Iterator[None]:
+def _report_restarts(folder: Path, max_restarts: int, say: Callable[[str], None]) -> Iterator[None]:
     """Within this context ``say`` is told of each failure after which all workers start again; torch's launcher logs them."""
     logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
     restarts = itertools.count(1)
@@ -156,8 +156,8 @@ def _restarts_told(folder: Path, max_restarts: int, say: Callable[[str], None]) 
 
 def _handled_by_launcher() -> dict[str, Any]:
     """The setting of torch's launcher, where it has one, by which it does not hear signals that this process ignores."""
-    names = [number.name for number in (*stop_signals(), signal.SIGQUIT)]
-    return {"signals_to_handle": ",".join(names)} if hasattr(LaunchConfig, "signals_to_handle") else {}
+    names = ",".join([*(number.name for number in stop_signals()), "SIGQUIT"])
+    return {"signals_to_handle": names} if hasattr(LaunchConfig, "signals_to_handle") else {}
 
 
 def worker_variables() -> dict[str, str]:

@@ -99,6 +99,11 @@ def glance(folder: str | os.PathLike[str]) -> Checkpoint:
     try:
         if not path.exists() and previous(path).exists():
             path = previous(path)
+        if path.is_file():
+            raise CheckpointError(
+                f"{folder} is a file, and a checkpoint is a folder that pipe.save() has written; a state dict of torch.save goes "
+                "to pipe.load_state_dict(torch.load(file)), that of a model to model.load_state_dict before the Pipeline is made"
+            )
         if not path.is_dir():
             raise CheckpointError(f"{folder}: no such folder; pass one that pipe.save() has written")
         manifest = _read(path)

@@ -181,9 +181,11 @@ def checked_scheduler(make: SchedulerFactory | None) -> SchedulerFactory | None:
             raise TypeError(
                 "ReduceLROnPlateau needs a metric at every step; use a scheduler that is a function of the update"
             )
-        if not hasattr(scheduler, "step"):
+        needed = ("step", "state_dict", "load_state_dict")  # the last two for checkpoints
+        if lacks := [name for name in needed if not callable(getattr(scheduler, name, None))]:
             raise TypeError(
-                f"lr_scheduler returned a {type(scheduler).__name__}; it returns a torch.optim.lr_scheduler"
+                f"lr_scheduler returned a {type(scheduler).__name__} without {', '.join(lacks)}; it returns a "
+                "torch.optim.lr_scheduler, or what has these methods"
             )
         return scheduler
 

@@ -145,13 +145,14 @@ def _cut(t: Tensor, parts: int) -> Sequence[Tensor]:
     return [torch.narrow_copy(t, 0, start, length) for start, length in zip(starts, lengths, strict=False)]
 
 
-def check_samples(label: str, value: Tree) -> Tree:
+def check_samples(label: str, value: Tree, num_microbatches: int = 1) -> Tree:
     """Check a mini-batch: every tensor has the same number of samples, at least one, along dimension 0, or is one for all.
 
     Raises:
-        TypeError, ValueError: the value is no mini-batch.
+        TypeError, ValueError: the value is no mini-batch, or it is cut into micro-batches and has a list of something else
+            with an entry a sample.
     """
-    tensors = flatten(value, label)[0] if isinstance(value, (Tensor, tuple, list, Mapping)) else []
+    tensors, form = flatten(value, label) if isinstance(value, (Tensor, tuple, list, Mapping)) else ([], _TENSOR)
     if not tensors:
         raise TypeError(
             f"{label} is a {type(value).__name__}; step takes tensors with samples along dimension 0, or tuples, lists and "
@@ -163,12 +164,34 @@ def check_samples(label: str, value: Tree) -> Tree:
     if len({1, *lengths}) > 2:
         raise ValueError(
             f"the tensors of {label} have {', '.join(map(str, lengths))} samples along dimension 0; each has those of one "
-            "mini-batch, or is one for all of them"
+            "mini-batch, or is one for all of them (samples behind one another, with their offsets, cannot "
+            "be cut: pad them, a row a sample)"
         )
     if not num_samples(value):
         raise ValueError("an empty mini-batch; pass at least one sample (each replica needs at least one)")
+    if num_microbatches > 1 and tensors and not isinstance(value, Tensor):
+        for place in _uncut_lists(form, label, num_samples(value)):
+            raise TypeError(
+                f"{place} has {num_samples(value)} entries that are no tensors, as many as there are samples, and would go whole "
+                f"to each of {num_microbatches} micro-batches; make a tensor of it, leave it out, or pass num_microbatches=1 "
+                "(numbers that are for all samples go into a tuple)"
+            )
     # No graph can save an inference tensor.
     return map_tensors(lambda t: t.clone() if t.is_inference() else t, value)
+
+
+def _uncut_lists(form: Form, place: str, samples: int) -> Iterator[str]:
+    """Where a tree has a list of text or numbers, or a tuple of text, with as many entries as there are samples."""
+    kind, entries = form[0], form[1] if len(form) > 1 else []
+    if kind == "dict":
+        for key, entry in entries:
+            yield from _uncut_lists(entry, f"{place}[{key!r}]", samples)
+    elif kind in ("list", "tuple"):
+        constants = [entry[1] for entry in entries if entry[0] == "constant" and entry[1] is not None]
+        if 1 < samples == len(constants) == len(entries) and (kind == "list" or all(type(c) is str for c in constants)):
+            yield place
+        for i, entry in enumerate(entries):
+            yield from _uncut_lists(entry, f"{place}[{i}]", samples)
 
 
 def on_cpu(value: Any) -> Any:

@@ -172,6 +172,7 @@ def written(text: str, name: str = "c.yaml") -> Callable[[Path], list[str]]:
         (["--batch-size", "3", "--num-microbatches", "4"], "--batch-size 3 is smaller than --num-microbatches 4"),
         (["--batch-size", "0"], "--batch-size 0: at least 1"),
         (["--method", "dtpr"], "unknown method 'dtpr'; did you mean 'dtrp'?"),
+        (["--method", "DTRP"], "unknown method 'DTRP'; did you mean 'dtrp'?"),
         (["--model", "resnet21"], "unknown model 'resnet21'; did you mean 'resnet20'"),
         (["--data", "cifar11"], "unknown data 'cifar11'; did you mean 'cifar10'"),
         (["--optimizer", "agd"], "unknown optimizer 'agd'; did you mean 'sgd'"),
@@ -259,6 +260,29 @@ def test_out_below_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "cannot be written to" in capsys.readouterr().err
 
 
+def test_a_run_that_is_not_kept_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*SMALL, "--max-updates", "1"]) == 0
+    assert "nothing of this run is kept; name a folder for it with --out" in capsys.readouterr().out
+    assert run([*SMALL, "--max-updates", "1", "--out", str(tmp_path / "run")]) == 0
+    assert "is kept" not in capsys.readouterr().out
+
+
+LOST = """
+import os, pty, sys
+from dtrp.cli.endings import lost_terminal_ignored
+terminal, end = pty.openpty()
+os.dup2(end, 1), os.dup2(end, 2), os.close(end), os.close(terminal)
+with lost_terminal_ignored():
+    print("lost", flush=True)
+    sys.exit("not reached")
+print("dropped", flush=True)
+"""
+
+
+def test_a_terminal_that_is_closed_ends_nothing() -> None:
+    assert subprocess.run([sys.executable, "-c", LOST], check=False).returncode == 0
+
+
 def test_every_option_is_documented() -> None:
     for command in cli.commands.values():
         assert command.help
@@ -343,7 +367,7 @@ def test_a_log_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "\r" not in shown
-    assert [line[:9] for line in shown.splitlines()[1:3]] == ["epoch   1", "epoch   2"]
+    assert [line[:9] for line in shown.splitlines()[2:4]] == ["epoch   1", "epoch   2"]
     assert type(make_reporter()) is PlainReporter
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert type(make_reporter()) is PlainReporter, "colours make no terminal of a log"

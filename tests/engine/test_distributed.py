@@ -570,7 +570,11 @@ def test_a_rank_that_is_told_to_end_at_the_start_names_who_is_missed(
         ),
         ("flush and state_dict", 2, [r"flush\(\)", r"state_dict\(\)", "same methods in the same order"]),
         ("infer and flush", 2, [r"infer\(\)", r"flush\(\)", "same methods in the same order"]),
-        ("save_model and step", 2, ["the same number of times"]),
+        (
+            "save_model and step",
+            2,
+            ["must call the same methods in the same order, and step()", "the same number of times"],
+        ),
         ("steps: more on the last", 2, ["the same number of times"]),
         ("steps: more on the last", 3, ["the same number of times"]),
         ("steps: more on the first", 3, ["the same number of times"]),

@@ -85,6 +85,11 @@ def test_files_and_links_that_do_not_belong_there(folder: Path, tmp_path: Path) 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     check_refused(tmp_path / "nowhere", "no such folder")
+    torch.save({}, tmp_path / "model.pt")
+    check_refused(
+        tmp_path / "model.pt",
+        r"model\.pt is a file, and a checkpoint is a folder .* pipe\.load_state_dict\(torch\.load",
+    )
     (tmp_path / "empty").mkdir()
     check_refused(tmp_path / "empty", "manifest.json is missing")
     for text in (

@@ -202,11 +202,35 @@ def test_what_no_boundary_carries(gives: Any, rule: str) -> None:
         ((torch.zeros(()),), ValueError, "x has no dimension"),
         ({"a": None}, TypeError, "x is a dict; step takes tensors"),
         ({"a": torch.zeros(4), "b": object()}, TypeError, r"x\['b'\] is a object"),
+        ((torch.zeros(9), torch.tensor([0, 4, 7])), ValueError, "with their offsets, cannot be cut: pad them"),
+        ({"a": torch.zeros(3), "names": ["x", "y", "z"]}, TypeError, r"x\['names'\] has 3 entries that are no tensors"),
+        (
+            (torch.zeros(3), [{"names": ("x", "y", "z")}]),
+            TypeError,
+            r"x\[1\]\[0\]\['names'\] has 3 .* to each of 2 micro",
+        ),
+        ({"a": torch.zeros(3, 1), "lengths": [4, 2, 2.5]}, TypeError, r"x\['lengths'\] has 3 .* make a tensor of it"),
     ],
 )
 def test_mini_batches_that_do_not_fit(x: Any, error: type[Exception], rule: str) -> None:
     with pytest.raises(error, match=rule):
-        check_samples("x", x)
+        check_samples("x", x, 2)
+
+
+@pytest.mark.parametrize(
+    "constants", [(2, 2, 2), ["x", "y"], [None] * 3, [1, None, 2], [torch.zeros(3), "x", "y"], 3, "abc"]
+)
+def test_constants_that_are_for_all_samples(constants: Any) -> None:
+    x = {"a": torch.zeros(3), "b": constants}
+    check_samples("x", x, 2)
+    check_samples("x", {"a": torch.zeros(3), "names": ["x", "y", "z"]}, 1)
+
+
+def test_a_list_of_text_in_a_mini_batch_that_is_cut_is_refused() -> None:
+    pipe = pipeline([nn.Linear(6, 6), nn.Linear(6, 3)], num_microbatches=2)
+    y = {"class": torch.zeros(4, dtype=torch.int64), "names": list("abcd")}
+    with pytest.raises(TypeError, match=r"y\['names'\] has 4 entries"):
+        pipe.step(torch.randn(4, 6), y)
 
 
 def test_a_tree_is_cut_into_parts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from benchmark_programs import CIFAR, benchmark
 
 from dtrp.cli import run
 from dtrp.launch.rendezvous import Heartbeats, Rendezvous
-from dtrp.launch.signals import stop_on_signal
+from dtrp.launch.signals import stop_on_signal, stop_signals
 from dtrp.train import TrainConfig
 from dtrp.train.autosave import SaveEvery
 from dtrp.train.config_checks import check_settings, worker_range
@@ -53,7 +54,12 @@ def gone(pids: list[int], timeout_s: float = 20.0) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)]
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.full),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.full),
+    ],
 )
 def test_workers_that_are_told_to_stop_save_together(whole: Path, tmp_path: Path, number: int, code: int) -> None:
     out = tmp_path / "run"
@@ -148,7 +154,7 @@ def test_after_a_death_nothing_is_saved(tmp_path: Path) -> None:
         restarts.kill(workers[-1])
         _, error = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "was killed by signal 9" in error
+    assert error == f"dtrp: rank 1 was killed by signal 9 (SIGKILL); go on with: dtrp train --resume {out}\n"
     assert all(int(path.name[7:]) % 16 == 0 for path in restarts.saves(out)), "at epochs' ends alone"
     assert gone(workers)
 
@@ -158,6 +164,9 @@ def test_killed_workers_start_again_and_end_as_if_nothing_had_been(whole: Path, 
     result = restarts.killed_often([*SMALL, "--max-restarts", "2", "--out", str(out)], out, 1, aim="workers")
     assert result["code"] == 0, result
     assert len(result["kills"]) == 1
+    ((what, which),) = result["restarts"]
+    assert re.fullmatch(r"rank [01] was killed by signal 9 \(SIGKILL\)", what)
+    assert which == "1 of 2"
     assert result["error"] == ""
     assert restarts.same(out, whole) == EQUAL
 
@@ -416,6 +425,20 @@ def test_the_first_rank_is_missed_with_its_store(monkeypatch: pytest.MonkeyPatch
     assert presence.missing([0, 1]) == [0]
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert presence.missing([0, 1]) == []
+
+
+def test_a_signal_that_is_ignored_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+    assert set(stop_signals()) == {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert set(stop_signals()) == {signal.SIGINT, signal.SIGTERM}
+        with stop_on_signal(lambda: None) as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            assert request.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_one_signal_asks_and_its_echoes_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

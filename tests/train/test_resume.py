@@ -102,7 +102,8 @@ def test_on_workers_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)]
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)],
 )
 def test_asked_to_stop_it_saves(whole: Path, tmp_path: Path, number: int, code: int) -> None:
     folder = tmp_path / "run"

@@ -115,6 +115,19 @@ def test_what_native_code_says_before_it_aborts_is_shown(
     assert last == "dtrp: rank 0 was killed by signal 6 (SIGABRT)"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_workers_of_this_machine_meet_where_no_name_need_be_resolved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = tmp_path / "worker"
+    worker.write_text(f"#!{sys.executable}\nimport os\nraise SystemExit('they meet at ' + os.environ['MASTER_ADDR'])\n")
+    worker.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(worker))
+    assert run([*SMALL, "--workers", "1"]) == 2
+    gc.collect()
+    assert "they meet at 127.0.0.1\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.full), signal.SIGINT])
 def test_a_killed_worker_and_ctrl_c(number: signal.Signals) -> None:
     command = [sys.executable, "-m", "dtrp", *SMALL, "--workers", "3", "--epochs", "100000"]
