@@ -20,7 +20,7 @@ from .methods import Keep, Method
 from .planning.plan_file import Plan, as_plan
 from .splitting.stages import Stages, check_device, into_stages, stage_device
 from .stage.gradients import Clip, OnNonfinite
-from .stage.local_loss import Auxiliary, aux_of_stages
+from .stage.losses import Auxiliary, aux_of_stages
 from .stage.optimizer_step import check_callables, checked_optimizer
 from .stage.reach import Reach, refuse_gradient
 from .stage.specs import StageNetwork, StagePosition, StageTraining

@@ -6,6 +6,7 @@ time, its writes to buffers go where they should, and its input is not written.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, cast
@@ -25,6 +26,7 @@ from ..tensors.rng import Draws
 from ..tensors.torch_private import non_persistent_buffers, write_count
 from ..typing import Tree
 from .buffers import ABSENT, BuffersRead, BufferState, Mark, doubles, marks, same
+from .losses import collecting
 from .reach import Reach
 from .repetition import wants_gradients
 from .specs import StageNetwork
@@ -156,17 +158,19 @@ class RepeatableForward:
         stage, reach = self._draws.stage, self._reach
         watched = reach if reach is not None and reach.covers(held.micro.minibatch) else None
         watch = nullcontext() if watched is None else watched.watching(stage, entered, tensors_of(held.target))
-        with self._places.hold(weights), state, watch if self.can_be_watched else nullcontext():
-            out = self._call(x)
-            judged = out if self._call_aux is None else self._judged(out)
-        with watch:
-            loss = None if self._loss_fn is None else self._loss(judged, held)
+        with collecting() as terms:
+            with self._places.hold(weights), state, watch if self.can_be_watched else nullcontext():
+                out = self._call(x)
+                judged = out if self._call_aux is None else self._judged(out)
+            with watch:
+                loss = None if self._loss_fn is None else self._loss(judged, held, terms)
+        held.added = functools.reduce(torch.add, terms) if terms else None
 
         def inside() -> list[Tensor]:
             return [*self._whole.parameters(), *weights.values(), *inputs]
 
         if watched is not None:
-            watched.check(stage, (out, judged), inside)
+            watched.check(stage, (out, judged, terms), inside)
         if reach is not None and loss is not None:
             reach.check_loss(stage, judged, loss, inside, self._loss_fn)
         if self._is_last:
@@ -298,7 +302,8 @@ class RepeatableForward:
             for t, gradients in zip(inputs, held.input_gradients, strict=True)
         ]
 
-    def _loss(self, out: Tree, held: StashEntry) -> Tensor:
+    def _loss(self, out: Tree, held: StashEntry, terms: list[Tensor]) -> Tensor:
+        """The micro-batch's part of the loss, with the ``terms`` that the forward has added."""
         assert self._loss_fn is not None
         device = out.device if isinstance(out, Tensor) else self._draws.device
         loss = self._loss_fn(out, map_tensors(lambda t: t.to(device), held.target))
@@ -311,7 +316,8 @@ class RepeatableForward:
                 f"loss_fn returned a tensor of shape {tuple(loss.shape)}; it returns a scalar, the mean over samples "
                 "(reduction='mean')"
             )
-        return loss * held.micro.share
+        factor = held.micro.factor
+        return functools.reduce(torch.add, terms, loss) * factor if factor else loss.new_zeros(())
 
     def infer(self, x: Tree) -> Tree:
         """The output in eval mode, at the present weights; called without autograd."""

@@ -168,12 +168,12 @@ def shows_nonfinite(roots: Sequence[Tensor | GradientEdge], starts: Sequence[Ten
     that is sent on.
 
     Args:
-        roots: where differentiation starts: the loss, or the stage's outputs.
-        starts: the gradients of the outputs; None for the loss.
+        roots: where differentiation starts: losses, and the edges of outputs.
+        starts: the gradients of these.
     """
-    if isinstance(loss := roots[0], Tensor):
-        return ~torch.isfinite(loss.detach())
-    return torch.stack([_first_entry(gradient).isnan().any() for gradient in starts if gradient is not None]).any()
+    signs = [~torch.isfinite(root.detach()) for root in roots if isinstance(root, Tensor)]
+    signs += [_first_entry(gradient).isnan().any() for gradient in starts if gradient is not None]
+    return torch.stack(signs).any()
 
 
 def mark_nonfinite(gradients: Sequence[Tensor | None], spoiled: Tensor) -> None:

@@ -111,12 +111,12 @@ class Reach:
             if not any(storage is view for view in views):
                 self._origins[storage] = label
 
-    def check(self, stage: int, made: tuple[Tree, Tree], inside: Callable[[], Iterable[Tensor]]) -> None:
+    def check(self, stage: int, made: tuple[Tree, ...], inside: Callable[[], Iterable[Tensor]]) -> None:
         """Refuse a stage whose output depends on another's tensors, or would train a parameter that no stage has.
 
         Args:
             stage: k.
-            made: the outputs of its module and of its auxiliary network.
+            made: the outputs of its module and of its auxiliary network, and the terms that they add to the loss.
             inside: the leaves to which the stage differentiates.
 
         Raises:

@@ -14,7 +14,7 @@ from ..methods import Method
 from ..tensors.rng import Draws
 from ..typing import LossFn, OptimizerFactory, SchedulerFactory, Tree
 from .gradients import GradientRule
-from .local_loss import WithAux
+from .losses import WithAux
 from .tied import Tie
 
 

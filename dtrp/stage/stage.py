@@ -25,6 +25,7 @@ parameters' places while the module runs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -178,6 +179,7 @@ class Stage:
             with torch.enable_grad():  # for a module that differentiates within itself
                 out, _ = self.repeatable.run(held, {})
             held.leaf, held.nbytes, held.has_graph = None, 0, True
+            held.added = None if held.added is None else held.added.detach()
         else:
             if not self.recomputes or self.method.backward_at == "stashed":
                 held.weights = weights
@@ -308,12 +310,13 @@ class Stage:
             if expected is not None:
                 self.repetition.check(held, expected, out)
 
-    def backward(self, grad: Gradients) -> Gradients:
+    def backward(self, grad: Gradients, weight: float | None = None) -> Gradients:
         """B of the oldest micro-batch in the stash.
 
         Args:
             grad: the gradient of its output, from the next stage: a tensor, or where the output was a tree a list with a
                 gradient for each tensor of it; None at the last stage, or where no gradient comes.
+            weight: the micro-batch's part of the loss, where it was not known in F.
 
         Returns:
             The gradient of its input, in the same form; None where there is none.
@@ -326,6 +329,10 @@ class Stage:
         self.delays[self.version - held.version] += 1
         if self.gauge is not None:
             self.gauge.backward(held.micro.index, self.version, self.parameters)
+        if weight is not None:
+            held.micro = dataclasses.replace(held.micro, weight=weight)
+        if held.micro.factor == 0:
+            return self._no_gradient(held)
         roots, starts = self._starts(held, grad)
         if not roots:
             return None
@@ -335,6 +342,14 @@ class Stage:
         if spoiled is not None:
             self._spoiled.append(spoiled)
             mark_nonfinite(gradients, spoiled)
+        if all(gradient is None for gradient in gradients):
+            return None
+        return gradients[0] if isinstance(held.leaf, Tensor) else gradients
+
+    @staticmethod
+    def _no_gradient(held: StashEntry) -> Gradients:
+        """The gradient of the input of a micro-batch that does not count: not differentiated, for 0 times nan is nan."""
+        gradients = [torch.zeros_like(t) if t.requires_grad else None for t in tensors_of(held.leaf)]
         if all(gradient is None for gradient in gradients):
             return None
         return gradients[0] if isinstance(held.leaf, Tensor) else gradients
@@ -372,6 +387,9 @@ class Stage:
                 gradient = gradient * self.method.grad_shrink
             roots.append(root)
             starts.append(gradient)
+        if held.added is not None and held.added.requires_grad:
+            roots.append(held.added)
+            starts.append(torch.full_like(held.added, held.micro.factor))
         return roots, starts
 
     def settle(self) -> None:
@@ -379,6 +397,11 @@ class Stage:
         if self._spoiled and torch.stack(self._spoiled).any():
             self.gradients = [torch.full_like(p, math.nan) for p in self.parameters]
         self._spoiled = []
+
+    def added_loss(self) -> Tensor | None:
+        """The sum of the terms that the last F has added to the loss, a detached scalar; None where there is none."""
+        added = self.stash[-1].added
+        return None if added is None else added.detach()
 
     def newest_loss(self) -> Tensor | None:
         """The loss of the last F, at a stage that has one."""
@@ -402,7 +425,7 @@ class Stage:
                     "an output of the stage has a gradient now and had none when it was first tried; let it always have one, or "
                     "never (return it detached)"
                 )
-        elif loss.requires_grad:
+        elif loss.requires_grad or held.micro.factor == 0:
             held.roots = [loss]
         else:
             raise ValueError("the loss has no gradient; loss_fn must not detach it or compute it under no_grad")

@@ -23,11 +23,19 @@ class MicroBatch:
         index: m, counted since the pipeline was made.
         minibatch: b(m).
         share: its samples over those of its mini-batch.
+        weight: its part of the mini-batch's loss by ``loss_weight``; nan where the whole mini-batch has no weight; None: ``share``,
+            or not known yet at this stage.
     """
 
     index: int
     minibatch: int
     share: float
+    weight: float | None = None
+
+    @property
+    def factor(self) -> float:
+        """What its loss is multiplied by in the loss of the mini-batch."""
+        return self.share if self.weight is None else self.weight
 
 
 @dataclass
@@ -47,6 +55,7 @@ class StashEntry:
     first: Any = None  # what the repetition of the forward is compared with (`dtrp.stage.repetition`)
     # Where differentiation starts: the loss, or for each tensor of the output its edge; None where no gradient is wanted.
     roots: list[Tensor | GradientEdge | None] = field(default_factory=list)
+    added: Tensor | None = None  # the sum of the terms that the forward has added to the loss
     # Which tensors of the output were passed on as requiring a gradient; empty where those with a root were.
     wanting: list[bool] = field(default_factory=list)
     # Filled by B, for each tensor of the input; empty where it needs none.

@@ -1,7 +1,11 @@
-"""Auxiliary networks, for methods in which every stage learns from a local loss.
+"""Losses beside the last stage's: terms that modules add, and the local losses of auxiliary networks.
 
-An auxiliary network stands between a stage's output and that loss. It is trained with the stage, by the stage's optimizer, and
-is no part of the model::
+A module may add a term to the loss from inside its forward (`add_loss`): it is differentiated at the stage of the module, and its
+value goes on with the output, so that the last stage returns the loss with it.
+
+
+In methods in which every stage learns from a local loss, an auxiliary network stands between a stage's output and that loss. It is
+trained with the stage, by the stage's optimizer, and is no part of the model::
 
     h -> module -> out ---------> the next stage (no gradient comes back)
                     '-> aux -> loss_fn( , y)
@@ -9,9 +13,11 @@ is no part of the model::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..methods import Method
 from ..tensors.torch_private import (
@@ -22,7 +28,56 @@ from ..tensors.torch_private import (
     replace_tensor_dicts,
 )
 
+_terms: ContextVar[list[Tensor] | None] = ContextVar("terms", default=None)  # of the forward that is running
 Auxiliary = Sequence[nn.Module | None] | Callable[[Sequence[nn.Module]], Sequence[nn.Module | None]]
+
+
+def add_loss(value: Tensor) -> None:
+    """Add a term to the loss of the current micro-batch, from inside the forward of a module.
+
+    For what a layer's own activations are to be trained by: the balance of a mixture of experts, an activation penalty, a KL
+    divergence. The term counts in the loss of the mini-batch as the micro-batch does (by its samples, or by ``loss_weight``), and
+    is differentiated by the stage that the module is in, also where the stage repeats its forward. `Pipeline.step` returns the
+    loss with it, as the forward computed it. In a forward that no pipeline trains (the model by itself, `Pipeline.infer`) it does
+    nothing.
+
+    Args:
+        value: a scalar tensor, the mean over the samples of the micro-batch.
+
+    Raises:
+        TypeError: it is no scalar tensor of a floating-point dtype.
+
+    Example:
+        >>> import torch, dtrp
+        >>> class Penalized(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         out = super().forward(x)
+        ...         dtrp.add_loss(1e-3 * out.square().mean())
+        ...         return out
+        >>> pipe = dtrp.Pipeline([Penalized(4, 4), torch.nn.Linear(4, 2)], lambda params: torch.optim.SGD(params, lr=0.1),
+        ...                      torch.nn.functional.cross_entropy)
+        >>> loss = pipe.step(torch.randn(8, 4), torch.randint(2, (8,)))
+    """
+    if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+        kind = (
+            f"tensor of shape {tuple(value.shape)}, {value.dtype}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
+        raise TypeError(f"add_loss was given a {kind}; pass a scalar floating-point tensor, the mean over the samples")
+    if (terms := _terms.get()) is not None:
+        terms.append(value)
+
+
+@contextmanager
+def collecting() -> Iterator[list[Tensor]]:
+    """The context in which `add_loss` appends its terms to the list."""
+    terms: list[Tensor] = []
+    token = _terms.set(terms)
+    try:
+        yield terms
+    finally:
+        _terms.reset(token)
 
 
 class WithAux(nn.Module):
