@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .saving import CheckpointError
     from .schedule_grid import Schedule, ScheduleError
     from .splitting.stages import Stages, split
+    from .stage.losses import add_loss
 
 __all__ = [
     "CheckpointError",
@@ -37,6 +38,7 @@ __all__ = [
     "Stages",
     "WaitTimeoutError",
     "WorkerError",
+    "add_loss",
     "get_method",
     "informed",
     "linear",
@@ -64,6 +66,7 @@ __getattr__, __dir__ = lazy_names(
         "Stages": ".splitting.stages",
         "WaitTimeoutError": ".errors",
         "WorkerError": ".errors",
+        "add_loss": ".stage.losses",
         "get_method": ".methods",
         "informed": ".predict",
         "linear": ".predict",

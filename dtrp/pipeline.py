@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from .engine.consistency import make_consistent
 from .engine.distributed import DistributedEngine
 from .engine.habits import StaleStages, optimizer_watch
 from .engine.local import LocalEngine
+from .engine.loss_weights import weigh
 from .launch.ranks import Ranks, find_ranks
 from .methods import Keep, Method
 from .planning.plan_file import Plan, as_plan
@@ -27,8 +29,8 @@ from .stage.specs import StageNetwork, StagePosition, StageTraining
 from .stage.stage import Stage
 from .stage.tied import check_ties, find_ties
 from .tensors.module_mode import follow
-from .tensors.pytree import check_samples, flatten, num_samples
-from .typing import Json, LossFn, OptimizerFactory, SchedulerFactory, Tree
+from .tensors.pytree import check_samples, flatten, num_samples, split
+from .typing import Json, LossFn, LossWeight, OptimizerFactory, SchedulerFactory, Tree
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,6 +62,10 @@ class Pipeline(BasePipeline):
             Sequential is cut into equal numbers of layers, the first stages taking the remainder.
         cuts: index of the first layer of stages 1..K-1.
         method: a name from `list_methods`, or a `Method`, as from ``get_method("fdg", grad_shrink=0.5)``.
+        loss_weight: targets of a micro-batch -> what it counts for in its mini-batch, a number of at least 0, where that is not the
+            number of its samples: ``lambda y: (y != -100).sum()`` for a loss that leaves labels of -100 out. ``loss_fn`` returns the
+            mean over what counts. With replicas it counts between them too. A micro-batch of weight 0 is not differentiated, and
+            its loss is not used; a mini-batch of weight 0 counts as one with a loss that is not finite.
         num_microbatches: A, the parts that `torch.tensor_split` cuts a mini-batch into. More of them
             bring the delay down; a mini-batch of fewer samples has one part a sample.
         lr_scheduler: optimizer -> scheduler, stepped once an update.
@@ -129,6 +135,7 @@ class Pipeline(BasePipeline):
         cuts: Sequence[int] | None = None,
         method: str | Method = "dtrp",
         num_microbatches: int = 1,
+        loss_weight: LossWeight | None = None,
         lr_scheduler: SchedulerFactory | None = None,
         aux: Auxiliary | None = None,
         seed: int | None = None,
@@ -156,6 +163,8 @@ class Pipeline(BasePipeline):
             method, num_microbatches, seed, timeout_s, max_grad_norm, clip, on_nonfinite, keep, memory_limit_bytes
         )
         check_callables(optimizer, loss_fn, lr_scheduler)
+        _check_loss(loss_fn, loss_weight)
+        self._loss_weight = loss_weight
         if loss_on not in ("last", "all"):
             raise ValueError(f"loss_on={loss_on!r}: choose 'last' or 'all'")
         ranks = find_ranks(group, mesh, timeout_s)
@@ -172,6 +181,7 @@ class Pipeline(BasePipeline):
         else:
             _check_world(len(modules), ranks)
             shared = {"num_microbatches": self.num_microbatches, "loss_on": loss_on, **settings.shared()}
+            shared["loss_weight"] = None if loss_weight is None else "a function"
             self._engine = self._distributed_engine(networks, trainings, devices, ranks, timeout_s, shared)
             watch = StaleStages(modules, ranks.stage, self._engine)
             self._watches = [optimizer_watch.watch(self._engine), watch.end]
@@ -264,8 +274,12 @@ class Pipeline(BasePipeline):
                 raise ValueError(
                     f"x has {num_samples(x)} samples and y has {num_samples(y)}; a mini-batch needs as many targets as inputs"
                 )
+            weights = None
+            if self._loss_weight is not None and needs_y:
+                assert y is not None
+                weights = weigh(self._loss_weight, split(y, engine.num_parts(num_samples(y))))
         with self._breaking():
-            return engine.step(x, y)
+            return engine.step(x, y, weights)
 
     def infer(self, x: Tree) -> Tree:
         """The model's output for ``x``, any number of samples, in eval mode, with the weights as they are.
@@ -328,6 +342,24 @@ def _networks(
         )
         for index, module in enumerate(modules)
     ]
+
+
+def _check_loss(loss_fn: LossFn, loss_weight: LossWeight | None) -> None:
+    """Refuse a sum, which parts of a mini-batch cannot be weighted by, and a weight that cannot be called."""
+    keywords = (
+        loss_fn.keywords
+        if isinstance(loss_fn, functools.partial)
+        else vars(loss_fn)
+        if hasattr(loss_fn, "__dict__")
+        else {}
+    )
+    if keywords.get("reduction") == "sum":
+        raise ValueError(
+            "loss_fn has reduction='sum'; a loss is the mean over the samples of its micro-batch (reduction='mean'), and what a "
+            "micro-batch counts for is its samples, or loss_weight"
+        )
+    if loss_weight is not None and not callable(loss_weight):
+        raise TypeError(f"loss_weight is a {type(loss_weight).__name__}; pass a function of the targets, or None")
 
 
 def _compile_options(compile: bool | Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -15,6 +15,9 @@ Tree: TypeAlias = Any
 LossFn: TypeAlias = Callable[[Tree, Tree], Tensor]
 """(output, target) -> a scalar tensor, the mean over the samples."""
 
+LossWeight: TypeAlias = Callable[[Tree], Tensor | float]
+"""The targets of a micro-batch -> what it counts for in its mini-batch, a number of at least 0."""
+
 OptimizerFactory: TypeAlias = Callable[[list[nn.Parameter]], Optimizer]
 """The trainable parameters of a stage -> their optimizer."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -30,14 +31,14 @@ class GradientAveraging:
         self._ranks, self._group, self._monitor, self._helper = ranks, group, monitor, helper
 
     def average(
-        self, gradients: list[Tensor | None], like: Sequence[Tensor], samples: int, loss: float, word: int
+        self, gradients: list[Tensor | None], like: Sequence[Tensor], weight: float, loss: float, word: int
     ) -> tuple[float, int]:
-        """Average gradients over the replicas of this stage, weighted by samples, in buckets, in place.
+        """Average gradients over the replicas of this stage, weighted by what the replicas' parts of the mini-batch count for, in buckets, in place.
 
         Args:
             gradients: of this replica's shard of the mini-batch; None where a parameter has none.
             like: the parameters that they belong to.
-            samples: the number of samples in the shard.
+            weight: what the shard counts for: its number of samples, or its weight by ``loss_weight``.
             loss: the shard's mean loss.
             word: what this rank proposes; see `dtrp.comm.proposals`.
 
@@ -51,7 +52,7 @@ class GradientAveraging:
         if any(g is not None and g.layout is not torch.strided for g in gradients):
             raise TypeError("sparse gradients cannot be averaged over replicas; make the embedding with sparse=False")
         device = like[0].device if like else torch.device("cpu")
-        numbers = [samples, samples * loss, *word_to_bits(word), *(g is not None for g in gradients)]
+        numbers = [weight, weight * loss, *word_to_bits(word), *(g is not None for g in gradients)]
         sums = torch.tensor(numbers, dtype=torch.float64, device=device)
         # On an accelerator the helper works on the main thread's stream, which waits for it.
         module = torch.get_device_module(device) if device.type != "cpu" else None
@@ -59,7 +60,7 @@ class GradientAveraging:
 
         def all_reduce() -> tuple[float, int]:
             with module.stream(stream) if module is not None else nullcontext():
-                return self._all_reduce(gradients, like, samples, sums)
+                return self._all_reduce(gradients, like, weight, sums)
 
         ranks = self._ranks
         others = [rank for rank in ranks.replicas if rank != ranks.rank]
@@ -74,11 +75,11 @@ class GradientAveraging:
         )
 
     def _all_reduce(
-        self, gradients: list[Tensor | None], like: Sequence[Tensor], samples: int, sums: Tensor
+        self, gradients: list[Tensor | None], like: Sequence[Tensor], weight: float, sums: Tensor
     ) -> tuple[float, int]:
         self._group.allreduce([sums]).wait()
-        all_samples, all_losses, *rest = sums.tolist()
-        share = samples / all_samples
+        all_weights, all_losses, *rest = sums.tolist()
+        share = weight / all_weights if all_weights else math.nan
         averaged = []
         for i, count in enumerate(rest[NUM_BITS:]):
             if count:
@@ -90,7 +91,7 @@ class GradientAveraging:
             self._group.allreduce([flat]).wait()
             for gradient, part in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view(gradient.shape))
-        return all_losses / all_samples, word_from_sums(rest[:NUM_BITS])
+        return all_losses / all_weights if all_weights else math.nan, word_from_sums(rest[:NUM_BITS])
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

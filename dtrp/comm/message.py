@@ -33,7 +33,7 @@ from ..tensors.pytree import flatten, unflatten
 from ..typing import Tree
 
 HEADER_BYTES = LINE_BYTES
-_MAGIC = 0x64747270_0003  # "dtrp", and the version of this layout
+_MAGIC = 0x64747270_0004  # "dtrp", and the version of this layout
 _MOST_DIMS = 24
 _CPU = torch.device("cpu")
 _MOST_FREE = 20  # buffers of one layout that are kept; there are seldom more than two under way
@@ -80,6 +80,9 @@ class Note(NamedTuple):
         checksum: of the mini-batch's targets as the first rank was given them; -1: it was given none.
         word: forward, what all ranks agree on in this mini-batch; backward, what a rank proposes. See
             `dtrp.comm.proposals`.
+        added: whether the value is a pair: the output, and the sum of the terms that stages have added to the loss.
+        weight, total_weight: what the micro-batch and its mini-batch count for, by ``loss_weight``; -1: not by that, or
+            not known yet.
     """
 
     microbatch: int = -1
@@ -89,9 +92,12 @@ class Note(NamedTuple):
     total: int = 0
     checksum: int = -1
     word: int = 0
+    added: int = 0
+    weight: float = -1.0
+    total_weight: float = -1.0
 
 
-_PREFIX = struct.Struct(f"<{2 + len(Note._fields)}q")  # of every header: the magic number, the kind, the note
+_PREFIX = struct.Struct(f"<{len(Note._fields)}q2d")  # of every header: the magic number, the kind, the note
 _TENSOR = struct.Struct("<5q")  # then, for a tensor: dtype, dimensions, span, shift, flags; its shape; its strides
 
 

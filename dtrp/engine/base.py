@@ -22,6 +22,7 @@ from ..stage.stash import MicroBatch
 from ..typing import Tree
 
 T = TypeVar("T")
+NO_WEIGHT = "has no mean: loss_weight gave 0 for all of its targets; leave such a mini-batch out"
 
 
 @dataclass
@@ -93,8 +94,18 @@ class Engine(ABC):
         self._losses = Losses(last.num_stages - 1, at_once=last.device.type == "cpu", stops=stops)
 
     @abstractmethod
-    def step(self, x: Tree, y: Tree) -> Tensor | None:
-        """Train on a mini-batch; its mean loss, where the last stage is."""
+    def step(self, x: Tree, y: Tree, weights: Sequence[float] | None = None) -> Tensor | None:
+        """Train on a mini-batch; its mean loss, where the last stage is.
+
+        Args:
+            x: the input of the mini-batch.
+            y: the targets.
+            weights: what each micro-batch counts for, where the targets are read; None: its samples.
+        """
+
+    def num_parts(self, samples: int) -> int:
+        """The number of micro-batches that a mini-batch of so many samples is cut into."""
+        return min(self._num_microbatches, samples)
 
     @abstractmethod
     def flush(self) -> None:
@@ -216,8 +227,10 @@ class Losses:
         self._terms: list[Tensor] = []  # of the current mini-batch
         self._unchecked: list[tuple[int, MicroBatch, Tensor]] = []  # with their stages
 
-    def add(self, micro: MicroBatch, loss: Tensor) -> None:
-        """A share of the last stage's loss."""
+    def add(self, micro: MicroBatch, loss: Tensor, added: Tensor | None = None) -> None:
+        """Add the last stage's part of the loss, and the terms that stages before it have ``added`` to the micro-batch's loss."""
+        if added is not None and micro.factor:
+            loss = loss + added.to(loss.device) * micro.factor
         self._terms.append(loss)
         self.watch(self._last_stage, micro, loss)
 
@@ -245,10 +258,10 @@ class Losses:
         for stage, micro, loss in self._unchecked:
             if not math.isfinite(value := float(loss)):
                 where = "" if stage == self._last_stage else f" (stage {stage})"
-                cause = FloatingPointError(
-                    f"the loss of mini-batch {micro.minibatch} is {value}; lower the learning rate, or look at "
-                    f"the data of this mini-batch{where}"
-                )
+                reason = f"is {value}; lower the learning rate, or look at the data of this mini-batch"
+                if math.isnan(micro.factor):
+                    reason = NO_WEIGHT
+                cause = FloatingPointError(f"the loss of mini-batch {micro.minibatch} {reason}{where}")
                 raise StageError(stage, Action("F", micro.index), micro.minibatch, cause) from cause
         self._unchecked.clear()
 

@@ -16,6 +16,7 @@ then holds up a stage that is faster than the next, so it waits before it sends 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
@@ -34,8 +35,9 @@ from ..stage.stage import Stage
 from ..stage.stash import MicroBatch
 from ..tensors.pytree import map_tensors, num_samples, on_cpu, split
 from ..typing import Tree
-from .base import Engine, Progress
+from .base import NO_WEIGHT, Engine, Progress
 from .consistency import check_targets, checksum_of
+from .loss_weights import weight_of
 
 T = TypeVar("T")
 
@@ -64,6 +66,7 @@ class DistributedEngine(Engine):
         replica = f" of replica {ranks.replica}" if ranks.num_replicas > 1 else ""
         self.name = f"rank {ranks.rank}: stage {ranks.stage}{replica}"
         self._stage, self._transport, self._ranks, self._loss_on = stage, transport, ranks, loss_on
+        self._has_replicas = ranks.num_replicas > 1
         self._time, self._order = self.working_times[0], self._orders[0]
         self._collectives = transport.collectives
         # Where each stage has a loss, the first one reads the targets, and hands them on.
@@ -75,16 +78,20 @@ class DistributedEngine(Engine):
         self._other_ties = [tie for tie in stage.ties if tie.trained and tie.owner != stage.index]
         self._inputs: deque[Tree] = deque()  # of the current mini-batch, on the first rank
         self._targets: deque[Tree] = deque()  # of the current mini-batch, on the rank that reads them
+        self._weights: deque[float] = (
+            deque()
+        )  # of the micro-batches of the current mini-batch, on that rank, by loss_weight
         self._notes: deque[Note] = deque()  # of the micro-batches between F and B
         self._samples: deque[int] = deque()  # in each mini-batch that has not had its U
         self._minibatch_note: Note | None = None  # what the messages of the current mini-batch say
         self._message: Message | None = None  # received for that, and not yet used
         self._arrived: deque[Tree | None] = deque()  # gradients taken from their link before their B
         self._mean_loss: float | None = None  # over all replicas
+        self._weight_at_update = -1.0  # of the mini-batch whose U is next, by loss_weight; -1: not by that
         self._agreed_at_update = 0  # what the replicas have agreed on, for the next mini-batch
         self._checksums_left = 3  # the number of mini-batches whose targets are compared even on an accelerator
 
-    def step(self, x: Tree, y: Tree) -> Tensor | None:
+    def step(self, x: Tree, y: Tree, weights: Sequence[float] | None = None) -> Tensor | None:
         self._begin(f"in step() of mini-batch {self.num_updates}")
         self._losses.check()
         self._time.begin()
@@ -93,9 +100,12 @@ class DistributedEngine(Engine):
         note = self._first_note(x, y) if self.takes_x else self._received_note()
         if self._reads_y:
             self._targets.extend(self._cut_targets(note, y))
+            if weights is not None:
+                self._weights.extend(weights)
+                note = note._replace(total_weight=sum(weights))
         elif self.takes_y and y is not None:
             check_targets(note, y, waits=self._checksums_left > 0)
-        if self._ranks.num_replicas > 1 and note.total < note.parts:
+        if self._has_replicas and note.total < note.parts:
             self._check_empty_microbatches(note)
         self._minibatch_note = note
         self.proposals.agreed = note.word
@@ -116,14 +126,16 @@ class DistributedEngine(Engine):
     def _first_note(self, x: Tree, y: Tree) -> Note:
         """Cut the input of a mini-batch, and make the note of its messages."""
         samples = num_samples(x)
-        # Replicas work in step, so all cut into as many parts, whatever their shards; a part may be empty.
-        has_replicas = self._ranks.num_replicas > 1
-        parts = self._num_microbatches if has_replicas else min(self._num_microbatches, samples)
+        parts = self.num_parts(samples)
         self._inputs.extend(split(x, parts))
         checksum = checksum_of(y, waits=self._checksums_left > 0) if y is not None and not self.takes_y else -1
-        word = self._agreed_at_update if has_replicas else self.proposals.take()
+        word = self._agreed_at_update if self._has_replicas else self.proposals.take()
         self._agreed_at_update = 0
         return Note(-1, self.num_updates, parts, 0, samples, checksum, word)
+
+    def num_parts(self, samples: int) -> int:
+        # Replicas work in step, so all cut into as many parts, whatever their shards; a part may be empty.
+        return self._num_microbatches if self._has_replicas else super().num_parts(samples)
 
     def _cut_targets(self, note: Note, y: Tree) -> Sequence[Tree]:
         if not self.takes_x:
@@ -175,7 +187,10 @@ class DistributedEngine(Engine):
         if self._ranks.after is not None:
             sent = backwards[self._ranks.all.index(self._ranks.after)][1]
             for m in range(self._order.next_backward + len(self._arrived), sent):
-                self._arrived.append(self._receive(self._transport.backward_in, "backward", m).tensor)
+                message = self._receive(self._transport.backward_in, "backward", m)
+                place = len(self._arrived)
+                self._notes[place] = _with_weights(self._notes[place], message.note)
+                self._arrived.append(message.tensor)
 
     def _restore(self, index: int, saved: Progress) -> None:
         self._transport.num_updates = saved.num_updates
@@ -232,7 +247,7 @@ class DistributedEngine(Engine):
 
     def _forget(self) -> None:
         super()._forget()
-        for held in (self._inputs, self._targets, self._notes, self._samples, self._arrived):
+        for held in (self._inputs, self._targets, self._weights, self._notes, self._samples, self._arrived):
             held.clear()
         self._message = self._minibatch_note = None
 
@@ -275,22 +290,29 @@ class DistributedEngine(Engine):
                 self._stage.prepare(m, self.num_updates)
             message = self._message or self._receive(self._transport.forward_in, "forward", m)
             self._message, note, x = None, message.note, message.tensor
+        carried: Tensor | None = None
+        if note.added and note.samples:
+            x, carried = x
         target = self._targets.popleft() if self._reads_y else None
+        if self._weights:
+            note = note._replace(weight=self._weights.popleft(), total_weight=self._minibatch_note.total_weight)
         if self._has_local_losses and not self.takes_x and note.samples:
             x, target = x
-        micro = MicroBatch(m, self.num_updates, note.samples / note.total)
-        self._notes.append(note._replace(minibatch=self.num_updates, word=0))
+        weight = weight_of(note, has_replicas=self._has_replicas)
+        micro = MicroBatch(m, self.num_updates, note.samples / note.total, weight)
+        self._notes.append(note._replace(minibatch=self.num_updates, word=0, added=0))
         self._next_microbatch = m + 1
         out = self._stage.forward(micro, x, target) if note.samples else None
         if not self.takes_y:
             if self._has_local_losses and out is not None and (loss := self._stage.newest_loss()) is not None:
                 self._losses.watch(self._stage.index, micro, loss)
-            self._pass_on(note, out, target)
+            added = None if self._has_local_losses or out is None else self._stage.added_loss(carried)
+            self._pass_on(note, out, target, added)
         elif out is not None:
-            self._losses.add(micro, out)
+            self._losses.add(micro, out, carried)
 
-    def _pass_on(self, note: Note, out: Tree | None, target: Tree | None) -> None:
-        """Send a stage's output to the next one."""
+    def _pass_on(self, note: Note, out: Tree | None, target: Tree | None, added: Tensor | None) -> None:
+        """Send a stage's output to the next one, and the terms that stages have ``added`` to the loss."""
         link = self._transport.forward_out
         assert link is not None
         if self._has_local_losses:
@@ -298,7 +320,9 @@ class DistributedEngine(Engine):
                 self._transport.wait_for_room(link)
             if out is not None:
                 out = out, map_tensors(lambda t: t.to(self._stage.device), target)
-        self._send(link, note, out)
+        if added is not None:
+            out = out, added
+        self._send(link, note._replace(added=int(added is not None)), out)
 
     def _backward(self, action: Action) -> None:
         note, gradient = self._notes.popleft(), None
@@ -308,9 +332,11 @@ class DistributedEngine(Engine):
             if self._arrived:
                 gradient = self._arrived.popleft()
             else:
-                gradient = self._receive(self._transport.backward_in, "backward", action.index).tensor
+                message = self._receive(self._transport.backward_in, "backward", action.index)
+                note, gradient = _with_weights(note, message.note), message.tensor
+        self._weight_at_update = note.total_weight
         if note.samples:
-            gradient = self._stage.backward(gradient)
+            gradient = self._stage.backward(gradient, weight_of(note, has_replicas=self._has_replicas))
         if not self.takes_x:
             word = self.proposals.take()
             if word or not self._has_local_losses:
@@ -321,14 +347,19 @@ class DistributedEngine(Engine):
         stage, samples = self._stage, self._samples.popleft()
         stage.settle()
         self._add_tied_gradients()
-        if self._ranks.num_replicas > 1:
+        if self._has_replicas:
             loss = self._losses.sum() if self.takes_y else 0.0
+            weight = samples if self._weight_at_update < 0 else self._weight_at_update
             word = self.proposals.take() if self.takes_x else 0
             with self._time.waiting("replicas"):
                 self._mean_loss, agreed = self._transport.averaging.average(
-                    stage.gradients, stage.parameters, samples, loss, word
+                    stage.gradients, stage.parameters, weight, loss, word
                 )
             self._agreed_at_update |= agreed
+            if math.isnan(self._mean_loss) and self._weight_at_update == 0:  # of all replicas: there is no mean
+                if stage.rule.on_nonfinite == "stop":
+                    raise FloatingPointError(f"the loss of mini-batch {stage.version} {NO_WEIGHT}")
+                stage.spoil()
         norms: list[float] | None = None
         if stage.rule.together:
             norm = stage.gradient_norm()
@@ -380,3 +411,8 @@ class DistributedEngine(Engine):
         if direction == "backward" and message.note.word:
             self.proposals.add(message.note.word)
         return message
+
+
+def _with_weights(note: Note, source: Note) -> Note:
+    """A note with the weights that the message of the gradient tells."""
+    return note._replace(weight=source.weight, total_weight=source.total_weight)

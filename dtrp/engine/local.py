@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -18,6 +19,7 @@ from ..stage.stash import MicroBatch
 from ..tensors.pytree import num_samples, split
 from ..typing import Tree
 from .base import Engine, Progress
+from .loss_weights import part_of_loss, weight_of
 
 T = TypeVar("T")
 
@@ -42,21 +44,23 @@ class LocalEngine(Engine):
         self._gradients: list[dict[int, Tree | None]] = [{} for _ in stages]
         self._micros: dict[int, MicroBatch] = {}
         self._targets: dict[int, Tree] = {}
+        self._added: dict[int, Tensor] = {}  # the sum of the terms that stages have added to the loss
         self._clips_together = stages[0].rule.together
         self._ties = [tie for stage in stages for tie in stage.ties if tie.trained and tie.owner == stage.index]
         self._ready_to_update: set[int] = set()  # stages before their U, where all wait for the last
         self._norms: list[float] | None = None  # of the mini-batch's gradient, by stage, where all count for all
 
-    def step(self, x: Tree, y: Tree) -> Tensor:
+    def step(self, x: Tree, y: Tree, weights: Sequence[float] | None = None) -> Tensor:
         self._check_losses()
         self._ready_to_update.clear()
         for working_time in self.working_times:
             working_time.begin()
         samples = num_samples(x)
-        parts = min(self._num_microbatches, samples)
+        parts = self.num_parts(samples)
+        shares = [None] * parts if weights is None else [part_of_loss(weight, sum(weights)) for weight in weights]
         numbers = range(self._next_microbatch, self._next_microbatch + parts)
-        for m, part, target in zip(numbers, split(x, parts), split(y, parts), strict=True):
-            self._micros[m] = MicroBatch(m, self.num_updates, num_samples(part) / samples)
+        for m, part, target, share in zip(numbers, split(x, parts), split(y, parts), shares, strict=True):
+            self._micros[m] = MicroBatch(m, self.num_updates, num_samples(part) / samples, share)
             self._inputs[0][m], self._targets[m] = part, target
         self._next_microbatch += parts
         self.num_updates += 1
@@ -93,8 +97,7 @@ class LocalEngine(Engine):
                 self.num_updates,
                 self._next_microbatch,
                 order.position(),
-                # Numbers of samples matter between ranks alone; no micro-batch is empty in one process.
-                [Note(m, self._micros[m].minibatch, 0, 1, 1) for m in range(order.next_backward, order.next_forward)],
+                [_note_of(self._micros[m]) for m in range(order.next_backward, order.next_forward)],
                 [1] * (self.num_updates - order.next_update),
                 [gradients[m] for m in sorted(gradients)],
             )
@@ -105,7 +108,9 @@ class LocalEngine(Engine):
         for note, gradient in zip(saved.notes, saved.gradients, strict=False):
             self._gradients[index][note.microbatch] = gradient
         for note in saved.notes:
-            self._micros[note.microbatch] = MicroBatch(note.microbatch, note.minibatch, note.samples / note.total)
+            m = note.microbatch
+            if note.weight >= 0 or m not in self._micros:  # on ranks some stages did not know the weight yet
+                self._micros[m] = MicroBatch(m, note.minibatch, note.samples / note.total, weight_of(note))
 
     def _check_losses(self) -> None:
         """Refuse a loss that is not finite, or the gradient of an earlier mini-batch that has made it so."""
@@ -126,7 +131,7 @@ class LocalEngine(Engine):
         super()._forget()
         for queue in self._queues:
             queue.clear()
-        for held in (*self._inputs, *self._gradients, self._micros, self._targets):
+        for held in (*self._inputs, *self._gradients, self._micros, self._targets, self._added):
             held.clear()
 
     def _run(self, slots_of: Callable[[StageOrder], Iterable[Sequence[Action]]]) -> None:
@@ -186,9 +191,11 @@ class LocalEngine(Engine):
         out = stage.forward(micro, self._inputs[index].pop(m), target)
         if is_last:
             del self._targets[m]
-            self._losses.add(micro, out)
+            self._losses.add(micro, out, self._added.pop(m, None))
             return
         self._inputs[index + 1][m] = out
+        if not self._has_local_losses and (added := stage.added_loss(self._added.get(m))) is not None:
+            self._added[m] = added
         if self._has_local_losses and (loss := stage.newest_loss()) is not None:
             self._losses.watch(index, micro, loss)
 
@@ -197,8 +204,21 @@ class LocalEngine(Engine):
         if self._has_local_losses:
             self.stages[index].backward(None)
         else:
-            gradient = self.stages[index].backward(self._gradients[index].pop(m) if index < last else None)
+            gradient = self._gradients[index].pop(m) if index < last else None
+            gradient = self.stages[index].backward(gradient, self._micros[m].weight)
             if index > 0:
                 self._gradients[index - 1][m] = gradient
         if index == (last if self._has_local_losses else 0):  # the last stage to need it
             del self._micros[m]
+
+
+def _note_of(micro: MicroBatch) -> Note:
+    """What a checkpoint has of a micro-batch; numbers of samples matter between ranks alone, where some may have none."""
+    note = Note(micro.index, micro.minibatch, 0, 1, 1)
+    if micro.weight is None:
+        return note
+    return (
+        note._replace(weight=0.0, total_weight=0.0)
+        if math.isnan(micro.weight)
+        else note._replace(weight=micro.weight, total_weight=1.0)
+    )

@@ -7,6 +7,7 @@ forward does to buffers is discarded: they have moved already.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ from . import checks
 from .coding import DTYPES, Decoder, Encoder
 from .manifest import CheckpointError, is_count
 
+_OLD_NOTE = 7  # entries of a note before there were weights
 COMMON = ("parameters", "optimizer", "optimizer_type", "scheduler")  # what replicas have in common
 
 
@@ -125,7 +127,7 @@ def _encode_held(
     """A micro-batch of the stash as JSON; ``numbers`` numbers the versions of weights by id."""
     m = held.micro.index
     return {
-        "micro": [m, held.micro.minibatch, held.micro.share],
+        "micro": [m, held.micro.minibatch, held.micro.share, _as_json(held.micro.weight)],
         "version": held.version,
         "autocast": [held.autocast.device_type, held.autocast.enabled, str(held.autocast.dtype).removeprefix("torch.")],
         "leaf": encode(held.leaf, f"input.{m}"),
@@ -136,6 +138,16 @@ def _encode_held(
         "met": encode(met, f"met.{m}"),
         "modes": "".join("ET"[mode] for mode in held.modes),
     }
+
+
+def _as_json(weight: float | None) -> float | None:
+    """A micro-batch's part of the loss; JSON has no nan."""
+    return -1.0 if weight is not None and math.isnan(weight) else weight
+
+
+def _from_json(weight: list[float | None]) -> float | None:
+    """The same back; older checkpoints have none."""
+    return math.nan if weight == [-1.0] else weight[0] if weight else None
 
 
 def _extra_state(module: nn.Module) -> dict[str, Any]:
@@ -162,16 +174,19 @@ def check_form(where: str, part: dict[str, Json]) -> None:
     fits = isinstance(changed, dict) and set(map(type, changed.values())) <= {bool}
     checks.expect(fits, f"the buffers of {where} that have changed")
     for note in part["notes"]:
-        fits = isinstance(note, list) and len(note) == len(Note._fields) and all(type(n) is int for n in note)
+        fits = isinstance(note, list) and len(note) in (_OLD_NOTE, len(Note._fields))
+        fits = fits and all(type(n) is int for n in note[:8]) and all(type(n) in (int, float) for n in note[8:])
         checks.expect(fits and note[4] > 0 and is_count(note[1]), f"a note of {where} is none")
     for entry in part["versions"]:
         if entry["key"] is not None:
             checks.expect_counts(entry["key"], f"a version of {where}", 2)
     for entry in part["stash"]:
-        m, minibatch, share = entry["micro"]
+        m, minibatch, share, *weight = entry["micro"]
         counts = [m, minibatch, entry["version"], entry["nbytes"], 0 if entry["weights"] is None else entry["weights"]]
         checks.expect_counts(counts, f"what {where} keeps", 5)
         checks.expect(type(share) in (int, float) and 0 < share <= 1, f"a share of {where} is none")
+        fits = weight in ([], [None]) or (len(weight) == 1 and type(weight[0]) in (int, float) and -1 <= weight[0] <= 1)
+        checks.expect(fits, f"a weight of {where} is none")
         modes = entry["modes"]
         checks.expect(isinstance(modes, str) and set(modes) <= set("ET"), f"what {where} keeps is in no mode")
         checks.expect(type(entry["has_graph"]) is bool and type(entry["autocast"][1]) is bool, f"what {where} keeps")
@@ -292,7 +307,7 @@ class SavedStage:
         checks.expect(fits, f"what {self._where} keeps is not of its modules")
         device_type, enabled, dtype = entry["autocast"]
         return StashEntry(
-            MicroBatch(*entry["micro"]),
+            MicroBatch(*entry["micro"][:3], _from_json(entry["micro"][3:])),
             entry["version"],
             AutocastState(str(device_type), enabled, DTYPES[dtype]),
             leaf,

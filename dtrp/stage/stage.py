@@ -395,13 +395,19 @@ class Stage:
     def settle(self) -> None:
         """After a mini-batch with a loss that was not finite, make all of its gradient so."""
         if self._spoiled and torch.stack(self._spoiled).any():
-            self.gradients = [torch.full_like(p, math.nan) for p in self.parameters]
+            self.spoil()
         self._spoiled = []
 
-    def added_loss(self) -> Tensor | None:
-        """The sum of the terms that the last F has added to the loss, a detached scalar; None where there is none."""
+    def spoil(self) -> None:
+        """Make all of the gradient of the mini-batch not finite."""
+        self.gradients = [torch.full_like(p, math.nan) for p in self.parameters]
+
+    def added_loss(self, before: Tensor | None = None) -> Tensor | None:
+        """``before`` and the terms that the last F has added to the loss, a detached scalar; None where there is neither."""
         added = self.stash[-1].added
-        return None if added is None else added.detach()
+        if added is None or before is None:
+            return before if added is None else added.detach()
+        return before.to(added.device) + added.detach()
 
     def newest_loss(self) -> Tensor | None:
         """The loss of the last F, at a stage that has one."""

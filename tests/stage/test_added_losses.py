@@ -1,0 +1,266 @@
+"""Terms that modules add to the loss from inside their forward, against a plain loop over the same micro-batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import with_aux
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import dtrp
+
+pytestmark = pytest.mark.usefixtures("float64")
+CUTS = [2, 4, 6]
+METHODS = [name for name in dtrp.list_methods() if name != "dgl"]
+
+
+class Adds(nn.Module):
+    """A layer that adds a term, to whatever ``add`` is."""
+
+    add: Callable[[Tensor], None] = staticmethod(dtrp.add_loss)
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+
+class Experts(Adds):
+    """Two experts and the balance of their gates."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = torch.stack([x.mean(-1), x.square().mean(-1)], -1).softmax(-1)
+        self.add(0.3 * (gates.mean(0) ** 2).sum())
+        return gates[:, :1] * self.linear(x) + gates[:, 1:] * x
+
+
+class Latent(Adds):
+    """A draw around a mean, and its KL divergence from the unit Gaussian; twice in a forward it adds twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, log_variance = self.linear(x), 0.1 * x
+        self.add(0.05 * (mean.square() + log_variance.exp() - log_variance - 1).mean())
+        self.add(1e-3 * mean.abs().mean())
+        return mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+
+
+class Penalized(Adds):
+    """An activation penalty."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x).tanh()
+        self.add(0.1 * out.square().mean())
+        return out
+
+
+KINDS = {"experts": Experts, "latent": Latent, "penalty": Penalized}
+
+
+def network(kind: str) -> nn.Sequential:
+    """Eight layers, of which those at 1, 3 and 7 add terms: two stages of the middle, and the last."""
+    torch.manual_seed(3)
+    make = KINDS[kind]
+    return nn.Sequential(
+        nn.Linear(5, 6), make(), nn.Tanh(), make(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), make()
+    )
+
+
+def batches(num: int = 6) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    sizes = [8, 7, 8, 5, 8, 3, 8, 8][:num]
+    return [
+        (torch.randn(n, 5, generator=generator, dtype=torch.float64), torch.randint(6, (n,), generator=generator))
+        for n in sizes
+    ]
+
+
+def plain(
+    model: nn.Sequential, data: list[tuple[Tensor, Tensor]], rng: Any, *, parts: int, lr: float, momentum: float = 0.9
+) -> tuple[list[Tensor], torch.optim.Optimizer]:
+    """The loop that a user would write, with the terms in a list."""
+    terms: list[Tensor] = []
+    for layer in model:
+        if isinstance(layer, Adds):
+            layer.add = terms.append  # type: ignore[method-assign]
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    losses, m = [], 0
+    for x, y in data:
+        total = torch.zeros(())
+        count = min(parts, len(y))
+        for part, target in zip(x.tensor_split(count), y.tensor_split(count), strict=True):
+            h = part
+            for k, (start, end) in enumerate(zip([0, *CUTS], [*CUTS, len(model)], strict=True)):
+                with rng(k, m):
+                    h = model[start:end](h)
+            loss = (cross_entropy(h, target) + sum(terms)) * (len(target) / len(y))
+            terms.clear()
+            loss.backward()
+            total = total + loss.detach()
+            m += 1
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, optimizer
+
+
+def pipeline(model: nn.Sequential, method: Any, *, lr: float, parts: int, **options: Any) -> dtrp.Pipeline:
+    return dtrp.Pipeline(
+        model,
+        lambda params: torch.optim.SGD(params, lr=lr, momentum=0.9),
+        cross_entropy,
+        cuts=CUTS,
+        method=method,
+        num_microbatches=parts,
+        seed=7,
+        **with_aux(method, num_classes=6),
+        **options,
+    )
+
+
+def assert_near(a: dict[str, Tensor], b: dict[str, Tensor], bound: float = 1e-10) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= bound * b[name].abs().max().clamp(min=1), name
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bp_trains_as_the_plain_loop(kind: str, parts: int) -> None:
+    model = network(kind)
+    twin = copy.deepcopy(model)
+    pipe = pipeline(model, "bp", lr=0.1, parts=parts)
+    losses = [pipe.step(x, y) for x, y in batches()]
+    want, _ = plain(twin, batches(), pipe.rng, parts=parts, lr=0.1)
+    assert all(abs(a - b) <= 1e-12 for a, b in zip(losses, want, strict=True))
+    assert_near(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_its_loss_and_gradient(method: str, kind: str, parts: int) -> None:
+    """At a learning rate of 0 every version of the weights is the same, and the momentum is the sum of the gradients."""
+    model = network(kind)
+    twin = copy.deepcopy(model)
+    row = dtrp.get_method(method)
+    pipe = pipeline(model, row, lr=0.0, parts=parts)
+    losses = [pipe.step(x, y) for x, y in batches()]
+    pipe.flush()
+    want, optimizer = plain(twin, batches(), pipe.rng, parts=parts, lr=0.0)
+    assert all(abs(a - b) <= 1e-12 for a, b in zip(losses, want, strict=True))
+    state = pipe.state_dict()["optimizer"]["state"]
+    assert_near(
+        {name: state[name]["momentum_buffer"] for name, _ in twin.named_parameters()},
+        {name: optimizer.state[p]["momentum_buffer"] for name, p in twin.named_parameters()},
+    )
+
+
+@pytest.mark.parametrize("keep", ["input", "graph"])
+def test_whatever_is_kept(keep: str) -> None:
+    losses = {}
+    for options in ({}, {"keep": keep}):
+        model = network("latent")
+        pipe = pipeline(model, "bp", lr=0.1, parts=4, **options)
+        losses[str(options)] = [pipe.step(x, y).item() for x, y in batches()]
+    first, second = losses.values()
+    assert first == pytest.approx(second, rel=1e-10)
+
+
+@pytest.mark.parametrize("method", ["dtrp", "spectrain", "fdg", "dgl"])
+def test_saved_in_flight(method: str, tmp_path: Path) -> None:
+    data = batches(8)
+    whole = pipeline(network("latent"), method, lr=0.1, parts=2)
+    want = [whole.step(x, y) for x, y in data]
+    whole.flush()
+    begun = pipeline(network("latent"), method, lr=0.1, parts=2)
+    got = [begun.step(x, y) for x, y in data[:4]]
+    begun.save(tmp_path / "saved")
+    taken = pipeline(network("latent"), method, lr=0.1, parts=2)
+    taken.load(tmp_path / "saved")
+    got += [taken.step(x, y) for x, y in data[4:]]
+    taken.flush()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for name, value in whole.model_state_dict().items():
+        assert torch.equal(taken.model_state_dict()[name], value), name
+
+
+def test_a_stage_with_a_loss_to_itself_learns_from_its_terms() -> None:
+    """By dgl the terms of a stage are in the loss of its auxiliary network, and of no other stage."""
+    models = [network("penalty") for _ in range(2)]
+    for layer in models[1]:
+        if isinstance(layer, Adds):
+            layer.add = lambda value: None  # type: ignore[method-assign]
+    before = copy.deepcopy(models[0].state_dict())
+    for model in models:
+        pipe = pipeline(model, "dgl", lr=0.1, parts=1)
+        pipe.step(*batches(1)[0])
+        pipe.flush()
+    moved = {name for name in before if not torch.equal(*(model.state_dict()[name] for model in models))}
+    assert moved == {name for name in before if name.split(".")[0] in ("0", "1", "3", "6", "7")} - {"2.weight"}
+
+
+def test_outside_of_a_pipeline_it_does_nothing() -> None:
+    model = network("penalty").eval()
+    x, _ = batches(1)[0]
+    assert dtrp.add_loss(torch.zeros(())) is None
+    pipe = pipeline(copy.deepcopy(model), "bp", lr=0.1, parts=1)
+    assert torch.equal(pipe.infer(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(3), r"tensor of shape \(3,\), torch.float64; pass a scalar"),
+        (torch.zeros((), dtype=torch.int64), "torch.int64; pass a scalar floating-point"),
+        (0.5, "was given a float"),
+    ],
+)
+def test_what_is_no_term(value: Any, message: str) -> None:
+    class Wrong(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            dtrp.add_loss(value)
+            return x
+
+    pipe = dtrp.Pipeline(
+        [nn.Linear(5, 5), Wrong()], lambda params: torch.optim.SGD(params, lr=0.1), cross_entropy, method="bp"
+    )
+    with pytest.raises(dtrp.StageError, match=message):
+        pipe.step(torch.randn(4, 5), torch.randint(5, (4,)))
+
+
+def test_a_term_of_another_stage_is_refused() -> None:
+    first = nn.Linear(5, 5)
+
+    class Reaches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            dtrp.add_loss(first.weight.norm())
+            return x
+
+    pipe = dtrp.Pipeline(
+        [first, nn.Sequential(nn.Linear(5, 5), Reaches()), nn.Linear(5, 5)],
+        lambda params: torch.optim.SGD(params, lr=0.1),
+        cross_entropy,
+        method="dtrp",
+    )
+    with pytest.raises(dtrp.StageError, match=r"stage 1 reads weight of stage 0"):
+        pipe.step(torch.randn(4, 5), torch.randint(5, (4,)))
+
+
+@pytest.mark.parametrize("method", ["bp", "dtrp"])
+def test_a_term_that_is_not_finite_counts_as_such_a_loss(method: str) -> None:
+    class Spoiled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            dtrp.add_loss(out.mean() * torch.inf)
+            return out
+
+    pipe = dtrp.Pipeline(
+        [Spoiled(5, 5), nn.Linear(5, 5)], lambda params: torch.optim.SGD(params, lr=0.1), cross_entropy, method=method
+    )
+    with pytest.raises(dtrp.StageError, match=r"loss of mini-batch 0 is (inf|-inf|nan)"):
+        pipe.step(torch.randn(4, 5), torch.randint(5, (4,)))
