@@ -26,7 +26,7 @@ from .stage.gradients import Clip, GradientRule, OnNonfinite
 from .stage.optimizer_step import checked_scheduler
 from .stage.specs import StageTraining
 from .stage.stage import Stage
-from .typing import Json, OptimizerFactory, SchedulerFactory
+from .typing import Json, LossWeight, OptimizerFactory, SchedulerFactory
 from .validation import check_seed, check_timeout, whole
 
 T = TypeVar("T")
@@ -116,6 +116,7 @@ class BasePipeline:
     _engine: Engine
     _keep: Any  # as the caller gave it
     _schedules_lr: bool
+    _loss_weight: LossWeight | None = None
     _tracer: Tracer
     _watches: list[Callable[[], object]]  # functions that end a watch over the caller's habits
     _closed = False
@@ -426,7 +427,10 @@ class BasePipeline:
     def _settings(self, method: str) -> dict[str, Json]:
         processes = self._engine.gather(method, [session.describe_stage(stage) for stage in self._engine.stages])
         described = [stage for process in processes for stage in process]
-        made_with = {"num_microbatches": self.num_microbatches, "seed": self.seed, "keep": self._keep}
+        weight = None if self._loss_weight is None else "a function"
+        made_with = {
+            "num_microbatches": self.num_microbatches, "seed": self.seed, "keep": self._keep, "loss_weight": weight,
+        }  # fmt: skip
         return session.settings_of(self._engine.stages[0], described, method=method_values(self.method), **made_with)
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:

@@ -63,9 +63,9 @@ class Pipeline(BasePipeline):
         cuts: index of the first layer of stages 1..K-1.
         method: a name from `list_methods`, or a `Method`, as from ``get_method("fdg", grad_shrink=0.5)``.
         loss_weight: targets of a micro-batch -> what it counts for in its mini-batch, a number of at least 0, where that is not the
-            number of its samples: ``lambda y: (y != -100).sum()`` for a loss that leaves labels of -100 out. ``loss_fn`` returns the
-            mean over what counts. With replicas it counts between them too. A micro-batch of weight 0 is not differentiated, and
-            its loss is not used; a mini-batch of weight 0 counts as one with a loss that is not finite.
+            number of its samples: ``lambda y: (y != -100).sum()`` for a loss that leaves labels of -100 out. ``loss_fn`` returns
+            the mean over what counts. With replicas it counts between them too. A micro-batch of weight 0 is not differentiated,
+            and its loss is not used; a mini-batch of weight 0 counts as one with a loss that is not finite.
         num_microbatches: A, the parts that `torch.tensor_split` cuts a mini-batch into. More of them
             bring the delay down; a mini-batch of fewer samples has one part a sample.
         lr_scheduler: optimizer -> scheduler, stepped once an update.

@@ -275,14 +275,14 @@ def _pack_tree(note: Note, value: Tree) -> Packed:
     starts = [HEADER_BYTES + _whole_lines(len(description))]
     for part in formats:
         starts.append(starts[-1] + _whole_lines(part.nbytes - HEADER_BYTES))
-    words = (_MAGIC, Kind.TREE, *note, len(description))
+    header = _PREFIX.pack(_MAGIC, Kind.TREE, *note) + struct.pack("<q", len(description))
     device = next((t.device for t in parts if t.device.type != "cpu"), _CPU)
     with torch.inference_mode(False):
         room = aligned_room(starts[-1], device)
         room[HEADER_BYTES : HEADER_BYTES + len(description)].copy_(_byte_tensor(description))
         for tensor, part, start in zip(parts, formats, starts, strict=False):
             part.layout.fill(part.layout.over(room, part.dtype, start), tensor.detach())
-    return Packed(room, struct.pack(f"<{len(words)}q", *words))
+    return Packed(room, header)
 
 
 def _unpack_tree(room: Tensor, nbytes: int) -> Tree:

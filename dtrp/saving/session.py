@@ -221,7 +221,7 @@ def _check_options(stage: Stage, saved_groups: list[StateDict]) -> None:
 
 
 _COUNTED = {"num_stages": "stages", "num_replicas": "replicas", "num_microbatches": "micro-batches"}
-_CHANGES_RESULTS = ("keep", "max_grad_norm", "clip")
+_CHANGES_RESULTS = ("keep", "max_grad_norm", "clip", "loss_weight")
 _CHANGES_BITS = {
     "threads": "torch.set_num_threads() sets it",
     "torch": "install that one",
@@ -280,8 +280,8 @@ def _differences(found: Checkpoint, settings: dict[str, Json]) -> Iterator[str]:
             layers = f"{', '.join(theirs)} there and {', '.join(ours)} here"
             yield f"is another model's, or cut elsewhere: stage {k} has the layers {layers}"
     for name in _CHANGES_RESULTS:
-        if saved[name] != settings[name]:
-            yield f"was saved with {name}={saved[name]}, and this pipeline has {name}={settings[name]}"
+        if saved.get(name) != settings[name]:
+            yield f"was saved with {name}={saved.get(name)}, and this pipeline has {name}={settings[name]}"
 
 
 def _warn_of_settings(saved: dict[str, Json], settings: dict[str, Json]) -> None:

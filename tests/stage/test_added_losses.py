@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,62 +11,13 @@ import torch
 from helpers import with_aux
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from weighted_losses import KINDS, Adds, adding
 
 import dtrp
 
 pytestmark = pytest.mark.usefixtures("float64")
 CUTS = [2, 4, 6]
 METHODS = [name for name in dtrp.list_methods() if name != "dgl"]
-
-
-class Adds(nn.Module):
-    """A layer that adds a term, to whatever ``add`` is."""
-
-    add: Callable[[Tensor], None] = staticmethod(dtrp.add_loss)
-
-    def __init__(self, width: int = 6) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-
-
-class Experts(Adds):
-    """Two experts and the balance of their gates."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        gates = torch.stack([x.mean(-1), x.square().mean(-1)], -1).softmax(-1)
-        self.add(0.3 * (gates.mean(0) ** 2).sum())
-        return gates[:, :1] * self.linear(x) + gates[:, 1:] * x
-
-
-class Latent(Adds):
-    """A draw around a mean, and its KL divergence from the unit Gaussian; twice in a forward it adds twice."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean, log_variance = self.linear(x), 0.1 * x
-        self.add(0.05 * (mean.square() + log_variance.exp() - log_variance - 1).mean())
-        self.add(1e-3 * mean.abs().mean())
-        return mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
-
-
-class Penalized(Adds):
-    """An activation penalty."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.linear(x).tanh()
-        self.add(0.1 * out.square().mean())
-        return out
-
-
-KINDS = {"experts": Experts, "latent": Latent, "penalty": Penalized}
-
-
-def network(kind: str) -> nn.Sequential:
-    """Eight layers, of which those at 1, 3 and 7 add terms: two stages of the middle, and the last."""
-    torch.manual_seed(3)
-    make = KINDS[kind]
-    return nn.Sequential(
-        nn.Linear(5, 6), make(), nn.Tanh(), make(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), make()
-    )
 
 
 def batches(num: int = 6) -> list[tuple[Tensor, Tensor]]:
@@ -131,7 +81,7 @@ def assert_near(a: dict[str, Tensor], b: dict[str, Tensor], bound: float = 1e-10
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bp_trains_as_the_plain_loop(kind: str, parts: int) -> None:
-    model = network(kind)
+    model = adding(kind)
     twin = copy.deepcopy(model)
     pipe = pipeline(model, "bp", lr=0.1, parts=parts)
     losses = [pipe.step(x, y) for x, y in batches()]
@@ -145,7 +95,7 @@ def test_bp_trains_as_the_plain_loop(kind: str, parts: int) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_its_loss_and_gradient(method: str, kind: str, parts: int) -> None:
     """At a learning rate of 0 every version of the weights is the same, and the momentum is the sum of the gradients."""
-    model = network(kind)
+    model = adding(kind)
     twin = copy.deepcopy(model)
     row = dtrp.get_method(method)
     pipe = pipeline(model, row, lr=0.0, parts=parts)
@@ -164,7 +114,7 @@ def test_every_method_has_its_loss_and_gradient(method: str, kind: str, parts: i
 def test_whatever_is_kept(keep: str) -> None:
     losses = {}
     for options in ({}, {"keep": keep}):
-        model = network("latent")
+        model = adding("latent")
         pipe = pipeline(model, "bp", lr=0.1, parts=4, **options)
         losses[str(options)] = [pipe.step(x, y).item() for x, y in batches()]
     first, second = losses.values()
@@ -174,13 +124,13 @@ def test_whatever_is_kept(keep: str) -> None:
 @pytest.mark.parametrize("method", ["dtrp", "spectrain", "fdg", "dgl"])
 def test_saved_in_flight(method: str, tmp_path: Path) -> None:
     data = batches(8)
-    whole = pipeline(network("latent"), method, lr=0.1, parts=2)
+    whole = pipeline(adding("latent"), method, lr=0.1, parts=2)
     want = [whole.step(x, y) for x, y in data]
     whole.flush()
-    begun = pipeline(network("latent"), method, lr=0.1, parts=2)
+    begun = pipeline(adding("latent"), method, lr=0.1, parts=2)
     got = [begun.step(x, y) for x, y in data[:4]]
     begun.save(tmp_path / "saved")
-    taken = pipeline(network("latent"), method, lr=0.1, parts=2)
+    taken = pipeline(adding("latent"), method, lr=0.1, parts=2)
     taken.load(tmp_path / "saved")
     got += [taken.step(x, y) for x, y in data[4:]]
     taken.flush()
@@ -191,7 +141,7 @@ def test_saved_in_flight(method: str, tmp_path: Path) -> None:
 
 def test_a_stage_with_a_loss_to_itself_learns_from_its_terms() -> None:
     """By dgl the terms of a stage are in the loss of its auxiliary network, and of no other stage."""
-    models = [network("penalty") for _ in range(2)]
+    models = [adding("penalty") for _ in range(2)]
     for layer in models[1]:
         if isinstance(layer, Adds):
             layer.add = lambda value: None  # type: ignore[method-assign]
@@ -205,7 +155,7 @@ def test_a_stage_with_a_loss_to_itself_learns_from_its_terms() -> None:
 
 
 def test_outside_of_a_pipeline_it_does_nothing() -> None:
-    model = network("penalty").eval()
+    model = adding("penalty").eval()
     x, _ = batches(1)[0]
     assert dtrp.add_loss(torch.zeros(())) is None
     pipe = pipeline(copy.deepcopy(model), "bp", lr=0.1, parts=1)
@@ -215,7 +165,7 @@ def test_outside_of_a_pipeline_it_does_nothing() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (torch.zeros(3), r"tensor of shape \(3,\), torch.float64; pass a scalar"),
+        (torch.zeros(3), r"tensor of shape \(3,\), torch.float32; pass a scalar"),
         (torch.zeros((), dtype=torch.int64), "torch.int64; pass a scalar floating-point"),
         (0.5, "was given a float"),
     ],
@@ -247,7 +197,7 @@ def test_a_term_of_another_stage_is_refused() -> None:
         cross_entropy,
         method="dtrp",
     )
-    with pytest.raises(dtrp.StageError, match=r"stage 1 reads weight of stage 0"):
+    with pytest.raises(dtrp.StageError, match=r"stage 1 reads 0.weight of stage 0"):
         pipe.step(torch.randn(4, 5), torch.randint(5, (4,)))
 
 

@@ -33,6 +33,7 @@ import stateful_models
 import torch
 import torch.distributed as dist
 import unsplit
+import weighted_losses
 from drop_in_programs import PROGRAMS as DROP_IN_PROGRAMS
 from helpers import (
     WIDTH,
@@ -1020,6 +1021,76 @@ def skips_with_replicas(folder: str, method: str) -> None:
     Path(folder, f"skipped{rank()}.json").write_text(json.dumps(skipped))
 
 
+def weighted_run(
+    folder: str, kind: str, method: str, num_replicas: int = 1, loads: str = "", *, on_ranks: bool = True
+) -> None:
+    """Eight mini-batches of a model that adds terms, by a loss that weighs; saved after the fourth, or taken up there.
+
+    A replica passes each ``num_replicas``-th sample. Each rank writes its losses; the first the model.
+    """
+    torch.set_default_dtype(torch.float64)
+    options: dict[str, Any] = {}
+    num_stages = 3
+    place = replica = 0
+    if on_ranks:
+        join()
+        place, num_stages = rank(), world_size() // num_replicas
+        replica = place // num_stages
+    if num_replicas > 1:
+        options["mesh"] = init_device_mesh("cpu", (num_replicas, num_stages), mesh_dim_names=("replica", "stage"))
+    loss_fn, weigh = weighted_losses.LOSSES["ignored"]
+    pipe = dtrp.Pipeline(
+        weighted_losses.adding(kind),
+        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        loss_fn,
+        cuts=[2, 5] if num_stages == 3 else [4],
+        method=method,
+        num_microbatches=3,
+        loss_weight=weigh,
+        seed=7,
+        timeout_s=20,
+        **with_aux(method, num_classes=6),
+        **options,
+    )
+    losses = []
+    if loads:
+        pipe.load(loads)
+    for n, (x, y) in enumerate(weighted_losses.labelled("ignored", 8)):
+        if n < pipe.num_updates:
+            continue
+        losses.append(pipe.step(x[replica::num_replicas], y[replica::num_replicas]))
+        if n == 3 and not loads:
+            pipe.save(Path(folder, "saved"))
+    pipe.flush()
+    model = pipe.model_state_dict()
+    torch.save((losses, model), Path(folder, f"run{place}.pt"))
+    pipe.close()
+
+
+def weightless_replicas(folder: str, method: str) -> None:
+    """In mini-batch 0 one replica has no label, in mini-batch 1 both; each rank writes what it left out, and what it heard."""
+    join()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "stage"))
+    heard: dict[str, Any] = {}
+    for on_nonfinite in ("skip", "stop"):
+        loss_fn, weigh = weighted_losses.LOSSES["ignored"]
+        pipe = dtrp.Pipeline(
+            weighted_losses.adding("penalty"), sgd, loss_fn, cuts=[4], method=method, num_microbatches=2, loss_weight=weigh,
+            on_nonfinite=on_nonfinite, mesh=mesh, timeout_s=20,
+        )  # fmt: skip
+        try:
+            for n, (x, y) in enumerate(minibatches(4)):
+                if n == 1 or (n == 0 and rank() > 1):
+                    y[:] = -100
+                pipe.step(x, y)
+            pipe.flush()
+            (heard["skipped"],) = pipe.skipped_updates().values()
+            pipe.close()
+        except (dtrp.StageError, dtrp.WorkerError) as error:
+            heard["stopped"] = str(error)
+    Path(folder, f"heard{rank()}.json").write_text(json.dumps(heard))
+
+
 def fail_outside(folder: str, culprit: int, how: str) -> None:
     """One rank's own program goes wrong between two steps."""
     del folder
@@ -1391,6 +1462,8 @@ PROGRAMS: dict[str, Callable[..., None]] = {
         nonfinite_gradient,
         refused_loss,
         skips_with_replicas,
+        weighted_run,
+        weightless_replicas,
         fail_outside,
         stall,
         end_without_close,
