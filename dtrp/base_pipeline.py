@@ -307,7 +307,8 @@ class BasePipeline:
 
         ``optimizer`` is ``{"state": {name: ...}, "param_groups": [...]}`` by parameter name. Batches in flight
         are not part of it: flush first to have every stage at the same update. Where there are auxiliary networks, ``aux`` is
-        ``{"model", "optimizer"}`` of theirs, under ``aux.`` and the name of the layer that each follows. Where buffers have come or
+        ``{"model", "optimizer"}`` of theirs, under ``aux.`` and the name of the layer that each follows. A loss that is
+        trained is in ``loss``, in the same form, under ``loss.`` Where buffers have come or
         gone, or have another shape or dtype, since the pipeline was made, ``buffers`` has their names.
 
         Warns:

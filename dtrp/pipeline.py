@@ -22,7 +22,7 @@ from .methods import Keep, Method
 from .planning.plan_file import Plan, as_plan
 from .splitting.stages import Stages, check_device, into_stages, stage_device
 from .stage.gradients import Clip, OnNonfinite
-from .stage.losses import Auxiliary, aux_of_stages
+from .stage.losses import Auxiliary, aux_of_stages, loss_module
 from .stage.optimizer_step import check_callables, checked_optimizer
 from .stage.reach import Reach, refuse_gradient
 from .stage.specs import StageNetwork, StagePosition, StageTraining
@@ -56,8 +56,9 @@ class Pipeline(BasePipeline):
         optimizer: list of parameters -> `torch.optim.Optimizer`; called once for each stage that has
             trainable parameters.
         loss_fn: (output, target) -> scalar, the mean over the samples. It may depend on these, on constants and on the last
-            stage's own tensors; the first mini-batch shows whether it reads another stage's, or would train parameters of
-            its own, and is refused then.
+            stage's own tensors. A `torch.nn.Module` with parameters to train is trained with the last stage, and saved beside the
+            model. The first mini-batch shows whether it reads another stage's tensors, or would train parameters that are not
+            registered in it, and is refused then. Terms of the loss from inside a stage: `dtrp.add_loss`.
         num_stages: K. None: the length of a list, or ``len(cuts) + 1``, or 1. By ``num_stages`` alone a
             Sequential is cut into equal numbers of layers, the first stages taking the remainder.
         cuts: index of the first layer of stages 1..K-1.
@@ -330,6 +331,7 @@ def _networks(
     ties = find_ties(modules)
     check_ties(ties, method)
     aux_networks = aux_of_stages(aux, modules, method)
+    trained_loss = loss_module(loss_fn, modules, method)
     options = _compile_options(compile)
     return [
         StageNetwork(
@@ -337,6 +339,7 @@ def _networks(
             loss_fn if index == len(modules) - 1 or aux_networks[index] is not None else None,
             needs_input_grad=not method.local and any(trains[:index]),
             aux=aux_networks[index],
+            loss_module=trained_loss if index == len(modules) - 1 else None,
             compile=options,
             ties=ties,
         )
@@ -402,8 +405,8 @@ def _place(
         check_device(found[index])
         if devices is not None:
             networks[index].module.to(found[index])
-        if (aux := networks[index].aux) is not None:
-            aux[1].to(found[index])
+        if (section := networks[index].section) is not None:
+            section[1].to(found[index])
     return found
 
 

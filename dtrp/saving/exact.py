@@ -306,8 +306,9 @@ class SavedStage:
         fits = fits or (not entry["modes"] and not (entry["has_graph"] and stage.trains))
         checks.expect(fits, f"what {self._where} keeps is not of its modules")
         device_type, enabled, dtype = entry["autocast"]
+        m, minibatch, share, *weight = entry["micro"]
         return StashEntry(
-            MicroBatch(*entry["micro"][:3], _from_json(entry["micro"][3:])),
+            MicroBatch(m, minibatch, share, _from_json(weight)),
             entry["version"],
             AutocastState(str(device_type), enabled, DTYPES[dtype]),
             leaf,

@@ -31,17 +31,20 @@ def encode_part(encoder: Encoder, stage: Stage) -> dict[str, Json]:
     def encode_section(section: StateDict, prefix: str) -> dict[str, Json]:
         groups = []
         for i, group in enumerate(section["param_groups"]):
-            key = f"optimizer.param_groups.{prefix or 'aux.'}stage{stage.index}.{i}"
+            key = f"optimizer.param_groups.{prefix}stage{stage.index}.{i}"
             options = encoder.encode(state_dict.group_options(group), key)
             groups.append({"params": group["params"], "options": options})
         states = {name: encoder.encode(v, f"optimizer.state.{name}") for name, v in section["state"].items()}
-        model = {name: encoder.encode(v, f"{prefix}{name}") for name, v in section["model"].items()}
+        written = "model." if prefix == "model." else ""  # the names in the other sections begin with the section
+        model = {name: encoder.encode(v, f"{written}{name}") for name, v in section["model"].items()}
         return {"model": model, "state": states, "param_groups": groups}
 
     return {
         **encode_section(part, "model."),
         "scheduler": encoder.encode(part["scheduler"], f"scheduler.stage{stage.index}"),
-        "aux": None if part["aux"] is None else encode_section(part["aux"], ""),
+        **{
+            name: None if part[name] is None else encode_section(part[name], f"{name}.") for name in state_dict.SECTIONS
+        },
         "buffers": part["buffers"],
     }
 
@@ -111,10 +114,10 @@ def decode(found: Checkpoint, names: set[str] | None = None) -> StateDict:
         model = {name: decode_entry(name, coded) for name, coded in section["model"].items()}
         return {"model": model, "optimizer": {"state": states, "param_groups": groups}}
 
-    model, *aux = map(decode_section, state_dict.sections(state))
+    beside = {name: state[name] for name in state_dict.SECTIONS if state.get(name) is not None}
     return {
-        **model,
-        **({"aux": aux[0]} if aux else {}),
+        **decode_section(state),
+        **{name: decode_section(section) for name, section in beside.items()},
         **({"buffers": state["buffers"]} if "buffers" in state else {}),
         "scheduler": decoder.decode(state["scheduler"], cpu),
         "num_updates": found.num_updates,
@@ -132,7 +135,7 @@ def read_state(folder: str | os.PathLike[str]) -> StateDict:
 
     Returns:
         What `Pipeline.state_dict` returns: ``{"model", "optimizer", "scheduler", "num_updates"}``, and ``"aux"`` where
-        there are auxiliary networks.
+        there are auxiliary networks, ``"loss"`` where the loss is trained.
 
     Raises:
         CheckpointError: no checkpoint, a damaged one, or an exact one.

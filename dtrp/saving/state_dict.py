@@ -4,7 +4,8 @@ Names are the unsplit model's. The optimizer's part has the form that
 `torch.distributed.checkpoint.state_dict` uses: ``{"state": {name: {...}}, "param_groups": [{"params":
 [names], ...options}]}``, groups with equal options merged over the stages.
 
-Auxiliary networks are no part of the model: their weights and optimizer state are in a section ``aux``, under
+A loss that is trained is no part of the model: its weights and optimizer state are in a section ``loss``, under ``loss.``
+Neither are auxiliary networks: their weights and optimizer state are in a section ``aux``, under
 ``aux.<layer>.``, the layer that the network follows. So they are found again wherever a stage ends at that layer,
 whatever K is.
 """
@@ -17,19 +18,21 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..atomic_file import whole_file
+from ..stage.losses import Section
 from ..stage.stage import Stage
 from ..tensors.module_buffers import buffers_of, names_of, put, slot_of
 from ..tensors.pytree import on_cpu
 from ..tensors.torch_private import non_persistent_buffers
 from ..typing import StateDict
 
+SECTIONS = get_args(Section)
 T = TypeVar("T")
 Shapes = dict[str, torch.Size | None]  # by name in a state dict; None: no tensor
 
@@ -47,34 +50,35 @@ def merge_model(parts: Sequence[dict[str, T]]) -> dict[str, T]:
 
 def state_part(stage: Stage) -> StateDict:
     """A snapshot of a stage's part of `Pipeline.state_dict`."""
-    aux = {name: _snapshot(value) for name, value in _aux_tensors(stage).items()}
+    beside = {name: _snapshot(value) for name, value in _tensors_beside(stage).items()}
     both: list[StateDict] = [
-        {"model": tensors, "state": {}, "param_groups": []} for tensors in (model_part(stage), aux)
+        {"model": tensors, "state": {}, "param_groups": []} for tensors in (model_part(stage), beside)
     ]
     if stage.optimizer is not None:
         names = _names(stage)
         for p, entry in stage.optimizer.state.items():
             name = names[id(p)]
-            both[_is_aux(stage, name)]["state"][name] = {key: _snapshot(value) for key, value in entry.items()}
+            both[_is_beside(stage, name)]["state"][name] = {key: _snapshot(value) for key, value in entry.items()}
         for group in stage.optimizer.param_groups:
             options = {key: _snapshot(value) for key, value in group_options(group).items()}
             members = [names[id(p)] for p in group["params"]]
-            for is_aux, section in enumerate(both):
-                chosen = [name for name in members if _is_aux(stage, name) == is_aux]
+            for is_beside, section in enumerate(both):
+                chosen = [name for name in members if _is_beside(stage, name) == is_beside]
                 if chosen:
                     section["param_groups"].append({"params": chosen, **options})
     scheduler = None if stage.lr_scheduler is None else copy.deepcopy(stage.lr_scheduler.state_dict())
-    return {**both[0], "scheduler": scheduler, "aux": both[1] if aux else None, "buffers": _changed_buffers(stage)}
+    extra = {stage.section[0]: both[1]} if stage.section is not None else {}
+    return {**both[0], **dict.fromkeys(SECTIONS), **extra, "scheduler": scheduler, "buffers": _changed_buffers(stage)}
 
 
 def merge_state(parts: Sequence[StateDict]) -> StateDict:
-    """All stages' parts as ``{"model", "optimizer", "scheduler"}``, with ``aux`` and ``buffers`` if any has them."""
-    aux = [part["aux"] for part in parts if part["aux"] is not None]
+    """All stages' parts as ``{"model", "optimizer", "scheduler"}``, with ``aux``, ``loss`` and ``buffers`` if any has them."""
+    beside = {name: [part[name] for part in parts if part.get(name) is not None] for name in SECTIONS}
     buffers = [name for part in parts for name in part["buffers"]]
     return {
         **_merge_section(parts),
         "scheduler": next((part["scheduler"] for part in parts if part["scheduler"] is not None), None),
-        **({"aux": _merge_section(aux)} if aux else {}),
+        **{name: _merge_section(found) for name, found in beside.items() if found},
         **({"buffers": buffers} if buffers else {}),
     }
 
@@ -93,18 +97,19 @@ def _merge_section(parts: Sequence[StateDict]) -> StateDict:
 
 
 def sections(state: StateDict) -> list[StateDict]:
-    """The sections of a merged state: the model's, and the auxiliary networks' if there are any."""
-    return [state, state["aux"]] if state.get("aux") is not None else [state]
+    """The sections of a merged state: the model's, and those beside it that there are, in the order of `SECTIONS`."""
+    return [state, *(state[name] for name in SECTIONS if state.get(name) is not None)]
 
 
-def _is_aux(stage: Stage, name: str) -> bool:
-    return stage.aux is not None and name.startswith("aux.")
+def _is_beside(stage: Stage, name: str) -> bool:
+    """Whether a tensor of the stage is trained beside the model: its auxiliary network's, or its loss's."""
+    return stage.section is not None and name.startswith(f"{stage.section[0]}.")
 
 
-def _aux_tensors(stage: Stage) -> StateDict:
-    """The entries of the stage's auxiliary network in a state dict."""
-    state = {} if stage.aux is None else stage.whole.state_dict()
-    return {name: value for name, value in state.items() if _is_aux(stage, name)}
+def _tensors_beside(stage: Stage) -> StateDict:
+    """The entries in a state dict of what is trained at the stage beside the model."""
+    state = {} if stage.section is None else stage.whole.state_dict()
+    return {name: value for name, value in state.items() if _is_beside(stage, name)}
 
 
 def group_options(group: StateDict) -> StateDict:
@@ -115,7 +120,7 @@ def group_options(group: StateDict) -> StateDict:
 def _changed_buffers(stage: Stage) -> list[str]:
     """The buffers in the model's state dict that have come, gone or changed shape since the pipeline was made."""
     changed = stage.repeatable.changed()
-    return sorted(name for name, persistent in changed.items() if persistent and not _is_aux(stage, name))
+    return sorted(name for name, persistent in changed.items() if persistent and not _is_beside(stage, name))
 
 
 def shapes_of(stage: Stage) -> Shapes:
@@ -133,7 +138,7 @@ def shapes_of(stage: Stage) -> Shapes:
 def check_state(stages: Sequence[Stage], state: StateDict, shapes: Shapes, *, scheduler: bool) -> Callable[[], None]:
     """Check what `Pipeline.state_dict` returned, at this or another number of stages.
 
-    An auxiliary network that is not in it, since another method wrote it or no stage ended there, is to stay as it is.
+    An auxiliary network that is not in it, since another method wrote it or no stage ended there, is to stay as it is; so is a loss.
 
     Args:
         stages: stages to load it into.
@@ -159,10 +164,10 @@ def check_state(stages: Sequence[Stage], state: StateDict, shapes: Shapes, *, sc
         raise ValueError(
             "the state dict and this pipeline differ in having a learning-rate scheduler; make both with one"
         )
-    aux = {stage.index: _saved_aux(stage, state) for stage in stages}
+    beside = {stage.index: _saved_beside(stage, state) for stage in stages}
     optimizers = [section["optimizer"] for section in sections(state)]
     plans = [
-        (stage.optimizer, _optimizer_state(stage, optimizers, has_aux=aux[stage.index] is not None))
+        (stage.optimizer, _optimizer_state(stage, optimizers, has_beside=beside[stage.index] is not None))
         for stage in stages
         if stage.optimizer is not None
     ]
@@ -171,13 +176,14 @@ def check_state(stages: Sequence[Stage], state: StateDict, shapes: Shapes, *, sc
         for stage in stages:
             _fit_buffers(stage, state)
             stage.module.load_state_dict({name: state["model"][name] for name in stage.module.state_dict()})
-            saved_aux = aux[stage.index]
-            if saved_aux is not None and stage.aux is not None:
-                stage.aux.load_state_dict(saved_aux)
-            elif stage.aux is not None:
+            if stage.section is None:
+                continue
+            if (saved := beside[stage.index]) is not None:
+                stage.section[1].load_state_dict(saved)
+            else:
+                what = "auxiliary network" if stage.section[0] == "aux" else "loss"
                 warnings.warn(
-                    f"the state has no auxiliary network like that of stage {stage.index}, which stays as it is",
-                    stacklevel=3,
+                    f"the state has no {what} like that of stage {stage.index}, which stays as it is", stacklevel=3
                 )
         for optimizer, plan in plans:
             optimizer.load_state_dict(plan)
@@ -191,13 +197,13 @@ def check_state(stages: Sequence[Stage], state: StateDict, shapes: Shapes, *, sc
     return load
 
 
-def _optimizer_state(stage: Stage, optimizers: Sequence[StateDict], *, has_aux: bool) -> StateDict:
+def _optimizer_state(stage: Stage, optimizers: Sequence[StateDict], *, has_beside: bool) -> StateDict:
     """The state dict to load into the optimizer of a stage.
 
     Args:
         stage: stage with an optimizer.
         optimizers: the optimizer's part of each section of the state.
-        has_aux: whether the state has the stage's auxiliary network; else the optimizer's state of that stays.
+        has_beside: whether the state has what the stage trains beside the model; else the optimizer's state of that stays.
     """
     assert stage.optimizer is not None
     names = _names(stage)
@@ -215,7 +221,7 @@ def _optimizer_state(stage: Stage, optimizers: Sequence[StateDict], *, has_aux: 
         numbers = range(number, number := number + len(members))
         groups.append({**_options_for(stage, group, members, options), "params": list(numbers)})
         for i, name in zip(numbers, members, strict=True):
-            source = current if _is_aux(stage, name) and not has_aux else saved
+            source = current if _is_beside(stage, name) and not has_beside else saved
             if name in source:
                 entries[i] = copy.deepcopy(source[name])
     return {"state": entries, "param_groups": groups}
@@ -223,7 +229,7 @@ def _optimizer_state(stage: Stage, optimizers: Sequence[StateDict], *, has_aux: 
 
 def _options_for(stage: Stage, group: StateDict, names: list[str], options: dict[str, StateDict]) -> StateDict:
     """The saved options of a parameter group; its present ones if only an unsaved auxiliary network is in it."""
-    members = [name for name in names if name in options or not _is_aux(stage, name)]
+    members = [name for name in names if name in options or not _is_beside(stage, name)]
     if not members:
         return group_options(group)
     for name in members:
@@ -287,14 +293,16 @@ def set_options(optimizer: Optimizer | None, scheduler: Any, options: list[State
         _take_learning_rates(scheduler, groups)
 
 
-def _saved_aux(stage: Stage, state: StateDict) -> StateDict | None:
-    """The state dict of the stage's auxiliary network; None where the state has not all of it."""
-    current = _aux_tensors(stage)
-    saved = state["aux"]["model"] if state.get("aux") is not None else {}
+def _saved_beside(stage: Stage, state: StateDict) -> StateDict | None:
+    """The state dict of what the stage trains beside the model; None where the state has not all of it."""
+    if stage.section is None:
+        return None
+    section, current = stage.section[0], _tensors_beside(stage)
+    saved = state[section]["model"] if state.get(section) is not None else {}
     for name, value in current.items():
         if name not in saved or (isinstance(value, Tensor) and value.shape != getattr(saved[name], "shape", None)):
             return None
-    return {name.split(".", 2)[2]: saved[name] for name in current}
+    return {name.removeprefix(f"{section}."): saved[name] for name in current}
 
 
 def _take_learning_rates(scheduler: Any, groups: list[StateDict]) -> None:

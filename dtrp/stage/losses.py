@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -27,8 +28,10 @@ from ..tensors.torch_private import (
     parameter_dict,
     replace_tensor_dicts,
 )
+from ..typing import LossFn
 
 _terms: ContextVar[list[Tensor] | None] = ContextVar("terms", default=None)  # of the forward that is running
+Section = Literal["aux", "loss"]  # of a state dict, beside the model
 Auxiliary = Sequence[nn.Module | None] | Callable[[Sequence[nn.Module]], Sequence[nn.Module | None]]
 
 
@@ -80,24 +83,47 @@ def collecting() -> Iterator[list[Tensor]]:
         _terms.reset(token)
 
 
-class WithAux(nn.Module):
-    """A stage's module and its auxiliary network as one module, which names the tensors of both.
+class WithLoss(nn.Module):
+    """A stage's module and what is trained with it for its loss as one module, which names the tensors of both.
 
-    The module's tensors keep their names; the network's have the prefix ``aux.<name>.``
+    The module's tensors keep their names; those of the loss have the prefix ``aux.<name>.``, or ``loss.``
 
     Args:
         module: the stage's module, whose parameters, buffers and submodules this module shares.
-        name: the name of the network.
-        aux: the network.
+        section: ``"aux"``, or ``"loss"``.
+        network: the auxiliary network, as the submodule of a module that names it; or the module that computes the loss.
     """
 
-    def __init__(self, module: nn.Module, name: str, aux: nn.Module) -> None:
+    def __init__(self, module: nn.Module, section: Section, network: nn.Module) -> None:
         super().__init__()
         replace_tensor_dicts(self, parameter_dict(module), buffer_dict(module))
         self._non_persistent_buffers_set = non_persistent_buffers(module)
-        networks = nn.Module()
-        module_dict(networks)[name] = aux  # a layer's name, which may be that of a method of any class of modules
-        module_dict(self).update(module_dict(module), aux=networks)
+        module_dict(self).update(module_dict(module), **{section: network})
+
+
+def loss_module(loss_fn: LossFn, modules: Sequence[nn.Module], method: Method) -> nn.Module | None:
+    """The loss as a module to train with the last stage, if it has something to train.
+
+    Raises:
+        ValueError: several stages would train it, or hold what is in it, or it has the name of a layer.
+    """
+    if not isinstance(loss_fn, nn.Module) or not any(p.requires_grad for p in loss_fn.parameters()):
+        return None
+    if method.local and len(modules) > 1:
+        raise ValueError(
+            f"loss_fn has parameters to train, and by method {method.name!r} every stage calls it and would train them apart; "
+            "freeze them (requires_grad_(False)), or put them into the auxiliary networks and the last stage"
+        )
+    holders = {id(p): (name, k) for k, module in enumerate(modules) for name, p in module.named_parameters()}
+    for name, p in loss_fn.named_parameters():
+        if id(p) in holders:
+            raise ValueError(
+                f"{name} of loss_fn is {holders[id(p)][0]} of stage {holders[id(p)][1]}; a loss has parameters of its own: let the "
+                "last stage return what it reads of the model"
+            )
+    if "loss" in module_dict(modules[-1]):
+        raise ValueError("the last stage has a layer named 'loss', as the tensors of loss_fn are; rename it")
+    return loss_fn
 
 
 def aux_of_stages(

@@ -166,7 +166,7 @@ class Reach:
             name = _name_in(loss_fn, leaf) or f"a tensor of shape {tuple(leaf.shape)} that requires a gradient"
             raise ValueError(
                 f"loss_fn would train {name}, which no stage has and no optimizer updates; freeze it "
-                "(requires_grad_(False)), or put it into the last stage's module and let that return what loss_fn takes"
+                "(requires_grad_(False)), pass an nn.Module that has registered it as loss_fn, or put it into the last stage"
             )
 
     def _holder(self, stage: int, leaf: Tensor) -> str:

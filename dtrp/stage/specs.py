@@ -12,9 +12,10 @@ from torch import nn
 
 from ..methods import Method
 from ..tensors.rng import Draws
+from ..tensors.torch_private import module_dict
 from ..typing import LossFn, OptimizerFactory, SchedulerFactory, Tree
 from .gradients import GradientRule
-from .losses import WithAux
+from .losses import Section, WithLoss
 from .tied import Tie
 
 
@@ -54,6 +55,7 @@ class StageNetwork:
         loss_fn: the loss, at a stage that has one: the last, or with a local method every stage.
         needs_input_grad: whether any stage before this one has something to train.
         aux: the auxiliary network between the output and a local loss, with its name in the whole; None: there is none.
+        loss_module: the loss itself, where it has parameters to train; at the last stage only.
         call: runs the module on a stage's input; None: the module is called with it.
         compile: keyword arguments of `torch.compile` for the module; None: it runs as it is.
         ties: parameters that several stages hold, of all stages.
@@ -63,14 +65,27 @@ class StageNetwork:
     loss_fn: LossFn | None
     needs_input_grad: bool
     aux: tuple[str, nn.Module] | None = None
+    loss_module: nn.Module | None = None
     call: Callable[[Tree], Tree] | None = None
     compile: Mapping[str, Any] | None = None
     ties: Sequence[Tie] = ()
 
     @cached_property
+    def section(self) -> tuple[Section, nn.Module] | None:
+        """What is trained at the stage beside its module, and the section of a state dict that has it."""
+        if self.loss_module is not None:
+            return "loss", self.loss_module
+        if self.aux is None:
+            return None
+        networks = nn.Module()
+        # The name is a layer's, which may be that of a method of any class of modules.
+        module_dict(networks)[self.aux[0]] = self.aux[1]
+        return "aux", networks
+
+    @cached_property
     def whole(self) -> nn.Module:
-        """All that is trained at the stage: the module, with its auxiliary network where there is one."""
-        return self.module if self.aux is None else WithAux(self.module, *self.aux)
+        """All that is trained at the stage: the module, with its auxiliary network or its loss."""
+        return self.module if self.section is None else WithLoss(self.module, *self.section)
 
 
 @dataclass(frozen=True)

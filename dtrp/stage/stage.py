@@ -87,6 +87,7 @@ class Stage:
         self.num_microbatches, self.memory_limit_bytes = training.num_microbatches, training.memory_limit_bytes
         self.module, self.whole, self.loss_fn = network.module, network.whole, network.loss_fn
         self.aux = None if network.aux is None else network.aux[1]
+        self.section = network.section
         self.compiles, self.needs_input_grad = network.compile is not None, network.needs_input_grad
         self._named = {name: p for name, p in self.whole.named_parameters() if p.requires_grad}
         self.names, self.parameters = list(self._named), list(self._named.values())

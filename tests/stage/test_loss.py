@@ -120,7 +120,6 @@ def temperature() -> Any:
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (Learned, "log_var of Learned"),
         (lambda: functools.partial(Learned().weighted, weight=2.0), "log_var of Learned"),
         (lambda: Learned().forward, "log_var of Learned"),
         (closure, "log_var of Learned"),

@@ -32,6 +32,7 @@ import reaching_losses
 import stateful_models
 import torch
 import torch.distributed as dist
+import trained_losses
 import unsplit
 import weighted_losses
 from drop_in_programs import PROGRAMS as DROP_IN_PROGRAMS
@@ -1067,6 +1068,24 @@ def weighted_run(
     pipe.close()
 
 
+def trained_loss_run(folder: str, *, on_ranks: bool = True) -> None:
+    """A loss with parameters; the ranks begin with other values than the first."""
+    torch.set_default_dtype(torch.float64)
+    if on_ranks:
+        join()
+    loss_fn, model = trained_losses.Centers(), trained_losses.network()
+    if on_ranks and rank():
+        with torch.no_grad():
+            loss_fn.centers += rank()
+    with dtrp.Pipeline(
+        model, trained_losses.sgd, loss_fn, num_stages=3, num_microbatches=2, seed=7, timeout_s=20
+    ) as pipe:
+        for x, y in trained_losses.batches():
+            pipe.step(x, y)
+        pipe.flush()
+        torch.save(pipe.state_dict(), Path(folder, f"run{rank()}.pt" if on_ranks else "local.pt"))
+
+
 def weightless_replicas(folder: str, method: str) -> None:
     """In mini-batch 0 one replica has no label, in mini-batch 1 both; each rank writes what it left out, and what it heard."""
     join()
@@ -1464,6 +1483,7 @@ PROGRAMS: dict[str, Callable[..., None]] = {
         skips_with_replicas,
         weighted_run,
         weightless_replicas,
+        trained_loss_run,
         fail_outside,
         stall,
         end_without_close,
