@@ -138,7 +138,7 @@ def shapes_of(stage: Stage) -> Shapes:
 def check_state(stages: Sequence[Stage], state: StateDict, shapes: Shapes, *, scheduler: bool) -> Callable[[], None]:
     """Check what `Pipeline.state_dict` returned, at this or another number of stages.
 
-    An auxiliary network that is not in it, since another method wrote it or no stage ended there, is to stay as it is; so is a loss.
+    An auxiliary network, or a loss, that is not in it, since another method wrote it or no stage ended there, stays as it is.
 
     Args:
         stages: stages to load it into.
