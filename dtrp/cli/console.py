@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -265,23 +266,35 @@ def show_plan(plan: Plan) -> None:
         highlight=False,
     )
     for title, choices in (
-        ("the same job otherwise", plan.alternatives),
+        ("the same job otherwise", (dataclasses.replace(plan.choice, method="this plan"), *plan.alternatives)),
         ("the lead", plan.leads),
         ("the mini-batch", plan.batches),
     ):
         if choices:
             console.print(_choices_table(title, choices))
+    bandwidth = plan.bandwidth_bytes_s
+    console.print(
+        f"links: {_seconds([plan.latency_s])} a message, "
+        + (
+            "of a bandwidth that was not given or not measurable"
+            if bandwidth is None
+            else f"{decimal(round(bandwidth))}/s"
+        ),
+        highlight=False,
+    )
     console.print(plan.advice, highlight=False)
 
 
 def _choices_table(title: str, choices: Sequence[Choice]) -> Table:
-    headings = ("ahead", "order", "A", "mini-batch", "time", "samples/s", "memory, at most", "delay", "at work, each")
+    headings = (
+        "ahead", "order", "A", "mini-batch", "time", "spread", "samples/s", "memory, at most", "delay", "at work, each",
+    )  # fmt: skip
     table = _table(title, ("method", *headings), left=("method", "order"))
     for choice in choices:
         table.add_row(
             choice.method, f"{choice.ahead:g}", choice.order, str(choice.num_microbatches), str(choice.batch_size),
-            _seconds([choice.minibatch_s]), f"{choice.samples_per_s:.0f}", decimal(choice.memory_bytes), str(choice.delay),
-            _shares(choice.utilization),
+            _seconds([choice.minibatch_s]), _known(choice.spread, ".0%"), _known(choice.samples_per_s, ".0f"),
+            decimal(choice.memory_bytes), str(choice.delay), _shares(choice.utilization),
         )  # fmt: skip
     return table
 
@@ -317,6 +330,11 @@ def _seconds(values: Sequence[float]) -> str:
     return (
         f"{factor * mean:.3g} {unit}" if len(values) == 1 else mean_text([factor * v for v in values], unit=f" {unit}")
     )
+
+
+def _known(value: float | None, form: str) -> str:
+    """A number in this form, or that it was not measurable."""
+    return "not measurable" if value is None else format(value, form)
 
 
 def _shares(shares: Sequence[float]) -> str:

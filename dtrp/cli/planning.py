@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from ..train.config import DATA_AND_MODEL, TrainConfig, option_words
 from .endings import mistakes
 from .option_types import SIZE, Name
 from .options import DEFAULTS, together, train_options
+
+if TYPE_CHECKING:
+    from ..planning import Plan
 
 _OPTIMIZER = ("optimizer", "momentum", "weight_decay")
 _RUN_SETTINGS = (*DATA_AND_MODEL, *_OPTIMIZER, "method", "batch_size", "prediction", "device", "dtype", "threads")
@@ -60,7 +63,7 @@ _search_options = together(
 @click.option("--device", default=DEFAULTS.device, help="Where to measure.")
 @train_options("dtype")
 @click.option("--threads", type=_AT_LEAST_1, default=1, help="CPU threads of a worker, and of the one worker.")
-@click.option("--repeats", type=_AT_LEAST_1, default=7, help="Rounds of the measurement.")
+@click.option("--repeats", type=_AT_LEAST_1, default=7, help="Rounds of the measurement; 4 for a verdict.")
 @click.option(
     "--neighbours",
     type=click.IntRange(min=0),
@@ -86,11 +89,18 @@ def plan(out: str, *, overwrite: bool, **options: Any) -> None:
         made = make_plan(config, say=lambda text: click.echo(f"{text} ...", err=True), **options)
         made.save(path)
     show_plan(made)
-    click.echo(f"written to {path}; train by it:\n  {_training_command(config, options['num_workers'])} --plan {out}")
+    click.echo(_what_next(config, made, path))
 
 
-def _training_command(config: TrainConfig, workers: int) -> str:
-    """The ``dtrp train`` that trains by the plan, but for ``--plan``."""
+def _what_next(config: TrainConfig, made: Plan, path: Path) -> str:
+    """Where the plan is, and the commands that follow from its verdict."""
     settings = {field.replace("_", "-"): getattr(config, field) for field in _REPEATED}
-    words = ["--data", config.data, "--model", config.model, *option_words(settings)]
-    return " ".join(["dtrp train", *words, *([f"--workers {workers}"] if workers > 1 else [])])
+    train = " ".join(["dtrp train --data", config.data, "--model", config.model, *option_words(settings)])
+    workers = f" --workers {made.num_workers}" if made.num_workers > 1 else ""
+    by_plan = f"{train}{workers} --plan {path}"
+    if made.verdict == "pipeline" or made.num_workers == 1:
+        return f"written to {path}; train by it:\n  {by_plan}"
+    alone = f"{train} --method bp --stages 1 --batch-size {made.batch_size}"
+    if made.verdict == "one worker":
+        return f"written to {path}; train on one worker:\n  {alone}\nand to compare, in a pipeline:\n  {by_plan}"
+    return f"written to {path}; to compare a run of it with one worker:\n  {by_plan}\n  {alone}"

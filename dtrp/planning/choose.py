@@ -8,7 +8,7 @@ the schedule is simulated with the times of the stages and links. By such evalua
     the lead        the least delay among those orders of work that are within 2 % of the fastest
     the batch       the smallest mini-batch within 5 % of the best samples/s, within the memory; as many micro-batches
                     as cost nothing; the learning rate with it
-    whether to      the same job by other methods, and by one worker
+    whether to      the same job by other methods, and by one worker, measured in turns (`verdict`)
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from ..tensors.pytree import num_samples
 from ..typing import AutocastFactory, LossFn, OptimizerFactory, Tree
 from ..validation import is_number, is_whole, whole
 from .link_probe import LinkSpeed, measure_link
-from .plan_file import Choice, Plan, describe_model, method_options
+from .plan_file import Plan, describe_model, method_options
 from .profile import Profiler, checked_example, device_of
 from .search import Evaluated, Search, about_fastest, frontier, larger_batches
+from .verdict import Comparison
 
 LR_SCALING: dict[str, Callable[[float], float]] = {"linear": float, "sqrt": math.sqrt, "none": lambda factor: 1.0}
 OTHERS = ("gpipe", "bp", "pipedream", "fdg", "dtrp")  # methods that a plan is compared with, beside one worker
@@ -84,8 +85,8 @@ def plan(
         memory_limit_bytes: bytes that a worker may hold.
         latency_s: seconds that a message between workers takes. None: as measured on this machine's loopback, in a few
             seconds.
-        bandwidth_bytes_s: bytes per second of a link, in either direction. None: as measured with the latency, or
-            without bound.
+        bandwidth_bytes_s: bytes per second of a link, in either direction. None: as measured with the latency;
+            without bound where that was given, or where the bandwidth was not measurable.
         choose_lead: choose ``ahead`` and the order within a slot by the latency; None: where ``method`` is a name.
         compensate: choose the mini-batch too (batch compensation), and which stages keep their graphs: with no
             ``memory_limit_bytes``, within the memory that fdg needs at the base mini-batch.
@@ -96,7 +97,7 @@ def plan(
         device: device to measure on; None: where the model is.
         neighbours: processes that work at the same time as the measured one. None: as many as there are other workers
             on this machine's CPU, none on an accelerator.
-        repeats: rounds of the measurement, of which the median counts.
+        repeats: rounds of the measurement, of which the median counts; a verdict needs at least 4.
         autocast: makes the region in which steps run, as ``lambda: torch.autocast("cpu", torch.bfloat16)``; None: none.
         progress: called with a line before each longer part.
 
@@ -133,9 +134,9 @@ def plan(
     if compensate:
         builder.choose_batch(max_batch_size or 32 * base)
     builder.choose_cuts()
+    builder.compare(alternatives=alternatives)
     if (isinstance(method, str) if choose_lead is None else choose_lead) and num_workers > 1 and not row.flush:
         builder.choose_lead()
-    builder.compare(alternatives=alternatives)
     return builder.plan(model, LR_SCALING[lr_scaling](builder.chosen.batch_size / base))
 
 
@@ -152,8 +153,8 @@ class _PlanBuilder:
         self.search, self.method, self.base = search, method, base
         self.batches: list[Evaluated] = []
         self.leads: list[Evaluated] = []
-        self.others: list[Evaluated] = []
-        self.variants: list[Choice] = []
+        self.others: dict[str, Evaluated] = {}  # rows of the table, by name
+        self.variants: list[str] = []  # names of those in the order of work of the chosen method
 
     def choose_batch(self, most: int) -> None:
         """The smallest mini-batch of those up to ``most`` samples that comes near the best throughput."""
@@ -174,6 +175,30 @@ class _PlanBuilder:
         self.chosen = self.search.best_of_tried(first)
         self.search = dataclasses.replace(self.search, slower=statistics.mean(self.chosen.ratios))
 
+    def compare(self, *, alternatives: bool) -> None:
+        """The same job by one worker, and by ``alternatives``: other methods, and other ways of the chosen method."""
+        if alternatives and self.search.num_workers > 1:
+            self._add_alternatives()
+        self.chosen, self.others, self.one_worker = self.search.in_turns(self.chosen, self.others)
+        size = self.chosen.batch_size, self.chosen.num_microbatches
+        self.batches = [self.chosen if (b.batch_size, b.num_microbatches) == size else b for b in self.batches]
+
+    def _add_alternatives(self) -> None:
+        search, chosen = self.search, self.chosen
+        usual = dataclasses.replace(search, keep=None, limit=math.inf)
+        for other in map(get_method, OTHERS):
+            search.say(f"{other.name} for the same job")
+            counted = dataclasses.replace(usual, num_microbatches=None) if other.flush else usual
+            with suppress(PlanError):  # fewer samples than it needs micro-batches
+                self.others[other.name] = counted.evaluate(other, chosen.batch_size)
+        variants = {}
+        if search.keep == "auto" and (recomputing := search.recomputing(chosen)) is not None:
+            variants["recomputing"] = recomputing
+        even = equal_cuts(len(search.profiler.names), search.num_workers)
+        variants["equal cuts"] = usual.evaluate(chosen.method, chosen.batch_size, cuts=even)
+        self.variants = [f"{chosen.method.name}, {way}" for way in variants]
+        self.others |= dict(zip(self.variants, variants.values(), strict=True))
+
     def choose_lead(self) -> None:
         """The order of work with the least delay among those that are about as fast as the fastest."""
         self.search.say("orders of work")
@@ -181,30 +206,19 @@ class _PlanBuilder:
         max_delay = math.inf if self.search.max_delay is None else self.search.max_delay
         allowed = [lead for lead in self.leads if lead.delay <= max_delay] or [self.chosen]
         self.chosen = min(about_fastest(allowed), key=lambda lead: (lead.delay, lead.method.ahead))
-
-    def compare(self, *, alternatives: bool) -> None:
-        """The same job by one worker, and by ``alternatives``: other methods, and other ways of the chosen method."""
-        search, chosen = self.search, self.chosen
-        search.say("one worker")
-        self.one_worker = search.one_worker(chosen.batch_size)
-        if not alternatives or search.num_workers == 1:
-            return
-        usual = dataclasses.replace(search, keep=None, limit=math.inf)
-        for other in map(get_method, OTHERS):
-            search.say(f"{other.name} for the same job")
-            counted = dataclasses.replace(usual, num_microbatches=None) if other.flush else usual
-            with suppress(PlanError):  # fewer samples than it needs micro-batches
-                self.others.append(counted.evaluate(other, chosen.batch_size))
-        even = equal_cuts(len(search.profiler.names), search.num_workers)
-        variants = [("equal cuts", usual.evaluate(chosen.method, chosen.batch_size, cuts=even))]
-        if search.keep == "auto" and (recomputing := search.recomputing(chosen)) is not None:
-            variants.insert(0, ("recomputing", recomputing))
-        for name, variant in variants:
-            self.variants.append(dataclasses.replace(variant.choice(), method=f"{chosen.method.name}, {name}"))
+        for name, other in self.others.items():
+            if name in self.variants:
+                self.others[name] = self.search.reordered(other, self.chosen.method)
 
     def plan(self, model: nn.Module | Sequence[nn.Module], lr_scale: float) -> Plan:
         """The plan of what has been chosen."""
         chosen, link, limit = self.chosen, self.search.link, self.search.limit
+        others = tuple(dataclasses.replace(other.choice(), method=name) for name, other in self.others.items())
+        judgement = Comparison(
+            plan=chosen.choice(), one_worker=self.one_worker, others=others, bottleneck=_bottleneck(chosen, link),
+            latency_scatter_s=link.latency_s * (link.spread or 0.0), memory_limit_bytes=limit,
+            repeats=self.search.profiler.repeats,
+        ).judge()  # fmt: skip
         return Plan(
             method=chosen.method.name,
             options=method_options(chosen.method),
@@ -216,46 +230,30 @@ class _PlanBuilder:
             warmup_updates=math.ceil(_WARMUP_MINIBATCHES * math.log2(lr_scale)) if lr_scale > 1 else 0,
             model=describe_model(model),
             latency_s=link.latency_s,
-            bandwidth_bytes_s=link.bandwidth_bytes_s if math.isfinite(link.bandwidth_bytes_s) else None,
+            bandwidth_bytes_s=link.bandwidth_bytes_s,
             memory_limit_bytes=None if limit == math.inf else int(limit),
             minibatch_s=chosen.minibatch_s,
             one_worker_s=self.one_worker.minibatch_s,
-            advice=_advice(chosen, self.one_worker, self.others, self.search),
+            spread=chosen.spread,
+            verdict=judgement.verdict,
+            advice=judgement.advice,
             stages=chosen.stages(self.search.profiler.names),
-            alternatives=(self.one_worker, *(other.choice() for other in self.others), *self.variants),
+            alternatives=(self.one_worker, *others),
             leads=tuple(lead.choice() for lead in frontier(self.leads, chosen)),
             batches=tuple(batch.choice() for batch in self.batches),
         )
 
 
-def _advice(chosen: Evaluated, one_worker: Choice, others: Sequence[Evaluated], search: Search) -> str:
-    workers, slots = len(chosen.options), chosen.slots_s
-    if workers == 1:
-        return "One worker: there is no pipeline to plan."
-    together, alone = 1e3 * chosen.minibatch_s, 1e3 * one_worker.minibatch_s
-    speedup = alone / together
-    times = f"{together:.3g} ms a mini-batch with {workers} workers, {alone:.3g} ms with one"
-    slowest = max(range(workers), key=slots.__getitem__)
+def _bottleneck(chosen: Evaluated, link: LinkSpeed) -> str:
+    """What keeps a plan from being faster."""
+    slots = chosen.slots_s
+    slowest = max(range(len(slots)), key=slots.__getitem__)
     if max(slots) > 1.2 * statistics.mean(slots):
-        why = f"stage {slowest} takes {1e3 * slots[slowest]:.3g} ms by itself, the slowest of an uneven split"
-    elif chosen.minibatch_s > 1.2 * max(slots):
-        hidden = f": {1e3 * search.link.latency_s:.3g} ms a message are not hidden"
-        why = "the workers wait for each other" + ("" if chosen.method.flush else hidden)
-    else:
-        why = "stages repeat their forward" if "input" in chosen.keeps else "the work is evenly split"
-    if speedup < 1.05:
-        if (needed := one_worker.memory_bytes) > search.limit:
-            return f"Slower than one worker would be ({times}; {why}), but that needs {needed:,} bytes."
-        return f"Do not pipeline this: {times}; {why}. Train on one worker, or on replicas of the whole model."
-    text = f"{speedup:.2f} times as fast as one worker: {times}."
-    flushing = [other for other in others if other.method.flush and other.memory <= search.limit]
-    best = min(flushing, key=lambda other: other.minibatch_s, default=chosen)
-    if chosen.delay and best is not chosen and best.minibatch_s <= 1.02 * chosen.minibatch_s:
-        count = best.num_microbatches
-        text += f" {best.method.name} with {count} micro-batches is as fast, without any delay: prefer it."
-    if speedup < 0.6 * workers:
-        text += f" {workers} workers could do better: {why}."
-    return text
+        return f"stage {slowest} takes {1e3 * slots[slowest]:.3g} ms by itself, the slowest of an uneven split"
+    if chosen.minibatch_s > 1.2 * max(slots):
+        hidden = f": {1e3 * link.latency_s:.3g} ms a message are not hidden"
+        return "the workers wait for each other" + ("" if chosen.method.flush else hidden)
+    return "stages repeat their forward" if "input" in chosen.keeps else "the work is evenly split"
 
 
 def _link(
@@ -263,12 +261,16 @@ def _link(
 ) -> LinkSpeed:
     """The link between two workers, measured where its latency was not given."""
     if num_workers == 1:
-        return LinkSpeed(0.0, math.inf)
+        return LinkSpeed(0.0, None)
     if latency_s is not None:
-        return LinkSpeed(latency_s, bandwidth_bytes_s or math.inf)
+        return LinkSpeed(latency_s, bandwidth_bytes_s)
     say("measuring the link between two workers")
     measured = measure_link()
-    return LinkSpeed(measured.latency_s, bandwidth_bytes_s or measured.bandwidth_bytes_s)
+    if bandwidth_bytes_s is not None:
+        return measured._replace(bandwidth_bytes_s=bandwidth_bytes_s)
+    if measured.bandwidth_bytes_s is None:
+        say("its bandwidth was not measurable, and counts as without bound; pass it if you know it")
+    return measured
 
 
 def _tied_cuts(layers: Sequence[tuple[str, nn.Module]]) -> frozenset[int]:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from torch import nn
 
 from ..atomic_file import whole_file
 from ..errors import PlanError
 from ..methods import Keep, Method, get_method, list_methods
+from ..schedule import steady_delay
 from ..splitting.stages import layers_of
 from ..typing import Json
 from ..validation import is_number, is_whole
 
-_FORMAT = 1
+_FORMAT = 2  # 1: without spreads and verdict
+Verdict = Literal["pipeline", "one worker"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,12 @@ class Choice:
         batch_size: samples in a mini-batch.
         cuts: index of the first layer of stages 1..K-1.
         minibatch_s: predicted seconds for a mini-batch.
-        samples_per_s: throughput of the whole pipeline.
+        samples_per_s: throughput of the whole pipeline; None: not measurable.
         memory_bytes: bytes that the worker needs which needs most.
         delay: largest delay, in updates.
         utilization: by worker, the share of the time in which it works.
+        spread: interquartile range, over the rounds, of the measured time of the slowest stage, over its median; None: not
+            measurable, as in fewer than four rounds, or in a plan of an older version.
     """
 
     method: str
@@ -66,10 +72,11 @@ class Choice:
     batch_size: int
     cuts: tuple[int, ...]
     minibatch_s: float
-    samples_per_s: float
+    samples_per_s: float | None
     memory_bytes: int
     delay: int
     utilization: tuple[float, ...]
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,11 +95,14 @@ class Plan:
         lr_scale: factor on the learning rate of the base mini-batch.
         warmup_updates: updates over which the learning rate should rise.
         model: the model planned for: ``fingerprint`` of its names, shapes and dtypes, ``layers``, ``parameters``.
-        latency_s, bandwidth_bytes_s: seconds that a message takes, and bytes per second of a link; None: unbounded.
+        latency_s: seconds that a message takes.
+        bandwidth_bytes_s: bytes per second of a link; None: not given or not measurable, and counted as without bound.
         memory_limit_bytes: bytes that a worker may hold, if that was limited.
         minibatch_s: predicted seconds for a mini-batch.
         one_worker_s: seconds that one worker would take for as many samples.
-        advice: whether to use this plan, in a sentence or two.
+        spread: interquartile range of the measured time of the slowest stage, over its median; None: not measurable.
+        verdict: what to train on: this ``"pipeline"`` or ``"one worker"``; None: the measurement does not tell.
+        advice: the verdict and its reason, in a sentence or two.
         stages: the stages, in order.
         alternatives: evaluations of the same job by other methods; ``dtrp, recomputing``: by this plan with no more
             graphs kept than the method keeps; ``dtrp, equal cuts``.
@@ -114,6 +124,8 @@ class Plan:
     memory_limit_bytes: int | None
     minibatch_s: float
     one_worker_s: float
+    spread: float | None = field(default=None, kw_only=True)
+    verdict: Verdict | None = field(default=None, kw_only=True)
     advice: str
     stages: tuple[StagePlan, ...]
     alternatives: tuple[Choice, ...] = ()
@@ -131,9 +143,35 @@ class Plan:
         return get_method(self.method, **self.options)
 
     @property
-    def speedup(self) -> float:
-        """How many times as fast as one worker, predicted."""
-        return self.one_worker_s / self.minibatch_s
+    def speedup(self) -> float | None:
+        """How many times as fast as one worker, predicted; None: not measurable."""
+        return self.one_worker_s / self.minibatch_s if self.minibatch_s else None
+
+    @property
+    def choice(self) -> Choice:
+        """This plan as a row of its tables."""
+        row = self.row
+        return Choice(
+            method=self.method,
+            ahead=row.ahead,
+            order="backward-first" if row.backward_first else "forward-first",
+            num_workers=self.num_workers,
+            num_microbatches=self.num_microbatches,
+            batch_size=self.batch_size,
+            cuts=self.cuts,
+            minibatch_s=self.minibatch_s,
+            samples_per_s=samples_per_s(self.batch_size, self.minibatch_s),
+            memory_bytes=max((stage.memory_bytes for stage in self.stages), default=0),
+            delay=steady_delay(row, self.num_workers, 0, self.num_microbatches, 0),
+            utilization=tuple(stage.utilization for stage in self.stages),
+            spread=self.spread,
+        )
+
+    @property
+    def fastest(self) -> Choice:
+        """The fastest of this plan and its ``alternatives``, within the memory; of equals the first."""
+        limit = math.inf if self.memory_limit_bytes is None else self.memory_limit_bytes
+        return fastest_row(self.choice, self.alternatives, limit)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -160,13 +198,13 @@ class Plan:
         """As `load`, from what the file holds; ``source`` is the name for it in errors."""
         if not isinstance(values, Mapping) or "dtrp_plan" not in values:
             raise PlanError(f"{source} is no plan of dtrp: it has no entry 'dtrp_plan'")
-        if values["dtrp_plan"] != _FORMAT:
+        if values["dtrp_plan"] not in range(1, _FORMAT + 1):
             raise PlanError(
-                f"{source} is a plan of format {values['dtrp_plan']!r}; this version of dtrp reads format {_FORMAT}: "
-                "plan again"
+                f"{source} is a plan of format {values['dtrp_plan']!r}; this version of dtrp reads formats 1 to "
+                f"{_FORMAT}: plan again"
             )
         given = {name: value for name, value in values.items() if name != "dtrp_plan"}
-        fields = {field.name: field.default for field in dataclasses.fields(cls)}
+        fields = {entry.name: entry.default for entry in dataclasses.fields(cls)}
         unknown = sorted(given.keys() - fields.keys())
         missing = [name for name in sorted(fields.keys() - given.keys()) if fields[name] is dataclasses.MISSING]
         if unknown or missing:
@@ -200,6 +238,9 @@ class Plan:
             )
         for name in ("lr_scale", "minibatch_s", "one_worker_s", "latency_s"):
             require(is_number(value := getattr(self, name), 0), f"{name}={value!r}: a number of at least 0")
+        spread, verdict, verdicts = self.spread, self.verdict, get_args(Verdict)
+        require(spread is None or is_number(spread, 0), f"spread={spread!r}: a number of at least 0, or null")
+        require(verdict is None or verdict in verdicts, f"verdict={verdict!r}: one of {', '.join(verdicts)}, or null")
         try:
             _ = self.row
         except (ValueError, TypeError) as error:
@@ -232,6 +273,17 @@ def describe_model(model: nn.Module | Sequence[nn.Module]) -> dict[str, Json]:
     return {"fingerprint": digest.hexdigest(), "layers": [name for name, _ in layers], "parameters": parameters}
 
 
+def samples_per_s(batch_size: int, minibatch_s: float) -> float | None:
+    """The throughput; None where the time was too short to measure."""
+    return batch_size / minibatch_s if minibatch_s else None
+
+
+def fastest_row(plan: Choice, others: Sequence[Choice], memory_limit_bytes: float) -> Choice:
+    """The fastest of a plan and the other rows that fit the memory; of equals the first."""
+    fitting = [row for row in others if row.memory_bytes <= memory_limit_bytes]
+    return min([plan, *fitting], key=lambda row: row.minibatch_s)
+
+
 def method_options(method: Method) -> dict[str, Json]:
     """The fields in which a method differs from the built-in one of its name.
 
@@ -249,7 +301,7 @@ def method_options(method: Method) -> dict[str, Json]:
             "'rollout' or 'informed', and pass your own predictor with the plan's cuts"
         )
     built_in = get_method(method.name)
-    names = [field.name for field in dataclasses.fields(method)]
+    names = [entry.name for entry in dataclasses.fields(method)]
     options = {name: getattr(method, name) for name in names if getattr(method, name) != getattr(built_in, name)}
     return {**options, "predict": "none"} if options.get("predict", "") is None else options
 

@@ -34,7 +34,8 @@ from ..tensors.nbytes import states_bytes, tensor_bytes
 from ..tensors.pytree import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
 from ..tensors.torch_private import write_count
 from ..typing import AutocastFactory, LossFn, OptimizerFactory, Tree
-from .neighbours import busy_neighbours
+from .neighbours import Neighbours, busy_neighbours
+from .spread import relative_spread
 
 _GraphEntries = dict[str, Any]  # entries of a LayerProfile that tell of its graph
 
@@ -47,7 +48,8 @@ class LayerProfile:
         name: name in the model.
         forward_s, nograd_forward_s, backward_s: median seconds of the forward with a graph, without a graph, and of the
             backward.
-        spread: interquartile range of the seconds of forward and backward together, over their median.
+        spread: interquartile range of the seconds of forward and backward together, over their median; None: not
+            measurable.
         graph_bytes: bytes that its graph saves beside its input and its output.
         input_bytes, output_bytes: bytes of its input and its output.
         saves_input, saves_output: whether its graph saves them.
@@ -60,7 +62,7 @@ class LayerProfile:
     forward_s: float
     nograd_forward_s: float
     backward_s: float
-    spread: float
+    spread: float | None
     graph_bytes: int
     input_bytes: int
     output_bytes: int
@@ -100,12 +102,15 @@ class Profile:
         layers: the layers, in order.
         update_s, predict_s: seconds of an update and of a prediction of the whole model, to be shared out by the bytes
             of trained parameters.
+        spread: interquartile range, over the rounds, of the seconds of all layers together, over their median; None:
+            not measurable, for which there are too few rounds.
     """
 
     samples: int
     layers: tuple[LayerProfile, ...]
     update_s: float
     predict_s: float
+    spread: float | None = None
 
     def stage(self, first: int, end: int) -> StageProfile:
         """Layers ``first`` to ``end - 1`` together."""
@@ -142,11 +147,6 @@ class Profile:
         """The model in one stage."""
         return self.stage(0, len(self.layers))
 
-    @property
-    def spread(self) -> float:
-        """The median of the layers' spreads."""
-        return statistics.median(layer.spread for layer in self.layers)
-
 
 class Profiler:
     """Measures a model at any micro-batch size, at each size once.
@@ -163,6 +163,7 @@ class Profiler:
         autocast: makes the region in which the forward runs.
 
     Attributes:
+        repeats: rounds that count.
         names: names of the layers.
         layers: copies of the layers, on ``device``.
     """
@@ -184,7 +185,7 @@ class Profiler:
         self._example = checked_example(example)
         self.loss_fn, self.make_optimizer = loss_fn, optimizer
         self.neighbours, self.autocast = neighbours, autocast or nullcontext
-        self._repeats, self._warmup = repeats, warmup
+        self.repeats, self._warmup = repeats, warmup
         named = layers_of(model)
         self.names = [name for name, _ in named]
         # At once: a tensor that two layers share, they share again.
@@ -226,12 +227,13 @@ class Profiler:
         return x, y
 
     @contextmanager
-    def measuring(self, x: Tree, neighbours: int | None) -> Iterator[None]:
+    def measuring(self, x: Tree, neighbours: int | None = None) -> Iterator[Neighbours]:
         """Within it ``neighbours`` processes work on x, and random numbers are drawn and given back."""
         devices = [self.device] if self.device.type != "cpu" else []
         random_numbers = torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda")
-        with random_numbers, busy_neighbours(self.neighbours if neighbours is None else neighbours, self.layers, x):
-            yield
+        count = self.neighbours if neighbours is None else neighbours
+        with random_numbers, busy_neighbours(count, self.layers, x) as working:
+            yield working
 
     def _measure(self, x: Tree, y: Tree) -> Profile:
         saved: list[_GraphEntries] = []
@@ -240,10 +242,13 @@ class Profiler:
         for _ in range(self._warmup):
             self._round(x, y)
         self._times.clear()
-        for _ in range(self._repeats):
+        for _ in range(self.repeats):
             self._round(x, y)
         layers = tuple(itertools.starmap(self._layer_profile, enumerate(saved)))
-        return Profile(num_samples(x), layers, self._median("update"), self._median("predict"))
+        layer_times = [times for (what, _), times in self._times.items() if what in ("forward", "backward")]
+        rounds_s = list(map(sum, zip(*layer_times, strict=True)))
+        update_s, predict_s = self._median("update"), self._median("predict")
+        return Profile(num_samples(x), layers, update_s, predict_s, relative_spread(rounds_s))
 
     def _layer_profile(self, place: int, graph: _GraphEntries) -> LayerProfile:
         layer = self.layers[place]
@@ -398,12 +403,3 @@ def _tiled(value: Tree, samples: int) -> Tree:
 def device_of(layers: Iterable[nn.Module]) -> torch.device:
     """The device that layers are on; the CPU, if they hold nothing."""
     return next((place for place in map(stage_device, layers) if place is not None), torch.device("cpu"))
-
-
-def relative_spread(times: Sequence[float]) -> float:
-    """The interquartile range over the median."""
-    median = statistics.median(times)
-    if len(times) < 4 or not median:
-        return 0.0
-    low, _, high = statistics.quantiles(times, n=4)
-    return (high - low) / median

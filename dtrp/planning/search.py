@@ -10,26 +10,30 @@ import dataclasses
 import math
 import operator
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Literal
 
 from ..errors import PlanError
-from ..measure.memory import footprint
+from ..measure.memory import StageSizes, footprint
 from ..methods import Keep, Method, get_method
 from ..schedule import lead, steady_delay
 from ..splitting.stages import equal_cuts
 from .balance import cuts_within
 from .link_probe import LinkSpeed
-from .plan_file import Choice, StagePlan
+from .plan_file import Choice, StagePlan, samples_per_s
 from .profile import Profiler, StageProfile
 from .simulate import Seconds, Simulation, simulate
-from .trial import try_stages
+from .trial import StageTrial, TrialSettings, try_in_turns, try_stages
 
 _LEADS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
-_LEAST_JITTER = 0.03  # no stage takes the same time twice
+_LEAST_SCATTER = 0.04  # no stage takes the same time twice
+# A wider scatter is that of other programs, or of times too short to measure, and not the stages'. Drawn from, it would make
+# times of any size.
+_MOST_SCATTER = 0.25
+_QUARTILE = statistics.NormalDist().inv_cdf(0.75)
 _MOST_TRIED = 5  # cuts
 _WORTH_TRYING = 1.12  # of the time of the fastest, by the sums of layers
 _MINIBATCH_S = operator.attrgetter("minibatch_s")
@@ -90,7 +94,8 @@ class Evaluated:
         cuts: index of the first layer of stages 1..K-1.
         options: the stages, with what they keep.
         ratios: by stage, the time that it takes over the sum of its layers.
-        spread: relative interquartile range of the stages' times.
+        spread: interquartile range of the slowest stage's time, over its median; None: not measurable.
+        scatter: as ``spread``, of single steps.
         simulation: the schedule, with times that scatter so.
     """
 
@@ -100,7 +105,8 @@ class Evaluated:
     cuts: list[int]
     options: list[StageOption]
     ratios: list[float]
-    spread: float
+    spread: float | None
+    scatter: float | None
     simulation: Simulation
 
     @property
@@ -123,7 +129,7 @@ class Evaluated:
 
     @property
     def samples_per_s(self) -> float:
-        return self.batch_size / self.minibatch_s
+        return self.batch_size / self.minibatch_s if self.minibatch_s else math.inf
 
     @property
     def memory(self) -> int:
@@ -152,7 +158,8 @@ class Evaluated:
             batch_size=self.batch_size,
             cuts=tuple(self.cuts),
             minibatch_s=self.minibatch_s,
-            samples_per_s=self.samples_per_s,
+            spread=self.spread,
+            samples_per_s=samples_per_s(self.batch_size, self.minibatch_s),
             memory_bytes=self.memory,
             delay=self.delay,
             utilization=tuple(self.simulation.utilization.values()),
@@ -240,7 +247,7 @@ class Search:
 
         @cache
         def best(first: int, end: int, stage: int) -> StageOption:
-            common = num_stages, stage, num_microbatches, self.link.bandwidth_bytes_s, profile.stage(first, end)
+            common = num_stages, stage, num_microbatches, self.bandwidth_bytes_s, profile.stage(first, end)
             return self._fastest([StageOption(row, *common) for row in rows])
 
         def slot_s(first: int, end: int, stage: int) -> float:
@@ -255,9 +262,9 @@ class Search:
         if max(option.memory_bytes for option in options) > self.limit:  # at cuts that were given
             return self._evaluate_with(method, batch_size, num_microbatches)
         ratios = [self.slower] * num_stages if like is None else like.ratios
-        spread = profile.spread if like is None else like.spread
-        simulation = self._simulate(method, options, ratios, spread)
-        return Evaluated(method, num_microbatches, batch_size, cuts, options, ratios, spread, simulation)
+        spread, scatter = (profile.spread, profile.spread) if like is None else (like.spread, like.scatter)
+        simulation = self._simulate(method, options, ratios, scatter)
+        return Evaluated(method, num_microbatches, batch_size, cuts, options, ratios, spread, scatter, simulation)
 
     def _fastest(self, options: Sequence[StageOption]) -> StageOption:
         """The fastest option that fits the memory, else the smallest; of equals the first."""
@@ -269,13 +276,11 @@ class Search:
         return min(fitting, key=lambda option: (option.slot_s(), option.memory_bytes))
 
     def _simulate(
-        self, method: Method, options: Sequence[StageOption], ratios: Sequence[float], spread: float
+        self, method: Method, options: Sequence[StageOption], ratios: Sequence[float], scatter: float | None
     ) -> Simulation:
-        sigma = max(_LEAST_JITTER, spread / 1.35)  # of a normal distribution with that interquartile range
-
         def times(name: str) -> list[Seconds]:
-            means = [ratio * getattr(option.layers, name) for ratio, option in zip(ratios, options, strict=True)]
-            return [_lognormal(mean, sigma) for mean in means]
+            medians = [ratio * getattr(option.layers, name) for ratio, option in zip(ratios, options, strict=True)]
+            return [lognormal(median, scatter) for median in medians]
 
         num_microbatches = options[0].num_microbatches
         minibatches = 4 * math.ceil((lead(method, len(options), 0) + 1) / num_microbatches) + 20
@@ -290,10 +295,15 @@ class Search:
             update_s=times("update_s"),
             predict_s=times("predict_s"),
             latency_s=self.link.latency_s,
-            bandwidth_bytes_s=self.link.bandwidth_bytes_s,
+            bandwidth_bytes_s=self.bandwidth_bytes_s,
             message_bytes=[option.layers.sizes.output for option in options[:-1]],
             keep=[option.keep for option in options],
         )
+
+    @property
+    def bandwidth_bytes_s(self) -> float:
+        """Bytes per second of a link; without bound where that is not known."""
+        return math.inf if self.link.bandwidth_bytes_s is None else self.link.bandwidth_bytes_s
 
     @property
     def _tries(self) -> bool:
@@ -305,13 +315,56 @@ class Search:
         if not self._tries:
             return untried
         self.say(f"trying the stages on mini-batches of {untried.batch_size}")
-        trials = try_stages(
-            self.profiler, untried.method, untried.cuts, untried.keeps, untried.num_microbatches, untried.batch_size
+        return self._corrected(untried, try_stages(self.profiler, _settings(untried), untried.batch_size))
+
+    def _corrected(self, untried: Evaluated, trials: Sequence[StageTrial]) -> Evaluated:
+        """With the times of its stages as in these trials."""
+        pairs = zip(trials, untried.options, strict=True)
+        ratios = [trial.minibatch_s / option.work_s if option.work_s else 1.0 for trial, option in pairs]
+        slowest = max(trials)
+        simulation = self._simulate(untried.method, untried.options, ratios, slowest.scatter)
+        return dataclasses.replace(
+            untried, ratios=ratios, spread=slowest.spread, scatter=slowest.scatter, simulation=simulation
         )
-        ratios = [trial.minibatch_s / option.work_s for trial, option in zip(trials, untried.options, strict=True)]
-        spread = statistics.median(trial.spread for trial in trials)
-        simulation = self._simulate(untried.method, untried.options, ratios, spread)
-        return dataclasses.replace(untried, ratios=ratios, spread=spread, simulation=simulation)
+
+    def in_turns(
+        self, chosen: Evaluated, others: Mapping[str, Evaluated]
+    ) -> tuple[Evaluated, dict[str, Evaluated], Choice]:
+        """The chosen evaluation, others, and one worker alone on the machine, with times that were measured in turns.
+
+        Rows with the same work are measured as one: they differ by their order of work alone. Others that cannot train
+        with this model and optimizer are left out.
+        """
+        batch_size = chosen.batch_size
+        if not self._tries:
+            self.say("one worker")
+            profile = self.profiler.at(batch_size, neighbours=0)
+            whole = profile.whole
+            minibatch_s = whole.forward_s + whole.backward_s + whole.update_s
+            return chosen, dict(others), _one_worker(batch_size, minibatch_s, profile.spread, whole.sizes)
+        settings: dict[Hashable, TrialSettings] = {_work(chosen): _settings(chosen)}
+        for row in others.values():
+            settings.setdefault(_work(row), dataclasses.replace(_settings(row), optional=True))
+        self.say(f"one worker and {len(settings)} pipelines, in turns")
+        alone = TrialSettings(get_method("bp"), (), ("graph",), 1, alone=True)
+        alone_trials, *trials = try_in_turns(self.profiler, [alone, *settings.values()], batch_size)
+        by_work = {work: trial for work, trial in zip(settings, trials, strict=True) if trial is not None}
+        corrected = {
+            name: self._corrected(row, by_work[_work(row)]) for name, row in others.items() if _work(row) in by_work
+        }
+        for name in others:
+            if name not in corrected:
+                self.say(f"{name} cannot train this model with this optimizer, and is left out")
+        assert alone_trials is not None
+        (trial,) = alone_trials
+        one_worker = _one_worker(batch_size, trial.minibatch_s, trial.spread, self.profiler.at(batch_size).whole.sizes)
+        return self._corrected(chosen, by_work[_work(chosen)]), corrected, one_worker
+
+    def reordered(self, row: Evaluated, method: Method) -> Evaluated:
+        """The same stages in another order of work of their method."""
+        options = [dataclasses.replace(o, method=method.keeping(o.method.keep)) for o in row.options]
+        simulation = self._simulate(method, options, row.ratios, row.scatter)
+        return dataclasses.replace(row, method=method, options=options, simulation=simulation)
 
     def best_of_tried(self, first: Evaluated) -> Evaluated:
         """The fastest, when tried, of the cuts found, cuts into equal numbers of layers, and cuts moved by a layer.
@@ -373,17 +426,30 @@ class Search:
         same = usual.evaluate(chosen.method, chosen.batch_size, cuts=chosen.cuts, like=chosen)
         return same if same.keeps != chosen.keeps and "input" in same.keeps else None
 
-    def one_worker(self, batch_size: int) -> Choice:
-        """Backpropagation without a pipeline, alone on the machine."""
-        bp, whole = get_method("bp"), self.profiler.at(batch_size, neighbours=0).whole
-        seconds = whole.forward_s + whole.backward_s + whole.update_s
-        if self._tries:
-            seconds = try_stages(self.profiler, bp, [], ["graph"], 1, batch_size, neighbours=0)[0].minibatch_s
-        return Choice(
-            method="one worker", ahead=1, order="forward-first", num_workers=1, num_microbatches=1,
-            batch_size=batch_size, cuts=(), minibatch_s=seconds, samples_per_s=batch_size / seconds,
-            memory_bytes=math.ceil(footprint(bp, 1, 0, 1, whole.sizes).total), delay=0, utilization=(1.0,),
-        )  # fmt: skip
+
+def _settings(row: Evaluated) -> TrialSettings:
+    """The stages to try."""
+    return TrialSettings(row.method, row.cuts, row.keeps, row.num_microbatches)
+
+
+def _work(row: Evaluated) -> Hashable:
+    """The same for rows that do the same work, whatever its order and the method's name."""
+    method = row.method
+    if not method.flush:
+        # A stage may predict, and repeat its forward, only where its forwards run ahead.
+        ahead = 2.0 if lead(method, len(row.options), 0) else 1.0
+        method = dataclasses.replace(method, name="any", ahead=ahead, backward_first=False)
+    return method, tuple(row.cuts), tuple(row.keeps), row.num_microbatches
+
+
+def _one_worker(batch_size: int, minibatch_s: float, spread: float | None, sizes: StageSizes) -> Choice:
+    """Backpropagation without a pipeline."""
+    return Choice(
+        method="one worker", ahead=1, order="forward-first", num_workers=1, num_microbatches=1,
+        batch_size=batch_size, cuts=(), minibatch_s=minibatch_s, spread=spread,
+        samples_per_s=samples_per_s(batch_size, minibatch_s),
+        memory_bytes=math.ceil(footprint(get_method("bp"), 1, 0, 1, sizes).total), delay=0, utilization=(1.0,),
+    )  # fmt: skip
 
 
 def larger_batches(search: Search, method: Method, base: int, most: int) -> list[Evaluated]:
@@ -451,8 +517,10 @@ def _all_possible(evaluations: Iterable[Callable[[], Evaluated]]) -> list[Evalua
     return made
 
 
-def _lognormal(mean: float, sigma: float) -> Seconds:
-    if mean <= 0:
+def lognormal(median: float, scatter: float | None) -> Seconds:
+    """Times around ``median`` s with a relative interquartile range of ``scatter``, within what stages may scatter."""
+    if median <= 0:
         return 0.0
-    mu = math.log(mean) - sigma * sigma / 2
+    bounded = min(max(scatter or 0.0, _LEAST_SCATTER), _MOST_SCATTER)
+    mu, sigma = math.log(median), math.asinh(bounded / 2) / _QUARTILE
     return lambda random: random.lognormvariate(mu, sigma)

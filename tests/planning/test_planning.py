@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import random
+import re
+import statistics
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,7 +26,11 @@ import dtrp
 from dtrp.cli import run
 from dtrp.planning import Plan, PlanError, Profiler, balance, simulate
 from dtrp.planning.choose import plan
-from dtrp.planning.search import frontier, larger_batches
+from dtrp.planning.link_probe import link_speed
+from dtrp.planning.plan_file import Choice
+from dtrp.planning.search import frontier, larger_batches, lognormal
+from dtrp.planning.trial import TrialSettings, try_in_turns
+from dtrp.planning.verdict import Comparison
 from dtrp.tensors.nbytes import value_bytes
 from dtrp.train import TrainConfig, Trainer
 
@@ -423,6 +429,7 @@ def test_cuts_follow_the_methods_true_costs() -> None:
     assert recomputing.cuts == (2,)
     assert keeping.cuts in ((2,), (3,))
     assert keeping.minibatch_s >= 0.9 * 0.024  # a busy machine sleeps longer
+    assert keeping.speedup is not None
     assert keeping.speedup == pytest.approx(5 / 3, rel=0.4)
 
 
@@ -576,12 +583,10 @@ def test_other_methods_and_whether_to() -> None:
     assert {
         choice.num_microbatches for choice in made.alternatives if choice.method in ("pipedream", "fdg", "dtrp")
     } == {1}
-    slow_links = quick(network(), num_workers=2, latency_s=60.0)
-    assert slow_links.speedup < 1.05
-    assert slow_links.advice.startswith("Do not pipeline this: ")
     alone = quick(network(), num_workers=1)
     assert alone.cuts == ()
     assert "One worker" in alone.advice
+    assert alone.verdict == "one worker"
 
 
 def test_other_methods_are_given_the_micro_batches_of_the_plan() -> None:
@@ -637,6 +642,175 @@ def test_what_cannot_be_planned(options: dict[str, Any], message: str) -> None:
         quick(network(), **options)
 
 
+# -- verdicts -------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """In place of `time.perf_counter`: a millisecond passes from one look at it to the next, more or less.
+
+    Args:
+        scatter: of the logarithm of that millisecond.
+        drift: part of itself by which it grows from each look to the next.
+        seed: seed of the scatter.
+    """
+
+    def __init__(self, scatter: float, drift: float = 0.0, seed: int = 0) -> None:
+        self.random, self.scatter = random.Random(seed), scatter
+        self.tick, self.growth, self.now = 1e-3, 1 + drift, 0.0
+
+    def __call__(self) -> float:
+        self.tick *= self.growth
+        self.now += self.tick * self.random.lognormvariate(0, self.scatter)
+        return self.now
+
+
+def choice(method: str, minibatch_s: float, spread: float | None = 0.02, **changes: Any) -> Choice:
+    return Choice(**{
+        "method": method, "ahead": 1.0, "order": "forward-first", "num_workers": 2, "num_microbatches": 1, "batch_size": 8,
+        "cuts": (1,), "minibatch_s": minibatch_s, "samples_per_s": 8 / minibatch_s, "memory_bytes": 100, "delay": 1,
+        "utilization": (1.0, 1.0), "spread": spread, **changes,
+    })  # fmt: skip
+
+
+def comparison(plan_s: float, one_worker_s: float, *others: Choice, **changes: Any) -> Comparison:
+    return Comparison(**{
+        "plan": choice("dtrp", plan_s), "one_worker": choice("one worker", one_worker_s), "others": others,
+        "bottleneck": "the work is evenly split", "latency_scatter_s": 0.0, "memory_limit_bytes": math.inf, "repeats": 7,
+        **changes,
+    })  # fmt: skip
+
+
+def test_a_verdict_names_the_fastest_row() -> None:
+    verdict, advice = comparison(0.06, 0.1, choice("fdg", 0.055)).judge()
+    assert verdict == "pipeline"
+    assert advice == (
+        "1.67 times as fast as one worker: 60 ms a mini-batch with 2 workers, 100 ms with one. "
+        "The fastest row of the table is fdg, with 55 ms."
+    )
+    verdict, advice = comparison(0.06, 0.1, choice("fdg", 0.061), choice("gpipe", 0.0605, num_microbatches=4)).judge()
+    assert "This plan is the fastest row of the table." in advice
+    assert "gpipe with 4 micro-batches is as fast, without any delay: prefer it." in advice
+    verdict, advice = comparison(0.12, 0.1, choice("fdg", 0.11)).judge()
+    assert verdict == "one worker"
+    assert advice.startswith("Do not pipeline this: 120 ms a mini-batch with 2 workers, 100 ms with one; the work is")
+    assert advice.endswith("The fastest row of the table is one worker, with 100 ms.")
+    too_large = choice("one worker", 0.1, memory_bytes=1000)
+    verdict, advice = comparison(0.12, 0.1, one_worker=too_large, memory_limit_bytes=500).judge()
+    assert verdict == "pipeline"
+    assert advice.startswith("Slower than one worker would be (120 ms")
+    assert advice.endswith("but that needs 1,000 bytes.")
+    assert comparison(0.1, 0.1, plan=choice("bp", 0.1, num_workers=1)).judge().verdict == "one worker"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"plan": choice("dtrp", 0.06, 0.11)}, r"scatter too much to be compared: this plan by 11% \(.* at most 10%"),
+        ({"one_worker": choice("one worker", 0.1, 0.3)}, r"one worker by 30% .* idle machine, or with more repeats than 7"),
+        ({"others": [choice("bp", 0.06, 0.2), choice("fdg", 0.06, 0.5)]}, "compared: bp by 20%, fdg by 50% "),
+        ({"plan": choice("dtrp", 0.06, None), "repeats": 3}, "3 rounds do not tell how .* with repeats of at least 4"),
+        ({"one_worker": choice("one worker", 0.1, None)}, "do not tell how the times scatter"),
+        ({"latency_scatter_s": 0.01}, "time of a message scatters by 10 ms, .* or pass the latency of your links"),
+        ({"plan": dataclasses.replace(choice("dtrp", 0.06), minibatch_s=0.0)}, "too short to measure. Plan with larger"),
+    ],
+)  # fmt: skip
+def test_there_is_no_verdict_from_noise(changes: dict[str, Any], reason: str) -> None:
+    verdict, advice = comparison(0.06, 0.1, **changes).judge()
+    assert verdict is None
+    assert re.match(f"No verdict: .*{reason}", advice)
+    assert "ms a mini-batch with 2 workers, 100 ms with one" in advice
+
+
+def test_a_verdict_does_not_turn_into_its_opposite_within_the_spread() -> None:
+    """Whatever the measured times, as long as they are within their spread of the true ones."""
+    for true_speedup in (0.7, 0.9, 0.97, 1.0, 1.02, 1.1, 1.5):
+        for spread in (0.01, 0.05, 0.1):
+            rows = {
+                comparison(
+                    0.1, 0.1 * true_speedup,
+                    plan=choice("dtrp", 0.1 * (1 + side * spread / 2), spread),
+                    one_worker=choice("one worker", 0.1 * true_speedup * (1 - side * spread / 2), spread),
+                ).judge().verdict
+                for side in (-1, -0.5, 0, 0.5, 1)
+            }  # fmt: skip
+            assert not rows >= {"pipeline", "one worker"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_clock_of_noise_gives_no_verdict_and_times_of_their_size(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(time, "perf_counter", Clock(2.5, seed=seed))
+    made = quick(network(4), repeats=5, choose_lead=False)
+    assert made.verdict is None
+    assert "the times scatter too much to be compared" in made.advice
+    rows = [made.choice, *made.alternatives]
+    assert all(row.spread is not None for row in rows)
+    for row in rows:
+        used = sum(row.utilization) * row.minibatch_s
+        assert 0.001 < row.minibatch_s < 10
+        assert used > 0.1 * row.minibatch_s, "a share of work that is plausible, not 1e-14"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_steady_clock_gives_the_same_verdict_again(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """A message takes a second, and everything else milliseconds, to within a few percent."""
+    monkeypatch.setattr(time, "perf_counter", Clock(0.01, seed=seed))
+    made = quick(network(4), repeats=4, choose_lead=False, latency_s=1.0)
+    assert made.verdict == "one worker"
+    assert made.advice.startswith("Do not pipeline this: ")
+    assert made.fastest.method == "one worker"
+    assert all(row.spread is not None and row.spread < 0.1 for row in (made.choice, *made.alternatives))
+
+
+def test_rows_with_the_same_work_take_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter", Clock(0.5))
+    made = quick(network(4), method=dtrp.get_method("dtrp"), repeats=4)
+    rows = {row.method: row for row in made.alternatives}
+    (same,) = [row for name, row in rows.items() if name == "dtrp, equal cuts"]
+    assert made.cuts != same.cuts or made.minibatch_s == same.minibatch_s
+    assert made.cuts != rows["dtrp"].cuts or made.minibatch_s == rows["dtrp"].minibatch_s
+    assert same.cuts != rows["dtrp"].cuts or same.minibatch_s == rows["dtrp"].minibatch_s
+
+
+def test_what_is_measured_in_turns_grows_slower_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by which the last step takes twice as long as the first."""
+    profiler = Profiler(network(4), batch(), nn.functional.cross_entropy, optimizer=sgd, repeats=8)
+    settings = [TrialSettings(dtrp.get_method(name), (2,), ("graph", "graph"), 1) for name in ("fdg", "fdg", "fdg")]
+    counted = Clock(0.0)
+    monkeypatch.setattr(time, "perf_counter", counted)
+    try_in_turns(profiler, settings, 16)
+    looks = counted.now / 1e-3
+    drifting = Clock(0.0, drift=2 ** (1 / looks) - 1)
+    monkeypatch.setattr(time, "perf_counter", drifting)
+    times = [sum(stage.minibatch_s for stage in trials or ()) for trials in try_in_turns(profiler, settings, 16)]
+    assert drifting.tick == pytest.approx(2e-3, rel=0.01)
+    assert max(times) < 1.08 * min(times)
+
+
+def test_stages_that_cannot_train_are_left_out_where_that_is_allowed() -> None:
+    profiler = Profiler(
+        network(4), batch(), nn.functional.cross_entropy, optimizer=lambda p: torch.optim.Adagrad(p), repeats=1
+    )
+    can = TrialSettings(dtrp.get_method("fdg"), (2,), ("graph", "graph"), 1)
+    cannot = TrialSettings(dtrp.get_method("dtrp"), (2,), ("input", "graph"), 1)
+    found = try_in_turns(profiler, [can, dataclasses.replace(cannot, optional=True)], 16)
+    assert found[1] is None
+    assert found[0] is not None
+    assert [stage.spread for stage in found[0]] == [None, None], "a round tells no spread"
+    with pytest.raises(TypeError, match="does not know the update rule of Adagrad"):
+        try_in_turns(profiler, [can, cannot], 16)
+
+
+def test_times_are_drawn_around_their_median_whatever_was_measured() -> None:
+    for scatter, widest in ((None, 0.05), (0.0, 0.05), (0.1, 0.12), (40.0, 0.3), (1e9, 0.3)):
+        drawn = lognormal(0.02, scatter)
+        assert callable(drawn)
+        times = [drawn(random.Random(seed)) for seed in range(2000)]
+        low, median, high = statistics.quantiles(times, n=4)
+        assert median == pytest.approx(0.02, rel=0.05)
+        assert high - low < widest * median
+    assert lognormal(0.0, 0.1) == 0.0
+
+
 def test_a_plan_for_another_model_is_refused() -> None:
     made = quick(network())
     for other in (network(6), network().double(), nn.Sequential(*network())):
@@ -664,10 +838,13 @@ def test_what_the_plan_says_is_said_once(options: dict[str, Any], message: str) 
 
 
 def test_files_that_are_no_plans(tmp_path: Path) -> None:
-    good = json.loads(json.dumps({"dtrp_plan": 1, **dataclasses.asdict(quick(network()))}))
+    good = json.loads(json.dumps({"dtrp_plan": 2, **dataclasses.asdict(quick(network()))}))
     path = tmp_path / "plan.json"
     for change, message in (
-        ({"dtrp_plan": 2}, "format 2"),
+        ({"dtrp_plan": 3}, "format 3; this version of dtrp reads formats 1 to 2"),
+        ({"dtrp_plan": "1"}, "format '1'"),
+        ({"spread": -0.1}, "spread=-0.1: a number of at least 0, or null"),
+        ({"verdict": "yes"}, "verdict='yes': one of pipeline, one worker, or null"),
         ({"cuts": [3, 2]}, "rising order"),
         ({"cuts": ["a"]}, "rising order"),
         ({"cuts": 3}, "is no plan"),
@@ -738,7 +915,11 @@ def test_frozen_layers_cost_what_they_do() -> None:
 
 def test_any_optimizer_where_nothing_is_predicted() -> None:
     for method in ("bp", "fdg"):
-        assert quick(network(), method=method, optimizer=lambda p: torch.optim.Adagrad(p)).method == method
+        said: list[str] = []
+        made = quick(network(), method=method, optimizer=lambda p: torch.optim.Adagrad(p), progress=said.append)
+        assert made.method == method
+        assert "dtrp" not in {row.method for row in made.alternatives}
+        assert "dtrp cannot train this model with this optimizer, and is left out" in said
     with pytest.raises(TypeError, match="does not know the update rule of Adagrad"):
         quick(network(), method="dtrp", optimizer=lambda p: torch.optim.Adagrad(p))
 
@@ -789,9 +970,23 @@ def test_measuring_the_link_leaves_the_process_as_it_was() -> None:
     before = dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     speed = measure_link()
     assert 0 < speed.latency_s < 1
-    assert speed.bandwidth_bytes_s > 1e6
+    assert speed.bandwidth_bytes_s is None or 1e6 < speed.bandwidth_bytes_s < 1e12
+    assert speed.spread is not None
     assert before == (dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
     assert logging.getLogger("torch.distributed.elastic.multiprocessing.api").level != logging.CRITICAL
+
+
+def test_a_bandwidth_within_the_scatter_is_not_measurable() -> None:
+    draw = random.Random(0)
+    steady = [1e-4 * draw.uniform(0.9, 1.1) for _ in range(30)]
+    speed = link_speed(steady, [seconds + 4e-3 for seconds in steady])
+    assert speed.bandwidth_bytes_s == pytest.approx(2**22 / 4e-3, rel=1e-3)
+    assert speed.spread is not None
+    assert 0.03 < speed.spread < 0.2
+    noisy = [1e-3 * draw.lognormvariate(0, 1) for _ in range(60)]
+    assert link_speed(noisy[::2], [seconds + 1e-9 for seconds in noisy[::2]]).bandwidth_bytes_s is None
+    assert link_speed(noisy[::2], noisy[1::2]).bandwidth_bytes_s is None
+    assert link_speed(steady, steady[::-1]).bandwidth_bytes_s is None, "not the 4e15 bytes/s of a difference of 0"
 
 
 def test_the_simulators_memory_is_the_footprint() -> None:

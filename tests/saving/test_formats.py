@@ -69,7 +69,11 @@ def test_a_finished_run_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_plan_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(dtrp.Plan.load(V1 / "plan.json").keep) == 2
+    plan = dtrp.Plan.load(V1 / "plan.json")
+    assert len(plan.keep) == 2
+    assert plan.verdict is plan.spread is plan.alternatives[0].spread is None, "which it does not tell"
+    plan.save(tmp_path / "again.json")
+    assert dtrp.Plan.load(tmp_path / "again.json") == plan
     shutil.copytree(V1, tmp_path / "v1")
     monkeypatch.chdir(tmp_path / "v1")
     words = (
