@@ -13,6 +13,7 @@ import copy
 import itertools
 import math
 import statistics
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from .profile import Profiler
 from .spread import relative_spread
 
 _STEPS = 12
-_STEPS_A_TURN = 3
+_STEPS_A_TURN, _LEAST_TURN_S = 3, 0.05
 
 
 class StageTrial(NamedTuple):
@@ -111,7 +112,7 @@ def try_in_turns(
                 continue
             try:
                 with neighbours.resting() if stages.alone else nullcontext():
-                    turns[place].append(_stage_times(profiler, stages, batch, _STEPS_A_TURN))
+                    turns[place].append(_stage_times(profiler, stages, batch, _STEPS_A_TURN, _LEAST_TURN_S))
             except (StageError, TypeError):
                 if not stages.optional:
                     raise
@@ -130,14 +131,15 @@ def _trial_of_rounds(rounds_s: Sequence[Sequence[float]]) -> StageTrial:
 
 
 def _stage_times(
-    profiler: Profiler, settings: TrialSettings, batch: tuple[Tree, Tree], steps: int
+    profiler: Profiler, settings: TrialSettings, batch: tuple[Tree, Tree], steps: int, least_s: float = 0.0
 ) -> list[list[float]]:
-    """By stage, the seconds of work of ``steps`` steps, after those in which the stages start up."""
+    """By stage, the seconds of work of ``steps`` steps, or more within ``least_s`` s; after those of the start-up."""
     stages = _stages(profiler, settings, tensors_of(batch[0])[0].device)
     engine = LocalEngine(stages, settings.method, settings.num_microbatches, Tracer(False))
     startup = math.ceil(lead(settings.method, len(stages), 0) / settings.num_microbatches) + 3
-    busy_s = []  # by step and stage, since the beginning
-    for _ in range(startup + steps):
+    busy_s: list[list[float]] = []  # by step and stage, since the beginning
+    until = time.perf_counter() + least_s
+    while len(busy_s) < startup + steps or time.perf_counter() < until:
         with profiler.autocast():
             engine.step(*batch)
         busy_s.append([spent.seconds()["busy"] for spent in engine.working_times])

@@ -17,6 +17,7 @@ from .plan_file import Choice, Verdict, fastest_row
 MOST_SPREAD = 0.10  # of a row, for a verdict
 _LEAST_DIFFERENCE = 0.05  # of two times, for a verdict
 _LEAST_ROUNDS = 4  # for quartiles
+_MOST_NAMED = 3  # rows that scatter
 
 
 class Judgement(NamedTuple):
@@ -85,10 +86,12 @@ class Comparison:
         wide = {name: row.spread for name, row in rows.items() if row.spread is not None and row.spread > MOST_SPREAD}
         what_to_do = f"Plan again on an idle machine, or with more repeats than {self.repeats}"
         if wide:
-            shown = ", ".join(f"{name} by {spread:.0%}" for name, spread in wide.items())
+            widest = sorted(wide, key=wide.__getitem__, reverse=True)[:_MOST_NAMED]
+            shown = "; ".join(f"{name} by {wide[name]:.0%}" for name in widest)
+            more = f"; and {len(wide) - len(widest)} more" if len(wide) > len(widest) else ""
             return (
-                f"the times scatter too much to be compared: {shown} (the interquartile range of a row may be at most "
-                f"{MOST_SPREAD:.0%} of its median). {what_to_do}"
+                f"the times scatter too much to be compared: {shown}{more} (the interquartile range of a row may be at "
+                f"most {MOST_SPREAD:.0%} of its median). {what_to_do}"
             )
         if self.latency_scatter_s > MOST_SPREAD * self.plan.minibatch_s:
             return (
