@@ -89,10 +89,10 @@ def plan(out: str, *, overwrite: bool, **options: Any) -> None:
         made = make_plan(config, say=lambda text: click.echo(f"{text} ...", err=True), **options)
         made.save(path)
     show_plan(made)
-    click.echo(_what_next(config, made, path))
+    click.echo(what_next(config, made, path))
 
 
-def _what_next(config: TrainConfig, made: Plan, path: Path) -> str:
+def what_next(config: TrainConfig, made: Plan, path: Path) -> str:
     """Where the plan is, and the commands that follow from its verdict."""
     settings = {field.replace("_", "-"): getattr(config, field) for field in _REPEATED}
     train = " ".join(["dtrp train --data", config.data, "--model", config.model, *option_words(settings)])

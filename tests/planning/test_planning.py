@@ -24,6 +24,7 @@ from tree_models import TREES
 
 import dtrp
 from dtrp.cli import run
+from dtrp.cli.planning import what_next
 from dtrp.planning import Plan, PlanError, Profiler, balance, simulate
 from dtrp.planning.choose import plan
 from dtrp.planning.link_probe import link_speed
@@ -1058,6 +1059,24 @@ def test_the_command_line_plans_and_trains_by_the_plan(tmp_path: Path, capsys: p
         assert message in capsys.readouterr().err
     assert run([*train, str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
+
+
+def test_the_command_that_follows_is_that_of_the_verdict() -> None:
+    made = quick(network(), repeats=1, alternatives=False)
+    ends = {
+        verdict: what_next(TrainConfig(data="digits"), dataclasses.replace(made, verdict=verdict), Path("plan.json"))
+        for verdict in ("pipeline", "one worker", None)
+    }
+    by_plan, alone = "--workers 2 --plan plan.json", "--method bp --stages 1 --batch-size 16"
+    assert ends["pipeline"].startswith("written to plan.json; train by it:")
+    assert by_plan in ends["pipeline"]
+    assert alone not in ends["pipeline"]
+    for verdict in ("one worker", None):
+        assert "train by it" not in ends[verdict]
+        assert by_plan in ends[verdict]
+        assert alone in ends[verdict]
+    assert "train on one worker:" in ends["one worker"]
+    assert "to compare a run of it with one worker:" in ends[None]
 
 
 def test_the_command_line_plans_for_the_optimizer_that_trains(
