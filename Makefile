@@ -23,7 +23,7 @@ test: lint
 
 # The numbers as the issues word them: hours. CIFAR is the folder that holds cifar-10-batches-py.
 test-full: lint
-	CIFAR=$(CIFAR) $(BIN)/python -m pytest -q -m "full or not full" --timeout 7200 -rs
+	DTRP_TEST_FULL=1 CIFAR=$(CIFAR) $(BIN)/python -m pytest -q -m "full or not full" --timeout 7200 -rs
 
 # Defects of one line, each with the test that must fail on it (they are part of test-full too).
 mutants: $(VENV)/.installed

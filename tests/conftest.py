@@ -1,12 +1,40 @@
-"""Every test: one torch thread (bits are compared), float32 by default, and a seed."""
+"""Every test: one torch thread (bits are compared), float32 by default, and a seed; and which cases run every time.
 
-from collections.abc import Iterator
+A grid of cases that is marked ``sampled(n)`` runs one in n of them, drawn by their names, always the same; the others are marked
+``full`` and run by ``make test-full``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from launching import Server
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    grids: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled") is not None:
+            grids[item.nodeid.split("[")[0]].append(item)
+    for grid in grids.values():
+        (every,) = grid[0].get_closest_marker("sampled").args  # type: ignore[union-attr]
+        drawn = sorted(grid, key=lambda item: (zlib.crc32(item.name.encode()), item.name))
+        for item in drawn[-(-len(grid) // every) :]:
+            item.add_marker(pytest.mark.full)
+
+
+@pytest.fixture(scope="session")
+def selected(request: pytest.FixtureRequest) -> Callable[[Sequence[str]], tuple[str, ...]]:
+    """Those of some names that are the parameters of a test that runs: the others need not be launched."""
+    names = {item.callspec.id for item in request.session.items if hasattr(item, "callspec")}
+    return lambda cases: tuple(name for name in cases if name in names)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,7 +45,7 @@ ANYTHING = st.text(
 LONG = st.builds(lambda text, times: text * times, ANYTHING, st.sampled_from([1, 1, 100, 3000]))
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=150)
+@settings(deadline=None, derandomize=True, database=None, max_examples=examples(150))
 @given(
     name=st.text("aZ_", min_size=1).flatmap(lambda name: st.sampled_from([name, name * 20_000])),
     messages=st.lists(LONG, min_size=1, max_size=4),

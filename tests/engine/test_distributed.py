@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ Results = dict[str, list[Any]]
 
 
 @pytest.fixture(scope="session")
-def results_of(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Results]:
+def results_of(
+    server: Server, tmp_path_factory: pytest.TempPathFactory, selected: Callable[[Sequence[str]], tuple[str, ...]]
+) -> Callable[..., Results]:
     """What the ranks came to in a group of cases; run once, whoever of pytest-xdist's workers asks first."""
     shared = shared_folder(tmp_path_factory.getbasetemp())
 
@@ -70,7 +72,7 @@ def results_of(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Call
         (num_ranks,) = {CASES[name].num_ranks for name in names}
         return results_of_cases(server, shared / group, num_ranks, "cases", names)
 
-    return lambda group, names: results_of(group, tuple(names))
+    return lambda group, names: results_of(group, selected(names))
 
 
 def ranks_and_reference(name: str, results: Results) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -110,6 +112,7 @@ def check_matrix(results_of: Callable[..., Results], cell: tuple[str, int, int, 
     assert len(ranks) == cell[1]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("cell", SOME_OF_THE_MATRIX, ids=lambda cell: matrix_case(*cell))
 def test_it_equals_the_local_engine_to_the_bit(
     results_of: Callable[..., Results], cell: tuple[str, int, int, str]
@@ -139,6 +142,7 @@ def one_by_one(
     return results
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_model_equals_the_local_engine(one_by_one: Callable[[str], Results], name: str) -> None:
     check_equal(name, one_by_one(name))
@@ -150,6 +154,7 @@ def test_and_by_the_other_method(results_of: Callable[..., Results], name: str) 
     check_equal(name, results_of("other kinds", OTHER_KINDS))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SPLITS)
 def test_every_split_model_equals_the_local_engine(results_of: Callable[..., Results], name: str) -> None:
     check_equal(name, results_of("splits", SPLITS))
@@ -192,6 +197,7 @@ def test_the_default_compiler_on_ranks(results_of: Callable[..., Results]) -> No
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", SPECIAL)
 def test_case(one_by_one: Callable[[str], Results], name: str) -> None:
     ranks, want = check_equal(name, one_by_one(name), on_all=name.startswith("the loss on all ranks"))
@@ -246,6 +252,7 @@ def test_some_of_the_ranks(one_by_one: Callable[[str], Results], name: str) -> N
     assert len(ranks) == 2
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", REPLICAS)
 def test_replicas_equal_one_process_with_their_shards_put_together(
     results_of: Callable[..., Results], name: str
@@ -321,6 +328,7 @@ def check_ended(outcomes: list[Outcome], *patterns: str, skip: tuple[int, ...] =
             assert re.search(pattern, outcome.last_line), f"rank {rank}: {pattern!r} is not in\n{outcome.err}"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("where", "method", "stage", "context"),
     [
@@ -421,6 +429,7 @@ def test_any_killed_rank_is_named_under_torchrun(tmp_path: Path, victim: int) ->
     kill_under_torchrun(tmp_path, 3, victim)
 
 
+@pytest.mark.full
 def test_no_process_is_left_when_the_agent_is_killed(tmp_path: Path) -> None:
     with start_torchrun(tmp_path, 2, RANK_PROGRAMS, "train_until_killed", str(tmp_path), "dtrp") as torchrun:
         pids = torchrun.await_ready()
@@ -443,6 +452,7 @@ def test_ctrl_c_ends_all_ranks(server: Server, tmp_path: Path, method: str) -> N
         assert "Fatal Python error" not in outcome.err
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("culprit", [0, 2])
 def test_a_signal_to_one_rank_ends_all(server: Server, tmp_path: Path, culprit: int, number: signal.Signals) -> None:
@@ -547,6 +557,7 @@ def test_a_rank_that_is_told_to_end_at_the_start_names_who_is_missed(
 # -- wrong use ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("what", "num_ranks", "patterns"),
     [

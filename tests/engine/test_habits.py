@@ -34,6 +34,7 @@ def _alone() -> Iterator[None]:
 # -- the step of another optimizer --------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", ["dtrp", "bp"])
 @pytest.mark.parametrize("before", [True, False])
 def test_another_optimizer_is_told_once_that_its_step_does_nothing(method: str, before: bool) -> None:
@@ -54,6 +55,7 @@ def test_another_optimizer_is_told_once_that_its_step_does_nothing(method: str, 
     pipe.step(*batch(1))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("by_keyword", [False, True])
 @pytest.mark.parametrize("make", [sgd, torch.optim.LBFGS])
 def test_a_step_that_makes_its_gradients_is_told_nothing(make: Any, by_keyword: bool) -> None:
@@ -96,6 +98,7 @@ def patched(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     return optimizer
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", [sgd, adamw, wrapped, patched])
 @pytest.mark.parametrize("method", ["fdg", "bp"])
 def test_the_pipelines_optimizers_are_told_nothing(make: Any, method: str) -> None:
@@ -166,6 +169,7 @@ def test_the_loss_that_a_step_returns_has_no_gradient() -> None:
 # -- what a rank holds of other ranks' stages -----------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["sequential", "list", "split", "tied"])
 def test_a_model_saved_run_or_copied_on_one_rank(server: Server, tmp_path: Path, kind: str) -> None:
     outcomes = run_ranks(server, tmp_path, 3, "use_by_habit", kind, timeout_s=120)

@@ -71,6 +71,7 @@ def check_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 # -- next to torch's schedule ---------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", AS_TORCH)
 def test_bp_is_schedule_1f1b(ranks_of: Callable[[str], Ranks], name: str) -> None:
     """Losses, outputs and weights: 1e-12 in float64, 1e-6 in float32."""
@@ -250,6 +251,7 @@ def test_the_whole_model_under_its_names(ranks_of: Callable[[str], Ranks]) -> No
 # -- mistakes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("what", "patterns"),
     [

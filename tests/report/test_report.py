@@ -600,7 +600,7 @@ def test_it_is_dark_where_the_screen_is(large: Path, tmp_path: Path, dark: bool)
     assert lightest > 200, "the ink is the other way round"
 
 
-@pytest.mark.parametrize("workers", [False, True])
+@pytest.mark.parametrize("workers", [False, pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's launcher leaves logs open
 def test_traces_are_what_perfetto_reads(tmp_path: Path, workers: bool) -> None:
     """The Chrome trace format: complete events (X) in named processes and threads, nested or apart within a thread."""

@@ -21,7 +21,7 @@ import pytest
 import torch
 from damage import FIXED, answer
 from damaged_checkpoints import Payload, forge
-from helpers import adamw, assert_same, minibatches, network, pipeline, saved_both_ways
+from helpers import adamw, assert_same, examples, minibatches, network, pipeline, saved_both_ways
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -217,7 +217,7 @@ def seen() -> Counter[str]:
     return Counter()
 
 
-@settings(FIXED, max_examples=100)
+@settings(FIXED, max_examples=examples(100))
 @given(kind=st.sampled_from(["exact", "exact", "portable"]), mutation=MUTATIONS)
 def test_loading(
     saved: Path, untouched: dict[str, dict[str, Any]], seen: Counter[str], kind: str, mutation: Mutation
@@ -276,7 +276,7 @@ def broken_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(FIXED, max_examples=100)
+@settings(FIXED, max_examples=examples(100))
 @example(mutations=[lose(manifest.NAME, False), edit([16], 0, True)])  # its number of updates
 @given(mutations=st.lists(MUTATIONS, min_size=1, max_size=3))
 def test_resuming(broken_off: Path, seen: Counter[str], mutations: list[Mutation]) -> None:

@@ -66,6 +66,7 @@ def check_kinds(kinds: list[Any], num_cells: int) -> None:
     assert max(in_flight for _, in_flight, _ in kinds) >= 3
 
 
+@pytest.mark.full
 def test_one_process_after_another(server: Server, tmp_path: Path) -> None:
     check_kinds(check_cells(server, tmp_path, 1, SOME), len(SOME))
 
@@ -122,6 +123,7 @@ def losses_of(pipe: dtrp.Pipeline) -> list[Tensor | None]:
     return [pipe.step(x, y) for x, y in ten()[5:]]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_from_four_ranks_to_any_number_of_stages(server: Server, tmp_path: Path, optimizer: str) -> None:
@@ -171,6 +173,7 @@ def test_from_four_ranks_to_any_number_of_stages(server: Server, tmp_path: Path,
 # -- replicas -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "parts"), [("dtrp", 2), pytest.param("fdg", 1, marks=pytest.mark.full), ("bp", 2)])
 def test_replicas_go_on_to_the_bit(server: Server, tmp_path: Path, method: str, parts: int) -> None:
     launch(server, tmp_path, 4, "save_replicas", method, parts)

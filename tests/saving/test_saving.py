@@ -49,6 +49,7 @@ def server() -> Iterator[Server]:
 SOME = [cell for n, cell in enumerate(MATRIX) if n % 3 == sum(map(ord, cell[0])) % 3]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("cell", SOME, ids=str)
 def test_an_exact_checkpoint_goes_on_to_the_bit(tmp_path: Path, cell: tuple[str, int, int, str]) -> None:
     check_equal(run(*cell, tmp_path / "saved", (1, 2, 5, 6, 7, 9)), run(*cell, tmp_path))
@@ -312,6 +313,7 @@ def test_a_cycled_momentum_is_no_other_option(tmp_path: Path) -> None:
 # -- on ranks -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", ["dtrp", "fdg", "gpipe"])
 def test_from_one_process_to_ranks_and_back(tmp_path: Path, server: Server, method: str) -> None:
     def make() -> dtrp.Pipeline:

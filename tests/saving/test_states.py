@@ -16,6 +16,7 @@ import dtrp
 CELLS = [(method, parts) for method in METHODS for parts in (1, 3)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "parts"), CELLS)
 def test_whatever_is_saved_loads(tmp_path: Path, method: str, parts: int) -> None:
     found = of_pipelines(method, parts, tmp_path, num_stages=3)
@@ -32,6 +33,7 @@ def test_whatever_is_saved_by_any_chain_loads(tmp_path: Path, method: str, parts
             found.check(chain, portable=portable)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["Pipeline", "ScheduleDTRP"])
 def test_whatever_is_saved_on_ranks_loads(server: Server, tmp_path: Path, kind: str) -> None:
     cells = [cell for n, cell in enumerate(CELLS) if (n + n // 2) % 2 == (kind == "Pipeline")]  # every method, both A

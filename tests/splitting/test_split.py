@@ -48,6 +48,7 @@ def make(kind: str, how: int | str) -> tuple[nn.Module, Any, dtrp.Stages]:
     return model, x, stages
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("kind", "how"), CASES)
 def test_stages_are_the_model(kind: str, how: int | str) -> None:
@@ -69,6 +70,7 @@ def test_they_train_as_the_model(kind: str) -> None:
     assert_trained_alike(model, plain, train_chain(stages, batches, num_microbatches), want)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("how", "num_microbatches"), [(2, 3), (4, 1), pytest.param(4, 3, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", MODELS)

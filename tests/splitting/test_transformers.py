@@ -45,6 +45,7 @@ def make(kind: str, how: int | str) -> tuple[Any, Any, dtrp.Stages]:
     return model, x, stages
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("kind", "how"),
@@ -74,6 +75,7 @@ def test_they_train_as_the_model(kind: str, how: int | str) -> None:
     assert_trained_alike(model, plain, train_chain(stages, batches, 3), want)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("how", [pytest.param(2, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize(
@@ -87,6 +89,7 @@ def test_a_pipeline_of_them_trains_as_the_model(kind: str, how: int) -> None:
     check_pipeline(*make(kind, how), 3, tied=kind.endswith("tied"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("kind", "num"), [("gpt2", 1), ("vit", 1), ("bert", 2), ("llama", 3)])
 def test_masks_that_follow_from_sizes_do_not_travel(kind: str, num: int) -> None:
     """Hidden states and the caller's mask do, and Llama's rotations; not a causal mask, nor sizes."""

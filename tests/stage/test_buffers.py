@@ -48,6 +48,7 @@ def renorm() -> nn.Sequential:
     return nn.Sequential(Mean(True), nn.BatchNorm1d(5), Mean(False), Mean(True), nn.Dropout(0.2), nn.Linear(5, 3))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("method", "parts"),
     [("fdg", 1), ("adl", 4), ("ddg", 1), ("pipedream", 4), ("spectrain", 1), ("bp", 4), ("dtrp", 1)],
@@ -330,6 +331,7 @@ def check_gradients(got: dict[str, list[Tensor | None]], want: dict[str, list[Te
             assert torch.allclose(a, b, rtol=1e-10, atol=1e-13), f"{name} of mini-batch {n}: {(a - b).abs().max()}"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_forward_meets_what_a_plain_loops_meets(kind: type[nn.Module], parts: int) -> None:
@@ -347,6 +349,7 @@ def test_every_forward_meets_what_a_plain_loops_meets(kind: type[nn.Module], par
         assert_same(dict(ours.named_buffers()), dict(model.named_buffers()))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(("method", "parts"), [("dtrp", 2), ("dtr", 1), ("dtrp-1f1b", 1)])
 def test_the_right_prediction_is_backpropagation(kind: type[nn.Module], method: str, parts: int) -> None:
@@ -388,6 +391,7 @@ def made(kind: type[nn.Module], method: str, **options: Any) -> dtrp.Pipeline:
     return pipeline(model_of(kind), adamw, **{"num_stages": 4, "method": method, "num_microbatches": 2, **options})
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "kind",
     [kind for kind in KINDS if kind is not Replaced],  # it counts in an attribute, which is no part of a checkpoint

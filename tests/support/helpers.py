@@ -23,6 +23,11 @@ WIDTH = 5
 DEVICE_VARIABLE = "DTRP_TEST_DEVICE"
 
 
+def examples(number: int) -> int:
+    """How many examples hypothesis draws: ``number`` in ``make test-full``, a sixth of them every time."""
+    return number if os.environ.get("DTRP_TEST_FULL") else -(-number // 6)
+
+
 def device_under_test() -> torch.device:
     """Where `pipeline` puts its stages: the CPU, but for the tests of a GPU."""
     return torch.device(os.environ.get(DEVICE_VARIABLE, "cpu"))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from damage import FIXED, damages
 from damaged_checkpoints import check_refused, forge, make
-from helpers import saved_both_ways
+from helpers import examples, saved_both_ways
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import filesystem, metadata
@@ -232,13 +232,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mutated")
 
 
-@settings(FIXED, max_examples=500)
+@settings(FIXED, max_examples=examples(500))
 @given(edits=st.lists(EDITS, min_size=1, max_size=3))
 def test_metadata_of_other_opcodes(place: Path, edits: list[Any]) -> None:
     check_mutated(place, mutated(edits))
 
 
-@settings(FIXED, max_examples=300)
+@settings(FIXED, max_examples=examples(300))
 @given(damage=damages(len(RAW)))
 def test_damaged_metadata(place: Path, damage: Callable[[bytes], bytes]) -> None:
     check_mutated(place, damage(RAW))
