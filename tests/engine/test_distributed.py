@@ -28,6 +28,7 @@ from launching import (
     RANK_PROGRAMS,
     Outcome,
     Server,
+    complaints,
     of_ranks,
     results_of_cases,
     run_ranks,
@@ -309,7 +310,7 @@ def test_the_same_script_in_one_process_and_under_torchrun(tmp_path: Path) -> No
         one = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
         assert one.returncode == 0, one.stderr
         assert torchrun.wait(120) == 0, torchrun.logs()
-        assert [torchrun.read(rank) for rank in range(2)] == [""] * 2
+        assert not any(complaints(torchrun.read(rank)) for rank in range(2))
         assert [torchrun.read(rank, "stdout") for rank in range(2)] == ["", one.stdout]
     assert len(one.stdout.splitlines()) == 11
     assert_same(torch.load(tmp_path / "ranks.pt"), torch.load(tmp_path / "one.pt"))
