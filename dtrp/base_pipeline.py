@@ -75,7 +75,7 @@ class Settings:
         num_microbatches = whole(count, num_microbatches)
         check_seed(seed)
         check_timeout(timeout_s)
-        rule = GradientRule.of(max_grad_norm, clip, on_nonfinite, row)
+        rule = GradientRule.checked(max_grad_norm, clip, on_nonfinite, row)
         kept = list(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else keep
         return cls(row, num_microbatches, seed, rule, kept, memory_limit_bytes)
 

@@ -173,7 +173,7 @@ class _Format(NamedTuple):
                 f"exchange dense ones of the common dtypes with at most {_MOST_DIMS} dimensions"
             )
         # A tensor that is mostly holes, as a column of a larger one, is sent without them.
-        wanted, sent = Layout.of(tensor, holes=True), Layout.of(tensor)
+        wanted, sent = Layout.from_tensor(tensor, holes=True), Layout.from_tensor(tensor)
         nbytes = HEADER_BYTES + sent.shift + sent.span * tensor.element_size()
         flags = (wanted != sent) * _COMPACT + tensor.requires_grad * _WANTS_GRADIENT
         numbers = (_DTYPES.index(tensor.dtype), tensor.dim(), wanted.span, wanted.shift, flags)

@@ -43,11 +43,11 @@ class StaleStages:
             WeakTensorKeyDictionary()
         )  # by parameter, the number of updates when its values were right
         self._handles: list[RemovableHandle] = []
-        trained_here = {id(p) for p in stages[stage].parameters()} if stages else ()
+        trained_by_rank = {id(p) for p in stages[stage].parameters()} if stages else ()
         replaced = {id(watch): watch for stage in stages for m in stage.modules() if (watch := _watches.get(m))}
         for watch in replaced.values():
             watch._replace(warns=engine is not None and engine.is_first)
-        for module in {module for stage in stages for module in _holders(stage, trained_here)}:
+        for module in {module for stage in stages for module in _holders(stage, trained_by_rank)}:
             _watches[module] = self
             self._mark_valid(module, 0)
             self._handles += [
@@ -103,9 +103,9 @@ class StaleStages:
 _watches: weakref.WeakKeyDictionary[nn.Module, StaleStages] = weakref.WeakKeyDictionary()  # by the module they watch
 
 
-def _holders(stage: nn.Module, trained_here: Container[int]) -> Iterator[nn.Module]:
+def _holders(stage: nn.Module, trained_by_rank: Container[int]) -> Iterator[nn.Module]:
     """The modules that hold what only another rank trains, of a stage and of the module that it was made of."""
-    trained = [name for name, p in stage.named_parameters() if p.requires_grad and id(p) not in trained_here]
+    trained = [name for name, p in stage.named_parameters() if p.requires_grad and id(p) not in trained_by_rank]
     for root in (stage, *leaders(stage)):
         yield from (root.get_submodule(name.rpartition(".")[0]) for name in trained)
 

@@ -167,7 +167,7 @@ class LocalEngine(Engine):
             owner = self.stages[tie.owner]
             with naming(tie.owner, action, owner.version):
                 owner.add_gradients(tie, [self.stages[k].take_gradient(tie) for k in tie.partners(tie.owner)])
-        self._norms = [each.gradient_norm() for each in self.stages] if self._clips_together else None
+        self._norms = [stage.gradient_norm() for stage in self.stages] if self._clips_together else None
         return True
 
     def _do(self, index: int, action: Action) -> None:

@@ -166,7 +166,7 @@ class ScheduleDTRP(BasePipeline):
         self, stage: Any, training: StageTraining, transport: Transport, *, needs_input_grad: bool, scale_grads: bool
     ) -> StageEngine:
         ranks, module = transport.ranks, stage.submod
-        route = Route.of(stage.pipe_info.graph, ranks.stage) if self._is_traced else None
+        route = Route.from_graph(stage.pipe_info.graph, ranks.stage) if self._is_traced else None
         call = Call(module, route, ranks.stage, ranks.num_stages)
         loss_fn = self._loss if ranks.after is None else None
         hosted = Stage(

@@ -32,7 +32,7 @@ class Route:
     sends: tuple[tuple[bool, int], ...]
 
     @classmethod
-    def of(cls, graph: fx.Graph, stage: int) -> Route:
+    def from_graph(cls, graph: fx.Graph, stage: int) -> Route:
         """The route of a stage in the graph that calls all stages."""
         nodes = [node for node in graph.nodes if node.op == "call_module"]
         numbers = {node: k for k, node in enumerate(nodes)}

@@ -80,7 +80,7 @@ class Encoder:
             )
         else:
             self.tensors[key] = t.detach()
-            self.specs[key] = {"dtype": name, **Layout.of(t)._asdict()}
+            self.specs[key] = {"dtype": name, **Layout.from_tensor(t)._asdict()}
         return {**coded, "grad": True} if t.requires_grad else coded
 
 

@@ -59,7 +59,7 @@ class Example:
         return pytree.tree_structure(self.value)
 
     @classmethod
-    def of(cls, value: Tree) -> Example:
+    def from_value(cls, value: Tree) -> Example:
         """The example, checked.
 
         Raises:

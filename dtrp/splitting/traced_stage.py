@@ -180,7 +180,7 @@ def trace_into_stages(
     Raises:
         TypeError, ValueError: an example that does not fit, a model that cannot be traced or cut so.
     """
-    checked = Example.of(example)
+    checked = Example.from_value(example)
     _check_hooks(model)
     traced = [export(model, checked, training=training) for training in (True, False)]
     graphs = [trace.graph for trace in traced]

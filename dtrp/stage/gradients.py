@@ -43,7 +43,7 @@ class GradientRule:
     together: bool = False  # whether all stages decide by the norms of all
 
     @classmethod
-    def of(cls, max_grad_norm: Any, clip: Any, on_nonfinite: Any, method: Method) -> GradientRule:
+    def checked(cls, max_grad_norm: Any, clip: Any, on_nonfinite: Any, method: Method) -> GradientRule:
         """The rule that the arguments of `dtrp.Pipeline` make for ``method``.
 
         Raises:

@@ -35,10 +35,10 @@ class Reach:
 
     Args:
         stages: the modules of all stages that are known on this rank, with their auxiliary networks, by index.
-        here: the stage that this process hosts; None: all of them.
+        hosted: the stage that this process hosts; None: all of them.
     """
 
-    def __init__(self, stages: Mapping[int, nn.Module], here: int | None = None) -> None:
+    def __init__(self, stages: Mapping[int, nn.Module], hosted: int | None = None) -> None:
         self._stages = stages
         self._first: int | None = None  # the mini-batch that is watched
         # By storage: the stage that has made it; or, as text, the tensor of another stage from which it was made.
@@ -50,15 +50,15 @@ class Reach:
         for k, module in stages.items():
             # A constant is right wherever it is read, but for one that another rank may have another value of.
             tensors: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
-            if here not in (None, k):
+            if hosted not in (None, k):
                 tensors = _tensors_of(module)
             for storage in storages_of(tensors):
                 holders.setdefault(id(storage), (storage, set()))[1].add(k)
         # What this rank's stage holds too, frozen, has the right value there.
-        held = [] if here is None else [*storages_of(_tensors_of(stages[here]))]
+        held = [] if hosted is None else [*storages_of(_tensors_of(stages[hosted]))]
         shared = set(map(id, held))
         for key, (storage, owners) in holders.items():
-            if len(owners) == 1 and (key not in shared or here in owners):
+            if len(owners) == 1 and (key not in shared or hosted in owners):
                 self._origins[storage] = owners.pop()
 
     def covers(self, minibatch: int) -> bool:

@@ -56,7 +56,7 @@ class Layout(NamedTuple):
     shift: int  # bytes from a line's beginning to the first element
 
     @classmethod
-    def of(cls, x: Tensor, *, holes: bool = False) -> Layout:
+    def from_tensor(cls, x: Tensor, *, holes: bool = False) -> Layout:
         """The layout of x; of its contiguous copy where x overlaps itself other than by expansion.
 
         Args:
@@ -112,7 +112,7 @@ def aligned_clone(x: Tensor) -> Tensor:
     if x.layout is torch.sparse_coo:
         indices, values = map(aligned_clone, parts_of(x))
         return sparse_of(indices, values, x.shape, x.is_coalesced())
-    layout = Layout.of(x)
+    layout = Layout.from_tensor(x)
     if not x.numel() or layout.expanded:
         return x.clone()
     room = aligned_room(layout.shift + layout.span * x.element_size(), x.device)

@@ -82,7 +82,7 @@ class SaveEvery:
     seconds: float | None = None
 
     @classmethod
-    def of(cls, text: str | int | None) -> SaveEvery:
+    def parse(cls, text: str | int | None) -> SaveEvery:
         """``500``: updates; ``90s``, ``5m``, ``1.5h``: time; None: no saves within an epoch.
 
         Raises:

@@ -31,7 +31,7 @@ def check_settings(config: TrainConfig) -> None:
     for mistakes in (_wrong_values, _wrong_workers, _contradictions):
         for message in mistakes(config):
             raise ValueError(message)
-    SaveEvery.of(config.save_every)
+    SaveEvery.parse(config.save_every)
     if config.tensorboard:
         check_tensorboard()
 

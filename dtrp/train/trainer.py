@@ -196,7 +196,7 @@ class Trainer:
         config = self.config
         if not config.out:
             return None
-        every = SaveEvery.of(config.save_every)
+        every = SaveEvery.parse(config.save_every)
         saves = Saves(self._folder, config.keep_last, tidies=self.run_folder is not None, every=every)
         if self.pipe.gather(self.run_folder.resumes if self.run_folder is not None else config.resume)[0]:
             self._position, notes = saves.resume(self.pipe, num_replicas=config.replicas, check=self._check_position)

@@ -115,9 +115,9 @@ def test_values_travel_through_the_stages_in_between() -> None:
     second = graph.call_module("submod_1", (a, mask))
     third = graph.call_module("submod_2", (second, b))
     graph.output(third)
-    assert Route.of(graph, 0) == Route((), ((True, 0), (True, 1)))
-    assert Route.of(graph, 1) == Route((0,), ((False, 1), (True, 0)))
-    assert Route.of(graph, 2) == Route((1, 0), ())
+    assert Route.from_graph(graph, 0) == Route((), ((True, 0), (True, 1)))
+    assert Route.from_graph(graph, 1) == Route((0,), ((False, 1), (True, 0)))
+    assert Route.from_graph(graph, 2) == Route((1, 0), ())
 
 
 # -- next to Pipeline -----------------------------------------------------------------------------------------

@@ -269,13 +269,13 @@ def test_saves_by_the_clock(tmp_path: Path) -> None:
     ],
 )
 def test_how_often(text: str | int | None, every: SaveEvery) -> None:
-    assert SaveEvery.of(text) == every
+    assert SaveEvery.parse(text) == every
 
 
 @pytest.mark.parametrize("text", ["0", "0s", "-1", "5 bananas", "1e9", "m", "", "1.5"])
 def test_how_often_not(text: str) -> None:
     with pytest.raises(ValueError, match="a number of updates, like 500, or a time, like 90s, 5m or 1h"):
-        SaveEvery.of(text)
+        SaveEvery.parse(text)
 
 
 def test_whose_run_is_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
