@@ -43,8 +43,8 @@ class Method:
         lr_shrink: stage k trains with ``lr * lr_shrink**d``.
         flush: run every backward of a mini-batch before the next mini-batch (a synchronous method).
         forward_all: run all forwards of a mini-batch before its backwards (GPipe).
-        local: every stage learns from a loss of its own, of an auxiliary network on its output; no gradient is passed between
-            stages, so B follows F at once at each.
+        local: every stage learns from a local loss, that of an auxiliary network on its output; no gradient is passed
+            between stages, so B follows F at once.
 
     Raises:
         ValueError: a value out of range, or a combination that means nothing, with the reason.
@@ -306,17 +306,17 @@ def dgl() -> Method:
     """Decoupled greedy learning: every stage learns from a loss of its own, of an auxiliary network on its output.
 
     Update: ``w_k(b+1) = w_k(b) - eta * grad_{w_k} l(aux_k(out_k), y)``, ``out_k = out(h; w_k(b))`` passed on without a
-    gradient; the auxiliary network's own weights likewise, by the same optimizer. The last stage has the network's own loss.
+    gradient; the weights of the auxiliary network likewise, by the same optimizer. The last stage has the model's loss.
     Delay: 0, at every stage. It is another objective than backpropagation's, whose loss no stage but the last sees.
-    Memory: one graph, the auxiliary network's in it, and that network with its optimizer state. No gradient travels back;
-    the targets travel with the activations.
+    Memory: one graph, the auxiliary network's in it, and that network with its optimizer state. No gradient travels
+    back; the targets travel with the activations.
     ``Pipeline(aux=...)`` gives the networks; `dtrp.models.auxiliary` makes the paper's: features averaged to a quarter of
     their height and width, three 1x1 convolutions, averaged to 2x2, and an MLP of three hidden layers (MLP-SR).
     Source: Belilovsky et al., Decoupled greedy learning of CNNs, ICML 2020; arXiv:1901.08164.
-    Differences: this is the paper's synchronous algorithm, in which every stage sees every mini-batch once, in order. Its
-    asynchronous one has a replay buffer between stages, from which a stage draws what an earlier one made, old or several
-    times over; here a stage waits for its input, and one that is faster than the next waits for room. The model is judged by
-    its own last layer (their code also averages it with auxiliary networks).
+    Differences: this is the paper's synchronous algorithm, in which every stage sees every mini-batch once, in order.
+    Its asynchronous one has a replay buffer between stages, from which a stage draws what an earlier one made, old or
+    several times over; here a stage waits for its input, and one that is faster than the next waits for room. The model
+    is judged by its last layer (their code also averages it with auxiliary networks).
     """
     return Method("dgl", 1, False, "graph", "stashed", local=True)
 

@@ -135,7 +135,8 @@ def _informed(
 ) -> dict[str, Any]:
     """The state after the next update, as the rules read it: they correct Adam's moments for the steps so far.
 
-    The second moment moves too: a weight that never had a gradient (a token's, not seen before) has none to be divided by.
+    The second moment moves too: a weight that never had a gradient (a token's, not seen before) has none to be divided
+    by.
     """
     known = -gradient if group["maximize"] else gradient
     if group["weight_decay"] and not decoupled:

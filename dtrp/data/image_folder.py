@@ -28,8 +28,9 @@ def load_folder(data_dir: Path, seed: int, image_size: int) -> Dataset:
     class, drawn by ``seed`` and at least one image, becomes the test split. Classes are numbered in the order of their
     names. Images come from the classes in turn, so that the first n are a sample of all classes.
 
-    An image is turned as its EXIF orientation says, converted to RGB, cropped to a square around its centre, and resized.
-    16 bits are scaled to 8, floats from 0..1 to 0..255; what is transparent lies on white. Of several frames the first counts.
+    An image is turned as its EXIF orientation says, converted to RGB, cropped to a square around its centre, and
+    resized. 16 bits are scaled to 8, floats from 0..1 to 0..255; what is transparent lies on white. Of several frames
+    the first counts.
 
     Args:
         data_dir: folder with the images.
@@ -42,8 +43,8 @@ def load_folder(data_dir: Path, seed: int, image_size: int) -> Dataset:
             cannot be read, or whose numbers have no known range.
 
     Warns:
-        UserWarning: files below ``data_dir`` that are not read, with their number, some names, and why: hidden ones, those
-            with another ending, and those that do not lie in the folder of a class itself.
+        UserWarning: files below ``data_dir`` that are not read, with their number, some names, and why: hidden ones,
+            those with another ending, and those that do not lie in the folder of a class itself.
     """
     required("PIL.Image", "Pillow", "folder")
     if not data_dir.is_dir():

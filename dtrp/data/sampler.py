@@ -31,9 +31,9 @@ class ResumableSampler(Sampler[int]):
     and, in another process, ``sampler.load_state_dict(pipe.load("checkpoint")["sampler"])`` just before the loop.
 
     The state holds those of the global generators of torch (for the CPU), Python and NumPy too, which data sets and
-    transforms draw from by habit: without workers of the loader, what they draw goes on to the bit. A worker draws from a
-    seed that the loader draws at the beginning of an epoch, so with workers this is so of saves at the end of an epoch.
-    Generators of the data set's own, and those of accelerators, are not in it.
+    transforms draw from by habit: without workers of the loader, what they draw goes on to the bit. A worker draws from
+    a seed that the loader draws at the beginning of an epoch, so with workers this is so of saves at the end of an
+    epoch. Generators of the data set's own, and those of accelerators, are not in it.
 
     Args:
         data: data set, or its number of samples.
@@ -108,7 +108,8 @@ class ResumableSampler(Sampler[int]):
     def load_state_dict(self, state: dict[str, Json]) -> None:
         """Continue from the position in ``state``.
 
-        The random generators are put back as well: at the beginning of an epoch at once, else when the iteration goes on.
+        The random generators are put back as well: at the beginning of an epoch at once, else when the iteration goes
+        on.
 
         Raises:
             ValueError: the state of a sampler with another number of samples, or no such state at all.

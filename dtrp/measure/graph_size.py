@@ -1,13 +1,13 @@
 """How many bytes an autograd graph saves of a forward.
 
-Hooks see every tensor that is saved. Where hooks are set, autograd does not check by itself whether a saved tensor has been
-written since, so the hooks do::
+Hooks see every tensor that is saved. Where hooks are set, autograd does not check by itself whether a saved tensor has
+been written since, so the hooks do::
 
     forward     pack      add the size of the storage; keep an alias of the tensor, and its count of writes
     backward    unpack    the same count? then return the alias; else raise the error that autograd raises
 
-An alias and not the tensor: an operation may save its own output, which holds the operation's node, which would hold the
-output. Such a graph is freed by its backward alone.
+An alias and not the tensor: an operation may save its own output, which holds the operation's node, which would hold
+the output. Such a graph is freed by its backward alone.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def weigh_graph(
         known: other tensors that are not counted.
 
     Returns:
-        The result of ``run``; and the bytes of each saved storage, by its address. None instead of the bytes where hooks are
-        not possible: the caller has some, or the forward refuses them. What goes through hooks that the module sets
-        itself (an activation checkpoint) is not seen.
+        The result of ``run``; and the bytes of each saved storage, by its address. None instead of the bytes where
+        hooks are not possible: the caller has some, or the forward refuses them. What goes through hooks that the
+        module sets itself (an activation checkpoint) is not seen.
     """
     if not _admitted():
         return run(), None

@@ -56,7 +56,8 @@ class Footprint:
         predicted: the predicted copy that a forward reads.
         stash: inputs, kept graphs, and the copies of weights on which these are built.
         graph: the graph that a backward recomputes.
-        messages: an input and a gradient received ahead, and what is being sent; no gradients where stages have their own loss.
+        messages: an input and a gradient received ahead, and what is being sent; no gradients where stages have their
+            own loss.
     """
 
     weights: float
@@ -183,7 +184,8 @@ def held_at_most(memory: Mapping[str, int], activations_peak: int) -> int:
 def optimizer_bytes(optimizer: Optimizer) -> int:
     """Bytes of an optimizer's state after the first update of every parameter; nothing of that size is allocated.
 
-    A copy of the optimizer makes a step on the meta device. One that cannot is assumed to hold two values per parameter.
+    A copy of the optimizer makes a step on the meta device. One that cannot is assumed to hold two values per
+    parameter.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if all(optimizer.state.get(p) for p in parameters):

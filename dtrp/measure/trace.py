@@ -71,8 +71,8 @@ class Tracer:
 def write_chrome_trace(path: str | os.PathLike[str], processes: Sequence[tuple[str, Sequence[Span]]]) -> None:
     """Write the spans of processes, given with their names, whole or not at all.
 
-    A process becomes a ``pid``, and each of its lanes one ``tid`` or several: viewers show spans of a ``tid`` correctly only
-    where they are nested or apart. Times are microseconds since the first span.
+    A process becomes a ``pid``, and each of its lanes one ``tid`` or several: viewers show spans of a ``tid`` correctly
+    only where they are nested or apart. Times are microseconds since the first span.
     """
     begin = min((span.begin_ns for _, spans in processes for span in spans), default=0)
     events: list[dict[str, Any]] = []

@@ -49,25 +49,27 @@ class ScheduleDTRP(BasePipeline):
     updates, since a method that does not wait updates while backwards are still to come. Gradients live in it, and
     ``p.grad`` is None outside an update, so that the ``optimizer.step()`` and ``optimizer.zero_grad()`` that the script
     may have left do nothing. `flush` makes the last updates, and belongs before the weights are used or saved; under
-    ``method="bp"`` or ``"gpipe"`` nothing is left to flush. Each rank has its own stage with its own initial values, and
-    no values are broadcast. As with torch's schedules micro-batches weigh the same, whatever their size.
+    ``method="bp"`` or ``"gpipe"`` nothing is left to flush. Each rank has its own stage with its own initial values,
+    and no values are broadcast. As with torch's schedules micro-batches weigh the same, whatever their size.
 
     Args:
         stage: a `PipelineStage` made by hand, or what ``pipeline(...).build_stage(...)`` returns: any object with
-            ``submod``, ``stage_index``, ``num_stages``, ``device`` and ``group``, whose ranks host one stage each, in order.
-        optimizer: the optimizer that the script has made of ``stage.submod.parameters()``, or a function that makes one of a
-            list of parameters. None where the stage has nothing to train.
+            ``submod``, ``stage_index``, ``num_stages``, ``device`` and ``group``, whose ranks host one stage each, in
+            order.
+        optimizer: the optimizer that the script has made of ``stage.submod.parameters()``, or a function that makes one
+            of a list of parameters. None where the stage has nothing to train.
         n_microbatches: A, of every mini-batch; any number of at least 1.
         loss_fn: (output, target) -> scalar, of a micro-batch; every rank passes it, the last one calls it.
         args_chunk_spec, kwargs_chunk_spec, output_merge_spec: as for torch's schedules.
         scale_grads: gradients are divided by ``n_microbatches``: for losses that are means. False: for sums.
         method: a name from `dtrp.list_methods`, or a `Method`.
-        lr_scheduler: optimizer -> scheduler, stepped once an update. A scheduler that the script steps by itself is ahead of a
-            stage's updates by its delay.
-        seed: of the stages' random draws (dropout); None: drawn from the first rank's global generator, which is left alone.
+        lr_scheduler: optimizer -> scheduler, stepped once an update. A scheduler that the script steps by itself is
+            ahead of a stage's updates by its delay.
+        seed: of the stages' random draws (dropout); None: drawn from the first rank's global generator, which is left
+            alone.
         timeout_s: the longest that a rank waits for another.
-        max_grad_norm, clip, on_nonfinite, keep, memory_limit_bytes, trace: as for `dtrp.Pipeline`. Clipping of ``p.grad`` that
-            a script does by itself does nothing.
+        max_grad_norm, clip, on_nonfinite, keep, memory_limit_bytes, trace: as for `dtrp.Pipeline`. Clipping of
+            ``p.grad`` that a script does by itself does nothing.
 
     Raises:
         TypeError, ValueError: what does not fit, with what to change.
@@ -75,8 +77,8 @@ class ScheduleDTRP(BasePipeline):
 
     What else can be asked of it (`flush`, `save`, `load`, `delays`, `memory`, `close`, the context manager) is as for
     `dtrp.Pipeline`. What saves the whole model under one set of names (`model_state_dict`, `save_model`, `state_dict`,
-    `save` with ``portable=True``) needs names that no two stages share, as in a model of which each rank has deleted the
-    rest; each rank's ``stage.submod.state_dict()`` is there in any case.
+    `save` with ``portable=True``) needs names that no two stages share, as in a model of which each rank has deleted
+    the rest; each rank's ``stage.submod.state_dict()`` is there in any case.
     """
 
     def __init__(
@@ -196,14 +198,14 @@ class ScheduleDTRP(BasePipeline):
             target: what the loss compares with; it matters on the last rank.
             losses: is emptied and filled, on the last rank, with the loss of each micro-batch, detached.
             return_outputs: whether the last rank is to return the outputs.
-            loss_kwargs: further keyword arguments for ``loss_fn``: tensors and constants, in tuples, lists and dicts; each
-                micro-batch gets them whole.
-            **kwargs: keyword arguments for the module of this rank's stage; no gradient of them is made. Keep `BlockMask`s
-                unchanged until the next `flush`; of tensors the schedule has copies.
+            loss_kwargs: further keyword arguments for ``loss_fn``: tensors and constants, in tuples, lists and dicts;
+                each micro-batch gets them whole.
+            **kwargs: keyword arguments for the module of this rank's stage; no gradient of them is made. Keep
+                `BlockMask`s unchanged until the next `flush`; of tensors the schedule has copies.
 
         Returns:
-            The last stage's outputs, put together, on the last rank, each micro-batch's as its forward made it; detached.
-            None elsewhere.
+            The last stage's outputs, put together, on the last rank, each micro-batch's as its forward made it;
+            detached. None elsewhere.
 
         Raises:
             TypeError, ValueError: what does not fit; the run ends, on all ranks.

@@ -1,7 +1,7 @@
 """The values that pass between the stages of torch's pipelines.
 
-A stage by hand is called with what the stage before has returned, a tuple as several arguments. A traced one may take values
-of any stage before it, which torch sends from rank to rank directly; here they travel through the stages in between::
+A stage by hand is called with what the stage before has returned, a tuple as several arguments. A traced one may take
+values of any stage before it, which torch sends from rank to rank directly; here they travel through the stages in between::
 
     stage 0 makes a, b      boundary 0|1    (a, b)      stage 1 takes a, makes c, passes b on
                             boundary 1|2    (b, c)      stage 2 takes c and b
@@ -25,7 +25,8 @@ class Route:
 
     Args:
         takes: the place of each argument among the values that arrive.
-        sends: for each value sent on, (True, number of the stage's output) or (False, place among the values that arrived).
+        sends: for each value sent on, (True, number of the stage's output) or (False, place among the values that
+            arrived).
     """
 
     takes: tuple[int, ...]

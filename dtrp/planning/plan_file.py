@@ -60,8 +60,8 @@ class Choice:
         memory_bytes: bytes that the worker needs which needs most.
         delay: largest delay, in updates.
         utilization: by worker, the share of the time in which it works.
-        spread: interquartile range, over the rounds, of the measured time of the slowest stage, over its median; None: not
-            measurable, as in fewer than four rounds, or in a plan of an older version.
+        spread: interquartile range, over the rounds, of the measured time of the slowest stage, over its median; None:
+            not measurable, as in fewer than four rounds, or in a plan of an older version.
     """
 
     method: str

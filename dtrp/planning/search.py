@@ -30,8 +30,8 @@ from .trial import StageTrial, TrialSettings, try_in_turns, try_stages
 
 _LEADS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
 _LEAST_SCATTER = 0.04  # no stage takes the same time twice
-# A wider scatter is that of other programs, or of times too short to measure, and not the stages'. Drawn from, it would make
-# times of any size.
+# A wider scatter is that of other programs, or of times too short to measure, and not the stages'. Drawn from, it would
+# make times of any size.
 _MOST_SCATTER = 0.25
 _QUARTILE = statistics.NormalDist().inv_cdf(0.75)
 _MOST_TRIED = 5  # cuts

@@ -3,8 +3,9 @@
 Sums of layers leave out what a stage does beside its layers, and layers that are measured one after another find their
 memory warmer than in a run. So the stages that have been chosen are run, and their times corrected by what that shows.
 
-What is compared is run in turns, a few steps of each in every round: a machine is up to half again slower from one minute
-to the next, and so it is slower for all. Stages are made anew for every turn, so that those of one trial alone take memory.
+What is compared is run in turns, a few steps of each in every round: a machine is up to half again slower from one
+minute to the next, and so it is slower for all. Stages are made anew for every turn, so that those of one trial alone
+take memory.
 """
 
 from __future__ import annotations

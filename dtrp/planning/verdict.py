@@ -1,7 +1,7 @@
 """Whether to pipeline: the rows of a plan's table compared, as far as their spread lets them be.
 
-A verdict is about times that were measured. Where a row scatters by more than 10 %, or nobody knows by how much, there is
-none, but what to do for one; where a plan is as fast as one worker within the scatter, there is none either.
+A verdict is about times that were measured. Where a row scatters by more than 10 %, or nobody knows by how much, there
+is none, but what to do for one; where a plan is as fast as one worker within the scatter, there is none either.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Names are the unsplit model's. The optimizer's part has the form that
 `torch.distributed.checkpoint.state_dict` uses: ``{"state": {name: {...}}, "param_groups": [{"params":
 [names], ...options}]}``, groups with equal options merged over the stages.
 
-A loss that is trained is no part of the model: its weights and optimizer state are in a section ``loss``, under ``loss.``
-Neither are auxiliary networks: their weights and optimizer state are in a section ``aux``, under
+A loss that is trained is no part of the model: its weights and optimizer state are in a section ``loss``, under
+``loss.`` Neither are auxiliary networks: their weights and optimizer state are in a section ``aux``, under
 ``aux.<layer>.``, the layer that the network follows. So they are found again wherever a stage ends at that layer,
 whatever K is.
 """
@@ -138,7 +138,8 @@ def shapes_of(stage: Stage) -> Shapes:
 def check_state(stages: Sequence[Stage], state: StateDict, shapes: Shapes, *, scheduler: bool) -> Callable[[], None]:
     """Check what `Pipeline.state_dict` returned, at this or another number of stages.
 
-    An auxiliary network, or a loss, that is not in it, since another method wrote it or no stage ended there, stays as it is.
+    An auxiliary network, or a loss, that is not in it, since another method wrote it or no stage ended there, stays as
+    it is.
 
     Args:
         stages: stages to load it into.
@@ -203,7 +204,8 @@ def _optimizer_state(stage: Stage, optimizers: Sequence[StateDict], *, has_besid
     Args:
         stage: stage with an optimizer.
         optimizers: the optimizer's part of each section of the state.
-        has_beside: whether the state has what the stage trains beside the model; else the optimizer's state of that stays.
+        has_beside: whether the state has what the stage trains beside the model; else the optimizer's state of that
+            stays.
     """
     assert stage.optimizer is not None
     names = _names(stage)

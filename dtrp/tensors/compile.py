@@ -22,8 +22,9 @@ def compiled(module: nn.Module, arguments: Mapping[str, Any]) -> Callable[[Tree]
     def run(x: Tree) -> Tree:
         return module(x)
 
-    # The compiler keeps a limited number of variants of a code object and runs the rest uncompiled: no two stages may share a code
-    # object, and a stage has variants for gradients or none, train or eval mode, autocast or not, before and after sizes change.
+    # The compiler keeps a limited number of variants of a code object and runs the rest uncompiled: no two stages may
+    # share a code object, and a stage has variants for gradients or none, train or eval mode, autocast or not, before
+    # and after sizes change.
     unshared = types.FunctionType(run.__code__.replace(), globals(), run.__name__, None, run.__closure__)
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not in every torch
         arguments = {"recompile_limit": _MOST_VARIANTS, **arguments}

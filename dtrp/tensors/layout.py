@@ -86,7 +86,8 @@ class Layout(NamedTuple):
     def over(self, room: Tensor, dtype: torch.dtype, start: int = 0) -> Tensor:
         """A tensor of this layout on the storage of ``room``, its line beginning ``start`` bytes after that of ``room``.
 
-        ``room`` is one of `aligned_room`'s. The result is a tensor of its own, no view, so that it may be written in place.
+        ``room`` is one of `aligned_room`'s. The result is a tensor of its own, no view, so that it may be written in
+        place.
         """
         offset = (room.storage_offset() + start + self.shift) // dtype.itemsize
         tensor = torch.empty(0, dtype=dtype, device=room.device)

@@ -7,8 +7,9 @@ import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-# The extension registry, whose objects may come without find_class; bytearrays, made as long as the file says; and sets, whose
-# members are hashed, where the hash of a tuple that is nested deeply overflows the stack and ends the process.
+# The extension registry, whose objects may come without find_class; bytearrays, made as long as the file says; and
+# sets, whose members are hashed, where the hash of a tuple that is nested deeply overflows the stack and ends the
+# process.
 _UNREAD = (
     pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET,
 )  # fmt: skip
@@ -50,12 +51,14 @@ def _plain_keys(opcode: bytes) -> Callable[[Any], None]:
 class Unpickler(pickle._Unpickler):
     """Reads containers, numbers, text, bytes, and stand-ins for what a pickle names.
 
-    A pickle calls what it names. So nothing is looked up: the names that it may use are answered with stand-ins, and any
-    other is refused before anything happens. It is the unpickler written in Python: the one in C can crash on a damaged file.
+    A pickle calls what it names. So nothing is looked up: the names that it may use are answered with stand-ins, and
+    any other is refused before anything happens. It is the unpickler written in Python: the one in C can crash on a
+    damaged file.
 
     Args:
         content: of the file.
-        stand_ins: by module and name: text, which can do nothing, or what keeps its arguments and state as `Record` does.
+        stand_ins: by module and name: text, which can do nothing, or what keeps its arguments and state as `Record`
+            does.
         encoding: of text that Python 2 has written.
     """
 

@@ -1,12 +1,13 @@
 """Trees of tensors and plain constants, which a stage is given and returns; a tensor is a tree too.
 
-A tree is made of tuples, lists and dicts; its leaves are tensors, None, booleans, numbers and text. A tree is taken apart into
-its tensors, in order, and a form, which is plain data and so can travel in a message::
+A tree is made of tuples, lists and dicts; its leaves are tensors, None, booleans, numbers and text. A tree is taken
+apart into its tensors, in order, and a form, which is plain data and so can travel in a message::
 
     {"h": x, "masks": (m, None), "step": 3}
 
     tensors    [x, m]
-    form       ["dict", [["h", ["tensor"]], ["masks", ["tuple", [["tensor"], ["constant", None]]]], ["step", ["constant", 3]]]]
+    form       ["dict", [["h", ["tensor"]], ["masks", ["tuple", [["tensor"], ["constant", None]]]], ["step",
+    ["constant", 3]]]]
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ def num_samples(value: Tree) -> int:
 def split(value: Tree, parts: int) -> Sequence[Tree]:
     """A mini-batch cut into micro-batches, as `torch.tensor_split` cuts each of its tensors.
 
-    Constants, tensors without a dimension and, in a tree, tensors of length 1 beside longer ones go to every part whole.
+    Constants, tensors without a dimension and, in a tree, tensors of length 1 beside longer ones go to every part
+    whole.
     """
     if isinstance(value, Tensor):
         return _cut(value, parts)
@@ -149,8 +151,8 @@ def check_samples(label: str, value: Tree, num_microbatches: int = 1) -> Tree:
     """Check a mini-batch: every tensor has the same number of samples, at least one, along dimension 0, or is one for all.
 
     Raises:
-        TypeError, ValueError: the value is no mini-batch, or it is cut into micro-batches and has a list of something else
-            with an entry a sample.
+        TypeError, ValueError: the value is no mini-batch, or it is cut into micro-batches and has a list of something
+            else with an entry a sample.
     """
     tensors, form = flatten(value, label) if isinstance(value, (Tensor, tuple, list, Mapping)) else ([], _TENSOR)
     if not tensors:

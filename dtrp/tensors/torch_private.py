@@ -81,8 +81,9 @@ def grad_accumulated_hooks(t: Tensor) -> dict[int, Any]:
 
 
 # -- modules --------------------------------------------------------------------------------------
-# The dictionaries themselves: a module can so be given other tensors for a moment, without the checks of ``setattr`` and
-# without a call of hooks, and None entries and the order of the names stay. ``named_*()`` yields copies without them.
+# The dictionaries themselves: a module can so be given other tensors for a moment, without the checks of ``setattr``
+# and without a call of hooks, and None entries and the order of the names stay. ``named_*()`` yields copies without
+# them.
 
 
 def parameter_dict(module: nn.Module) -> dict[str, nn.Parameter | None]:
