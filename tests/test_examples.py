@@ -57,6 +57,7 @@ def test_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3: Counter({0:" in shown
 
 
+@pytest.mark.full
 def test_ranks_print_what_one_process_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("ranks.py")
     alone, weights = capsys.readouterr().out, torch.load("ranks.pt")
@@ -68,6 +69,7 @@ def test_ranks_print_what_one_process_prints(tmp_path: Path, capsys: pytest.Capt
     assert all(torch.equal(spread[name], weights[name]) for name in weights)
 
 
+@pytest.mark.full
 def test_drop_in(tmp_path: Path) -> None:
     shown = torchrun(2, "drop_in.py", tmp_path)
     losses = numbers(r"loss ([\d.]+)", shown)
@@ -87,6 +89,7 @@ def test_fine_tuning(capsys: pytest.CaptureFixture[str]) -> None:
     assert "blocks trained: 4, 5, 6, 7" in shown
 
 
+@pytest.mark.full
 def test_hugging_face(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed; pip install 'dtrp[transformers]'")
     run("hugging_face.py")

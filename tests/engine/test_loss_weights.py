@@ -233,6 +233,7 @@ def server() -> Iterator[Server]:
     server.close()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "method"), [("latent", "dtrp"), ("experts", "bp"), ("penalty", "fdg"), ("latent", "dgl")]
 )
@@ -293,6 +294,7 @@ def test_replicas_are_the_plain_loop(kind: str, server: Server, tmp_path: Path) 
         assert_near(values, model.state_dict())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["bp", "dtrp"])
 def test_replicas_without_any_weight(method: str, server: Server, tmp_path: Path) -> None:
     run_ranks(server, tmp_path, 4, "weightless_replicas", method)

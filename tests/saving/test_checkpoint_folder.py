@@ -310,6 +310,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert inspect(tmp_path / "saved").extra == 2
 
 
+@pytest.mark.full
 def test_processes_that_save_to_one_place_at_once(tmp_path: Path) -> None:
     """What is there in the end is all one's own."""
     server = Server()

@@ -338,6 +338,7 @@ def server() -> Iterator[Server]:
     server.close()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("options", [{"method": "dtrp"}, {"method": "bp", "clip": "global", "max_grad_norm": 1.0}])
 def test_every_rank_hears_whose_gradient_it_was(options: dict[str, Any], server: Server, tmp_path: Path) -> None:
     for outcome in run_ranks(server, tmp_path, 3, "nonfinite_gradient", 1, options):

@@ -18,6 +18,7 @@ from dtrp.measure.memory import Footprint, StageSizes, footprint, optimizer_byte
 ROOMY = 10**9
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("num_microbatches", [1, 3])
 @pytest.mark.parametrize("name", oracles.ROWS)
@@ -35,6 +36,7 @@ def test_stages_that_keep_what_they_are_told_equal_the_equations(name: str, num_
     assert list(pipe.keeps().values()) == (["graph"] * 4 if pipe.method.local else keep)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["dtrp", "dtr", "fr", "pipedream", "spectrain", "bp"])
 def test_auto_equals_the_equations_of_what_it_keeps(name: str) -> None:
@@ -65,6 +67,7 @@ def sizes_of(stage: Any) -> StageSizes:
     return StageSizes(memory["weights"], trained, optimizer_bytes(stage.optimizer), inputs, graph, inputs)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("num_stages", "num_microbatches"),
     [

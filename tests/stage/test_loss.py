@@ -512,6 +512,7 @@ def server() -> Iterator[Server]:
     server.close()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("case", "method"), [("penalty", "bp"), ("norm without a graph", "dtrp"), ("buffer", "dtrp")])
 def test_on_ranks(case: str, method: str, server: Server, tmp_path: Path) -> None:
     run_ranks(server, tmp_path, 3, "refused_loss", case, method)
@@ -519,6 +520,7 @@ def test_on_ranks(case: str, method: str, server: Server, tmp_path: Path) -> Non
         assert REACHING[case][1] in json.loads((tmp_path / f"heard{rank}.json").read_text())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", ["bp", "dtrp", "dgl"])
 def test_replicas_leave_it_out_together(method: str, server: Server, tmp_path: Path) -> None:
     """The labels of one replica's micro-batch are ignored."""

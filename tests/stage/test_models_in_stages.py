@@ -21,6 +21,7 @@ from unsplit import check_recomputed_under_autocast
 import dtrp
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("method", "num_microbatches"), [("bp", 1), ("bp", 3), ("gpipe", 3)])
 @pytest.mark.parametrize("kind", MODELS)
@@ -33,6 +34,7 @@ def test_without_delay_they_train_as_unsplit_to_the_bit(
     check_trains_as_unsplit(model, batches_of(data), method=method, num_microbatches=num_microbatches)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("num_microbatches", [1, 3])
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "a buffer that is read"])

@@ -84,6 +84,7 @@ def test_state_that_no_attribute_shows_is_refused_where_it_is_repeated(method: s
     refused(model_of(models.Bank), OTHER_OUTPUT, "backward", num_stages=num_stages, method=method)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", FLUSHING + KEEPING)
 @pytest.mark.parametrize("make", [*STATEFUL, models.Bank, *DRAWING])
 def test_where_graphs_are_kept_it_is_right(make: Any, method: str) -> None:
@@ -428,6 +429,7 @@ def test_close() -> None:
 # -- on ranks ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("name", "error"),

@@ -67,6 +67,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("flushes", [True, False])
 @pytest.mark.parametrize("modules", [wide, forked])

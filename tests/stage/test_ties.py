@@ -34,6 +34,7 @@ def trained(
     return pipe, model, plain, losses, want  # type: ignore[return-value]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("num_stages", "make_optimizer"), [(2, sgd), (3, sgd), (4, sgd), (4, adamw)])
 @pytest.mark.parametrize("num_microbatches", [1, 3])

@@ -38,6 +38,7 @@ def check(method: Any, compile: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "method", ["dtrp", "spectrain", *(pytest.param(method, marks=pytest.mark.full) for method in ("bp", "fdg", "dgl"))]
 )
@@ -45,6 +46,7 @@ def test_compiled_stages_train_as_others_do(method: str) -> None:
     check(method, {"backend": "aot_eager"})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("method", ["dtrp", "spectrain"])
 def test_with_the_default_compiler(method: str) -> None:

@@ -89,6 +89,7 @@ def batches(count: int = 7) -> list[tuple[Tensor, Tensor]]:
 # -- right ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_sparse_input_is_its_dense_one(method: str, tmp_path: Path) -> None:
     def run(change: Callable[[Tensor], Tensor], name: str) -> dict[str, Tensor]:

@@ -187,6 +187,7 @@ def test_a_hook_on_what_several_stages_hold_is_refused(kind: str, method: str) -
     check_gradients(pipeline_gradients(model, batches(), num_stages=2, method=method), want)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", HOOKED)
 def test_hooks_on_ranks(server: Server, tmp_path: Path, name: str) -> None:
@@ -388,6 +389,7 @@ def load(model: nn.Module) -> None:
     model.load_state_dict({name: t * 0.9 for name, t in model.state_dict().items()})
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("num_microbatches", [1, 2, 4])
 @pytest.mark.parametrize("write", [scale, clip, replace, load])
 @pytest.mark.parametrize("method", [*FLUSHING, *KEEPING])

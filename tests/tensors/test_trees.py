@@ -17,6 +17,7 @@ from dtrp.comm.message import Kind, Note, Packer, decode, read_header
 from dtrp.tensors.pytree import check_samples, flatten, split, unflatten
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("method", "num_microbatches"), [("bp", 1), ("bp", 3), ("gpipe", 3)])
 @pytest.mark.parametrize("kind", TREES)
@@ -32,6 +33,7 @@ def test_without_delay_they_train_as_unsplit_to_the_bit(
     assert torch.equal(pipe.infer(x), plain(clone(x)))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("num_microbatches", [1, 3])
 @pytest.mark.parametrize("kind", TREES)
@@ -40,6 +42,7 @@ def test_with_perfect_prediction_they_train_as_unsplit_to_the_bit(kind: str, num
     check_perfect_prediction(nn.Sequential(*make()), batches_of(data), 4, num_microbatches=num_microbatches)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", dtrp.list_methods())
 def test_a_tree_of_one_trains_as_the_tensor_does(method: str) -> None:

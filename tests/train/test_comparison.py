@@ -182,6 +182,7 @@ def test_a_cell_that_fails_loses_nothing_of_the_others(tmp_path: Path) -> None:
     assert len(comparison.groups()) == 3
 
 
+@pytest.mark.full
 def test_a_comparison_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     out = tmp_path / "grid"
     arguments = [sys.executable, "-m", "dtrp", *command(out, "--epochs", "8", "--seeds", "4")]
@@ -243,6 +244,7 @@ def test_a_cell_is_the_run_of_dtrp_train(tmp_path: Path) -> None:
     assert [stage["delays"] for stage in a["stages"]] == [stage["delays"] for stage in b["stages"]]
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's launcher leaves logs open
 def test_in_workers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "grid"

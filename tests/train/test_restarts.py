@@ -145,6 +145,7 @@ def test_torchrun_saves_too_when_it_is_told_to_stop(tmp_path: Path) -> None:
     assert gone(workers)
 
 
+@pytest.mark.full
 def test_after_a_death_nothing_is_saved(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with restarts.started([*SMALL, "--epochs", "1000", "--save-every", "1000", "--out", str(out)]) as process:

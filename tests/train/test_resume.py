@@ -85,6 +85,7 @@ def test_a_killed_run_goes_on_to_the_bit(whole: Path, tmp_path: Path, update: in
     check_same(folder, whole)
 
 
+@pytest.mark.full
 def test_on_workers_too(tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
     command = ["train", "--model", "mlp", "--batch-size", "64", "--limit-train", "500", "--num-microbatches", "2", "--quiet",
@@ -101,6 +102,7 @@ def test_on_workers_too(tmp_path: Path) -> None:
     check_same(folder, whole)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 143), (signal.SIGHUP, 129), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)],

@@ -71,6 +71,7 @@ def test_the_events_hold_what_the_files_hold(whole: Path) -> None:
             assert min(ratios) <= found[f"prediction_error/stage{k}"][24] <= max(ratios)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("update", [6, 16])
 def test_a_run_that_goes_on_doubles_no_step_and_lacks_none(whole: Path, tmp_path: Path, update: int) -> None:
     """As after a kill: events of later updates than the last save are there, and are made again."""
@@ -90,6 +91,7 @@ def test_a_run_that_goes_on_doubles_no_step_and_lacks_none(whole: Path, tmp_path
     assert list(found["delay/stage0"]) == [8, 16, 24]
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's launcher leaves logs open
 def test_one_writer_tells_of_all_workers(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"

@@ -39,6 +39,7 @@ def left_over(mark: str) -> list[str]:
     return subprocess.run(["pgrep", "-af", mark], capture_output=True, text=True, check=False).stdout.splitlines()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -61,6 +62,7 @@ def test_workers_print_the_losses_of_one_process(tmp_path: Path, options: list[s
     assert "workers: 2" in (two / "config").read_text()
 
 
+@pytest.mark.full
 def test_replicas_share_a_minibatch(tmp_path: Path) -> None:
     """No BatchNorm in this network: a shard's gradients add up to the mini-batch's, but for rounding."""
     one, four = tmp_path / "one", tmp_path / "four"
@@ -73,6 +75,7 @@ def test_replicas_share_a_minibatch(tmp_path: Path) -> None:
         assert a == pytest.approx(b, rel=1e-9)
 
 
+@pytest.mark.full
 def test_torchrun_starts_it_too(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dtrp", *SMALL, "--out", str(out)]
@@ -84,6 +87,7 @@ def test_torchrun_starts_it_too(tmp_path: Path) -> None:
     assert len(metrics(out)) == 2
 
 
+@pytest.mark.full
 def test_what_a_worker_says_is_what_one_reads(tmp_path: Path) -> None:
     done = dtrp(*SMALL, "--workers", "2", "--lr", "1e30", "--optimizer", "sgd", "--out", str(tmp_path / "run"))
     assert done.returncode == 2
@@ -171,6 +175,7 @@ def test_mistakes_that_are_seen_before_a_worker_starts(
     assert rule in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_a_mistake_that_a_worker_sees() -> None:
     done = dtrp(*SMALL, "--workers", "2", "--replicas", "2", "--limit-train", "33")
     assert done.returncode == 2
