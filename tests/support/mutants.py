@@ -141,6 +141,13 @@ MUTANTS = [
         "stage/weight_versions.py",
         "if self._buffered != (version, horizon) or not self.alike:",
         "if self._buffered is None or not self.alike:",
+        EVERY_METHOD,
+    ),
+    Mutant(
+        "a predictor is told a later version",
+        "stage/weight_versions.py",
+        '"microbatch": microbatch, "version": version}',
+        '"microbatch": microbatch, "version": version + 1}',
         PERFECT,
     ),
     Mutant(
