@@ -130,9 +130,9 @@ class BasePipeline:
     def propose(self, word: int) -> None:
         """Propose something to all ranks, at any time, from a signal handler or a thread too: 1, 2, or 3 for both.
 
-        It costs no waiting: the proposal goes to the first rank with gradients, and comes back with the activations of a
-        mini-batch, so that `agreed` is the same on every rank after the same step. What the numbers mean is the caller's
-        business; ``dtrp train`` saves at 1, and saves and stops at 2.
+        It costs no waiting: the proposal goes to the first rank with gradients, and comes back with the activations of
+        a mini-batch, so that `agreed` is the same on every rank after the same step. What the numbers mean is the
+        caller's business; ``dtrp train`` saves at 1, and saves and stops at 2.
         """
         if word not in (1, 2, 3):
             raise ValueError(f"word={word!r}: propose 1, 2, or 3 for both")
@@ -140,10 +140,10 @@ class BasePipeline:
 
     @property
     def agreed(self) -> int:
-        """What ranks have proposed, as of the last step: the same on all, at least once for every proposal; 0 is nothing.
+        """What the ranks have proposed, as of the last step; the same on all of them. 0 is nothing.
 
-        A few steps may lie between a proposal and it. What is proposed in the last steps before a flush is agreed on in the
-        first after it.
+        A few steps may lie between a proposal and it. What is proposed in the last steps before a flush is agreed on in
+        the first after it.
         """
         return self._engine.proposals.agreed
 
@@ -172,17 +172,17 @@ class BasePipeline:
         return {stage.index: Counter(stage.delays) for stage in self._engine.stages}
 
     def skipped_updates(self) -> dict[int, list[int]]:
-        """``{stage: mini-batches}`` whose update was left out, their gradient not being finite (``on_nonfinite="skip"``)."""
+        """``{stage: mini-batches}`` whose update was left out for a gradient that is not finite."""
         return {stage.index: list(stage.updates.skipped) for stage in self._engine.stages}
 
     def memory(self) -> dict[int, dict[str, int]]:
         """Bytes that each stage holds now, measured from its tensors.
 
-        ``weights`` (parameters and buffers, a shared one at each of its stages, an auxiliary network's too), ``buffers`` (the
-        copies that forwards move whose repetition is still to come), ``predicted`` (the predicted copy that a forward reads),
-        ``optimizer`` (its state), ``gradients`` (those of the last update until the stage's next work) and
-        ``gradients_peak``, their maximum so far, ``stash`` (what waits between F and B: inputs, graphs and the
-        copies of weights they need) and ``stash_peak``. A graph is weighed by the storages it saves, once for each
+        ``weights`` (parameters and buffers, a shared one at each of its stages, an auxiliary network's too),
+        ``buffers`` (the copies that forwards move whose repetition is still to come), ``predicted`` (the predicted copy
+        that a forward reads), ``optimizer`` (its state), ``gradients`` (those of the last update until the stage's next
+        work) and ``gradients_peak``, their maximum so far, ``stash`` (what waits between F and B: inputs, graphs and
+        the copies of weights they need) and ``stash_peak``. A graph is weighed by the storages it saves, once for each
         shape of input; one whose saved tensors go through hooks of the caller's weighs nothing.
         """
         return {stage.index: stage.memory() for stage in self._engine.stages}
@@ -200,7 +200,7 @@ class BasePipeline:
         return {stage.index: spent.seconds() for stage, spent in zip(self._engine.stages, times, strict=True)}
 
     def watch_prediction(self, every: int = 1) -> None:
-        """From now on compare, at every n-th micro-batch, the weights that a forward read with those of its backward."""
+        """Compare the weights that a forward read with those of its backward, from now on, at every n-th micro-batch."""
         every = whole("every", every)
         for stage in self._engine.stages:
             stage.gauge = PredictionErrorGauge(stage.index, every)
@@ -216,8 +216,8 @@ class BasePipeline:
     def keeps(self) -> dict[int, Keep | None]:
         """``{stage: what it keeps}`` between F and B; with ``keep="auto"`` None before its first micro-batch.
 
-        The last stage, whose B follows its F at once, has its graph at hand whatever the method says, and so has every stage
-        with a loss of its own.
+        The last stage, whose B follows its F at once, has its graph at hand whatever the method says, and so has every
+        stage with a loss of its own.
         """
         return {
             stage.index: ("input" if stage.recomputes else "graph") if stage.has_decided else None
@@ -236,12 +236,12 @@ class BasePipeline:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process hosts the first stage, and so reads ``x``, and ``y`` where each stage has a loss of its own."""
+        """Whether this process hosts the first stage, and so reads ``x``, and by a local method ``y`` too."""
         return self._engine.takes_x
 
     @property
     def is_last(self) -> bool:
-        """Whether this process hosts the last stage, and so returns the loss, and reads ``y`` where no other stage has one."""
+        """Whether this process hosts the last stage, and so returns the loss, and reads ``y`` unless the first one does."""
         return self._engine.takes_y
 
     @property
@@ -269,8 +269,8 @@ class BasePipeline:
     def model_state_dict(self) -> dict[str, Tensor]:
         """A snapshot of the whole model under the unsplit model's names; it loads into the plain model.
 
-        On every rank; where there are several, its tensors are on the CPU. Flush first: with batches in flight the stages
-        have made different numbers of updates.
+        On every rank; where there are several, its tensors are on the CPU. Flush first: with batches in flight the
+        stages have made different numbers of updates.
 
         Warns:
             UserWarning: they have; once a pipeline, whatever returns or writes such a model.
@@ -306,9 +306,9 @@ class BasePipeline:
         """A snapshot: ``{"model", "optimizer", "scheduler", "num_updates"}``, of no particular K.
 
         ``optimizer`` is ``{"state": {name: ...}, "param_groups": [...]}`` by parameter name. Batches in flight
-        are not part of it: flush first to have every stage at the same update. Where there are auxiliary networks, ``aux`` is
-        ``{"model", "optimizer"}`` of theirs, under ``aux.`` and the name of the layer that each follows. A loss that is
-        trained is in ``loss``, in the same form, under ``loss.`` Where buffers have come or
+        are not part of it: flush first to have every stage at the same update. Where there are auxiliary networks,
+        ``aux`` is ``{"model", "optimizer"}`` of theirs, under ``aux.`` and the name of the layer that each follows. A
+        loss that is trained is in ``loss``, in the same form, under ``loss.`` Where buffers have come or
         gone, or have another shape or dtype, since the pipeline was made, ``buffers`` has their names.
 
         Warns:
@@ -369,14 +369,16 @@ class BasePipeline:
         model's names, and loads at any number of stages, cuts, method, engine and number of replicas.
 
         Args:
-            folder: of the checkpoint: new, empty, or an earlier checkpoint, which is replaced; no other run saves to it.
+            folder: of the checkpoint: new, empty, or an earlier checkpoint, which is replaced; no other run saves to
+                it.
             portable: flush, and save what does not depend on the stages.
             extra: what the caller wants back from `load`, as JSON has it: the sampler's state, the epoch, settings. The
                 first rank's is kept.
 
         Raises:
-            CheckpointError: it could not be written, on every rank; what was there is as it was, and training can go on. Or
-                nothing can hold what is in flight: a graph has met a buffer that the caller has written since; flush first.
+            CheckpointError: it could not be written, on every rank; what was there is as it was, and training can go
+                on. Or nothing can hold what is in flight: a graph has met a buffer that the caller has written since;
+                flush first.
             TypeError: ``extra`` is no JSON.
         """
         self._check_usable(trains=True)
@@ -403,12 +405,13 @@ class BasePipeline:
             The ``extra`` that was given to `save`.
 
         Raises:
-            CheckpointError: no checkpoint, a damaged one (with the name of the file), one of another model, or an exact one
-                of a pipeline made otherwise; on every rank.
+            CheckpointError: no checkpoint, a damaged one (with the name of the file), one of another model, or an exact
+                one of a pipeline made otherwise; on every rank.
 
         Warns:
-            UserWarning: what may change the last bits is otherwise than when it was saved (threads, version of torch, devices,
-                ``compile``), or ``on_nonfinite`` is, or an option of the optimizer, of which the checkpoint's goes on.
+            UserWarning: what may change the last bits is otherwise than when it was saved (threads, version of torch,
+                devices, ``compile``), or ``on_nonfinite`` is, or an option of the optimizer, of which the checkpoint's
+                goes on.
         """
         self._check_usable(trains=True)
         with self._shared():
@@ -435,7 +438,7 @@ class BasePipeline:
         return session.settings_of(self._engine.stages[0], described, method=method_values(self.method), **made_with)
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
-        """Write what ran when, on all ranks, as one Chrome trace (for chrome://tracing or ui.perfetto.dev); rank 0 writes.
+        """Write what ran when, on all ranks, as a Chrome trace (for ui.perfetto.dev); rank 0 writes.
 
         Raises:
             RuntimeError: the pipeline was made without ``trace=True``.
@@ -449,7 +452,7 @@ class BasePipeline:
         )
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's ``value``, picklable, on every rank, replica by replica and stage by stage; one process: ``[value]``."""
+        """The values of all ranks, on every rank, replica by replica and stage by stage; of one process ``[value]``."""
         self._check_usable()
         with self._shared():
             return self._engine.gather("gather", value)
@@ -459,8 +462,8 @@ class BasePipeline:
     def close(self) -> None:
         """Drop what is in flight, and leave the other ranks. Training ends here; the model stays as it is.
 
-        Each rank waits until all others have closed theirs, or have ended; what needs all ranks, `save_model` too, comes
-        before.
+        Each rank waits until all others have closed theirs, or have ended; what needs all ranks, `save_model` too,
+        comes before.
 
         Raises:
             RuntimeError: another rank has failed meanwhile, or has stepped another number of mini-batches.

@@ -59,7 +59,7 @@ class WaitTimeoutError(WorkerError, TimeoutError):
 
 @contextmanager
 def naming(stage: int, action: Action, minibatch: int) -> Iterator[None]:
-    """The context in which an exception becomes a `StageError` that says where it was raised, but for a `WorkerError`."""
+    """The context in which an exception other than a `WorkerError` becomes a `StageError`, which says where."""
     try:
         yield
     except (StageError, WorkerError):

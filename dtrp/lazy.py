@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used (PEP 562), so that ``dtrp --help`` need not wait for torch."""
+"""Names of a package that are imported on first use (PEP 562): ``dtrp --help`` need not wait for torch."""
 
 from __future__ import annotations
 

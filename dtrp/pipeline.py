@@ -43,10 +43,10 @@ class Pipeline(BasePipeline):
     """A network in K stages, each with its own optimizer, trained by one of the family's methods.
 
     The user keeps the training loop. All stages live in this process, on one device or on one each; or, under
-    ``torchrun --nproc-per-node K`` and wherever `torch.distributed` is initialized with more than one rank, each rank hosts
-    one, and every rank calls the same methods in the same order. There ``x`` matters on the first rank and ``y`` on the
-    last, each stage's initial values are rank 0's, and what a stage returns to the caller, the loss and the output of
-    `infer`, is returned by the last rank, None by the others.
+    ``torchrun --nproc-per-node K`` and wherever `torch.distributed` is initialized with more than one rank, each rank
+    hosts one, and every rank calls the same methods in the same order. There ``x`` matters on the first rank and ``y``
+    on the last, each stage's initial values are rank 0's, and what a stage returns to the caller, the loss and the
+    output of `infer`, is returned by the last rank, None by the others.
 
     Args:
         model: an `nn.Sequential`, which is cut between its top-level layers, a list of modules, one a stage, or what
@@ -55,18 +55,20 @@ class Pipeline(BasePipeline):
             refuse it.
         optimizer: list of parameters -> `torch.optim.Optimizer`; called once for each stage that has
             trainable parameters.
-        loss_fn: (output, target) -> scalar, the mean over the samples. It may depend on these, on constants and on the last
-            stage's own tensors. A `torch.nn.Module` with parameters to train is trained with the last stage, and saved beside the
-            model. The first mini-batch shows whether it reads another stage's tensors, or would train parameters that are not
-            registered in it, and is refused then. Terms of the loss from inside a stage: `dtrp.add_loss`.
+        loss_fn: (output, target) -> scalar, the mean over the samples. It may depend on these, on constants and on the
+            last stage's own tensors. A `torch.nn.Module` with parameters to train is trained with the last stage, and
+            saved beside the model. The first mini-batch shows whether it reads another stage's tensors, or would train
+            parameters that are not registered in it, and is refused then. Terms of the loss from inside a stage:
+            `dtrp.add_loss`.
         num_stages: K. None: the length of a list, or ``len(cuts) + 1``, or 1. By ``num_stages`` alone a
             Sequential is cut into equal numbers of layers, the first stages taking the remainder.
         cuts: index of the first layer of stages 1..K-1.
         method: a name from `list_methods`, or a `Method`, as from ``get_method("fdg", grad_shrink=0.5)``.
-        loss_weight: targets of a micro-batch -> what it counts for in its mini-batch, a number of at least 0, where that is not the
-            number of its samples: ``lambda y: (y != -100).sum()`` for a loss that leaves labels of -100 out. ``loss_fn`` returns
-            the mean over what counts. With replicas it counts between them too. A micro-batch of weight 0 is not differentiated,
-            and its loss is not used; a mini-batch of weight 0 counts as one with a loss that is not finite.
+        loss_weight: targets of a micro-batch -> what it counts for in its mini-batch, a number of at least 0, where
+            that is not the number of its samples: ``lambda y: (y != -100).sum()`` for a loss that leaves labels of -100
+            out. ``loss_fn`` returns the mean over what counts. With replicas it counts between them too. A micro-batch
+            of weight 0 is not differentiated, and its loss is not used; a mini-batch of weight 0 counts as one with a
+            loss that is not finite.
         num_microbatches: A, the parts that `torch.tensor_split` cuts a mini-batch into. More of them
             bring the delay down; a mini-batch of fewer samples has one part a sample.
         lr_scheduler: optimizer -> scheduler, stepped once an update.
@@ -75,37 +77,42 @@ class Pipeline(BasePipeline):
         group: the process group whose ranks host the stages, in order; None: all ranks.
         mesh: a `torch.distributed.device_mesh.DeviceMesh` with the dimensions ``("replica", "stage")``. Each replica
             passes its own shard of the mini-batch, and a stage's gradients are averaged over its replicas at U,
-            weighted by samples. The loss is then that of the whole mini-batch. BatchNorm sees its own shard (the running
-            statistics saved are the first replica's), unless it is a `torch.nn.SyncBatchNorm` made with the process
-            group ``mesh.get_group("replica")``, which needs a sample of each shard in every micro-batch.
-        aux: for a method in which each stage has a loss of its own (dgl), the auxiliary networks that make of a stage's output
-            what ``loss_fn`` takes: a module for each stage but the last (None for one with nothing to train), or a function
-            from the stages to such a list, as `dtrp.models.auxiliary` makes. The optimizer of the stage trains them too; they
-            are no part of the model, and saved beside it. On several ranks ``y`` matters on the first one then.
+            weighted by samples. The loss is then that of the whole mini-batch. BatchNorm sees its own shard (the
+            running statistics saved are the first replica's), unless it is a `torch.nn.SyncBatchNorm` made with the
+            process group ``mesh.get_group("replica")``, which needs a sample of each shard in every micro-batch.
+        aux: for a method in which each stage has a loss of its own (dgl), the auxiliary networks that make of a stage's
+            output what ``loss_fn`` takes: a module for each stage but the last (None for one with nothing to train), or
+            a function from the stages to such a list, as `dtrp.models.auxiliary` makes. The optimizer of the stage
+            trains them too; they are no part of the model, and saved beside it. On several ranks ``y`` matters on the
+            first one then.
         loss_on: ``"last"``: `step` returns the loss on the last rank; ``"all"``: on every rank, which then waits for
             the last one in every step, so that the stages take turns instead of overlapping.
         timeout_s: the longest that a rank waits for another before an error says who waits for whom.
-        max_grad_norm: clip a mini-batch's gradient to this 2-norm before its update, as `torch.nn.utils.clip_grad_norm_` does.
-        clip: whose norm: ``"stage"``: of each stage's gradient (with replicas of their average), which needs no waiting;
-            ``"global"``: of all stages' together, as of the unsplit model; for methods that flush.
+        max_grad_norm: clip a mini-batch's gradient to this 2-norm before its update, as
+            `torch.nn.utils.clip_grad_norm_` does.
+        clip: whose norm: ``"stage"``: of each stage's gradient (with replicas of their average), which needs no
+            waiting; ``"global"``: of all stages' together, as of the unsplit model; for methods that flush.
         on_nonfinite: ``"stop"``: a loss or a gradient that is not finite ends the run, before the update that it would
-            have gone into. ``"skip"``: that update is left out: weights and optimizer state stay, version and scheduler go
-            on. In a method that flushes all stages then leave it out. In the others each stage decides by its own gradient:
-            one that is not finite at a stage is mostly not finite at those before it, and those after it have made their update;
-            a loss that is not finite, be its gradient finite, counts so at every stage that learns from it. Buffers have moved
-            with the forward.
-            `skipped_updates` counts. On an accelerator ``"stop"`` without clipping does not wait for the answer, which would
-            keep it from being given work: the run ends at the stage's next update, and for a loss at the next step, or at
-            ``flush()``. That update has spoiled the weights then, and nothing has been saved of them: go on from the last save.
+            have gone into. ``"skip"``: that update is left out: weights and optimizer state stay, version and scheduler
+            go on. In a method that flushes all stages then leave it out. In the others each stage decides by its own
+            gradient: one that is not finite at a stage is mostly not finite at those before it, and those after it have
+            made their update; a loss that is not finite, be its gradient finite, counts so at every stage that learns
+            from it. Buffers have moved with the forward.
+            `skipped_updates` counts. On an accelerator ``"stop"`` without clipping does not wait for the answer, which
+            would keep it from being given work: the run ends at the stage's next update, and for a loss at the next
+            step, or at ``flush()``. That update has spoiled the weights then, and nothing has been saved of them: go on
+            from the last save.
         keep: what stages keep between F and B, in place of what the method says: ``"graph"`` or ``"input"``, for all
             stages or one for each. A stage of an asynchronous method that keeps its graph evaluates it, and
             differentiates, at the weights its forward read (predicted ones, if the method predicts), and recomputes
-            nothing. ``"auto"``: each stage looks at its first micro-batch, with two trial forwards, and keeps its graphs if
-            all that it is going to hold stays under ``memory_limit_bytes``, its inputs otherwise; `keeps` tells.
-        memory_limit_bytes: for each stage, with ``keep="auto"``: weights, optimizer state, gradients, stash and messages.
+            nothing. ``"auto"``: each stage looks at its first micro-batch, with two trial forwards, and keeps its
+            graphs if all that it is going to hold stays under ``memory_limit_bytes``, its inputs otherwise; `keeps`
+            tells.
+        memory_limit_bytes: for each stage, with ``keep="auto"``: weights, optimizer state, gradients, stash and
+            messages.
         plan: what `dtrp.plan` returned, or the path of its file: it says ``method``, ``cuts``, ``keep`` and
-            ``num_microbatches``. The size of the mini-batch and the learning rate stay the caller's; the plan tells what
-            it reckons with (``batch_size``, ``lr_scale``).
+            ``num_microbatches``. The size of the mini-batch and the learning rate stay the caller's; the plan tells
+            what it reckons with (``batch_size``, ``lr_scale``).
         compile: True: each stage's module runs through `torch.compile`, with dropout masks as without it
             (``options={"fallback_random": True}``); or the keyword arguments for `torch.compile`, as they are.
         trace: record when each F, B, U, send and receive runs, for `save_trace`.
@@ -212,7 +219,7 @@ class Pipeline(BasePipeline):
         timeout_s: float,
         shared: dict[str, Json],
     ) -> DistributedEngine:
-        """The stage of this rank, connected with the others; ``shared``: the settings that all ranks must have in common."""
+        """The stage of this rank, connected with the others, which must have the ``shared`` settings too."""
         index = ranks.stage
         device = _place(networks, devices, [index])[index]
         transport = Transport(ranks, timeout_s, self._tracer)
@@ -235,12 +242,13 @@ class Pipeline(BasePipeline):
         """Train on one mini-batch.
 
         Args:
-            x: the model's input, samples along dimension 0; any number of them, of any shape the model takes. It may be a
-                tree: tuples, lists and dicts of tensors, each with as many samples. Constants in it, tensors without a
-                dimension, and those with one entry along dimension 0 beside longer ones go to every micro-batch whole.
-                Between stages such trees travel too: each stage takes the one value that the stage before returns. Of a
-                model that `dtrp.split` has traced, and of modules whose forward takes several arguments, a tuple is the
-                positional arguments and a dict the keyword arguments: ``pipe.step({"ids": ids, "mask": mask}, y)``.
+            x: the model's input, samples along dimension 0; any number of them, of any shape the model takes. It may be
+                a tree: tuples, lists and dicts of tensors, each with as many samples. Constants in it, tensors without
+                a dimension, and those with one entry along dimension 0 beside longer ones go to every micro-batch
+                whole. Between stages such trees travel too: each stage takes the one value that the stage before
+                returns. Of a model that `dtrp.split` has traced, and of modules whose forward takes several arguments,
+                a tuple is the positional arguments and a dict the keyword arguments: ``pipe.step({"ids": ids, "mask":
+                mask}, y)``.
             y: the targets, as many; a tree too, if ``loss_fn`` takes one.
 
         Returns:
@@ -248,16 +256,16 @@ class Pipeline(BasePipeline):
             that do not host the last stage.
 
         Raises:
-            TypeError, ValueError: x and y that do not fit. In one process nothing has happened then; on several ranks the
-                run ends, since the others are in the step by now.
+            TypeError, ValueError: x and y that do not fit. In one process nothing has happened then; on several ranks
+                the run ends, since the others are in the step by now.
             StageError: what failed inside a stage; the pipeline is of no use after it.
         """
         self._check_usable(trains=True)
         engine = self._engine
         with self._shared():
             x = check_samples("x", x, self.num_microbatches) if engine.takes_x else None
-            # Of the first and the last rank one needs y. The other may be given it too, and then both are checked against
-            # each other.
+            # Of the first and the last rank one needs y. The other may be given it too, and then both are checked
+            # against each other.
             needs_y = engine.takes_x if self.method.local else engine.takes_y
             if needs_y and y is None and self.method.local:
                 raise TypeError(
@@ -323,7 +331,8 @@ def _networks(
     """What each stage computes.
 
     Raises:
-        TypeError, ValueError: nothing to train, parameters that stages may not share, auxiliary networks that do not fit.
+        TypeError, ValueError: nothing to train, parameters that stages may not share, auxiliary networks that do not
+            fit.
     """
     trains = [any(p.requires_grad for p in module.parameters()) for module in modules]
     if not any(trains):
@@ -371,7 +380,7 @@ def _compile_options(compile: bool | Mapping[str, Any]) -> Mapping[str, Any] | N
         return compile
     if not isinstance(compile, bool):
         raise TypeError(f"compile={compile!r}: pass True, False, or a dict of keyword arguments for torch.compile")
-    # Inductor's own random numbers differ with and without a graph: a recomputed forward would have other dropout masks.
+    # Inductor draws other numbers with and without a graph: a recomputed forward would have other dropout masks.
     return {"options": {"fallback_random": True}} if compile else None
 
 

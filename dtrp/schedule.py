@@ -68,7 +68,7 @@ Slot = tuple[Action, ...]
 
 
 def lead(order: Order, num_stages: int, stage: int) -> int:
-    """How many forwards ``stage`` runs ahead of its first backward: ``ceil(ahead * d)``, d stages after it; 0 by local losses."""
+    """The number of forwards before the first backward: ``ceil(ahead * d)``, d stages after it; 0 with local losses."""
     if order.local:
         return 0
     # The small number keeps 1.1 * 10 = 11.000000000000002 at 11.

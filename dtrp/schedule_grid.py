@@ -160,7 +160,7 @@ class Schedule:
             )
 
     def _broken_rule(self, stage: int, action: Action, done: Counter[str], ends: list[int]) -> str | None:
-        """The rule that an action breaks after the actions ``done``; ``ends``: the micro-batches up to each mini-batch's end."""
+        """The rule that an action breaks after the actions ``done``; ``ends``: micro-batches up to the end of each mini-batch."""
         due = done["U"] < len(ends) and done["B"] == ends[done["U"]]  # a mini-batch's last B is through, its U is not
         if action.kind == "U":
             return None if due else f"stage {stage} updates before a mini-batch's last backward"

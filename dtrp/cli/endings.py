@@ -34,7 +34,7 @@ def mistakes(*kinds: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def lost_terminal_ignored() -> Iterator[None]:
-    """What is written to a terminal that has been closed is dropped, here and from then on; the run goes on, or saves."""
+    """Drop what is written to a terminal that has been closed, from now on; the run goes on, or saves."""
     try:
         yield
     except OSError as error:

@@ -33,7 +33,7 @@ class GradientAveraging:
     def average(
         self, gradients: list[Tensor | None], like: Sequence[Tensor], weight: float, loss: float, word: int
     ) -> tuple[float, int]:
-        """Average gradients over the replicas of this stage, weighted by what their shards count for, in buckets, in place.
+        """Average gradients over the replicas of this stage, in place, weighted by what their shards count for.
 
         Args:
             gradients: of this replica's shard of the mini-batch; None where a parameter has none.

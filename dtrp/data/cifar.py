@@ -153,7 +153,7 @@ class _NumberType(Record):
 
 
 class _Array(Record):
-    """Stands for what NumPy's ``_reconstruct`` returns; its arguments are those of an empty array, and its state comes next."""
+    """Stands for what NumPy's ``_reconstruct`` returns: an empty array, whose state comes next."""
 
     def bytes_and_shape(self) -> tuple[bytes, tuple[int, int], bool]:
         """Its bytes, its shape, and whether they lie column by column.
@@ -179,7 +179,7 @@ class _Array(Record):
 
 def _read_pickle(path: Path) -> object:
     def encode(text: str, encoding: str) -> bytes:
-        """For _codecs.encode, how Python 3 writes bytes in protocol 2; made anew, since BUILD can write its attributes."""
+        """Stands for ``_codecs.encode``, by which Python 3 writes bytes in protocol 2; a new one each time."""
         if encoding != "latin1":
             raise ValueError("bytes of another encoding than latin1")
         return text.encode("latin1")

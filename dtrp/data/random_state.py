@@ -33,7 +33,7 @@ def random_states() -> dict[str, Json]:
 
 
 def restorer(states: Any) -> Callable[[], None]:
-    """The function that puts the global generators into these states; where NumPy is not installed, its one is left out.
+    """The function that puts the global generators into these states; NumPy's where it is installed.
 
     Raises:
         ValueError: they are no such states.
@@ -60,7 +60,7 @@ def restorer(states: Any) -> Callable[[], None]:
 
 
 def _numpy_state(text: str, position: int, has_gauss: int, gauss: float) -> tuple[Any, ...] | None:
-    """The state as `numpy.random.set_state` takes it, which does not check the position; None: NumPy is not installed."""
+    """The state as `numpy.random.set_state` takes it, checked; None where NumPy is not installed."""
     words = _words(text)
     if not 0 <= position <= _NUM_WORDS or has_gauss not in (0, 1):
         raise ValueError(f"position {position} of {_NUM_WORDS} words")

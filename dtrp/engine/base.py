@@ -228,7 +228,7 @@ class Losses:
         self._unchecked: list[tuple[int, MicroBatch, Tensor]] = []  # with their stages
 
     def add(self, micro: MicroBatch, loss: Tensor, added: Tensor | None = None) -> None:
-        """Add the last stage's part of the loss, and the terms that stages before it have ``added`` to the micro-batch's loss."""
+        """Add the last stage's part of the loss, and the terms that earlier stages have ``added``."""
         if added is not None and micro.factor:
             loss = loss + added.to(loss.device) * micro.factor
         self._terms.append(loss)

@@ -213,7 +213,7 @@ class LocalEngine(Engine):
 
 
 def _note_of(micro: MicroBatch) -> Note:
-    """What a checkpoint has of a micro-batch; numbers of samples matter between ranks alone, where some may have none."""
+    """What a checkpoint has of a micro-batch; numbers of samples matter between ranks alone."""
     note = Note(micro.index, micro.minibatch, 0, 1, 1)
     if micro.weight is None:
         return note

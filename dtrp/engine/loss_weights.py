@@ -41,7 +41,8 @@ def weigh(loss_weight: LossWeight, targets: Sequence[Tree]) -> list[float]:
 def part_of_loss(weight: float, total: float, *, has_replicas: bool = False) -> float:
     """What the loss of a micro-batch is multiplied by, from its weight and the weight of its mini-batch.
 
-    A mini-batch without any weight has no mean loss: nan. With replicas it has one if another replica's part has weight.
+    A mini-batch without any weight has no mean loss: nan. With replicas it has one if another replica's part has
+    weight.
     """
     if total:
         return weight / total

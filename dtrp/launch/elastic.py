@@ -110,7 +110,7 @@ class Launchers:
             process.wait()
 
     def new_failures(self) -> list[str]:
-        """What has happened since the last call: workers that failed, after which all start again, and launchers that ended."""
+        """What has happened since the last call: workers that failed, and launchers that ended."""
         news = []
         logs = [(self._folder / f"{number}.log").read_text(errors="replace") for number in range(len(self.processes))]
         codes = [list(map(int, re.findall(rf"{re.escape(FAILURE)}(-?\d+)", log))) for log in logs]

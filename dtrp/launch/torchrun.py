@@ -135,7 +135,7 @@ def _launcher_settings() -> Iterator[None]:
 
 @contextmanager
 def _report_restarts(folder: Path, max_restarts: int, say: Callable[[str], None]) -> Iterator[None]:
-    """Within this context ``say`` is told of each failure after which all workers start again; torch's launcher logs them."""
+    """The context in which ``say`` is told of each failure after which all workers start again."""
     logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
     restarts = itertools.count(1)
 
@@ -155,7 +155,7 @@ def _report_restarts(folder: Path, max_restarts: int, say: Callable[[str], None]
 
 
 def _handled_by_launcher() -> dict[str, Any]:
-    """The setting of torch's launcher, where it has one, by which it does not hear signals that this process ignores."""
+    """The setting by which torch's launcher, where it has it, ignores the signals that this process ignores."""
     names = ",".join([*(number.name for number in stop_signals()), "SIGQUIT"])
     return {"signals_to_handle": names} if hasattr(LaunchConfig, "signals_to_handle") else {}
 

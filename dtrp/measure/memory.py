@@ -115,7 +115,7 @@ def footprint(method: Method, num_stages: int, stage: int, num_microbatches: int
 def choose_keep(
     method: Method, num_stages: int, stage: int, num_microbatches: int, sizes: StageSizes, limit_bytes: int
 ) -> Keep:
-    """What the stage keeps: its graphs if they fit into ``limit_bytes``, else its inputs; the arguments are those of `footprint`.
+    """What the stage keeps: its graphs if they fit into ``limit_bytes``, otherwise its inputs.
 
     Raises:
         MemoryError: neither fits.
@@ -148,7 +148,7 @@ class _Order(NamedTuple):
 def _moments(
     order: _Order, num_stages: int, stage: int, num_microbatches: int, predicts: bool, shared: bool
 ) -> tuple[frozenset[tuple[int, int, bool]], bool]:
-    """What a stage holds at some time: (micro-batches, versions of the weights that these read, whether one is in its B).
+    """What a stage holds at some time: (micro-batches, versions of the weights, whether a B runs).
 
     And whether any forward has a delay.
     """

@@ -38,7 +38,7 @@ from .routes import Call, Route
 
 
 class ScheduleDTRP(BasePipeline):
-    """A schedule for a stage of `torch.distributed.pipelining`, in the place of torch's `Schedule1F1B` or `ScheduleGPipe`.
+    """A schedule for a stage of `torch.distributed.pipelining`, in the place of torch's `Schedule1F1B`.
 
     One line of a script changes::
 
@@ -400,7 +400,7 @@ def _device_of(stage: Any) -> torch.device:
 
 
 def _maker(optimizer: Any, module: nn.Module) -> Callable[[list[nn.Parameter]], Optimizer]:
-    """A function from parameters to the optimizer; of one that is there already, to that one, if it is this module's."""
+    """A function from parameters to the optimizer, which may be there already."""
     if optimizer is None:
         if any(p.requires_grad for p in module.parameters()):
             raise TypeError("optimizer is None and the stage has parameters to train; pass an optimizer")

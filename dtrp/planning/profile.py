@@ -355,7 +355,7 @@ class Profiler:
 
 
 def _graph_sizes(saved: Mapping[int, int], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> dict[str, Any]:
-    """The entries of a `LayerProfile` that tell of its graph: ``saved`` bytes by storage, the layer's input and output."""
+    """The entries of a `LayerProfile` for its graph, from the ``saved`` bytes by storage, its input and its output."""
     ends = _storages([*inputs, *outputs])
     return {
         "graph_bytes": sum(size for storage, size in saved.items() if storage not in ends),

@@ -72,7 +72,7 @@ def state_part(stage: Stage) -> StateDict:
 
 
 def merge_state(parts: Sequence[StateDict]) -> StateDict:
-    """All stages' parts as ``{"model", "optimizer", "scheduler"}``, with ``aux``, ``loss`` and ``buffers`` if any has them."""
+    """All stages' parts as ``{"model", "optimizer", "scheduler"}``, and ``aux``, ``loss``, ``buffers`` if a stage has them."""
     beside = {name: [part[name] for part in parts if part.get(name) is not None] for name in SECTIONS}
     buffers = [name for part in parts for name in part["buffers"]]
     return {

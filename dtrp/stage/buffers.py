@@ -1,25 +1,25 @@
 """The buffers that a stage's forwards run on, and the buffer values that each forward in flight has read.
 
-A forward may read what it moves (a hidden state, spectral norm's vectors, a cache that grows), and several forwards come
-before the backward of the first. So where a backward repeats the forward, the first forwards run on buffers that are ahead of
-the module's::
+A forward may read what it moves (a hidden state, spectral norm's vectors, a cache that grows), and several forwards
+come before the backward of the first. So where a backward repeats the forward, the first forwards run on buffers that
+are ahead of the module's::
 
     F(m)    moves the buffers that F(m-1) has left; a copy of the module's, where nothing is in flight
     B(m)    moves the module's buffers
 
-A forward whose graph is kept runs on copies, so that nothing writes what the graph has saved; afterwards the module gets the
-buffers as the forward has left them.
+A forward whose graph is kept runs on copies, so that nothing writes what the graph has saved; afterwards the module
+gets the buffers as the forward has left them.
 
-A graph cannot be written to disk: a checkpoint holds what it was made from, and loading builds it again (`dtrp.saving.exact`).
-Where the forward reads a buffer that it moves, the second forward must read what the first has read::
+A graph cannot be written to disk: a checkpoint holds what it was made from, and loading builds it again
+(`dtrp.saving.exact`). Where the forward reads a buffer that it moves, the second forward must read what the first has read::
 
     F(m)    1. note the count of writes of every buffer
             2. run on copies
             3. of the buffers that have moved: keep the old value; write the copies back
             4. note the counts again
 
-    save    F(m) has read: the value that is kept, if it moved the buffer; else what F(m+1) has read, or for the newest forward
-            the present value, if nothing has written it since 4.
+    save    F(m) has read: the value that is kept, if it moved the buffer; else what F(m+1) has read, or for the newest
+            forward the present value, if nothing has written it since 4.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class BufferState:
                 self._restore_attributes(member, before[member])
 
     def _restore_attributes(self, member: nn.Module, before: dict[str, Any]) -> None:
-        """Move the plain attributes of a submodule that differ from ``before`` into this state, and put the old ones back."""
+        """Move the attributes of a submodule that differ from ``before`` into this state, and put the old ones back."""
         now = vars(member)
         if before.keys() == now.keys() and all(map(is_, before.values(), now.values())):
             self.attributes.pop(member, None)

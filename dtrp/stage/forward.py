@@ -78,12 +78,12 @@ class RepeatableForward:
 
     @property
     def may_be_fused(self) -> bool:
-        """Whether torch may run attention by its inference path although gradients are enabled, since none is wanted."""
+        """Whether torch may run attention by its inference path, although gradients are enabled."""
         return any(not member.training for member in self._frozen_attention)
 
     @property
     def can_be_watched(self) -> bool:
-        """Whether a mode around the module sees what it calls, and changes nothing: it keeps attention off its inference path."""
+        """Whether a mode around the module sees what it calls and changes nothing; it keeps attention off its inference path."""
         return not self._compiles and not self.may_be_fused
 
     def at(self, weights: dict[str, Tensor]) -> AbstractContextManager[None]:
@@ -94,13 +94,13 @@ class RepeatableForward:
         """The module's forward and the loss, where there is one.
 
         Args:
-            held: the micro-batch: its input and target, and what was noted the first time. Where autograd is on, it receives
-                the lists in which the input's gradients will be.
+            held: the micro-batch: its input and target, and what was noted the first time. Where autograd is on, it
+                receives the lists in which the input's gradients will be.
             weights: what the module reads, by the names of its parameters; the others are read as they are.
-            moves: on which buffers the forward runs, and moves: on the module's ``current`` ones; on those that are ``ahead``
-                of them; or on copies: of what a graph or the next first forward reads, ``discarded`` afterwards; of the
-                current ones, ``tried`` and discarded; or of the current ones, ``returned`` to the module afterwards, so that
-                nothing writes what a kept graph has saved.
+            moves: on which buffers the forward runs, and moves: on the module's ``current`` ones; on those that are
+                ``ahead`` of them; or on copies: of what a graph or the next first forward reads, ``discarded``
+                afterwards; of the current ones, ``tried`` and discarded; or of the current ones, ``returned`` to the
+                module afterwards, so that nothing writes what a kept graph has saved.
 
         Returns:
             The output, and the loss or None. At the last stage the loss is the output too.
@@ -188,7 +188,7 @@ class RepeatableForward:
         self.changes_input = written or bool(self.changes_input)
 
     def changed(self) -> dict[str, bool]:
-        """The buffers that came, went, or changed shape or dtype since the stage was made, and whether state dicts have them."""
+        """The buffers that have come, gone or changed since the stage was made, and whether state dicts have them."""
         now = kinds_of(self._whole)
         names = [name for name in self.made | now if self.made.get(name) != now.get(name)]
         slots = [slot_of(self._whole, name) for name in names]
@@ -276,7 +276,7 @@ class RepeatableForward:
 
     @torch.no_grad()
     def _return(self, held: StashEntry, current: Buffers, unwritten: dict[Slot, Mark], after: Buffers) -> None:
-        """Give the module the buffers that a forward on copies has left, and keep the old values of those that it moved."""
+        """Give the module the buffers that a forward on copies has left; keep the old values of those that it moved."""
         moved = current.keys() - after.keys()
         moved |= {slot for slot, mark in marks(after).items() if not same(mark, unwritten.get(slot))}
         if held.modes not in self._looked:  # some operations, batch norm among them, write without counting

@@ -1,8 +1,8 @@
 """Checks and clipping of a mini-batch's gradient, between its last backward and its update.
 
 A gradient that is not finite would spoil weights and optimizer for good, so it is checked before U (on an accelerator
-the answer is read at the next U): one pass over it for its 2-norm, which is not finite where an entry is not. The same norm
-clips it::
+the answer is read at the next U): one pass over it for its 2-norm, which is not finite where an entry is not. The same
+norm clips it::
 
     scale = min(1, max_grad_norm / (norm + 1e-6))       as torch.nn.utils.clip_grad_norm_ has it
 
@@ -164,8 +164,8 @@ class PendingNorms:
 def shows_nonfinite(roots: Sequence[Tensor | GradientEdge], starts: Sequence[Tensor | None]) -> Tensor:
     """Whether the loss of a micro-batch was not finite: a boolean scalar, not waited for.
 
-    A mask or an ignored label hides a nan on its way back, so `mark_nonfinite` writes it into the first entries of a gradient
-    that is sent on.
+    A mask or an ignored label hides a nan on its way back, so `mark_nonfinite` writes it into the first entries of a
+    gradient that is sent on.
 
     Args:
         roots: where differentiation starts: losses, and the edges of outputs.
@@ -184,7 +184,7 @@ def mark_nonfinite(gradients: Sequence[Tensor | None], spoiled: Tensor) -> None:
 
 
 def _first_entry(x: Tensor) -> Tensor:
-    """A view of the first entry, if there is one; of all stored ones of a sparse tensor, whose order may change on the way."""
+    """A view of the first entry, if there is one; of a sparse tensor all stored ones, whose order may change."""
     return sparse_parts(x)[1] if x.is_sparse else x[(slice(1),) * x.dim()]
 
 

@@ -1,11 +1,11 @@
 """Losses beside the last stage's: terms that modules add, and the local losses of auxiliary networks.
 
-A module may add a term to the loss from inside its forward (`add_loss`): it is differentiated at the stage of the module, and its
-value goes on with the output, so that the last stage returns the loss with it.
+A module may add a term to the loss from inside its forward (`add_loss`): it is differentiated at the stage of the
+module, and its value goes on with the output, so that the last stage returns the loss with it.
 
 
-In methods in which every stage learns from a local loss, an auxiliary network stands between a stage's output and that loss. It is
-trained with the stage, by the stage's optimizer, and is no part of the model::
+In methods in which every stage learns from a local loss, an auxiliary network stands between a stage's output and that
+loss. It is trained with the stage, by the stage's optimizer, and is no part of the model::
 
     h -> module -> out ---------> the next stage (no gradient comes back)
                     '-> aux -> loss_fn( , y)
@@ -38,11 +38,11 @@ Auxiliary = Sequence[nn.Module | None] | Callable[[Sequence[nn.Module]], Sequenc
 def add_loss(value: Tensor) -> None:
     """Add a term to the loss of the current micro-batch, from inside the forward of a module.
 
-    For what a layer's own activations are to be trained by: the balance of a mixture of experts, an activation penalty, a KL
-    divergence. The term counts in the loss of the mini-batch as the micro-batch does (by its samples, or by ``loss_weight``), and
-    is differentiated by the stage that the module is in, also where the stage repeats its forward. `Pipeline.step` returns the
-    loss with it, as the forward computed it. In a forward that no pipeline trains (the model by itself, `Pipeline.infer`) it does
-    nothing.
+    For what a layer's own activations are to be trained by: the balance of a mixture of experts, an activation penalty,
+    a KL divergence. The term counts in the loss of the mini-batch as the micro-batch does (by its samples, or by
+    ``loss_weight``), and is differentiated by the stage that the module is in, also where the stage repeats its
+    forward. `Pipeline.step` returns the loss with it, as the forward computed it. In a forward that no pipeline trains
+    (the model by itself, `Pipeline.infer`) it does nothing.
 
     Args:
         value: a scalar tensor, the mean over the samples of the micro-batch.
@@ -91,7 +91,8 @@ class WithLoss(nn.Module):
     Args:
         module: the stage's module, whose parameters, buffers and submodules this module shares.
         section: ``"aux"``, or ``"loss"``.
-        network: the auxiliary network, as the submodule of a module that names it; or the module that computes the loss.
+        network: the auxiliary network, as the submodule of a module that names it; or the module that computes the
+            loss.
     """
 
     def __init__(self, module: nn.Module, section: Section, network: nn.Module) -> None:
@@ -129,7 +130,7 @@ def loss_module(loss_fn: LossFn, modules: Sequence[nn.Module], method: Method) -
 def aux_of_stages(
     aux: Auxiliary | None, modules: Sequence[nn.Module], method: Method
 ) -> list[tuple[str, nn.Module] | None]:
-    """The auxiliary network of each stage with its name, which is that of the layer it follows, whatever the number of stages.
+    """The auxiliary network of each stage, and its name: that of the layer it follows, whatever K is.
 
     Args:
         aux: the argument of `dtrp.Pipeline`.
@@ -137,7 +138,8 @@ def aux_of_stages(
         method: the row.
 
     Raises:
-        TypeError, ValueError: there are none where the method needs them, or some where it does not, or not as many as stages.
+        TypeError, ValueError: there are none where the method needs them, or some where it does not, or not as many as
+            stages.
     """
     if not method.local:
         if aux is not None:

@@ -1,9 +1,9 @@
-"""Which tensors belong to which stage: what a stage reads of another one outside the pipeline is refused at the first mini-batch.
+"""Which tensors belong to which stage: a stage that reads another stage's is refused at the first mini-batch.
 
-Between stages go the output of a stage, and its gradient. A loss or a module that reads something else of another stage, its
-parameters or a tensor that its forward has left in an attribute, would train nothing there, and would read an old value, or on
-ranks an initial one. So every tensor made from the parameters or the input of a stage is known as that stage's (by its storage,
-which is not held), and what comes to depend on another stage's is noted::
+Between stages go the output of a stage, and its gradient. A loss or a module that reads something else of another
+stage, its parameters or a tensor that its forward has left in an attribute, would train nothing there, and would read
+an old value, or on ranks an initial one. So every tensor made from the parameters or the input of a stage is known as
+that stage's (by its storage, which is not held), and what comes to depend on another stage's is noted::
 
     stage 0    self.aux = gate(x).var()      belongs to stage 0
     stage 1    loss = ce(out, y) + moe.aux   reads "0.aux of stage 0", and so it is refused
@@ -68,7 +68,7 @@ class Reach:
         return minibatch == self._first
 
     def watching(self, stage: int, entered: Iterable[Tensor], target: Iterable[Tensor]) -> AbstractContextManager[Any]:
-        """Within it what ``stage`` computes is known as that stage's, and what it computes from another stage's is noted.
+        """The context in which what ``stage`` computes is noted as that stage's, or as made from another stage's.
 
         Args:
             stage: k.
@@ -229,7 +229,7 @@ def storages_of(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
 
 
 def strange_leaves(tensors: Iterable[Tensor], seen: set[Any], inside: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
-    """The leaves that autograd would give a gradient and that are not ``inside``, through nodes that have not been ``seen``."""
+    """The leaves that autograd would give a gradient and that are not ``inside``, through nodes not ``seen`` yet."""
     found: list[Tensor] = []
     left: list[Any] = [_node(t) for t in tensors if t.requires_grad]
     while left:
@@ -244,7 +244,7 @@ def strange_leaves(tensors: Iterable[Tensor], seen: set[Any], inside: Callable[[
 
 
 def _node(t: Tensor) -> Any:
-    """The node to which a tensor's gradient goes; None for a view made without autograd of a tensor that requires one."""
+    """The node to which a tensor's gradient goes; None for a view that was made without autograd."""
     if t.grad_fn is not None:
         return t.grad_fn
     with torch.enable_grad():

@@ -1,11 +1,11 @@
 """Whether a repeated forward gives the same output, on which a stage relies that keeps inputs and recomputes.
 
-Weights, input, torch's random draws, buffers, modes and autocast are the same the second time (`dtrp.stage.forward`). What a
-module remembers in plain attributes (a counter, a hidden state), draws from another generator, or does differently where
-gradients are off, is not. So the first mini-batch is checked::
+Weights, input, torch's random draws, buffers, modes and autocast are the same the second time (`dtrp.stage.forward`).
+What a module remembers in plain attributes (a counter, a hidden state), draws from another generator, or does
+differently where gradients are off, is not. So the first mini-batch is checked::
 
-    F(m)    of the first micro-batch: has it changed an attribute or a weight, or drawn from another generator than torch's?
-            Then it is tried again at once, before anything is learned: it must give the same output, and draw nothing
+    F(m)    of the first micro-batch: has it changed an attribute or a weight, or drawn from another generator than
+            torch's? Then it is tried again at once, before anything is learned: it must give the same output, and draw nothing
     B(m)    must give the same output as F(m), if nothing has changed in between: the weights are those of F(m)
 
 What a trial does to buffers and attributes is undone. What only matters later is not seen.
@@ -97,14 +97,14 @@ class Repetition:
             return self._repeatable.run(held, weights, moves)[0]
 
     def expected(self, held: StashEntry) -> list[Tensor] | None:
-        """The output that the next repetition must give; None where it is not known: something else has changed since."""
+        """The output that the next repetition must give; None where something else has changed since."""
         if held.first is None:
             return None
         (first, state), held.first = held.first, None
         return first if self._state().changes(state) <= self._moves else None
 
     def check(self, held: StashEntry, first: Sequence[Tensor], again: Tree, *, at_once: bool = False) -> None:
-        """Refuse a repetition that gave ``again`` where the forward gave ``first``; ``at_once``: with the same kernels."""
+        """Refuse a repetition that gave ``again`` and not ``first``; ``at_once``: with the same kernels."""
         read = [*first, *self._parameters]
         tolerance = 1e-3
         if held.autocast.enabled or any(map(_is_half, read)):
@@ -261,7 +261,7 @@ class Generators(TorchFunctionMode):
         return bool(self._moved)
 
     def check(self) -> None:
-        """After a second forward: refuse generators that it moved as far. (Another thread's draws would have to be as many.)"""
+        """Refuse generators that a second forward has moved as far as the first."""
         for name, state in self._moved.items():
             get, put = self._known[name]
             if pickle.dumps(get()) == pickle.dumps(state):

@@ -97,8 +97,8 @@ class StageTraining:
         optimizer: makes the optimizer; called when the stage has parameters to update.
         lr_scheduler: makes the learning-rate scheduler, or None.
         num_microbatches: A.
-        memory_limit_bytes: None: the stage keeps what its method says. Otherwise it measures its first micro-batch, and keeps
-            its graphs where they fit into the limit, and its inputs where they do not.
+        memory_limit_bytes: None: the stage keeps what its method says. Otherwise it measures its first micro-batch, and
+            keeps its graphs where they fit into the limit, and its inputs where they do not.
         rule: what is done with gradients that are too long or not finite.
     """
 

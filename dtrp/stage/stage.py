@@ -4,8 +4,8 @@ For micro-batch m of mini-batch b, at a stage whose weights have had v updates (
 
                     keep="graph"                             keep="input"
 
-    F(m)     1. weights: the present ones, or a copy where a graph on them meets an update, predicted over the delay if the
-                method predicts
+    F(m)     1. weights: the present ones, or a copy where a graph on them meets an update, predicted over the delay
+                if the method predicts
              2. run with a graph on that copy                2. run without a graph; moves buffers ahead
              3. keep the graph (and so the copy)             3. keep the input; the copy too for "stashed"
 
@@ -16,11 +16,11 @@ For micro-batch m of mini-batch b, at a stage whose weights have had v updates (
     U        6. is the gradient finite? clip it
              7. gradients into p.grad, optimizer.step(), lr_scheduler.step()
 
-The last stage, whose B follows its F at once, always keeps its graph (unless all forwards come first). So does every stage
-with a local loss, which is that of its auxiliary network on its output.
+The last stage, whose B follows its F at once, always keeps its graph (unless all forwards come first). So does every
+stage with a local loss, which is that of its auxiliary network on its output.
 A kept graph is never built on the parameters themselves when an update comes before its backward: the
-update would change tensors that the graph has saved. It is built on leaves with copies of their values, which are in the
-parameters' places while the module runs.
+update would change tensors that the graph has saved. It is built on leaves with copies of their values, which are in
+the parameters' places while the module runs.
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ class Stage:
             target: what the loss compares with, at a stage that has one.
 
         Returns:
-            The output for the next stage, a tensor or a tree of tensors, which require a gradient where one is wanted back;
-            or the last stage's share of the loss (a scalar), detached.
+            The output for the next stage, a tensor or a tree of tensors, which require a gradient where one is wanted
+            back; or the last stage's share of the loss (a scalar), detached.
         """
         self.rest()
         leaf = map_tensors(self._leaf_of, x)
@@ -241,7 +241,7 @@ class Stage:
         return AutocastState.now(self.device.type)
 
     def _decide(self, micro: MicroBatch, leaf: Tree, target: Tree) -> None:
-        """Keep graphs if they fit the memory limit, inputs if those do; the size of a graph is measured on a trial run."""
+        """Keep graphs if they fit the memory limit, otherwise inputs; a trial run shows the size of a graph."""
         assert self.memory_limit_bytes is not None
         trial = StashEntry(micro, self.version, self._autocast_now(), leaf, value_bytes(leaf), target)
         if self.repeatable.changes_input is None:  # the first run is on a copy of the input, which must not be counted
@@ -261,7 +261,7 @@ class Stage:
         )
 
     def _leaf_of(self, x: Tensor) -> Tensor:
-        """A tensor of the input, detached, on this stage's device; a copy of the caller's tensor where that outlives the step."""
+        """A tensor of the input, detached, on this stage's device; a copy of the caller's where it outlives the step."""
         leaf = x.detach()
         # Also for a stage that keeps nothing: what it passes on may be a view of its input.
         outlives = self.distance > 0 and not self.method.flush
@@ -281,7 +281,7 @@ class Stage:
         return any(t.untyped_storage().data_ptr() in places for t in written)
 
     def _weights(self, microbatch: int, delay: int) -> WeightVersion | None:
-        """The weights that F reads; None: the present ones, which nothing writes before B, or B reads as they are then."""
+        """The weights that F reads; None: the present ones."""
         if not self.trains or self.method.flush or not self.holds_graphs:
             return None
         if self.recomputes and self.method.backward_at == "current":
@@ -315,8 +315,8 @@ class Stage:
         """B of the oldest micro-batch in the stash.
 
         Args:
-            grad: the gradient of its output, from the next stage: a tensor, or where the output was a tree a list with a
-                gradient for each tensor of it; None at the last stage, or where no gradient comes.
+            grad: the gradient of its output, from the next stage: a tensor, or where the output was a tree a list with
+                a gradient for each tensor of it; None at the last stage, or where no gradient comes.
             weight: the micro-batch's part of the loss, where it was not known in F.
 
         Returns:
@@ -349,7 +349,7 @@ class Stage:
 
     @staticmethod
     def _no_gradient(held: StashEntry) -> Gradients:
-        """The gradient of the input of a micro-batch that does not count: not differentiated, for 0 times nan is nan."""
+        """The zero gradient of the input of a micro-batch that does not count; 0 times nan would be nan."""
         gradients = [torch.zeros_like(t) if t.requires_grad else None for t in tensors_of(held.leaf)]
         if all(gradient is None for gradient in gradients):
             return None
@@ -404,7 +404,7 @@ class Stage:
         self.gradients = [torch.full_like(p, math.nan) for p in self.parameters]
 
     def added_loss(self, before: Tensor | None = None) -> Tensor | None:
-        """``before`` and the terms that the last F has added to the loss, a detached scalar; None where there is neither."""
+        """``before`` and the terms that the last F has added to the loss, a detached scalar, or None."""
         added = self.stash[-1].added
         if added is None or before is None:
             return before if added is None else added.detach()
@@ -492,8 +492,8 @@ class Stage:
         """
         if self.optimizer is not None:
             self.updates.step(self.version, self.gradients, norms)
-            # Freed at the next forward or backward: freeing here makes malloc trim the heap and fault it in again (10 % of a
-            # small network's step).
+            # Freed at the next forward or backward: freeing here makes malloc trim the heap and fault it in again (10 %
+            # of a small network's step).
             self._spent, self.gradients = self.gradients, [None] * len(self.parameters)
             self.gradients_peak = max(self.gradients_peak, self._gradients_bytes())
         self.version += 1
@@ -525,7 +525,7 @@ class Stage:
         return gradient
 
     def add_gradients(self, tie: Tie, parts: Sequence[Tensor | None]) -> None:
-        """Add the other holders' ``parts`` to the gradient of a tied parameter of this stage, in the order of the stages."""
+        """Add the other stages' ``parts`` to the gradient of a tied parameter of this stage, in their order."""
         present = [part for part in (self.take_gradient(tie), *parts) if part is not None]
         self.gradients[self.index_of(tie)] = functools.reduce(torch.add, present) if present else None
 
@@ -552,7 +552,7 @@ class Stage:
         self.stash.append(held)
 
     def check_trainable(self) -> None:
-        """Refuse parameters that were frozen, freed or replaced since the stage was made: its optimizer would not know."""
+        """Refuse parameters that were frozen, freed or replaced since the optimizer was made."""
         now = {name: p for name, p in self.whole.named_parameters() if p.requires_grad}
         if list(now) != self.names:
             changed = sorted(set(now) ^ set(self.names))[0]

@@ -23,8 +23,8 @@ class MicroBatch:
         index: m, counted since the pipeline was made.
         minibatch: b(m).
         share: its samples over those of its mini-batch.
-        weight: its part of the mini-batch's loss by ``loss_weight``; nan where the whole mini-batch has no weight; None: ``share``,
-            or not known yet at this stage.
+        weight: its part of the mini-batch's loss by ``loss_weight``; nan where the whole mini-batch has no weight;
+            None: ``share``, or not known yet at this stage.
     """
 
     index: int
@@ -53,7 +53,7 @@ class StashEntry:
     modes: tuple[bool, ...] = ()  # of the module and its submodules, train or eval, in the forward
     met: BuffersRead | None = None  # the buffers that F read, where its graph is kept
     first: Any = None  # what the repetition of the forward is compared with (`dtrp.stage.repetition`)
-    # Where differentiation starts: the loss, or for each tensor of the output its edge; None where no gradient is wanted.
+    # Where differentiation starts: the loss, or the edge of each tensor of the output; None: no gradient is wanted.
     roots: list[Tensor | GradientEdge | None] = field(default_factory=list)
     added: Tensor | None = None  # the sum of the terms that the forward has added to the loss
     # Which tensors of the output were passed on as requiring a gradient; empty where those with a root were.

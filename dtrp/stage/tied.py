@@ -7,7 +7,8 @@ The first stage that holds it owns it: it alone has it in its optimizer. In ever
                         another holder    has the owner's values before its next F
 
 So copies never differ, the optimizer's state exists once, and a norm over all stages counts the gradient once. A flush
-ends at the owner, through which the others' next input comes: they wait for nothing that they would not wait for anyway.
+ends at the owner, through which the others' next input comes: they wait for nothing that they would not wait for
+anyway.
 
 A method that does not flush knows no such moment: when a later holder updates, the owner's backward of that mini-batch
 is slots away, and waiting for it is what the method is there to avoid.

@@ -1,4 +1,4 @@
-"""The weights that a stage's forwards read where they are not the present ones: copies, predicted if the method predicts."""
+"""Copies of a stage's weights for its forwards, predicted if the method predicts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class WeightVersion:
     """A copy of a stage's trainable weights: ``tensors`` to write, ``leaves`` on which graphs are built.
 
     Attributes:
-        minibatch, marks: the last mini-batch that has read the copy as the present weights, and the marks of these then.
+        minibatch, marks: the last mini-batch that has read the copy as the present weights, and the marks of these
+            then.
     """
 
     minibatch: int | None = None
@@ -55,7 +56,8 @@ class WeightVersions:
 
     Attributes:
         shared: the copies on which graphs are built, by (updates made, horizon), as long as something holds them.
-        alike: whether micro-batches of one version and horizon read the same weights, which may then be made in advance.
+        alike: whether micro-batches of one version and horizon read the same weights, which may then be made in
+            advance.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class WeightVersions:
     def _is_current(self, copy: WeightVersion, minibatch: int) -> bool:
         """Whether a copy of this version is of the present weights: between two steps the caller may write them."""
         if copy.minibatch != minibatch:
-            # Writes through ``.data`` are not counted, so values are compared; an accelerator would have to be waited for.
+            # Writes through ``.data`` are not counted, so values are compared, except on an accelerator.
             unwritten = copy.marks == weight_marks(self._parameters) and all(
                 p.device.type != "cpu" or torch.equal(p, t) for p, t in zip(self._parameters, copy.tensors, strict=True)
             )

@@ -28,7 +28,7 @@ def shift_of(x: Tensor) -> int:
 
 
 def parts_of(x: Tensor) -> list[Tensor]:
-    """The tensors in which the values of x lie: itself, or those that a sparse tensor or one of a subclass is made of."""
+    """The tensors that hold the values of x: x itself, or the parts of a sparse tensor or a tensor subclass."""
     if type(x) is Tensor and x.layout is torch.strided:
         return [x]
     if x.layout is torch.sparse_coo:
@@ -84,7 +84,7 @@ class Layout(NamedTuple):
         return any(n > 1 and not stride for n, stride in zip(self.shape, self.strides, strict=True))
 
     def over(self, room: Tensor, dtype: torch.dtype, start: int = 0) -> Tensor:
-        """A tensor of this layout on the storage of ``room``, its line beginning ``start`` bytes after that of ``room``.
+        """A tensor of this layout on the storage of ``room``, from ``start`` bytes on.
 
         ``room`` is one of `aligned_room`'s. The result is a tensor of its own, no view, so that it may be written in
         place.

@@ -1,4 +1,4 @@
-"""The buffers of a module as a dictionary: copied, put in the module's places, or written into the tensors that are there."""
+"""The buffers of a module as a dictionary: to copy, to put into the module, or to write into its tensors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def put(now: Buffers, buffers: Buffers) -> None:
 
 @torch.no_grad()
 def write(current: Buffers, values: Buffers, moved: Container[Slot] | None = None) -> Buffers:
-    """Give modules these buffer values, and no other buffers: in their ``current`` tensors where they fit, else in new ones.
+    """Give modules these buffers and no others: in their ``current`` tensors where they fit, else in new ones.
 
     Args:
         current: all buffers that the modules have.

@@ -34,7 +34,7 @@ def modes_of(module: nn.Module) -> tuple[bool, ...]:
 
 @contextmanager
 def in_modes(module: nn.Module, training: Sequence[bool] | None = None) -> Iterator[None]:
-    """Within it each of ``module.modules()`` is in the mode given for it; afterwards all have their present modes again."""
+    """The context in which each of ``module.modules()`` is in the mode given for it."""
     modes = {member: member.training for member in members(module)}
     try:
         for member, mode in zip(modes, modes.values() if training is None else training, strict=True):

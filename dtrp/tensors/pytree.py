@@ -148,7 +148,7 @@ def _cut(t: Tensor, parts: int) -> Sequence[Tensor]:
 
 
 def check_samples(label: str, value: Tree, num_microbatches: int = 1) -> Tree:
-    """Check a mini-batch: every tensor has the same number of samples, at least one, along dimension 0, or is one for all.
+    """Check a mini-batch: every tensor has as many samples along dimension 0, at least one, or is one for all.
 
     Raises:
         TypeError, ValueError: the value is no mini-batch, or it is cut into micro-batches and has a list of something

@@ -181,7 +181,7 @@ def nccl_options(timeout: timedelta) -> Any:
 
 
 def storage_info_class() -> type[Any]:
-    """What ``.metadata`` of a distributed checkpoint says of a tensor's place in a file: a class without a public name."""
+    """The class by which ``.metadata`` of a distributed checkpoint tells a tensor's place; it has no public name."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     return _StorageInfo
