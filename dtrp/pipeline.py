@@ -293,7 +293,9 @@ class Pipeline(BasePipeline):
     def infer(self, x: Tree) -> Tree:
         """The model's output for ``x``, any number of samples, in eval mode, with the weights as they are.
 
-        Batches in flight stay in flight. Modules that were in train mode are again after it.
+        Batches in flight stay in flight. Modules that were in train mode are again after it. A module that draws random
+        numbers in eval mode (a VAE, a masked autoencoder) draws others at every call, from the pipeline's seed and the number
+        of calls so far, which checkpoints keep; the global generator is left alone.
         """
         self._check_usable()
         with self._shared():

@@ -89,6 +89,7 @@ def _save(engine: Engine, replacement: folder.Replacement, kind: Kind, settings:
                 **settings,
                 "num_updates": progress[0].num_updates,
                 "next_microbatch": progress[0].next_microbatch,
+                "num_infers": engine.stages[0].num_infers,
                 **_surroundings(),
                 "engine": _engine_name(engine),
                 "files": {path.name: manifest.describe(path) for path in sorted(replacement.new.iterdir())},
@@ -162,10 +163,14 @@ def load(
     with portable.reading(found):
         is_exact = found.kind == "exact"
         put = _load_exact(engine, found, settings) if is_exact else _load_portable(engine, found, shapes, scheduler)
+    num_infers = found.manifest.get("num_infers", 0)
+    checks.expect_counts([num_infers], "the number of infer calls", 1)
 
     def commit() -> tuple[Json, int]:
         try:
             put()
+            for stage in engine.stages:
+                stage.num_infers = num_infers
         except StageError:
             raise
         except Exception as error:  # from the caller's own classes, of a part that looked right

@@ -107,6 +107,7 @@ class Stage:
         self.holds_graphs = self.method.forward_all or lead(self.method, self.num_stages, self.index) > 0
         self._make_optimizer(training)
 
+        self.num_infers = 0  # calls of `infer`
         self.version = 0  # updates made, skipped ones included
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
         self.delays: Counter[int] = Counter()
@@ -472,8 +473,9 @@ class Stage:
 
     @torch.no_grad()
     def infer(self, x: Tree) -> Tree:
-        """The output in eval mode, at the present weights."""
-        return self.repeatable.infer(map_tensors(lambda t: _moved(t, self.device), x))
+        """The output in eval mode, at the present weights; every call draws other random numbers."""
+        self.num_infers += 1
+        return self.repeatable.infer(map_tensors(lambda t: _moved(t, self.device), x), -self.num_infers)
 
     # -- U ------------------------------------------------------------------------------------------
 
