@@ -336,7 +336,8 @@ class DistributedEngine(Engine):
                 note, gradient = _with_weights(note, message.note), message.tensor
         self._weight_at_update = note.total_weight
         if note.samples:
-            gradient = self._stage.backward(gradient, weight_of(note, has_replicas=self._has_replicas))
+            self._stage.weigh(weight_of(note, has_replicas=self._has_replicas))
+            gradient = self._stage.backward(gradient)
         if not self.takes_x:
             word = self.proposals.take()
             if word or not self._has_local_losses:

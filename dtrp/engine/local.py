@@ -205,7 +205,8 @@ class LocalEngine(Engine):
             self.stages[index].backward(None)
         else:
             gradient = self._gradients[index].pop(m) if index < last else None
-            gradient = self.stages[index].backward(gradient, self._micros[m].weight)
+            self.stages[index].weigh(self._micros[m].weight)
+            gradient = self.stages[index].backward(gradient)
             if index > 0:
                 self._gradients[index - 1][m] = gradient
         if index == (last if self._has_local_losses else 0):  # the last stage to need it

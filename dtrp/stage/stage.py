@@ -312,13 +312,17 @@ class Stage:
             if expected is not None:
                 self.repetition.check(held, expected, out)
 
-    def backward(self, grad: Gradients, weight: float | None = None) -> Gradients:
+    def weigh(self, weight: float | None) -> None:
+        """Note what part of the loss the oldest micro-batch in the stash is; a stage without targets did not know in F."""
+        if weight is not None:
+            self.stash[0].micro = dataclasses.replace(self.stash[0].micro, weight=weight)
+
+    def backward(self, grad: Gradients) -> Gradients:
         """B of the oldest micro-batch in the stash.
 
         Args:
             grad: the gradient of its output, from the next stage: a tensor, or where the output was a tree a list with
                 a gradient for each tensor of it; None at the last stage, or where no gradient comes.
-            weight: the micro-batch's part of the loss, where it was not known in F.
 
         Returns:
             The gradient of its input, in the same form; None where there is none.
@@ -331,8 +335,6 @@ class Stage:
         self.delays[self.version - held.version] += 1
         if self.gauge is not None:
             self.gauge.backward(held.micro.index, self.version, self.parameters)
-        if weight is not None:
-            held.micro = dataclasses.replace(held.micro, weight=weight)
         if held.micro.factor == 0:
             return self._no_gradient(held)
         roots, starts = self._starts(held, grad)
