@@ -28,7 +28,7 @@ from .stage.reach import Reach, refuse_gradient
 from .stage.specs import StageNetwork, StagePosition, StageTraining
 from .stage.stage import Stage
 from .stage.tied import check_ties, find_ties
-from .tensors.module_mode import follow
+from .tensors.module_mode import check_input, follow
 from .tensors.pytree import check_samples, flatten, num_samples, split
 from .typing import Json, LossFn, LossWeight, OptimizerFactory, SchedulerFactory, Tree
 
@@ -283,6 +283,8 @@ class Pipeline(BasePipeline):
                 raise ValueError(
                     f"x has {num_samples(x)} samples and y has {num_samples(y)}; a mini-batch needs as many targets as inputs"
                 )
+            if engine.takes_x:
+                check_input(engine.stages[0].module, x)
             weights = None
             if self._loss_weight is not None and needs_y:
                 assert y is not None

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..typing import Tree
 from .torch_private import forward_hooks, module_backward_hooks, module_dict
 
 
@@ -97,6 +98,19 @@ class Follower(nn.Module):
     _leader_trains = True
     _known_hooks: set[tuple[str, int]]  # of the leader when this was made, and those that were warned of
     _num_handles = -1  # the number of hooks ever registered in the process, when these were last looked at
+
+    def _check_input(self, value: Tree) -> None:
+        """Refuse an input that the module cannot take; any, as far as is known."""
+
+
+def check_input(module: nn.Module, value: Tree) -> None:
+    """Refuse the input of a mini-batch that a traced stage cannot take, before anything is done with it.
+
+    Raises:
+        TypeError, ValueError: it does not fit, with what to change.
+    """
+    if isinstance(module, Follower):
+        module._check_input(value)
 
 
 def let_follow(modules: Sequence[Follower], leader: nn.Module) -> None:

@@ -978,3 +978,38 @@ def test_a_parameter_on_both_sides_of_a_cut() -> None:
         ValueError, match=r"can begin a stage at 1 places only, without a parameter on both sides .*\(c\)"
     ):
         dtrp.split(Twice(), num_stages=3, example=rows())
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.randn(6, 7), ValueError, r"x has shape \(6, 7\), and the model was traced with"),
+        (torch.randn(6, 5).double(), TypeError, "x is torch.float64, and the model was traced with torch.float32"),
+        ({"x": torch.randn(6, 5)}, ValueError, r"takes .* as the example of dtrp.split, and got"),
+    ],
+)
+@pytest.mark.parametrize("method", ["dtrp", "bp"])
+def test_a_wrong_batch_is_refused_at_the_door(method: str, x: Any, error: type[Exception], message: str) -> None:
+    """Nothing has happened then, and the pipeline goes on."""
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).tanh() + x)
+
+    torch.manual_seed(0)
+    good, y = torch.randn(6, 5), torch.randint(3, (6,))
+    stages = dtrp.split(Branching(), num_stages=2, example=good)
+    pipe = dtrp.Pipeline(
+        stages, lambda p: torch.optim.SGD(p, lr=0.1), nn.functional.cross_entropy, method=method, num_microbatches=2
+    )
+    pipe.step(good, y)
+    before = {name: value.clone() for name, value in pipe.stages[0].state_dict().items()}
+    with pytest.raises(error, match=message):
+        pipe.step(x, y)
+    assert pipe.num_updates == 1
+    assert_same(pipe.stages[0].state_dict(), before)
+    assert pipe.step(good, y).isfinite()
