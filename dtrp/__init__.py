@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .schedule_grid import Schedule, ScheduleError
     from .splitting.stages import Stages, split
     from .stage.losses import add_loss
+    from .stage.repetition import recomputing
 
 __all__ = [
     "CheckpointError",
@@ -44,6 +45,7 @@ __all__ = [
     "linear",
     "list_methods",
     "plan",
+    "recomputing",
     "rollout",
     "simulate",
     "split",
@@ -72,6 +74,7 @@ __getattr__, __dir__ = lazy_names(
         "linear": ".predict",
         "list_methods": ".methods",
         "plan": ".planning.choose",
+        "recomputing": ".stage.repetition",
         "rollout": ".predict",
         "simulate": ".planning.simulate",
         "split": ".splitting.stages",

@@ -309,7 +309,11 @@ class DistributedEngine(Engine):
             added = None if self._has_local_losses or out is None else self._stage.added_loss(carried)
             self._pass_on(note, out, target, added)
         elif out is not None:
-            self._losses.add(micro, out, carried)
+            self._take_loss(micro, out, carried)
+
+    def _take_loss(self, micro: MicroBatch, loss: Tensor, added: Tensor | None) -> None:
+        """Note the last stage's part of the loss, and the terms that the stages before it have ``added``."""
+        self._losses.add(micro, loss, added)
 
     def _pass_on(self, note: Note, out: Tree | None, target: Tree | None, added: Tensor | None) -> None:
         """Send a stage's output to the next one, and the terms that stages have ``added`` to the loss."""

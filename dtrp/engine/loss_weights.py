@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def weigh(loss_weight: LossWeight, targets: Sequence[Tree]) -> list[float]:
     for value in given:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise TypeError(f"loss_weight returned a tensor of shape {tuple(value.shape)}; it returns one number")
-        if not isinstance(value, Tensor | int | float):
+        if not isinstance(value, Tensor | Real):
             raise TypeError(f"loss_weight returned a {type(value).__name__}; it returns one number")
     read = iter(torch.stack([t.detach().double().reshape(()) for t in tensors]).tolist() if tensors else ())
     weights = [next(read) if isinstance(value, Tensor) else float(value) for value in given]

@@ -124,6 +124,11 @@ class ScheduleDTRP(BasePipeline):
             module = _checked_module(stage, ranks)
             make_optimizer = _maker(optimizer, module)
             check_callables(make_optimizer, loss_fn, lr_scheduler)
+            if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
+                raise ValueError(
+                    "loss_fn has parameters to train, which are no stage's; freeze them (requires_grad_(False)), put them into "
+                    "the last stage's module, or use dtrp.Pipeline, which trains them"
+                )
             trainings = settings.trainings(ranks.num_stages, make_optimizer, lr_scheduler)
             shared = {"n_microbatches": self.num_microbatches, "scale_grads": bool(scale_grads)} | settings.shared()
             needs_input_grad = self._connect(module, _device_of(stage), transport, shared, seed)

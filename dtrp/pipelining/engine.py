@@ -15,6 +15,7 @@ from ..measure.trace import Tracer
 from ..methods import Method
 from ..schedule import Action
 from ..stage.stage import Stage
+from ..stage.stash import MicroBatch
 from ..tensors.torch_private import pytree
 from .routes import Call
 
@@ -122,9 +123,12 @@ class StageEngine(DistributedEngine):
         self._call.keywords = self._keywords[action.index]
         super()._forward(action)
         self._call.keywords = {}
-        if self.takes_y:
-            output, loss = self._loss.take()
-            self._outcomes.append((output if self._keeps_outputs else None, loss))
+
+    def _take_loss(self, micro: MicroBatch, loss: Tensor, added: Tensor | None) -> None:
+        super()._take_loss(micro, loss, added)
+        output, loss = self._loss.take()
+        terms = self._stage.added_loss(added)
+        self._outcomes.append((output if self._keeps_outputs else None, loss if terms is None else loss + terms))
 
     def _backward(self, action: Action) -> None:
         self._call.keywords = self._keywords.pop(action.index)

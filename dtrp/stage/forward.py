@@ -7,8 +7,8 @@ time, its writes to buffers go where they should, and its input is not written.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, cast
 
 import torch
@@ -21,14 +21,14 @@ from ..tensors.module_buffers import Buffers, Slot, buffers_of, copies_of, kinds
 from ..tensors.module_mode import in_mode, members
 from ..tensors.nbytes import tensor_bytes
 from ..tensors.parameter_swap import Places
-from ..tensors.pytree import flatten, map_tensors, tensors_of, unflatten
+from ..tensors.pytree import flatten, map_tensors, num_samples, tensors_of, unflatten
 from ..tensors.rng import Draws
 from ..tensors.torch_private import non_persistent_buffers, write_count
 from ..typing import Tree
 from .buffers import ABSENT, BuffersRead, BufferState, Mark, doubles, marks, same
 from .losses import collecting
 from .reach import Reach
-from .repetition import wants_gradients
+from .repetition import repeating, wants_gradients
 from .specs import StageNetwork
 from .stash import StashEntry
 
@@ -115,7 +115,8 @@ class RepeatableForward:
         inputs, form = flatten(held.leaf)
         entered = self._entered(held, inputs, copy=self.changes_input is not False)
         counts = list(map(write_count, entered))
-        with self._draws.region(held.micro.index), held.autocast.region():
+        is_trial = moves in ("discarded", "tried")
+        with self._draws.region(held.micro.index), held.autocast.region(), repeating() if is_trial else nullcontext():
             within = self._entered_state(state, current, moves)
             out, loss = self._compute(held, weights, unflatten(form, iter(entered)), inputs, entered, within)
         made = {} if state is None else dict(state.buffers)
@@ -158,8 +159,8 @@ class RepeatableForward:
         stage, reach = self._draws.stage, self._reach
         watched = reach if reach is not None and reach.covers(held.micro.minibatch) else None
         watch = nullcontext() if watched is None else watched.watching(stage, entered, tensors_of(held.target))
-        with collecting() as terms:
-            with self._places.hold(weights), state, watch if self.can_be_watched else nullcontext():
+        with collecting() as terms, self._places.hold(weights), state, _naming_single_samples(held):
+            with watch if self.can_be_watched else nullcontext():
                 out = self._call(x)
                 judged = out if self._call_aux is None else self._judged(out)
             with watch:
@@ -171,6 +172,8 @@ class RepeatableForward:
 
         if watched is not None:
             watched.check(stage, (out, judged, terms), inside)
+        elif reach is not None and terms:
+            reach.check_leaves(stage, terms, inside)
         if reach is not None and loss is not None:
             reach.check_loss(stage, judged, loss, inside, self._loss_fn)
         if self._is_last:
@@ -339,6 +342,21 @@ class RepeatableForward:
         autocast = AutocastState.now(self._draws.device.type).region()
         with in_mode(self.module, training=False), self._draws.region(number), autocast:
             return self._call(x if self.changes_input is False else map_tensors(aligned_clone, x))
+
+
+@contextmanager
+def _naming_single_samples(held: StashEntry) -> Iterator[None]:
+    """The context in which batch norm's refusal of a single sample says how such a micro-batch came about."""
+    try:
+        yield
+    except Exception as error:
+        if "Expected more than 1 value per channel" not in str(error) or num_samples(held.leaf) != 1:
+            raise
+        raise ValueError(
+            f"{error}: the micro-batch has one sample, of which batch norm takes no statistics; pass a num_microbatches of at most "
+            "half the samples of the smallest mini-batch, or leave out the last samples of an epoch (drop_last=True of a "
+            "DataLoader)"
+        ) from error
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -13,12 +13,16 @@ loss. It is trained with the stage, by the stage's optimizer, and is no part of 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn import CrossEntropyLoss
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..methods import Method
 from ..tensors.torch_private import (
@@ -27,6 +31,7 @@ from ..tensors.torch_private import (
     non_persistent_buffers,
     parameter_dict,
     replace_tensor_dicts,
+    uncompiled,
 )
 from ..typing import LossFn
 
@@ -42,13 +47,14 @@ def add_loss(value: Tensor) -> None:
     a KL divergence. The term counts in the loss of the mini-batch as the micro-batch does (by its samples, or by
     ``loss_weight``), and is differentiated by the stage that the module is in, also where the stage repeats its
     forward. `Pipeline.step` returns the loss with it, as the forward computed it. In a forward that no pipeline trains
-    (the model by itself, `Pipeline.infer`) it does nothing.
+    (the model by itself, `Pipeline.infer`), and in another thread than that of the forward, it does nothing.
 
     Args:
         value: a scalar tensor, the mean over the samples of the micro-batch.
 
     Raises:
         TypeError: it is no scalar tensor of a floating-point dtype.
+        RuntimeError: under an activation checkpoint of the reentrant kind, where the term would have no gradient.
 
     Example:
         >>> import torch, dtrp
@@ -68,8 +74,27 @@ def add_loss(value: Tensor) -> None:
             else type(value).__name__
         )
         raise TypeError(f"add_loss was given a {kind}; pass a scalar floating-point tensor, the mean over the samples")
+    _append(value)
+
+
+@uncompiled
+def _append(value: Tensor) -> None:
     if (terms := _terms.get()) is not None:
-        terms.append(value)
+        if not torch.is_grad_enabled() and _in_reentrant_checkpoint():
+            raise RuntimeError(
+                "add_loss is called under torch.utils.checkpoint with use_reentrant=True, which runs the forward without a graph; "
+                "the term would have no gradient: pass use_reentrant=False"
+            )
+        terms.append(
+            value.to(torch.promote_types(value.dtype, torch.float32))
+        )  # their sum is no sum of rounded numbers
+
+
+def _in_reentrant_checkpoint() -> bool:
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager
@@ -103,12 +128,20 @@ class WithLoss(nn.Module):
 
 
 def loss_module(loss_fn: LossFn, modules: Sequence[nn.Module], method: Method) -> nn.Module | None:
-    """The loss as a module to train with the last stage, if it has something to train.
+    """The loss as a module to train with the last stage, if it has something to train, or buffers that it may move.
 
     Raises:
         ValueError: several stages would train it, or hold what is in it, or it has the name of a layer.
     """
-    if not isinstance(loss_fn, nn.Module) or not any(p.requires_grad for p in loss_fn.parameters()):
+    if not isinstance(loss_fn, nn.Module):
+        return None
+    trains = any(p.requires_grad for p in loss_fn.parameters())
+    # Those of torch's losses are constants, as are those of a frozen teacher in eval mode.
+    moves = any(
+        member.training and buffer_dict(member) and type(member).__module__ != CrossEntropyLoss.__module__
+        for member in loss_fn.modules()
+    )
+    if not trains and (not moves or method.local):
         return None
     if method.local and len(modules) > 1:
         raise ValueError(

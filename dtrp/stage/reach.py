@@ -125,7 +125,13 @@ class Reach:
         for t in tensors_in(made):
             if isinstance(read := self._origin(t), str):
                 raise ValueError(f"stage {stage} reads {read}, and {_WAY_OUT}, or cut so that both lie in one stage")
+        self.check_leaves(stage, made, inside)
+
+    def check_leaves(self, stage: int, made: Tree, inside: Callable[[], Iterable[Tensor]]) -> None:
+        """Refuse a stage that would train a parameter of another one, or of none; with the arguments of `check`."""
         for leaf in strange_leaves(tensors_in(made), set(), inside):
+            if (name := self._names.get(id(leaf))) is not None:
+                raise ValueError(f"stage {stage} reads {name}, and {_WAY_OUT}, or cut so that both lie in one stage")
             if isinstance(leaf, nn.Parameter):  # another leaf is made by the module, and nobody trains it
                 raise ValueError(
                     f"stage {stage} reads {self._holder(stage, leaf)}, which would be trained and no stage has: no optimizer "

@@ -8,7 +8,8 @@ differently where gradients are off, is not. So the first mini-batch is checked:
             torch's? Then it is tried again at once, before anything is learned: it must give the same output, and draw nothing
     B(m)    must give the same output as F(m), if nothing has changed in between: the weights are those of F(m)
 
-What a trial does to buffers and attributes is undone. What only matters later is not seen.
+What a trial does to buffers and attributes is undone. What only matters later is not seen. `recomputing`
+tells a hook or a module whether the forward that calls it is such a repetition, or a trial.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import pickle
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..tensors.module_mode import members, modes_of, slow_attention
 from ..tensors.pytree import map_tensors, tensors_of
-from ..tensors.torch_private import foreach_norm, write_count
+from ..tensors.torch_private import foreach_norm, in_backward, uncompiled, write_count
 from ..typing import Tree
 from .stash import StashEntry
 
@@ -40,6 +42,55 @@ if TYPE_CHECKING:
 _CURE = (
     "keep this stage's graphs, which repeats nothing: Pipeline(keep='graph'), or keep=[...] with 'graph' at its place"
 )
+
+
+_repeats: ContextVar[bool] = ContextVar("repeats", default=False)
+_num_repeating = (
+    0  # in all threads: a backward on an accelerator runs in threads of autograd's own, which see no context
+)
+
+
+@uncompiled
+def recomputing() -> bool:
+    """Whether the forward that is running repeats one that has run before, for its backward.
+
+    For what is to happen once a micro-batch, in a forward hook or in a module: counting, logging, printing. A stage
+    that recomputes runs its forward twice, and so do activation checkpoints.
+
+    Returns:
+        True in the repetition, in a backward, and in trials whose result is dropped; False in the first forward of a
+        micro-batch, in `Pipeline.infer` and outside of a pipeline.
+
+    Example:
+        >>> import torch, dtrp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> seen = []
+        >>> def hook(module, x, out):
+        ...     if not dtrp.recomputing():
+        ...         seen.append(len(out))
+        >>> _ = model[0].register_forward_hook(hook)
+        >>> pipe = dtrp.Pipeline(model, lambda params: torch.optim.SGD(params, lr=0.1),
+        ...                      torch.nn.functional.cross_entropy, num_stages=2)
+        >>> for _ in range(3):
+        ...     loss = pipe.step(torch.randn(8, 4), torch.randint(2, (8,)))
+        >>> pipe.flush()
+        >>> seen
+        [8, 8, 8]
+    """
+    return _repeats.get() or (_num_repeating > 0 and in_backward())
+
+
+@contextmanager
+def repeating() -> Iterator[None]:
+    """The context in which `recomputing` is true."""
+    global _num_repeating
+    token = _repeats.set(True)
+    _num_repeating += 1
+    try:
+        yield
+    finally:
+        _num_repeating -= 1
+        _repeats.reset(token)
 
 
 class Repetition:
@@ -80,10 +131,8 @@ class Repetition:
             raise
         held.modes = modes_of(self._repeatable.module)  # also of the submodules that the first forward has made
         if compares:
-            held.first = (
-                [t.detach().clone() for t in tensors_of(out)],
-                self._state(),
-            )  # the next forward may write the output
+            # Copies: the next forward may write the output.
+            held.first = [t.detach().clone() for t in tensors_of((out, held.added))], self._state()
         if before is not None:
             self._try(held, weights, *before)
         return out
@@ -104,7 +153,14 @@ class Repetition:
         return first if self._state().changes(state) <= self._moves else None
 
     def check(self, held: StashEntry, first: Sequence[Tensor], again: Tree, *, at_once: bool = False) -> None:
-        """Refuse a repetition that gave ``again`` and not ``first``; ``at_once``: with the same kernels."""
+        """Refuse a repetition that gave ``again`` where the forward gave ``first``.
+
+        Args:
+            held: the micro-batch.
+            first: the tensors of the first output, and the sum of what the forward has added to the loss.
+            again: the same of the repetition; None where it has added nothing.
+            at_once: whether both have run with the same kernels.
+        """
         read = [*first, *self._parameters]
         tolerance = 1e-3
         if held.autocast.enabled or any(map(_is_half, read)):
@@ -117,10 +173,10 @@ class Repetition:
         if len(first) == len(seen) and all(_close(a, b, tolerance) for a, b in zip(first, seen, strict=True)):
             return
         raise RuntimeError(
-            "the stage's forward, repeated with the same weights, input and random draws, gives another output, and so the "
-            "gradient would be another function's: it depends on what a repetition does not find as it was (a counter or a hidden "
-            "state in an attribute, draws of its own), or does otherwise where gradients are off; keep a state in a registered "
-            f"buffer, or {_CURE}"
+            "the stage's forward, repeated with the same weights, input and random draws, gives another output, or other terms of "
+            "add_loss, and so the gradient would be another function's: it depends on what a repetition does not find as it was (a "
+            "counter or a hidden state in an attribute, draws of its own), or does otherwise where gradients are off; keep a state "
+            f"in a registered buffer, or {_CURE}"
         )
 
     def _try(self, held: StashEntry, weights: dict[str, Tensor], state: _State, generators: Generators) -> None:
@@ -131,8 +187,9 @@ class Repetition:
         if not generators.put_back() and not self._moves:
             return
         attributes = {member: dict(vars(member)) for member in members(self._module)}
+        again = _again(held)
         try:
-            out = self._run(_again(held), weights, "tried")
+            out = self._run(again, weights, "tried")
         finally:
             for member, values in attributes.items():
                 now = vars(member)
@@ -140,7 +197,7 @@ class Repetition:
                     del now[name]
                 now.update(values)
         generators.check()
-        self.check(held, first, out, at_once=True)
+        self.check(held, first, (out, again.added), at_once=True)
         if after.marks["sizes"] != sizes_of(self._parameters):
             raise RuntimeError(
                 "the stage's forward writes its parameters, and its repetition in the backward would write them again; let a "

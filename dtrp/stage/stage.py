@@ -55,7 +55,7 @@ from .forward import Moves, RepeatableForward
 from .gradients import gradient_norm, mark_nonfinite, shows_nonfinite
 from .optimizer_step import OptimizerSteps
 from .reach import Reach, strange_leaves
-from .repetition import Repetition, sizes_of
+from .repetition import Repetition, repeating, sizes_of
 from .specs import StageNetwork, StagePosition, StageTraining
 from .stash import MicroBatch, StashEntry, stash_bytes
 from .tied import Tie
@@ -305,12 +305,12 @@ class Stage:
         if not held.has_graph:
             # In the modes of the forward: the caller may have called eval() since.
             changed = held.modes not in ((), modes_of(self.module))
-            with in_modes(self.module, held.modes) if changed else nullcontext():
+            with in_modes(self.module, held.modes) if changed else nullcontext(), repeating():
                 expected = self.repetition.expected(held)
                 out, graph_bytes = self._graph(held)
             self._note_peak(graph_bytes)
             if expected is not None:
-                self.repetition.check(held, expected, out)
+                self.repetition.check(held, expected, (out, held.added))
 
     def weigh(self, weight: float | None) -> None:
         """Note what part of the loss the oldest micro-batch in the stash is; a stage without targets did not know in F."""
@@ -368,7 +368,8 @@ class Stage:
             for leaf, gradient in zip(leaves, self.gradients, strict=True):
                 leaf.grad = gradient
             # An activation checkpoint inside the module runs a part of it again: at the same weights.
-            with self.repeatable.at(self._tensors(held.weights)), held.autocast._replace(enabled=False).region():
+            weights, no_autocast = self._tensors(held.weights), held.autocast._replace(enabled=False)
+            with self.repeatable.at(weights), no_autocast.region(), repeating():
                 torch.autograd.backward(roots, starts)  # type: ignore[arg-type]
         finally:
             for hook in hooks:

@@ -27,6 +27,9 @@ TO_COPY = torch.ops.aten._to_copy.default
 # `pytree` takes any nesting of containers apart, also those that users have registered; `torch.utils._cxx_pytree` and
 # `torch.export` are built on it, and there is no public module.
 pytree = torch.utils._pytree
+# `uncompiled` keeps torch.compile out of a function. `torch.compiler.disable`, which is public, imports the compiler at
+# once.
+uncompiled = torch._compile._disable_dynamo
 # `TorchDispatchMode` sees every operator that runs; torch documents it, under this private path alone.
 
 # -- tensors --------------------------------------------------------------------------------------
@@ -78,6 +81,11 @@ def backward_hooks(t: Tensor) -> dict[int, Any]:
 def grad_accumulated_hooks(t: Tensor) -> dict[int, Any]:
     """The hooks of ``t.register_post_accumulate_grad_hook``; no public name lists them."""
     return t._post_accumulate_grad_hooks or {}
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward in this thread, as `torch.utils.checkpoint` asks."""
+    return torch._C._current_graph_task_id() != -1
 
 
 # -- modules --------------------------------------------------------------------------------------

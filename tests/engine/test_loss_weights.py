@@ -201,6 +201,19 @@ def test_what_is_no_weight(weigh: Any, message: str) -> None:
     assert pipe.step(x, y).isfinite()
 
 
+def test_a_number_of_numpy_is_a_weight() -> None:
+    data = labelled("ignored", 3)
+    losses = {}
+    for weigh in (lambda y: (y != -100).sum(), lambda y: (y.numpy() != -100).sum()):
+        pipe = dtrp.Pipeline(
+            network(), lambda params: torch.optim.SGD(params, lr=0.1), cross_entropy,
+            cuts=CUTS, num_microbatches=2, loss_weight=weigh, seed=7,
+        )  # fmt: skip
+        losses[weigh] = [pipe.step(x, y).item() for x, y in data]
+    first, second = losses.values()
+    assert first == second
+
+
 @pytest.mark.parametrize(
     "loss_fn", [nn.CrossEntropyLoss(reduction="sum"), functools.partial(cross_entropy, reduction="sum")]
 )

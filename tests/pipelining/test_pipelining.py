@@ -95,7 +95,7 @@ def test_bp_is_schedule_1f1b(ranks_of: Callable[[str], Ranks], name: str) -> Non
         assert not ours["graph"]
 
 
-@pytest.mark.parametrize("name", ["a value that skips a stage", "uneven parts"])
+@pytest.mark.parametrize("name", ["a value that skips a stage", "uneven parts", "terms of the loss"])
 def test_bp_is_a_plain_loop_where_torchs_schedule_cannot_run(ranks_of: Callable[[str], Ranks], name: str) -> None:
     ranks = ranks_of(name)
     weights = {name: t for result in ranks for name, t in result["ours"]["weights"].items()}
@@ -103,6 +103,9 @@ def test_bp_is_a_plain_loop_where_torchs_schedule_cannot_run(ranks_of: Callable[
     check_losses(ranks[-1]["ours"], ranks[0]["plain"], 1e-12)
     assert ranks[0]["dtrp"]["delays"][0].keys() == {0, 1}
     assert ranks[-1]["dtrp"]["losses"] != ranks[-1]["ours"]["losses"]
+    if name == "terms of the loss":
+        forwards = 2 * 6 * 4  # of two blocks in a stage, for 24 micro-batches
+        assert [result["calls"] for result in ranks] == [*[{False: forwards, True: forwards}] * 2, {False: forwards}]
 
 
 def test_values_travel_through_the_stages_in_between() -> None:
@@ -262,6 +265,7 @@ def test_the_whole_model_under_its_names(ranks_of: Callable[[str], Ranks]) -> No
         ("method", ["rank 1 has method=", "make the same ScheduleDTRP"]),
         ("n_microbatches", ["rank 1 has n_microbatches=3, rank 0 has 2"]),
         ("loss_fn", ["loss_fn is a NoneType"]),
+        ("trained loss", ["loss_fn has parameters to train", r"dtrp\.Pipeline, which trains them"]),
         ("another's optimizer", ["2 of the optimizer's 2 tensors", r"stage\.submod\.parameters\(\)"]),
         ("no optimizer", ["optimizer is None", "pass an optimizer"]),
         ("lbfgs", ["LBFGS", "another optimizer"]),

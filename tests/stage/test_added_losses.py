@@ -11,7 +11,8 @@ import torch
 from helpers import with_aux
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from weighted_losses import KINDS, Adds, adding
+from torch.utils.checkpoint import checkpoint
+from weighted_losses import KINDS, Adds, Penalized, adding
 
 import dtrp
 
@@ -214,3 +215,137 @@ def test_a_term_that_is_not_finite_counts_as_such_a_loss(method: str) -> None:
     )
     with pytest.raises(dtrp.StageError, match=r"loss of mini-batch 0 is (inf|-inf|nan)"):
         pipe.step(torch.randn(4, 5), torch.randint(5, (4,)))
+
+
+class Checkpointed(Penalized):
+    reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+class Ends(Penalized):
+    """Its term is all that it is trained by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+class WithGradients(Penalized):
+    """Adds its term only where gradients are on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x).tanh()
+        if torch.is_grad_enabled():
+            self.add(0.1 * out.square().mean())
+        return out
+
+
+def with_layer(layer: type[Adds]) -> nn.Sequential:
+    """The layers at 1 and 3 are of another class."""
+    model = adding("penalty")
+    model[1].__class__ = model[3].__class__ = layer
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"keep": "graph"}, {"compile": {"backend": "aot_eager"}}])
+@pytest.mark.parametrize("method", ["bp", "dtrp", "fdg"])
+@pytest.mark.parametrize("layer", [Checkpointed, Ends])
+def test_under_a_checkpoint_and_without_another_gradient(layer: type[Adds], method: str, options: Any) -> None:
+    model = with_layer(layer)
+    twin = with_layer(Penalized if layer is Checkpointed else layer)
+    pipe = pipeline(model, method, lr=0.0, parts=2, **options)
+    losses = [pipe.step(x, y) for x, y in batches()]
+    pipe.flush()
+    want, optimizer = plain(twin, batches(), pipe.rng, parts=2, lr=0.0)
+    assert all(abs(a - b) <= 1e-12 for a, b in zip(losses, want, strict=True))
+    got = pipe.state_dict()["optimizer"]["state"]
+    for name, p in twin.named_parameters():
+        momentum = optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None
+        assert (name in got) == (momentum is not None), name
+        if momentum is not None:
+            assert_near({name: got[name]["momentum_buffer"]}, {name: momentum})
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("options", [{}, {"compile": {"backend": "eager"}}])
+@pytest.mark.parametrize("method", ["bp", "dtrp"])
+def test_a_term_without_a_graph_is_refused(method: str, options: Any) -> None:
+    pipe = pipeline(with_layer(Reentrant), method, lr=0.1, parts=2, **options)
+    with pytest.raises(dtrp.StageError, match="the term would have no gradient: pass use_reentrant=False"):
+        pipe.step(*batches(1)[0])
+
+
+def test_a_repetition_must_add_the_same_terms() -> None:
+    pipe = pipeline(with_layer(WithGradients), "dtrp", lr=0.1, parts=2)
+    with pytest.raises(dtrp.StageError, match=r"gives another output, or other terms of add_loss"):
+        for x, y in batches():
+            pipe.step(x, y)
+
+
+@pytest.mark.parametrize("frozen", [[0, 1], [3, 4], [6, 7], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("method", ["bp", "dtrp", "fdg"])
+def test_terms_of_frozen_layers(method: str, frozen: list[int]) -> None:
+    model = adding("penalty")
+    for layer in frozen:
+        model[layer].requires_grad_(False)
+    twin = copy.deepcopy(model)
+    pipe = pipeline(model, method, lr=0.0, parts=2)
+    losses = [pipe.step(x, y) for x, y in batches()]
+    pipe.flush()
+    want, optimizer = plain(twin, batches(), pipe.rng, parts=2, lr=0.0)
+    assert all(abs(a - b) <= 1e-12 for a, b in zip(losses, want, strict=True))
+    got = pipe.state_dict()["optimizer"]["state"]
+    trained = {name: p for name, p in twin.named_parameters() if p.requires_grad}
+    assert_near(
+        {name: got[name]["momentum_buffer"] for name in trained},
+        {name: optimizer.state[p]["momentum_buffer"] for name, p in trained.items()},
+    )
+
+
+@pytest.mark.parametrize("method", ["bp", "dtrp", "fdg"])
+def test_terms_in_half_precision_are_not_rounded_again(method: str) -> None:
+    """The loss is the sum of the rounded terms, and no rounded sum."""
+    model = adding("penalty").float()
+    terms: list[Tensor] = []
+
+    def add(value: Tensor) -> None:
+        terms.append(value.detach())
+        dtrp.add_loss(value)
+
+    for layer in model:
+        if isinstance(layer, Adds):
+            layer.add = add  # type: ignore[method-assign]
+    pipe = dtrp.Pipeline(
+        model, lambda params: torch.optim.SGD(params, lr=0.1), lambda out, y: out.float().sum() * 0, cuts=CUTS,
+        method=method, keep="graph",
+    )  # fmt: skip
+    for x, y in batches(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = pipe.step(x.float(), y)
+        assert all(term.dtype == torch.bfloat16 for term in terms)
+        assert loss.item() == pytest.approx(sum(term.double().item() for term in terms), rel=1e-6)
+        terms.clear()
+
+
+def test_a_term_that_comes_to_depend_on_another_stage_is_refused() -> None:
+    model = adding("penalty")
+
+    class Reaches(Adds):
+        reaches = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if Reaches.reaches:
+                self.add(model[0].weight.square().sum())
+            return self.linear(x)
+
+    model[3].__class__ = Reaches
+    pipe = pipeline(model, "bp", lr=0.1, parts=2)
+    pipe.step(*batches(1)[0])
+    Reaches.reaches = True
+    with pytest.raises(dtrp.StageError, match=r"stage 1 reads 0\.weight of stage 0, and no gradient goes there"):
+        pipe.step(*batches(1)[0])

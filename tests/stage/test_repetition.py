@@ -6,6 +6,7 @@ import copy
 import random
 import re
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from stateful_models import (
 )
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.checkpoint import checkpoint
 
 import dtrp
 from dtrp.stage.repetition import _close
@@ -398,6 +400,68 @@ def test_trees_with_whole_numbers_are_compared_exactly() -> None:
     pipe = dtrp.Pipeline([Ids().double(), Last().double()], lambda p: torch.optim.SGD(p, lr=0.1), cross_entropy)
     with pytest.raises(dtrp.StageError, match=f"stage 0, forward .*{OTHER_OUTPUT}"):
         pipe.step(x, y)
+
+
+class Listens(nn.Linear):
+    """Notes which run each of its forwards is in, also under an activation checkpoint."""
+
+    calls: Counter[bool]
+    checkpointed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._run, x, use_reentrant=False) if self.checkpointed else self._run(x)  # type: ignore[no-any-return]
+
+    def _run(self, x: Tensor) -> Tensor:
+        self.calls[dtrp.recomputing()] += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "repetitions"),
+    [
+        ("bp", {}, 0),
+        ("spectrain", {}, 0),
+        ("dtrp", {}, 12),
+        ("gpipe", {"keep": "input"}, 12),
+        ("dtrp", {"keep": "auto", "memory_limit_bytes": 10**8}, 2),  # trials
+        ("dtrp", {"compile": {"backend": "eager"}}, 12),
+        ("bp", {"checkpointed": True}, 12),
+        ("dtrp", {"checkpointed": True}, 24),
+    ],
+)
+def test_a_module_and_a_hook_know_a_repetition(method: str, options: dict[str, Any], repetitions: int) -> None:
+    layer, heard = Listens(4, 4), Counter[bool]()
+    Listens.calls, Listens.checkpointed = Counter(), options.pop("checkpointed", False)
+    layer.register_forward_hook(lambda module, x, out: heard.update([dtrp.recomputing()]))
+    pipe = dtrp.Pipeline(
+        [layer.double(), nn.Linear(4, 3).double()], lambda p: torch.optim.SGD(p, lr=0.1), cross_entropy,
+        method=method, num_microbatches=2, **options,
+    )  # fmt: skip
+    for x, y in batches()[:6]:
+        pipe.step(x, y)
+    pipe.flush()
+    assert Listens.calls == Counter({False: 12, True: repetitions})
+    if "compile" not in options and not Listens.checkpointed:  # the compiler calls hooks as it likes
+        assert heard == Listens.calls
+    Listens.calls.clear()
+    pipe.infer(x)
+    layer(x)
+    assert Listens.calls == Counter({False: 2})
+
+
+@pytest.mark.parametrize("method", ["bp", "dtrp"])
+@pytest.mark.parametrize("samples", [1, 7])
+def test_a_single_sample_for_batch_norm_names_the_way_out(method: str, samples: int) -> None:
+    model = [
+        nn.Linear(4, 4).double(),
+        nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).double(),
+        nn.Linear(3, 3).double(),
+    ]
+    pipe = dtrp.Pipeline(model, lambda p: torch.optim.SGD(p, lr=0.1), cross_entropy, method=method, num_microbatches=4)
+    x, y = batches()[0]
+    way_out = "size.*: the micro-batch has one sample.*a num_microbatches of at most half.*or leave out the last samples.*drop_last"
+    with pytest.raises(dtrp.StageError, match=rf"stage 1, forward .*Expected more than 1 value per channel.*{way_out}"):
+        pipe.step(x[:samples], y[:samples])
 
 
 def test_close() -> None:

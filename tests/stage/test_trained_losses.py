@@ -173,10 +173,57 @@ def test_what_a_loss_cannot_hold() -> None:
 
 
 def test_frozen_it_is_a_constant() -> None:
-    loss = Centers().requires_grad_(False)
+    loss = Centers().requires_grad_(False).eval()
     pipe = dtrp.Pipeline(network(), sgd, loss, num_stages=3)
     for x, y in batches():
         pipe.step(x, y)
     pipe.flush()
     assert "loss" not in pipe.state_dict()
     assert torch.equal(loss.centers, Centers().centers)
+
+
+class Normalized(nn.Module):
+    """A loss whose batch norm moves with every micro-batch."""
+
+    def __init__(self, *, affine: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4, affine=affine)
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.norm(out), y)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    ("method", "keep"), [("bp", None), ("gpipe", None), ("gpipe", "input"), ("dtrp", "auto"), ("spectrain", None)]
+)
+def test_its_buffers_move_once_and_are_saved(method: str, keep: Any, affine: bool, tmp_path: Path) -> None:
+    def make() -> tuple[dtrp.Pipeline, Normalized]:
+        loss_fn = Normalized(affine=affine)
+        options = {"keep": keep, "memory_limit_bytes": 10**8 if keep == "auto" else None}
+        made = dtrp.Pipeline(
+            network(), sgd, loss_fn, num_stages=3, method=method, num_microbatches=2, seed=7, **options
+        )
+        return made, loss_fn
+
+    whole, loss_fn = make()
+    begun, _ = make()
+    for x, y in batches()[:4]:
+        whole.step(x, y)
+        begun.step(x, y)
+    assert loss_fn.norm.num_batches_tracked == 8
+    begun.save(tmp_path / "saved")
+    taken, taken_fn = make()
+    taken.load(tmp_path / "saved")
+    for x, y in batches()[4:]:
+        assert torch.equal(whole.step(x, y), taken.step(x, y))
+    whole.flush()
+    taken.flush()
+    assert_same(loss_fn.state_dict(), taken_fn.state_dict())
+
+
+def test_constant_buffers_are_no_part_of_a_state() -> None:
+    """Class weights, and a teacher in eval mode."""
+    teacher = Holds(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).requires_grad_(False).eval())
+    for loss_fn in (nn.CrossEntropyLoss(weight=torch.ones(4)), teacher):
+        assert "loss" not in dtrp.Pipeline(network(), sgd, loss_fn, num_stages=3).state_dict()

@@ -8,9 +8,10 @@ import os
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -46,12 +47,25 @@ class Block(nn.Module):
         return torch.tanh(self.dropout(self.linear(x)))
 
 
+class Penalized(Block):
+    """Adds a term to the loss, and counts first forwards and repetitions."""
+
+    add: Callable[[Tensor], None] = staticmethod(dtrp.add_loss)
+    calls: ClassVar[Counter[bool]] = Counter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        Penalized.calls[dtrp.recomputing()] += 1
+        out = super().forward(x)
+        self.add(0.1 * out.square().mean())
+        return out
+
+
 class Blocks(nn.Module):
     """Of which a rank deletes what is not its own."""
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    def __init__(self, dropout: float = 0.0, block: type[Block] = Block) -> None:
         super().__init__()
-        self.blocks = nn.ModuleDict({str(i): Block(dropout) for i in range(6)})
+        self.blocks = nn.ModuleDict({str(i): block(dropout) for i in range(6)})
         self.head: nn.Module | None = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,8 +168,8 @@ class Remembering(nn.Module):
         return out
 
 
-def blocks(dropout: float = 0.0) -> nn.Module:
-    model = Blocks(dropout)
+def blocks(dropout: float = 0.0, block: type[Block] = Block) -> nn.Module:
+    model = Blocks(dropout, block)
     for name in [n for n in model.blocks if n not in _layers(6)[rank()]]:
         del model.blocks[name]
     if rank() < world_size() - 1:
@@ -229,6 +243,7 @@ def skipping(n: int) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
 
 KINDS: dict[str, tuple[Callable[[], Any], Callable[[int], Any]]] = {
     "blocks": (lambda: by_hand(blocks()), numbers),
+    "terms": (lambda: by_hand(blocks(block=Penalized)), numbers),
     "traced blocks": (traced_blocks, numbers),
     "transformer": (lambda: by_hand(transformer()), words),
     "traced transformer": (traced_transformer, words),
@@ -431,12 +446,18 @@ for _name in LEFT_OVER:
 def plain(model: nn.Module, data: Any, sizes: tuple[int, ...] = (12,) * 6) -> Result:
     """A plain loop, in which micro-batches weigh the same."""
     optimizer = OPTIMIZERS["momentum"](model.parameters())
+    terms: list[Tensor] = []
+    for block in model.modules():
+        if isinstance(block, Penalized):
+            block.add = terms.append  # type: ignore[method-assign]
     torch.manual_seed(1)
     losses = []
     for n in sizes:
         (x,), _, y = data(n)
-        parts = list(zip(x.tensor_split(4), y.tensor_split(4), strict=True))
-        each = [cross_entropy(model(a), b) for a, b in parts]
+        each = []
+        for a, b in zip(x.tensor_split(4), y.tensor_split(4), strict=True):
+            each.append(cross_entropy(model(a), b) + sum(terms))
+            terms.clear()
         optimizer.zero_grad()
         (sum(each) / 4).backward()
         optimizer.step()
@@ -449,6 +470,18 @@ def _skip() -> Result:
     result = {"ours": script("traced skip", "bp"), "dtrp": script("traced skip", "dtrp")}
     torch.manual_seed(0)
     return {**result, "plain": plain(Skip(), skipping)}
+
+
+def _terms() -> Result:
+    result = {"ours": script("terms", "bp")}
+    Penalized.calls.clear()
+    result["dtrp"] = script("terms", "dtrp")
+    result["calls"] = dict(Penalized.calls)
+    torch.manual_seed(0)
+    return {**result, "plain": plain(Blocks(block=Penalized), numbers)}
+
+
+case("terms of the loss", 3, _terms)
 
 
 def _uneven() -> Result:
@@ -683,6 +716,8 @@ def goes_wrong(folder: str, what: str) -> None:
         options["n_microbatches"] = 3
     elif what == "loss_fn":
         options["loss_fn"] = None
+    elif what == "trained loss":
+        options["loss_fn"] = nn.Linear(2, 2)
     elif what == "another's optimizer" and last:
         optimizer = OPTIMIZERS["sgd"](nn.Linear(2, 2).parameters())
     elif what == "no optimizer" and last:
