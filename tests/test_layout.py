@@ -31,7 +31,7 @@ ARROWS = {
     "planning": ["engine", "splitting", "atomic_file"],
     "engine": ["comm"],
     "comm": ["stage", "launch", "measure"],
-    "splitting": ["tensors"],
+    "splitting": ["stage"],
     "stage": ["measure", "predict", "methods", "errors", "tensors"],
     "measure": ["methods", "schedule", "tensors", "atomic_file"],
     "launch": ["errors"],

@@ -12,7 +12,7 @@ import operator
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,14 @@ from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..stage.losses import add_loss, collecting
 from ..tensors import torch_private
-from ..tensors.module_mode import in_mode, members
+from ..tensors.module_mode import in_mode
 from ..tensors.pytree import flatten, unflatten
 from ..tensors.torch_private import buffer_dict, pytree, writes_arguments
 from ..typing import Tree
 from .regions import marked, record_regions, replaced
+from .side_effects import as_it_was, noting_stores
 
 _NOT_THE_CALLERS = (Path(torch.__file__).parent, Path(__file__).parent)
 _CASTS = {getattr(Tensor, name) for name in ("to", "type", "type_as", "float", "double", "half", "bfloat16")}
@@ -115,12 +117,14 @@ class Traced:
         input_leaves: for each input of the graph, its place among the leaves of the example.
         returns: the tree that the model returns, with places among the graph's outputs as leaves.
         reads_dtypes: whether the forward asked for a dtype that autocast may change.
+        stored: attributes that the forward stored on the model's modules, and whether as tensors that require a gradient.
     """
 
     graph: fx.GraphModule
     input_leaves: tuple[int, ...]
     returns: Tree
     reads_dtypes: bool
+    stored: dict[str, bool]
 
 
 def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
@@ -143,22 +147,41 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
             shapes[leaf] = {0: batch}
     try:
         recorder, mode = _DtypeRecorder(), in_mode(model, training=training)
-        with as_it_was(model), mode, without_cache(model), _plainly(), _watched(model, recorder):
+        with as_it_was(model), mode, without_cache(model), _plainly(), _watched(model, recorder) as stored:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             graph = program.module()
     except Exception as error:
         raise _untraceable(model, error) from error
-    _clean_up(graph.graph)
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     assert in_spec is not None
     assert out_spec is not None
+    returns, terms = pytree.tree_unflatten(list(range(out_spec.num_leaves)), out_spec)
+    _add_terms(graph.graph, len(terms))
+    _clean_up(graph.graph)
     # The program may have put keyword arguments in another order.
     _, named = pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
     places = pytree.tree_unflatten(list(range(len(example.leaves))), example.spec)
     args, kwargs = Example(places, (), (), 0).call()
     input_leaves = pytree.tree_leaves([args, [kwargs[name] for name in named]])
-    returns = pytree.tree_unflatten(list(range(out_spec.num_leaves)), out_spec)
-    return Traced(graph, tuple(input_leaves), returns, recorder.reads_dtypes)
+    return Traced(graph, tuple(input_leaves), returns, recorder.reads_dtypes, stored)
+
+
+class _MarkedTerms(list[Tensor]):
+    """Terms of the loss as aliases: an operation of the trace marks where the forward added each."""
+
+    def append(self, value: Tensor) -> None:
+        super().append(_ALIAS(value))
+
+
+def _add_terms(graph: fx.Graph, num_terms: int) -> None:
+    """Let the graph add the terms of the loss, its last ``num_terms`` outputs, where the forward added them."""
+    output = next(iter(reversed(graph.nodes)))
+    outputs = list(output.args[0])
+    num_returned = len(outputs) - num_terms
+    for mark in outputs[num_returned:]:
+        with graph.inserting_before(mark):
+            graph.call_function(add_loss, mark.args).meta = {**mark.meta, "val": None}
+    output.args = (tuple(outputs[:num_returned]),)
 
 
 def _clean_up(graph: fx.Graph) -> None:
@@ -171,7 +194,7 @@ def _clean_up(graph: fx.Graph) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     record_regions(graph)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: node.is_impure() or node.target is add_loss)
     _assign_in_place(graph)
     _name_by_last_write(graph)
 
@@ -236,37 +259,6 @@ def without_cache(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Context after which the model has the same attributes, parameters and buffers as before."""
-    attributes = {member: dict(member.__dict__) for member in members(model)}
-    try:
-        with on_copies(model, {}):
-            yield
-    finally:
-        for member, before in attributes.items():
-            member.__dict__.clear()
-            member.__dict__.update(before)
-
-
-@contextmanager
-def on_copies(model: nn.Module, copies: Mapping[int, Tensor]) -> Iterator[None]:
-    """Context in which the model has ``copies``, by id, in place of some of its parameters and buffers.
-
-    Tensors that the model registers within the context are gone after it.
-    """
-    before = {member: (torch_private.parameter_dict(member), buffer_dict(member)) for member in members(model)}
-    try:
-        for member, dicts in before.items():
-            torch_private.replace_tensor_dicts(
-                member, *({name: copies.get(id(t), t) for name, t in tensors.items()} for tensors in dicts)
-            )
-        yield
-    finally:
-        for member, dicts in before.items():
-            torch_private.replace_tensor_dicts(member, *dicts)
-
-
 class _DtypeRecorder(TorchFunctionMode):
     """Keeps casts to a dtype that the tensor has already in the trace, but may not have in a step, under autocast.
 
@@ -314,12 +306,17 @@ def _plainly() -> Iterator[None]:
 
 
 @contextmanager
-def _watched(model: nn.Module, recorder: _DtypeRecorder) -> Iterator[None]:
-    """Context in which the model's forward runs with ``recorder``, and writes what it has assigned to buffers of
-    submodules into these buffers at its end. (torch.export keeps assignments to buffers of the model itself, and no
-    others.)
+def _watched(model: nn.Module, recorder: _DtypeRecorder) -> Iterator[dict[str, bool]]:
+    """Context in which the model's forward runs with ``recorder``, returns the terms of the loss beside its output, and
+    writes what it has assigned to buffers of submodules into these buffers at its end. (torch.export keeps assignments
+    to buffers of the model itself, and no others.)
+
+    Returns:
+        What the forward stores, as in `Traced`.
     """
     assigned: dict[tuple[nn.Module, str], Tensor] = {}
+    stored: dict[str, bool] = {}
+    terms = _MarkedTerms()
     during_forward = ExitStack()
 
     def note(module: nn.Module, name: str, value: Any) -> None:
@@ -331,26 +328,30 @@ def _watched(model: nn.Module, recorder: _DtypeRecorder) -> Iterator[None]:
         if module is not model:
             assigned.setdefault((module, name), buffer)
 
-    def write(*_: Any) -> None:
+    def leave(_: nn.Module, args: Any, out: Any) -> tuple[Any, tuple[Tensor, ...]]:
         for (module, name), buffer in assigned.items():
             buffers = buffer_dict(module)
             value, buffers[name] = buffers[name], buffer
             buffer.copy_(cast(Tensor, value))
+        return out, tuple(terms)
 
     def enter(*_: Any) -> None:
         asking = {
             name: recorder.recording(getattr(torch, name)) for name in ("is_autocast_enabled", "get_autocast_dtype")
         }
+        terms.clear()
+        during_forward.enter_context(collecting(terms))
+        during_forward.enter_context(noting_stores(model, stored))
         during_forward.enter_context(replaced(torch, **asking))
         during_forward.enter_context(recorder)
 
     with (
         register_module_buffer_registration_hook(note),
         model.register_forward_pre_hook(enter, prepend=True),
-        model.register_forward_hook(write),
+        model.register_forward_hook(leave),
         model.register_forward_hook(lambda *_: during_forward.close(), always_call=True),
     ):
-        yield
+        yield stored
 
 
 def _no_custom_backward() -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -147,15 +148,25 @@ def split(
         )
     if num_stages is not None:
         num_stages = whole("num_stages", num_stages)
+    stages, warning = _traced(model, example, num_stages=num_stages, points=points)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    return stages
+
+
+def _traced(
+    model: nn.Module, example: Tree, *, num_stages: int | None = None, points: Sequence[str] | None = None
+) -> tuple[Stages, str]:
+    """Trace the model and cut it; the warning, or "", of what its stages will not store."""
     from .traced_stage import trace_into_stages  # torch.export is slow to import
 
-    traced, points = trace_into_stages(model, example, num_stages=num_stages, points=points)
+    traced, points, warning = trace_into_stages(model, example, num_stages=num_stages, points=points)
 
     def again(points: list[str]) -> Stages:
         with traced[0]._autocast.region():
-            return split(model, points=points, example=example)
+            return _traced(model, example, points=points)[0]
 
-    return Stages(traced, points, again)
+    return Stages(traced, points, again), warning
 
 
 def _is_between_layers(model: nn.Module, points: Sequence[str] | None, example: Tree) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
@@ -12,7 +13,15 @@ from torch import Tensor, fx, nn
 from ..tensors import torch_private
 from ..tensors.autocast import AutocastState
 from ..tensors.module_mode import Follower, let_follow
-from ..tensors.torch_private import buffer_dict, module_dict, parameter_dict, pytree
+from ..tensors.torch_private import (
+    buffer_dict,
+    forward_hooks,
+    global_hooks,
+    module_backward_hooks,
+    module_dict,
+    parameter_dict,
+    pytree,
+)
 from ..typing import Tree
 from .divide import Part, Source, Use, divide
 from .export import Example, attribute, export
@@ -179,7 +188,7 @@ def _move(graph: fx.GraphModule, old: torch.device, new: torch.device) -> None:
 
 def trace_into_stages(
     model: nn.Module, example: Tree, *, num_stages: int | None = None, points: Sequence[str] | None = None
-) -> tuple[list[TracedStage], list[str]]:
+) -> tuple[list[TracedStage], list[str], str]:
     """Trace a model and cut it into stages.
 
     Args:
@@ -189,7 +198,8 @@ def trace_into_stages(
         points: names of the submodules where stages 1..K-1 begin.
 
     Returns:
-        The stages, and the names of the submodules where stages 1..K-1 begin.
+        The stages; the names of the submodules where stages 1..K-1 begin; and a warning of what the stages will not store on
+        the model's modules, or "".
 
     Raises:
         TypeError, ValueError: an example that does not fit, a model that cannot be traced or cut so.
@@ -211,17 +221,56 @@ def trace_into_stages(
     _give_tensors(model, stages, [*train_uses, *eval_uses], graphs)
     let_follow(stages, model)
     stages[0]._example = checked.without_data()
-    _verify(Verifier(model, stages, checked, traced), stages, reads_dtypes=any(t.reads_dtypes for t in traced))
-    return stages, list(points)
+    verifier = Verifier(model, stages, checked, traced)
+    _verify(verifier, stages, reads_dtypes=any(t.reads_dtypes for t in traced))
+    return stages, list(points), _stores_warning(verifier.stored, [trace.stored for trace in traced])
+
+
+def _stores_warning(stored: Iterable[str], in_traces: Sequence[Mapping[str, bool]]) -> str:
+    """The warning of attributes that the forward stores; ``in_traces`` tells which are tensors that require a gradient."""
+    if not stored:
+        return ""
+    terms = [name for name in stored if any(trace.get(name) for trace in in_traces)]
+    way = f"Pass a term of the loss ({_listed(terms, 3)}) to dtrp.add_loss in the forward. " if terms else ""
+    return (
+        f"the forward stores {_listed(list(stored), 20)}, and the stages that dtrp.split made of it do not: these attributes "
+        f"stay as they are. {way}Keep other values in a registered buffer, or divide the model by hand: pass a list of modules, "
+        "one a stage"
+    )
+
+
+def _listed(names: Sequence[str], most: int) -> str:
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
 
 
 def _check_hooks(model: nn.Module) -> None:
-    for name, member in model.named_modules():
-        if torch_private.module_backward_hooks(member):
+    """Refuse hooks, which the stages would not call, but for forward hooks of torch and transformers."""
+    hooked = [
+        (f"module {name!r}" if name else "the model", forward_hooks(member), module_backward_hooks(member))
+        for name, member in model.named_modules()
+    ]
+    for owner, forward, backward in [*hooked, ("every module (torch.nn.modules.module)", *global_hooks())]:
+        if backward:
             raise ValueError(
-                f"{f'module {name!r}' if name else 'the model'} has a backward hook, which a trace does not keep; remove it, and "
-                "register it on the stages that dtrp.split returns, or pass a list of modules, one a stage"
+                f"{owner} has a backward hook, which a trace does not keep; remove it, and register it on the stages that "
+                "dtrp.split returns, or pass a list of modules, one a stage"
             )
+        for _, hook in forward:
+            if not _is_traced_right(hook):
+                name = getattr(hook, "__qualname__", type(hook).__name__)
+                raise ValueError(
+                    f"{owner} has a forward hook, {name}, which would run in the trace alone and in no step; remove it, and do its "
+                    "work in the module's forward (dtrp.add_loss for a term of the loss), or register it on the stages that "
+                    "dtrp.split returns, or pass a list of modules, one a stage"
+                )
+
+
+def _is_traced_right(hook: Any) -> bool:
+    """Whether a forward hook is of torch (`weight_norm`, pruning) or transformers, whose work is operations of the trace."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(hook.__module__).partition(".")[0] in ("torch", "transformers")
 
 
 def _verify(verifier: Verifier, stages: Sequence[TracedStage], *, reads_dtypes: bool) -> None:

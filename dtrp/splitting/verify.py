@@ -1,14 +1,13 @@
 """Whether the stages of a traced model do what the model does.
 
 A trace fixes what the forward decides by Python values, and misses what happens outside of torch. So both run on the
-example, and what they return and leave in buffers is compared.
+example, and what they return, add to the loss and leave in buffers is compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -18,12 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from ..stage.losses import collecting
 from ..tensors.autocast import AutocastState
-from ..tensors.module_mode import in_mode, members, slow_attention
+from ..tensors.module_mode import in_mode, slow_attention
 from ..tensors.rng import seeded
 from ..tensors.torch_private import TO_COPY, TorchDispatchMode, operator_schema, pytree, writes_arguments
 from ..typing import Tree
-from .export import Example, Traced, as_it_was, on_copies, without_cache
+from .export import Example, Traced, without_cache
+from .side_effects import as_it_was, noting_stores, on_copies
 
 _PRECISION = 1e-5  # of the norm
 _HALF_PRECISION = 1e-2  # rounding to bfloat16 is 4e-3
@@ -41,12 +42,14 @@ class Verifier:
 
     Attributes:
         device_type: type of the device of the first tensor; the CPU for the meta device.
+        stored: attributes that the forward stores at each call, by the runs so far; by the trace where it does not run.
     """
 
     def __init__(
         self, model: nn.Module, stages: Sequence[nn.Module], example: Example, traced: Sequence[Traced]
     ) -> None:
-        self._model, self._stages, self._example = model, stages, example
+        self._model, self._stages, self._example, self._traced = model, stages, example, traced
+        self.stored: dict[str, None] = {}
         tensors = [*model.parameters(), *model.buffers(), *(t for t in example.leaves if isinstance(t, Tensor))]
         devices = {t.device for t in tensors}
         self._device = tensors[0].device
@@ -88,24 +91,10 @@ class Verifier:
                 device,
             on several, or on its values).
         """
-        if not self._can_run:
-            return None
         run = partial(self._run, training=training, counting=precision is None)
-
-        def call_model(value: Tree) -> Tree:
-            args, kwargs = dataclasses.replace(self._example, value=value).call()
-            return self._model(*args, **kwargs)
-
-        try:
-            with as_it_was(self._model):
-                before = self._attributes()
-                want = run([self._model], call_model)
-                after = self._attributes()
-                if len(before) != len(after) or not all(map(operator.is_, before, after)):
-                    want = run([self._model], call_model)  # with what the first run has left in attributes
-        except Exception:
-            return None
-        if want.draws:
+        want, stored = self._run_model(run) if self._can_run else (None, None)
+        self.stored |= dict.fromkeys(self._traced[0 if training else 1].stored if stored is None else stored)
+        if want is None or want.draws:
             return None
         try:
             got = run(self._stages, nn.Sequential(*self._stages))
@@ -115,7 +104,29 @@ class Verifier:
             return "they cast other tensors"
         moved, share = {name: got.buffers[name] for name in want.buffers}, precision or 0.0
         found = _difference(got.result, want.result, "output", share)
+        found = found or _difference(got.terms, want.terms, "terms of add_loss", share)
         return found or _difference(moved, want.buffers, "buffers", share)
+
+    def _run_model(
+        self, run: Callable[[Sequence[nn.Module], Callable[[Tree], Tree]], _Run]
+    ) -> tuple[_Run, dict[str, bool]] | tuple[None, None]:
+        """What the model does, and the attributes that it stores at each call; None where it does not run."""
+
+        def call_model(value: Tree) -> Tree:
+            args, kwargs = dataclasses.replace(self._example, value=value).call()
+            return self._model(*args, **kwargs)
+
+        try:
+            with as_it_was(self._model):
+                for _ in range(2):  # again with what the first run has left in attributes, a cache for example
+                    stored: dict[str, bool] = {}
+                    with noting_stores(self._model, stored):
+                        done = run([self._model], call_model)
+                    if not stored:
+                        break
+        except Exception:
+            return None, None
+        return done, stored
 
     def _run(
         self, modules: Sequence[nn.Module], call: Callable[[Tree], Tree], *, training: bool, counting: bool
@@ -131,15 +142,12 @@ class Verifier:
         with ExitStack() as stack:
             for context in [*contexts, *([casts] if counting else [])]:
                 stack.enter_context(context)
+            terms = stack.enter_context(collecting())
             before = self._generators()
             result = call(pytree.tree_map_only(Tensor, torch.clone, self._example.value))
             draws = any(not torch.equal(a, b) for a, b in zip(before, self._generators(), strict=True))
             buffers = {name: t for module in modules for name, t in module.named_buffers(remove_duplicate=False)}
-        return _Run(result, buffers, casts.counts, draws)
-
-    def _attributes(self) -> list[Any]:
-        """The values of all attributes of the model's modules."""
-        return [value for member in members(self._model) for value in member.__dict__.values()]
+        return _Run(result, sorted(terms, key=float), buffers, casts.counts, draws)
 
     def _generators(self) -> list[Tensor]:
         """The states of the global generators."""
@@ -150,9 +158,10 @@ class Verifier:
 
 
 class _Run(NamedTuple):
-    """What a run returned, the buffers after it, its casts, and whether it drew random numbers."""
+    """What a run returned and added to the loss, the buffers after it, its casts, and whether it drew random numbers."""
 
     result: Any
+    terms: list[Tensor]  # by size, since stages may add them in another order
     buffers: dict[str, Tensor]
     casts: Counter[tuple[torch.dtype, torch.dtype]]
     draws: bool

@@ -3,7 +3,6 @@
 A module may add a term to the loss from inside its forward (`add_loss`): it is differentiated at the stage of the
 module, and its value goes on with the output, so that the last stage returns the loss with it.
 
-
 In methods in which every stage learns from a local loss, an auxiliary network stands between a stage's output and that
 loss. It is trained with the stage, by the stage's optimizer, and is no part of the model::
 
@@ -98,9 +97,9 @@ def _in_reentrant_checkpoint() -> bool:
 
 
 @contextmanager
-def collecting() -> Iterator[list[Tensor]]:
-    """The context in which `add_loss` appends its terms to the list."""
-    terms: list[Tensor] = []
+def collecting(terms: list[Tensor] | None = None) -> Iterator[list[Tensor]]:
+    """The context in which `add_loss` appends its terms to the list, by default a new one."""
+    terms = [] if terms is None else terms
     token = _terms.set(terms)
     try:
         yield terms

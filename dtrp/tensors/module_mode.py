@@ -145,7 +145,7 @@ def follow(module: nn.Module) -> None:
         names = ", ".join(sorted({repr(name) if name else "the model itself" for name, _ in hooks}))
         warnings.warn(
             f"hooks were registered after dtrp.split, on {names}: they are not run, since stages run what was traced "
-            "then; register them on the model before dtrp.split, or on the stages that it returned",
+            "then; register them on the stages that it returned",
             stacklevel=3,
         )
 

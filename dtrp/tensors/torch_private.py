@@ -129,6 +129,13 @@ def module_backward_hooks(module: nn.Module) -> list[tuple[int, Any]]:
     return [*module._backward_pre_hooks.items(), *module._backward_hooks.items()]
 
 
+def global_hooks() -> tuple[list[tuple[int, Any]], list[tuple[int, Any]]]:
+    """The hooks on the forward of every module, and those on its backward, with their numbers; no public name lists them."""
+    of_all = nn.modules.module
+    forward = [*of_all._global_forward_pre_hooks.items(), *of_all._global_forward_hooks.items()]
+    return forward, [*of_all._global_backward_pre_hooks.items(), *of_all._global_backward_hooks.items()]
+
+
 # -- graphs of torch.export -----------------------------------------------------------------------
 
 

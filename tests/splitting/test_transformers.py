@@ -156,6 +156,18 @@ def test_a_cache_is_left_out() -> None:
         dtrp.split(model, num_stages=2, example={"input_ids": ids, "use_cache": True})
 
 
+def test_outputs_captured_by_hooks_are_traced() -> None:
+    """A first forward leaves the library's hooks on the model, and the trace removes none of them."""
+    model, ids = gpt2().eval(), tokens()
+    model.config.output_hidden_states = True
+    want = model(ids).hidden_states
+    for _ in range(2):
+        stages = dtrp.split(model, points=["transformer.h.2"], example=ids)
+        for out in (stages[1](stages[0](ids)), model(ids)):
+            assert len(out.hidden_states) == len(want)
+            assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, want, strict=True))
+
+
 def test_a_name_without_the_models_own_part_is_answered_with_the_whole() -> None:
     build, data, _ = MODELS["bert"]
     with pytest.raises(ValueError, match=r"'encoder.layer.2'; did you mean 'bert.encoder.layer.2'\? known"):

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import adding_models
 import reaching_losses
 import stateful_models
 import torch
@@ -1040,11 +1041,17 @@ def weighted_run(
     if num_replicas > 1:
         options["mesh"] = init_device_mesh("cpu", (num_replicas, num_stages), mesh_dim_names=("replica", "stage"))
     loss_fn, weigh = weighted_losses.LOSSES["ignored"]
+    if kind in adding_models.MODELS:
+        model: Any = dtrp.split(
+            adding_models.build(kind), points=adding_models.MODELS[kind][1], example=adding_models.inputs()
+        )
+    else:
+        model = weighted_losses.adding(kind)
+        options["cuts"] = [2, 5] if num_stages == 3 else [4]
     pipe = dtrp.Pipeline(
-        weighted_losses.adding(kind),
+        model,
         lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
         loss_fn,
-        cuts=[2, 5] if num_stages == 3 else [4],
         method=method,
         num_microbatches=3,
         loss_weight=weigh,
@@ -1063,8 +1070,7 @@ def weighted_run(
         if n == 3 and not loads:
             pipe.save(Path(folder, "saved"))
     pipe.flush()
-    model = pipe.model_state_dict()
-    torch.save((losses, model), Path(folder, f"run{place}.pt"))
+    torch.save((losses, pipe.model_state_dict()), Path(folder, f"run{place}.pt"))
     pipe.close()
 
 
