@@ -117,7 +117,8 @@ class Traced:
         input_leaves: for each input of the graph, its place among the leaves of the example.
         returns: the tree that the model returns, with places among the graph's outputs as leaves.
         reads_dtypes: whether the forward asked for a dtype that autocast may change.
-        stored: attributes that the forward stored on the model's modules, and whether as tensors that require a gradient.
+        stored: attributes that the forward stored on the model's modules, and whether as tensors that require a
+            gradient.
     """
 
     graph: fx.GraphModule
@@ -180,7 +181,8 @@ def _add_terms(graph: fx.Graph, num_terms: int) -> None:
     num_returned = len(outputs) - num_terms
     for mark in outputs[num_returned:]:
         with graph.inserting_before(mark):
-            graph.call_function(add_loss, mark.args).meta = {**mark.meta, "val": None}
+            added = graph.call_function(add_loss, mark.args)
+        added.meta = {**mark.meta, "val": None}
     output.args = (tuple(outputs[:num_returned]),)
 
 

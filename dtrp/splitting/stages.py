@@ -90,6 +90,7 @@ def split(
       without a parameter on both sides. What a later stage needs travels through those in between. Everything but the
       number of samples is as in the example: shapes, dtypes, constants, and what the forward decides by them. What the
       stages then make of the example is compared with what the model does, where the forward draws no random numbers.
+      What the forward stores on its modules the stages do not store, which is warned of by name.
 
     Args:
         model: the model.
@@ -107,8 +108,8 @@ def split(
     Raises:
         TypeError: what cannot be cut, or an example that does not fit.
         ValueError: more than one way to cut, or none; an unknown name (with the nearest right one); a model that cannot
-            be traced (with the place, and the way by hand), or whose stages do something else; stages that do not fit
-            each other.
+            be traced (with the place, and the way by hand), has hooks, or whose stages do something else; stages that
+            do not fit each other.
 
     Example:
         >>> import torch

@@ -198,8 +198,8 @@ def trace_into_stages(
         points: names of the submodules where stages 1..K-1 begin.
 
     Returns:
-        The stages; the names of the submodules where stages 1..K-1 begin; and a warning of what the stages will not store on
-        the model's modules, or "".
+        The stages; the names of the submodules where stages 1..K-1 begin; and a warning of what the stages will not
+        store on the model's modules, or "".
 
     Raises:
         TypeError, ValueError: an example that does not fit, a model that cannot be traced or cut so.
@@ -227,7 +227,7 @@ def trace_into_stages(
 
 
 def _stores_warning(stored: Iterable[str], in_traces: Sequence[Mapping[str, bool]]) -> str:
-    """The warning of attributes that the forward stores; ``in_traces`` tells which are tensors that require a gradient."""
+    """The warning of attributes that the forward stores; ``in_traces`` tells which of them require a gradient."""
     if not stored:
         return ""
     terms = [name for name in stored if any(trace.get(name) for trace in in_traces)]
@@ -267,7 +267,7 @@ def _check_hooks(model: nn.Module) -> None:
 
 
 def _is_traced_right(hook: Any) -> bool:
-    """Whether a forward hook is of torch (`weight_norm`, pruning) or transformers, whose work is operations of the trace."""
+    """Whether a forward hook is of torch (`weight_norm`, pruning) or transformers, which do their work in the trace."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     return str(hook.__module__).partition(".")[0] in ("torch", "transformers")

@@ -158,7 +158,7 @@ class Verifier:
 
 
 class _Run(NamedTuple):
-    """What a run returned and added to the loss, the buffers after it, its casts, and whether it drew random numbers."""
+    """What a run returned and added to the loss, the buffers after it, its casts, and whether it drew numbers."""
 
     result: Any
     terms: list[Tensor]  # by size, since stages may add them in another order
