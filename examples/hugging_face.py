@@ -30,6 +30,7 @@ pipe = dtrp.Pipeline(
     lambda out, y: cross_entropy(out.logits.flatten(0, 1), y.flatten()),
     method="dtrp",
     num_microbatches=4,
+    loss_weight=lambda y: (y != -100).sum(),  # the labels that cross_entropy counts: all of these, not those of padding
 )
 for epoch in range(8):
     for batch in windows[torch.randperm(len(windows))].split(32):

@@ -95,6 +95,11 @@ def class_loss(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     return cross_entropy(out.flatten(0, -2), target.flatten(), reduction=reduction)
 
 
+def counted_labels(target: Tensor) -> Tensor:
+    """The number of labels that `class_loss` takes the mean over: it leaves out those of -100."""
+    return (target != -100).sum()
+
+
 def make_optimizer(config: TrainConfig) -> OptimizerFactory:
     """The function from a stage's parameters to the optimizer of a run."""
     makers: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..data import batches
+from ..data import TextDataset, batches
 from ..launch.join import join, launched
 from ..launch.process_end import watch_launcher
 from ..launch.signals import StopRequest, stop_on_signal
@@ -166,6 +166,7 @@ class Trainer:
             model,
             build.make_optimizer(config),
             build.class_loss,
+            loss_weight=build.counted_labels if isinstance(dataset, TextDataset) else None,
             num_stages=num_stages,
             method=method,
             keep=config.keep.split(",") if config.keep and "," in config.keep else config.keep,  # type: ignore[arg-type]
