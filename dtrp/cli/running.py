@@ -45,8 +45,11 @@ def trained(trainer: Trainer, reporter: Reporter) -> TrainResult:
             raise SystemExit(128 + error.signal) from error
         raise Stopped(str(error), 128 + error.signal) from error
     except StageError as error:
-        cause = error.__cause__ if isinstance(error.__cause__, FloatingPointError) else error
-        raise click.ClickException(str(cause)) from error
+        text = str(error)
+        if isinstance(error.__cause__, FloatingPointError):
+            text = str(error.__cause__)
+            text += "" if "stage" in text else f" (stage {error.stage})"
+        raise click.ClickException(text) from error
     except (WorkerError, CheckpointError) as error:
         raise click.ClickException(f"{error}{_resume_hint(trainer.config)}") from error
     except OSError as error:

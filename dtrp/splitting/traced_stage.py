@@ -78,7 +78,7 @@ class TracedStage(Follower):
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _check_input(self, value: Tree) -> None:
-        """Refuse an input of another form, shape or dtype than the example's, or other settings than those of the trace.
+        """Refuse an input of another form, shape or dtype than the example's.
 
         Args:
             value: the input of the model, with any number of samples.
@@ -86,9 +86,6 @@ class TracedStage(Follower):
         Raises:
             TypeError, ValueError: it does not fit, with what to change.
         """
-        self._check_dtypes()
-        if not self._fits_others:
-            self._check_autocast(AutocastState.now(self._autocast.device_type))
         self._entered(value)
 
     def _entered(self, value: Tree) -> list[Any]:

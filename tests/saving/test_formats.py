@@ -31,11 +31,12 @@ def write() -> object:
         sys.path.remove(str(FORMATS))
 
 
-def check_equal(state: dict[str, Tensor], path: Path) -> None:
+def check_close(state: dict[str, Tensor], path: Path) -> None:
+    """To rounding: the files come from another processor, whose kernels add in another order."""
     expected = torch.load(path)
     assert state.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(state[name], value), name
+        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.filterwarnings("ignore:.*saved with:UserWarning")  # another version of torch
@@ -49,14 +50,14 @@ def test_a_checkpoint_loads_and_goes_on(folder: str, method: str, write: object,
         for x, y in write.batches()[5:]:
             pipe.step(x, y)
         pipe.flush()
-        check_equal(pipe.model_state_dict(), V1 / f"expected-{folder.removeprefix('exact-')}.pt")
+        check_close(pipe.model_state_dict(), V1 / f"expected-{folder.removeprefix('exact-')}.pt")
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(V1, tmp_path / "v1")
     monkeypatch.chdir(tmp_path / "v1")
     assert run(["train", "--resume", "stopped"]) == 0
-    check_equal(torch.load("stopped/model.pt"), V1 / "expected-stopped.pt")
+    check_close(torch.load("stopped/model.pt"), V1 / "expected-stopped.pt")
     assert len(Path("stopped/metrics.jsonl").read_text().splitlines()) == 3
 
 
