@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import io
 import linecache
+import math
 import operator
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,84 +29,15 @@ from torch.utils.checkpoint import CheckpointFunction
 from ..stage.losses import add_loss, collecting
 from ..tensors import torch_private
 from ..tensors.module_mode import in_mode
-from ..tensors.pytree import flatten, unflatten
 from ..tensors.torch_private import buffer_dict, pytree, writes_arguments
 from ..typing import Tree
+from .example import Example, Sizes, fixed_sizes, with_higher_minima
 from .regions import marked, record_regions, replaced
 from .side_effects import as_it_was, noting_stores
 
 _NOT_THE_CALLERS = (Path(torch.__file__).parent, Path(__file__).parent)
 _CASTS = {getattr(Tensor, name) for name in ("to", "type", "type_as", "float", "double", "half", "bfloat16")}
 _ALIAS = torch.ops.aten.alias.default
-
-
-@dataclass(frozen=True)
-class Example:
-    """What the model is called with.
-
-    Args:
-        value: a tuple of positional arguments, a dict of keyword arguments, or the only argument.
-        leaves: tensors and constants in it, in order.
-        paths: name of each leaf in errors.
-        samples: number of samples in it; tensors of one sample beside them are for all, as in `Pipeline.step`.
-    """
-
-    value: Tree
-    leaves: tuple[Any, ...]
-    paths: tuple[str, ...]
-    samples: int
-
-    @property
-    def spec(self) -> pytree.TreeSpec:
-        """The tree without its leaves. (No field, since torch warns when one is copied.)"""
-        return pytree.tree_structure(self.value)
-
-    @classmethod
-    def from_value(cls, value: Tree) -> Example:
-        """The example, checked.
-
-        Raises:
-            TypeError: it holds something else than tensors and constants, or no tensor with samples.
-            ValueError: its tensors have several numbers of samples, or less than two.
-        """
-        tensors, form = flatten(value, "example")
-        value = unflatten(form, iter(tensors))  # of plain tuples, lists and dicts, as `Pipeline.step` makes it
-        with_paths, _ = pytree.tree_flatten_with_path(value)
-        paths = tuple("example" + pytree.keystr(path) for path, _ in with_paths)
-        leaves = tuple(leaf for _, leaf in with_paths)
-        sizes = {path: len(t) for path, t in zip(paths, leaves, strict=True) if isinstance(t, Tensor) and t.dim()}
-        if not sizes:
-            raise TypeError(
-                f"example is a {type(value).__name__} without a tensor of samples; pass what the model is called with: a "
-                "tensor, a tuple of arguments, or a dict of keyword arguments"
-            )
-        first_path, samples = max(sizes.items(), key=lambda item: item[1] > 1)
-        for path, size in sizes.items():
-            if size not in (1, samples):
-                raise ValueError(
-                    f"{first_path} has {samples} samples and {path} has {size}; along dimension 0 every tensor has as many, "
-                    "or one for all of them"
-                )
-        if samples < 2:
-            raise ValueError(
-                f"example has {samples} sample; torch.export takes a size of 0 or 1 for a constant: pass at least 2 samples"
-            )
-        return cls(value, leaves, paths, samples)
-
-    def without_data(self) -> Example:
-        """The example with tensors on the meta device, which have shapes and dtypes alone."""
-        value = pytree.tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), self.value)
-        return Example(value, tuple(pytree.tree_leaves(value)), self.paths, self.samples)
-
-    def has_samples(self, leaf: Any) -> bool:
-        """Whether a leaf is a tensor with the samples of the mini-batch, and not one for all of them."""
-        return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == self.samples
-
-    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments."""
-        if isinstance(self.value, dict):
-            return (), dict(self.value)
-        return (tuple(self.value) if isinstance(self.value, (tuple, list)) else (self.value,)), {}
 
 
 @dataclass(frozen=True)
@@ -119,6 +51,8 @@ class Traced:
         reads_dtypes: whether the forward asked for a dtype that autocast may change.
         stored: attributes that the forward stored on the model's modules, and whether as tensors that require a
             gradient.
+        sizes: sizes that tensors of an input may have.
+        varying: the dimensions of each leaf of the example that vary, with higher minima where torch needed them.
     """
 
     graph: fx.GraphModule
@@ -126,14 +60,17 @@ class Traced:
     returns: Tree
     reads_dtypes: bool
     stored: dict[str, bool]
+    sizes: Sizes
+    varying: Sequence[dict[int, Any]]
 
 
-def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
+def export(model: nn.Module, example: Example, varying: Sequence[dict[int, Any]], *, training: bool) -> Traced:
     """The graph of the model's forward in one mode.
 
     Args:
         model: model; if it is in train mode, submodules that are in eval mode (a frozen BatchNorm) stay so.
         example: what to call it with.
+        varying: the dimensions of each leaf of the example that vary.
         training: whether to trace it in train mode, or in eval mode.
 
     Raises:
@@ -142,17 +79,19 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
     args, kwargs = example.call()
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
     shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    batch = torch.export.Dim("batch")
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if example.has_samples(leaf):
-            shapes[leaf] = {0: batch}
+    for leaf, dims in zip(pytree.tree_leaves((args, kwargs)), varying, strict=True):
+        if isinstance(leaf, Tensor):
+            shapes[leaf] = dims
     try:
         recorder, mode = _DtypeRecorder(), in_mode(model, training=training)
         with as_it_was(model), mode, without_cache(model), _plainly(), _watched(model, recorder) as stored:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             graph = program.module()
     except Exception as error:
-        raise _untraceable(model, error) from error
+        higher = with_higher_minima(str(error), varying)
+        if higher is not None:
+            return export(model, example, higher, training=training)
+        raise _untraceable(model, error, example, varying) from error
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     assert in_spec is not None
     assert out_spec is not None
@@ -164,7 +103,47 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Traced:
     places = pytree.tree_unflatten(list(range(len(example.leaves))), example.spec)
     args, kwargs = Example(places, (), (), 0).call()
     input_leaves = pytree.tree_leaves([args, [kwargs[name] for name in named]])
-    return Traced(graph, tuple(input_leaves), returns, recorder.reads_dtypes, stored)
+    sizes = _sizes(program, graph.graph, input_leaves, example, varying)
+    return Traced(graph, tuple(input_leaves), returns, recorder.reads_dtypes, stored, sizes, varying)
+
+
+def _sizes(
+    program: torch.export.ExportedProgram,
+    graph: fx.Graph,
+    input_leaves: Sequence[int],
+    example: Example,
+    varying: Sequence[dict[int, Any]],
+) -> Sizes:
+    """The sizes that tensors of an input may have in the trace."""
+    shapes: list[tuple[Any, ...] | None] = [None] * len(example.leaves)
+    names: dict[str, str] = {}
+    samples, environment = "", None
+    for place, node in zip(input_leaves, graph.find_nodes(op="placeholder"), strict=True):
+        if isinstance(example.leaves[place], Tensor):
+            shape = node.meta["val"].shape
+            shapes[place] = tuple(_number_or_expression(size) for size in shape)
+            for dim, size in enumerate(shapes[place] or ()):
+                if not isinstance(size, int):
+                    environment = shape[dim].node.shape_env
+                    asked = getattr(varying[place].get(dim), "__name__", f"dimension {dim} of {example.paths[place]}")
+                    names.setdefault(str(size), asked)
+                    samples = str(size) if dim == 0 and example.has_samples(example.leaves[place]) else samples
+    ranges = {
+        str(symbol): (int(known.lower), math.inf if known.upper > 2**62 else int(known.upper))
+        for symbol, known in program.range_constraints.items()
+    }
+    # What decided the way through the model; `Dim.AUTO` leaves it to whoever calls the program to ask. How many samples
+    # there are is not looked at (a way for one sample, say).
+    guards = [environment.replace(guard.expr) for guard in environment.guards] if environment is not None else []
+    conditions = [guard for guard in guards if any(str(symbol) != samples for symbol in guard.free_symbols)]
+    return Sizes(shapes, samples, ranges, conditions, names, example, varying)
+
+
+def _number_or_expression(size: int | torch.SymInt) -> Any:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else expression
 
 
 class _MarkedTerms(list[Tensor]):
@@ -370,15 +349,19 @@ def _no_custom_backward() -> AbstractContextManager[None]:
     return replaced(torch.autograd.Function, apply=classmethod(refuse))
 
 
-def _untraceable(model: nn.Module, error: Exception) -> ValueError:
+def _untraceable(model: nn.Module, error: Exception, example: Example, varying: Sequence[dict[int, Any]]) -> ValueError:
     where = _place(model, error)
     text = str(error).strip()
-    if text.startswith("Constraints violated (batch)"):
-        return ValueError(
-            "the model cannot be traced for any number of samples: its forward works with that of the example alone (a "
-            "view or a loop of that size?); take it from the input as x.shape[0], not len(x), or as -1 in a view. torch says: "
-            + " ".join(line.strip(" -") for line in text.splitlines()[1:3])
-        )
+    violated = re.match(r"Constraints violated \((.*?)\)!", text)
+    if violated is not None:
+        samples = next(dims[0] for leaf, dims in zip(example.leaves, varying, strict=True) if example.has_samples(leaf))
+        if violated[1] == samples.__name__:
+            return ValueError(
+                "the model cannot be traced for any number of samples: its forward works with that of the example alone (a "
+                "view or a loop of that size?); take it from the input as x.shape[0], not len(x), or as -1 in a view. torch says: "
+                + " ".join(line.strip(" -") for line in text.splitlines()[1:3])
+            )
+        return ValueError(fixed_sizes(text, violated[1], example, varying))
     unknown = re.match(r"Found <class '(?:.*\.)?(\w+)'> in output", text)
     if unknown is not None:
         return ValueError(

@@ -74,6 +74,7 @@ def split(
     cuts: Sequence[int] | None = None,
     points: Sequence[str] | None = None,
     example: Tree = None,
+    dynamic_shapes: Any = None,
 ) -> Stages:
     """Cut a model into stages, each a module with one value in and one value out.
 
@@ -88,7 +89,8 @@ def split(
       any number of samples, and cut at ``points``, or, by ``num_stages``, so that the slowest stage is as fast as
       it can be: between entries of the model's lists of blocks where that costs little, where few values pass, and
       without a parameter on both sides. What a later stage needs travels through those in between. Everything but the
-      number of samples is as in the example: shapes, dtypes, constants, and what the forward decides by them. What the
+      number of samples, and the sizes that ``dynamic_shapes`` names, is as in the example: shapes, dtypes, constants, and
+      what the forward decides by them. What the
       stages then make of the example is compared with what the model does, where the forward draws no random numbers.
       What the forward stores on its modules the stages do not store, which is warned of by name.
 
@@ -101,6 +103,14 @@ def split(
             arguments. At least two samples along dimension 0 of every tensor (one of one sample beside them is for
             all). Its values do not matter if the model can take them, and `Pipeline.step` and `Pipeline.infer` take the
             like for x. (A Hugging Face model is traced without its cache, ``use_cache=False``.)
+        dynamic_shapes: sizes that vary beside the number of samples (batches padded to the longest, images of several
+            sizes), as `torch.export.export` takes them: nested like the example, with ``{dimension: size}`` or as many
+            sizes as dimensions for a tensor, and None for what does not vary; a dict may leave names out, and may name
+            the arguments of the forward where the example is positional. A size is a ``torch.export.Dim``, its name as
+            text (equal names are equal sizes), ``Dim.AUTO``, ``Dim.DYNAMIC``, or None. Dimension 0 of every tensor with
+            samples is given one ``Dim`` without bounds, the caller's name for it or another: it need not be named, and
+            bounds there are dropped. A size that varies is 2 or more. `Pipeline.step` and `Pipeline.infer` refuse sizes
+            out of bounds and sizes that do not fit each other.
 
     Returns:
         The stages, in order.
@@ -125,6 +135,7 @@ def split(
     """
     if not isinstance(model, nn.Module):
         stages = into_stages(model, num_stages, cuts)
+        _check_untraced(dynamic_shapes)
         if points is not None:
             raise ValueError(
                 f"points={list(points)} with a list of modules, which already is one module a stage; leave it out"
@@ -141,6 +152,7 @@ def split(
     if points is not None:
         points = _listed(points)
     if cuts is not None or _is_between_layers(model, points, example):
+        _check_untraced(dynamic_shapes)
         return _between_layers(model, num_stages, cuts, points)
     if example is None:
         raise ValueError(
@@ -149,23 +161,37 @@ def split(
         )
     if num_stages is not None:
         num_stages = whole("num_stages", num_stages)
-    stages, warning = _traced(model, example, num_stages=num_stages, points=points)
+    stages, warning = _traced(model, example, num_stages=num_stages, points=points, dynamic_shapes=dynamic_shapes)
     if warning:
         warnings.warn(warning, stacklevel=2)
     return stages
 
 
+def _check_untraced(dynamic_shapes: Any) -> None:
+    if dynamic_shapes is not None:
+        raise ValueError(
+            "dynamic_shapes with modules that are not traced, which take tensors of any size that their forward takes; leave it out"
+        )
+
+
 def _traced(
-    model: nn.Module, example: Tree, *, num_stages: int | None = None, points: Sequence[str] | None = None
+    model: nn.Module,
+    example: Tree,
+    *,
+    num_stages: int | None = None,
+    points: Sequence[str] | None = None,
+    dynamic_shapes: Any = None,
 ) -> tuple[Stages, str]:
     """Trace the model and cut it; the warning, or "", of what its stages will not store."""
     from .traced_stage import trace_into_stages  # torch.export is slow to import
 
-    traced, points, warning = trace_into_stages(model, example, num_stages=num_stages, points=points)
+    traced, points, warning = trace_into_stages(
+        model, example, num_stages=num_stages, points=points, dynamic_shapes=dynamic_shapes
+    )
 
     def again(points: list[str]) -> Stages:
         with traced[0]._autocast.region():
-            return _traced(model, example, points=points)[0]
+            return _traced(model, example, points=points, dynamic_shapes=dynamic_shapes)[0]
 
     return Stages(traced, points, again), warning
 

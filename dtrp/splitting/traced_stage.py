@@ -24,7 +24,8 @@ from ..tensors.torch_private import (
 )
 from ..typing import Tree
 from .divide import Part, Source, Use, divide
-from .export import Example, attribute, export
+from .example import Example, Sizes, varying
+from .export import attribute, export
 from .points import check_points, choose_points, named_tensors
 from .regions import run_within
 from .verify import Verifier
@@ -52,6 +53,7 @@ class TracedStage(Follower):
         self._weights: tuple[list[Owner | None], list[Owner | None]] = ([], [])  # of each argument, in either mode
         self._dtypes: list[tuple[nn.Module, str, torch.dtype]] = []
         self._example: Example | None = None  # of the first stage, with tensors on the meta device
+        self._sizes: list[Sizes] = []  # of the first stage: what tensors that come in may have, in either trace
         self._device: torch.device | None = None
         self._autocast = AutocastState("cpu", False, torch.bfloat16)  # settings in the trace
         self._fits_others = True  # whether the stage does what the model does in other settings too
@@ -86,10 +88,10 @@ class TracedStage(Follower):
         Raises:
             TypeError, ValueError: it does not fit, with what to change.
         """
-        self._entered(value)
+        self._entered(value, whole=True)
 
-    def _entered(self, value: Tree) -> list[Any]:
-        """The values that come in, checked against the example in the first stage."""
+    def _entered(self, value: Tree, *, whole: bool = False) -> list[Any]:
+        """The values that come in, checked against the example in the first stage; a ``whole`` mini-batch may be cut."""
         example = self._example
         if example is None:
             return list(value) if isinstance(value, (tuple, list)) else [value]
@@ -102,7 +104,7 @@ class TracedStage(Follower):
                 "pass the same, or split with another example"
             )
         for leaf, traced, path in zip(leaves, example.leaves, example.paths, strict=True):
-            where, first = path.replace("example", "x", 1), int(example.has_samples(traced))
+            where = path.replace("example", "x", 1)
             if not isinstance(traced, Tensor):
                 if leaf != traced or type(leaf) is not type(traced):
                     raise ValueError(
@@ -115,11 +117,13 @@ class TracedStage(Follower):
                     f"{where} is {leaf.dtype}, and the model was traced with {traced.dtype}; convert it, or split with an example "
                     "of that dtype"
                 )
-            elif leaf.dim() != traced.dim() or leaf.shape[first:] != traced.shape[first:]:
+            elif leaf.dim() != traced.dim():
                 raise ValueError(
-                    f"{where} has shape {tuple(leaf.shape)}, and the model was traced with {tuple(traced.shape)}; only the number "
-                    "of samples may differ: pad it, or split with another example"
+                    f"{where} has shape {tuple(leaf.shape)}, and the model was traced with {tuple(traced.shape)}; pass as many "
+                    "dimensions, or split with another example"
                 )
+        for sizes in self._sizes:
+            sizes.check(leaves, whole=whole)
         return leaves
 
     def _check_dtypes(self) -> None:
@@ -184,7 +188,12 @@ def _move(graph: fx.GraphModule, old: torch.device, new: torch.device) -> None:
 
 
 def trace_into_stages(
-    model: nn.Module, example: Tree, *, num_stages: int | None = None, points: Sequence[str] | None = None
+    model: nn.Module,
+    example: Tree,
+    *,
+    num_stages: int | None = None,
+    points: Sequence[str] | None = None,
+    dynamic_shapes: Any = None,
 ) -> tuple[list[TracedStage], list[str], str]:
     """Trace a model and cut it into stages.
 
@@ -193,6 +202,7 @@ def trace_into_stages(
         example: what it is called with.
         num_stages: K, to choose the points by; or
         points: names of the submodules where stages 1..K-1 begin.
+        dynamic_shapes: what varies beside the number of samples, as in `dtrp.split`.
 
     Returns:
         The stages; the names of the submodules where stages 1..K-1 begin; and a warning of what the stages will not
@@ -203,7 +213,8 @@ def trace_into_stages(
     """
     checked = Example.from_value(example)
     _check_hooks(model)
-    traced = [export(model, checked, training=training) for training in (True, False)]
+    train = export(model, checked, varying(checked, dynamic_shapes, model), training=True)
+    traced = [train, export(model, checked, train.varying, training=False)]
     graphs = [trace.graph for trace in traced]
     _name_apart(*graphs)
     if points is None:
@@ -218,6 +229,7 @@ def trace_into_stages(
     _give_tensors(model, stages, [*train_uses, *eval_uses], graphs)
     let_follow(stages, model)
     stages[0]._example = checked.without_data()
+    stages[0]._sizes = [trace.sizes for trace in traced]
     verifier = Verifier(model, stages, checked, traced)
     _verify(verifier, stages, reads_dtypes=any(t.reads_dtypes for t in traced))
     return stages, list(points), _stores_warning(verifier.stored, [trace.stored for trace in traced])

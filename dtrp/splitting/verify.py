@@ -7,6 +7,7 @@ example, and what they return, add to the loss and leave in buffers is compared.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ from ..tensors.module_mode import in_mode, slow_attention
 from ..tensors.rng import seeded
 from ..tensors.torch_private import TO_COPY, TorchDispatchMode, operator_schema, pytree, writes_arguments
 from ..typing import Tree
-from .export import Example, Traced, without_cache
+from .example import Example
+from .export import Traced, without_cache
 from .side_effects import as_it_was, noting_stores, on_copies
 
 _PRECISION = 1e-5  # of the norm
@@ -48,7 +50,9 @@ class Verifier:
     def __init__(
         self, model: nn.Module, stages: Sequence[nn.Module], example: Example, traced: Sequence[Traced]
     ) -> None:
-        self._model, self._stages, self._example, self._traced = model, stages, example, traced
+        self._model, self._stages, self._traced = model, stages, traced
+        other = traced[0].sizes.another(example)
+        self._examples = [example] if other is None else [example, other]
         self.stored: dict[str, None] = {}
         tensors = [*model.parameters(), *model.buffers(), *(t for t in example.leaves if isinstance(t, Tensor))]
         devices = {t.device for t in tensors}
@@ -65,24 +69,28 @@ class Verifier:
 
     def check(self) -> None:
         """Raise ValueError where they differ, in eval mode or, if nothing is drawn there, in train mode."""
-        for training in (False, True):
-            difference = self._difference(self._precision, training=training)
+        for example, training in itertools.product(self._examples, (False, True)):
+            difference = self._difference(example, self._precision, training=training)
             if difference:
+                shapes = [tuple(leaf.shape) for leaf in example.leaves if isinstance(leaf, Tensor)]
+                changed = f" in shapes {', '.join(map(str, shapes))}" if example is not self._examples[0] else ""
+                where = f"on the example{changed}, in {'train' if training else 'eval'} mode"
                 raise ValueError(
-                    f"the stages do not do what the model does: on the example, in {'train' if training else 'eval'} mode, "
-                    f"{difference}. A trace fixes what the forward decides by Python's values (a counter, a random number of "
-                    "Python or NumPy, an attribute that it sets); divide the model by hand: pass a list of modules, one a stage"
+                    f"the stages do not do what the model does: {where}, {difference}. A trace fixes what the forward decides by "
+                    "Python's values (a counter, a random number of Python or NumPy, an attribute that it sets); divide the model "
+                    "by hand: pass a list of modules, one a stage"
                 )
 
     def agree_exactly(self) -> bool:
         """Whether they are known to do the same to the bit, with the same casts, in the present autocast settings."""
-        found = {self._difference(None, training=training) for training in (False, True)}
+        found = {self._difference(self._examples[0], None, training=training) for training in (False, True)}
         return "" in found and found <= {"", None}
 
-    def _difference(self, precision: float | None, *, training: bool) -> str | None:
+    def _difference(self, example: Example, precision: float | None, *, training: bool) -> str | None:
         """The first difference above a share ``precision`` of a tensor's norm, in words; empty if there is none.
 
         Args:
+            example: what to call them with.
             precision: share of the norm; None: the results are to be the same to the bit, and the casts the same.
             training: whether to run in train mode, or in eval mode.
 
@@ -91,8 +99,8 @@ class Verifier:
                 device,
             on several, or on its values).
         """
-        run = partial(self._run, training=training, counting=precision is None)
-        want, stored = self._run_model(run) if self._can_run else (None, None)
+        run = partial(self._run, example=example, training=training, counting=precision is None)
+        want, stored = self._run_model(run, example) if self._can_run else (None, None)
         self.stored |= dict.fromkeys(self._traced[0 if training else 1].stored if stored is None else stored)
         if want is None or want.draws:
             return None
@@ -108,12 +116,12 @@ class Verifier:
         return found or _difference(moved, want.buffers, "buffers", share)
 
     def _run_model(
-        self, run: Callable[[Sequence[nn.Module], Callable[[Tree], Tree]], _Run]
+        self, run: Callable[[Sequence[nn.Module], Callable[[Tree], Tree]], _Run], example: Example
     ) -> tuple[_Run, dict[str, bool]] | tuple[None, None]:
         """What the model does, and the attributes that it stores at each call; None where it does not run."""
 
         def call_model(value: Tree) -> Tree:
-            args, kwargs = dataclasses.replace(self._example, value=value).call()
+            args, kwargs = dataclasses.replace(example, value=value).call()
             return self._model(*args, **kwargs)
 
         try:
@@ -129,7 +137,13 @@ class Verifier:
         return done, stored
 
     def _run(
-        self, modules: Sequence[nn.Module], call: Callable[[Tree], Tree], *, training: bool, counting: bool
+        self,
+        modules: Sequence[nn.Module],
+        call: Callable[[Tree], Tree],
+        *,
+        example: Example,
+        training: bool,
+        counting: bool,
     ) -> _Run:
         """Run ``call``, which runs ``modules``, on the example."""
         casts = _CastCounter()
@@ -144,7 +158,7 @@ class Verifier:
                 stack.enter_context(context)
             terms = stack.enter_context(collecting())
             before = self._generators()
-            result = call(pytree.tree_map_only(Tensor, torch.clone, self._example.value))
+            result = call(pytree.tree_map_only(Tensor, torch.clone, example.value))
             draws = any(not torch.equal(a, b) for a, b in zip(before, self._generators(), strict=True))
             buffers = {name: t for module in modules for name, t in module.named_buffers(remove_duplicate=False)}
         return _Run(result, sorted(terms, key=float), buffers, casts.counts, draws)

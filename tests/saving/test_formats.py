@@ -36,7 +36,9 @@ def check_close(state: dict[str, Tensor], path: Path) -> None:
     expected = torch.load(path)
     assert state.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            state[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*saved with:UserWarning")  # another version of torch

@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 import trained_losses
 import unsplit
+import varying_models
 import weighted_losses
 from drop_in_programs import PROGRAMS as DROP_IN_PROGRAMS
 from helpers import (
@@ -324,6 +325,13 @@ def compiled_as_by_default() -> Result:
 
 
 CASES["stages compiled as by default"] = Case(2, compiled_as_by_default)
+
+
+@special(2, "dtrp", "fdg", "bp")
+def _texts_padded_to_the_longest(method: str) -> Result:
+    x, varying = varying_models.texts(5, 7), varying_models.VARYING
+    stages = dtrp.split(varying_models.Classifier(), num_stages=2, example=x, dynamic_shapes=varying)
+    return _trained(stages, varying_models.batches(varying_models.SHAPES), method)
 
 
 @special(3, "dtrp", "spectrain", "bp")
