@@ -27,7 +27,7 @@ from .stage.optimizer_step import check_callables, checked_optimizer
 from .stage.reach import Reach, refuse_gradient
 from .stage.specs import StageNetwork, StagePosition, StageTraining
 from .stage.stage import Stage
-from .stage.tied import check_ties, find_ties
+from .stage.tied import check_ties, find_shared_buffers, find_ties
 from .tensors.module_mode import check_input, follow
 from .tensors.pytree import check_samples, flatten, num_samples, split
 from .typing import Json, LossFn, LossWeight, OptimizerFactory, SchedulerFactory, Tree
@@ -341,7 +341,7 @@ def _networks(
     trains = [any(p.requires_grad for p in module.parameters()) for module in modules]
     if not any(trains):
         raise ValueError("the model has no parameter that requires a gradient; there is nothing to train")
-    ties = find_ties(modules)
+    ties, shared_buffers = find_ties(modules), find_shared_buffers(modules)
     check_ties(ties, method)
     aux_networks = aux_of_stages(aux, modules, method)
     trained_loss = loss_module(loss_fn, modules, method)
@@ -355,6 +355,7 @@ def _networks(
             loss_module=trained_loss if index == len(modules) - 1 else None,
             compile=options,
             ties=ties,
+            shared_buffers=shared_buffers,
         )
         for index, module in enumerate(modules)
     ]

@@ -28,6 +28,7 @@ from ..errors import PlanError
 from ..methods import Keep, Method, as_method, get_method
 from ..schedule import steady_delay
 from ..splitting.stages import equal_cuts, layers_of
+from ..tensors.module_mode import writes_buffer
 from ..tensors.pytree import num_samples
 from ..typing import AutocastFactory, LossFn, OptimizerFactory, Tree
 from ..validation import is_number, is_whole, whole
@@ -274,10 +275,11 @@ def _link(
 
 
 def _tied_cuts(layers: Sequence[tuple[str, nn.Module]]) -> frozenset[int]:
-    """Cuts between layers that share a tensor: two stages would train it apart."""
+    """Cuts between layers that share a tensor which two stages would move apart."""
     seen: dict[int, list[int]] = {}
     for place, (_, layer) in enumerate(layers):
-        for tensor in itertools.chain(layer.parameters(), layer.buffers()):
+        written = (buffer for name, buffer in layer.named_buffers() if writes_buffer(layer, name))
+        for tensor in itertools.chain(layer.parameters(), written):
             seen.setdefault(id(tensor), []).append(place)
     return frozenset(cut for places in seen.values() for cut in range(places[0] + 1, places[-1] + 1))
 

@@ -19,8 +19,8 @@ from torch.fx.passes.split_module import split_module
 
 from ..tensors.torch_private import is_operator, writes_arguments
 from ..typing import Tree
-from .export import Traced, attribute, module_path
-from .points import assign, draws, plain
+from .export import Traced, attribute, module_path, plain
+from .points import draws
 from .regions import in_regions
 
 
@@ -77,13 +77,22 @@ class Use:
     readers: frozenset[str]
 
 
-def divide(traced: Traced, points: Sequence[str]) -> tuple[list[Part], list[Use]]:
-    """The parts that begin at ``points``, and the uses of weights in them."""
-    stages = assign(traced.graph, points)
+def divide(
+    traced: Traced, num_stages: int, stages: dict[fx.Node, int], senders: Mapping[str, int]
+) -> tuple[list[Part], list[Use]]:
+    """The parts of a model, and the uses of weights in them.
+
+    Args:
+        traced: the model's forward in one mode.
+        num_stages: K.
+        stages: stage of each operation; those that are added come in.
+        senders: by name, the stage that holds each parameter whose value travels to other stages.
+    """
     _copy_to_readers(traced.graph.graph, stages)
+    _send_weights(traced.graph.graph, stages, senders)
     uses = _uses(traced.graph, stages)
     calls = _Calls(split_module(traced.graph, traced.graph, lambda node: stages[node]), traced.input_leaves)
-    last = len(points)
+    last = num_stages - 1
     # The last stage that needs each value; what the model returns is needed by the last.
     needed = {node: stage for stage in range(last + 1) for node in calls.arguments[stage]}
     needed |= {node: last for node in calls.outputs if isinstance(node, fx.Node)}
@@ -198,6 +207,21 @@ def _copy_to_readers(graph: fx.Graph, stages: dict[fx.Node, int]) -> None:
         if not node.users:
             graph.erase_node(node)
             del stages[node]
+
+
+def _send_weights(graph: fx.Graph, stages: dict[fx.Node, int], senders: Mapping[str, int]) -> None:
+    """Let stages that do not hold a parameter read a value that the stage which holds it hands on."""
+    for weight in graph.find_nodes(op="get_attr"):
+        holder = senders.get(str(weight.target))
+        readers = [user for user in weight.users if user in stages and stages[user] != holder]
+        if holder is None or not readers:
+            continue
+        with graph.inserting_after(weight):
+            value = graph.call_function(torch.ops.aten.alias.default, (weight,))
+        value.meta = {"val": weight.meta["val"]}
+        stages[value] = holder
+        for reader in readers:
+            reader.replace_input_with(weight, value)
 
 
 def _is_light(node: fx.Node, light: Mapping[fx.Node, None]) -> bool:

@@ -53,6 +53,7 @@ class Traced:
             gradient.
         sizes: sizes that tensors of an input may have.
         varying: the dimensions of each leaf of the example that vary, with higher minima where torch needed them.
+        called_again: modules without weights that are called several times (one activation for all blocks).
     """
 
     graph: fx.GraphModule
@@ -62,6 +63,7 @@ class Traced:
     stored: dict[str, bool]
     sizes: Sizes
     varying: Sequence[dict[int, Any]]
+    called_again: frozenset[str]
 
 
 def export(model: nn.Module, example: Example, varying: Sequence[dict[int, Any]], *, training: bool) -> Traced:
@@ -98,13 +100,14 @@ def export(model: nn.Module, example: Example, varying: Sequence[dict[int, Any]]
     returns, terms = pytree.tree_unflatten(list(range(out_spec.num_leaves)), out_spec)
     _add_terms(graph.graph, len(terms))
     _clean_up(graph.graph)
+    called_again = _name_calls(graph.graph, model)
     # The program may have put keyword arguments in another order.
     _, named = pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
     places = pytree.tree_unflatten(list(range(len(example.leaves))), example.spec)
     args, kwargs = Example(places, (), (), 0).call()
     input_leaves = pytree.tree_leaves([args, [kwargs[name] for name in named]])
     sizes = _sizes(program, graph.graph, input_leaves, example, varying)
-    return Traced(graph, tuple(input_leaves), returns, recorder.reads_dtypes, stored, sizes, varying)
+    return Traced(graph, tuple(input_leaves), returns, recorder.reads_dtypes, stored, sizes, varying, called_again)
 
 
 def _sizes(
@@ -217,6 +220,42 @@ def _name_by_last_write(graph: fx.Graph) -> None:
             for user in list(written.users):
                 if places[user] > places[node]:
                     user.replace_input_with(written, node)
+
+
+def _name_calls(graph: fx.Graph, model: nn.Module) -> frozenset[str]:
+    """Record in which module each operation ran, by the first of its names, and in a later call of one with weights which.
+
+    torch.export records the name by which a module was called, and numbers the calls by each name for themselves.
+
+    Returns:
+        The modules without weights that are called several times.
+    """
+    first_names = {id(module): name for name, module in model.named_modules()}
+    weightless = {
+        name
+        for name, module in model.named_modules()
+        if not any(True for _ in (*module.parameters(), *module.buffers()))
+    }
+    calls: dict[str, dict[str, int]] = {}  # by the module's first name, the number of each call by what torch calls it
+    for node in graph.nodes:
+        stack = {}
+        for key, (name, kind) in (node.meta.get("nn_module_stack") or {}).items():
+            try:
+                first = first_names[id(model.get_submodule(plain(name)))]
+            except (AttributeError, KeyError):  # a module that is none of the model's
+                stack[key] = (name, kind)
+                continue
+            numbers = calls.setdefault(first, {})
+            number = numbers.setdefault(key, len(numbers))
+            called = f"{first}@{number}" if number and first not in weightless else first
+            stack[called] = (called, kind)
+        node.meta["nn_module_stack"] = stack
+    return frozenset(name for name, numbers in calls.items() if name in weightless and len(numbers) > 1)
+
+
+def plain(name: str) -> str:
+    """The name of a submodule without the number of the call, which later calls have."""
+    return ".".join(part.split("@")[0] for part in name.split("."))
 
 
 def attribute(module: Any, name: str) -> Any:

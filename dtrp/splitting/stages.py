@@ -161,8 +161,8 @@ def split(
         )
     if num_stages is not None:
         num_stages = whole("num_stages", num_stages)
-    stages, warning = _traced(model, example, num_stages=num_stages, points=points, dynamic_shapes=dynamic_shapes)
-    if warning:
+    stages, found = _traced(model, example, num_stages=num_stages, points=points, dynamic_shapes=dynamic_shapes)
+    for warning in found:
         warnings.warn(warning, stacklevel=2)
     return stages
 
@@ -181,11 +181,11 @@ def _traced(
     num_stages: int | None = None,
     points: Sequence[str] | None = None,
     dynamic_shapes: Any = None,
-) -> tuple[Stages, str]:
-    """Trace the model and cut it; the warning, or "", of what its stages will not store."""
+) -> tuple[Stages, list[str]]:
+    """Trace the model and cut it; the stages, and warnings."""
     from .traced_stage import trace_into_stages  # torch.export is slow to import
 
-    traced, points, warning = trace_into_stages(
+    traced, points, found = trace_into_stages(
         model, example, num_stages=num_stages, points=points, dynamic_shapes=dynamic_shapes
     )
 
@@ -193,7 +193,7 @@ def _traced(
         with traced[0]._autocast.region():
             return _traced(model, example, points=points, dynamic_shapes=dynamic_shapes)[0]
 
-    return Stages(traced, points, again), warning
+    return Stages(traced, points, again), found
 
 
 def _is_between_layers(model: nn.Module, points: Sequence[str] | None, example: Tree) -> bool:

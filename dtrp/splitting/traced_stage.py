@@ -26,9 +26,10 @@ from ..typing import Tree
 from .divide import Part, Source, Use, divide
 from .example import Example, Sizes, varying
 from .export import attribute, export
-from .points import check_points, choose_points, named_tensors
+from .points import assign, check_points, choose_points, uneven_work
 from .regions import run_within
 from .verify import Verifier
+from .weights import Weights, named_tensors
 
 Owner = tuple[nn.Module, str]  # a module that holds a tensor, and its name in the module
 
@@ -194,7 +195,7 @@ def trace_into_stages(
     num_stages: int | None = None,
     points: Sequence[str] | None = None,
     dynamic_shapes: Any = None,
-) -> tuple[list[TracedStage], list[str], str]:
+) -> tuple[list[TracedStage], list[str], list[str]]:
     """Trace a model and cut it into stages.
 
     Args:
@@ -205,8 +206,8 @@ def trace_into_stages(
         dynamic_shapes: what varies beside the number of samples, as in `dtrp.split`.
 
     Returns:
-        The stages; the names of the submodules where stages 1..K-1 begin; and a warning of what the stages will not
-        store on the model's modules, or "".
+        The stages; the names of the submodules where stages 1..K-1 begin; and warnings: of work that is divided
+        unevenly, and of what the stages will not store on the model's modules.
 
     Raises:
         TypeError, ValueError: an example that does not fit, a model that cannot be traced or cut so.
@@ -217,22 +218,35 @@ def trace_into_stages(
     traced = [train, export(model, checked, train.varying, training=False)]
     graphs = [trace.graph for trace in traced]
     _name_apart(*graphs)
+    weights, is_chosen = Weights(model, traced), points is None
     if points is None:
         assert num_stages is not None
-        points = choose_points(model, num_stages, *graphs) if num_stages > 1 else []
-    points = check_points(model, points, *graphs)
-    (train_parts, train_uses), (eval_parts, eval_uses) = (divide(trace, points) for trace in traced)
+        points = choose_points(model, num_stages, weights, *graphs) if num_stages > 1 else []
+    places = check_points(model, points, *graphs)
+    divisions = [assign(graph, places, weights) for graph in graphs]
+    uneven = uneven_work(divisions[0], len(points) + 1) if is_chosen else ""
+    senders = weights.senders(divisions)
+    (train_parts, train_uses), (eval_parts, eval_uses) = (
+        divide(trace, len(points) + 1, stages, senders) for trace, stages in zip(traced, divisions, strict=True)
+    )
     stages = [
         TracedStage(f"stage {k} (from {beginning})", (train_parts[k], eval_parts[k]))
         for k, beginning in enumerate(["the beginning", *points])
     ]
+    for stage in stages:
+        stage._written = weights.written
     _give_tensors(model, stages, [*train_uses, *eval_uses], graphs)
     let_follow(stages, model)
     stages[0]._example = checked.without_data()
     stages[0]._sizes = [trace.sizes for trace in traced]
-    verifier = Verifier(model, stages, checked, traced)
-    _verify(verifier, stages, reads_dtypes=any(t.reads_dtypes for t in traced))
-    return stages, list(points), _stores_warning(verifier.stored, [trace.stored for trace in traced])
+    verifier = Verifier(model, stages, checked, traced, weights.written)
+    try:
+        _verify(verifier, stages, reads_dtypes=any(t.reads_dtypes for t in traced))
+    except ValueError as error:
+        written = weights.written_apart(model, divisions)
+        raise (ValueError(written) if written else error) from error
+    stores = _stores_warning(verifier.stored, [trace.stored for trace in traced])
+    return stages, list(points), [warning for warning in (uneven, stores) if warning]
 
 
 def _stores_warning(stored: Iterable[str], in_traces: Sequence[Mapping[str, bool]]) -> str:

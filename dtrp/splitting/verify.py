@@ -10,19 +10,19 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ..stage.losses import collecting
 from ..tensors.autocast import AutocastState
 from ..tensors.module_mode import in_mode, slow_attention
 from ..tensors.rng import seeded
-from ..tensors.torch_private import TO_COPY, TorchDispatchMode, operator_schema, pytree, writes_arguments
+from ..tensors.torch_private import TO_COPY, TorchDispatchMode, pytree
 from ..typing import Tree
 from .example import Example
 from .export import Traced, without_cache
@@ -41,6 +41,7 @@ class Verifier:
         stages: stages of the model.
         example: what to call them with.
         traced: traces in train and in eval mode.
+        written: names of the model's tensors that the forward writes.
 
     Attributes:
         device_type: type of the device of the first tensor; the CPU for the meta device.
@@ -48,7 +49,12 @@ class Verifier:
     """
 
     def __init__(
-        self, model: nn.Module, stages: Sequence[nn.Module], example: Example, traced: Sequence[Traced]
+        self,
+        model: nn.Module,
+        stages: Sequence[nn.Module],
+        example: Example,
+        traced: Sequence[Traced],
+        written: Collection[str],
     ) -> None:
         self._model, self._stages, self._traced = model, stages, traced
         other = traced[0].sizes.another(example)
@@ -60,7 +66,6 @@ class Verifier:
         self.device_type = "cpu" if self._device.type == "meta" else self._device.type
         self._can_run = len(devices) == 1 and self._device.type != "meta"
         graphs = [trace.graph for trace in traced]
-        written = {name for graph in graphs for name in _written(graph)}
         self._moved = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in written}
         self._moved |= set(map(id, model.buffers()))
         has_half = any(_is_half(node.meta.get("val")) for graph in graphs for node in graph.graph.nodes)
@@ -193,21 +198,6 @@ class _CastCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is TO_COPY:
             self.counts[args[0].dtype, result.dtype] += 1
         return result
-
-
-def _written(graph: fx.GraphModule) -> list[str]:
-    """Parameters and buffers that the forward writes, or a view of them (`nn.Embedding(max_norm=...)`)."""
-    found = []
-    for node in graph.graph.nodes:
-        arguments = operator_schema(node.target).arguments if writes_arguments(node.target) else ()
-        for argument, described in zip(node.args, arguments, strict=False):
-            if described.alias_info is None or not described.alias_info.is_write:
-                continue
-            while isinstance(argument, fx.Node) and argument.op == "call_function" and argument.args:
-                argument = argument.args[0]
-            if isinstance(argument, fx.Node) and argument.op == "get_attr":
-                found.append(str(argument.target))
-    return found
 
 
 def _is_half(value: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import Literal
 from torch import Tensor, fx, nn
 
 from ..tensors.torch_private import is_operator, operator_schema
-from .export import attribute, module_path, plain
+from .export import Traced, attribute, module_path, plain
 
 Sharing = Literal["held by all", "sent", "tied", "in one stage"]
 
@@ -26,13 +26,16 @@ class Weights:
 
     Args:
         model: the model.
-        graphs: its graphs in train and in eval mode.
+        traced: its forward in train and in eval mode.
 
     Attributes:
         written: names of the tensors that the forward writes.
+        called_again: modules without weights that are called several times.
     """
 
-    def __init__(self, model: nn.Module, graphs: Sequence[fx.GraphModule]) -> None:
+    def __init__(self, model: nn.Module, traced: Sequence[Traced]) -> None:
+        graphs = [trace.graph for trace in traced]
+        self.called_again = frozenset(name for trace in traced for name in trace.called_again)
         tensors = named_tensors(model)
         counts = Counter(map(id, tensors.values()))
         self._num_names = {name: counts[id(tensor)] for name, tensor in tensors.items()}
@@ -58,8 +61,8 @@ class Weights:
             return "held by all"
         return "in one stage" if name in self._read_again else "sent"
 
-    def check(self, model: nn.Module, divisions: Iterable[Mapping[fx.Node, int]]) -> None:
-        """Refuse a buffer that the forward writes and that two stages would read.
+    def written_apart(self, model: nn.Module, divisions: Iterable[Mapping[fx.Node, int]]) -> str:
+        """What to say of a buffer that the forward writes and that several stages read; "" where there is none.
 
         Args:
             model: the model.
@@ -68,10 +71,11 @@ class Weights:
         buffers = dict(model.named_buffers(remove_duplicate=False))
         for name, stages in self._readers(divisions).items():
             if name in self.written and name in buffers and len(stages) > 1:
-                raise ValueError(
-                    f"the forward writes the buffer {name}, and stages {' and '.join(map(str, sorted(stages)))} would read it, "
-                    "each its own; pass points between which all of its readers lie"
+                return (
+                    f"the forward writes the buffer {name}, and stages {' and '.join(map(str, sorted(stages)))} read it, so that "
+                    "they would not do what the model does; pass points that leave all of its readers in one stage"
                 )
+        return ""
 
     def senders(self, divisions: Iterable[Mapping[fx.Node, int]]) -> dict[str, int]:
         """By name, the stage that holds each parameter whose value travels to others.
@@ -100,20 +104,9 @@ def weights_of(node: fx.Node) -> list[fx.Node]:
 
 
 def repeats_of(graph: fx.GraphModule) -> dict[fx.Node, str]:
-    """The operations that ran in a second call, or a later one, of a module that has weights.
-
-    Each comes with the innermost such module around it.
-    """
-    having: set[str] = set()
-    for node in graph.graph.nodes:
-        if weights_of(node):
-            having.update(map(plain, module_path(node)))
-    repeats = {}
-    for node in graph.graph.nodes:
-        called_again = next((name for name in module_path(node) if "@" in name), None)
-        if called_again is not None and plain(called_again) in having:
-            repeats[node] = next(name for name in map(plain, reversed(module_path(node))) if name in having)
-    return repeats
+    """The operations that ran in a later call of a module that has weights, each with the innermost such module."""
+    calls = {node: [name for name in module_path(node) if "@" in name] for node in graph.graph.nodes}
+    return {node: plain(names[-1]) for node, names in calls.items() if names}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -133,8 +126,16 @@ def _written(graph: fx.GraphModule) -> list[str]:
             is_write = described.alias_info is not None and described.alias_info.is_write
             if not is_write and described.name not in ("running_mean", "running_var"):
                 continue
-            while isinstance(argument, fx.Node) and argument.op == "call_function" and argument.args:
+            while isinstance(argument, fx.Node) and _may_return_its_argument(argument):
                 argument = argument.args[0]
             if isinstance(argument, fx.Node) and argument.op == "get_attr":
                 found.append(str(argument.target))
     return found
+
+
+def _may_return_its_argument(node: fx.Node) -> bool:
+    """Whether the result of an operation may be its first argument, or a view of it."""
+    if not is_operator(node.target) or not node.args:
+        return False
+    schema = operator_schema(node.target)
+    return schema.arguments[0].alias_info is not None and any(out.alias_info is not None for out in schema.returns)

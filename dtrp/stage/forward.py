@@ -31,6 +31,7 @@ from .reach import Reach
 from .repetition import repeating, wants_gradients
 from .specs import StageNetwork
 from .stash import StashEntry
+from .tied import SharedBuffers
 
 Moves = Literal["current", "ahead", "discarded", "tried", "returned"]
 
@@ -65,6 +66,7 @@ class RepeatableForward:
         self._call_aux = None if network.aux is None else prepared(network.aux[1])
         self._places = Places(self._whole)
         self.made = kinds_of(self._whole)
+        self._shared = SharedBuffers(network.module, draws.stage, network.shared_buffers)
         self._started = False
         self._doubles: dict[Slot, str] | None = None  # buffers that have another name too
         self._moving: set[Slot] = set()  # buffers that the module has been seen to move
@@ -118,7 +120,8 @@ class RepeatableForward:
         is_trial = moves in ("discarded", "tried")
         with self._draws.region(held.micro.index), held.autocast.region(), repeating() if is_trial else nullcontext():
             within = self._entered_state(state, current, moves)
-            out, loss = self._compute(held, weights, unflatten(form, iter(entered)), inputs, entered, within)
+            with self._shared_unwritten(state):
+                out, loss = self._compute(held, weights, unflatten(form, iter(entered)), inputs, entered, within)
         made = {} if state is None else dict(state.buffers)
         if check_unshared is not None:
             check_unshared(made)
@@ -243,6 +246,12 @@ class RepeatableForward:
         if moves != "returned":
             noted = {module for module, _ in current | state.buffers} if self._started else set(members(self._whole))
         return state.entered(self._whole, current, noted)
+
+    def _shared_unwritten(self, state: BufferState | None) -> AbstractContextManager[None]:
+        """Refuse a forward that writes a buffer which other stages hold too."""
+        if not self._shared:
+            return nullcontext()
+        return self._shared.checked(lambda: buffers_of(self._whole) if state is None else state.buffers)
 
     def _sharing_check(self, current: Buffers, read: Buffers) -> Callable[[Buffers], None] | None:
         """Makes the check that refuses a forward on copies that moves a buffer which shares memory with something else.

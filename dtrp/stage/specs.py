@@ -59,6 +59,7 @@ class StageNetwork:
         call: runs the module on a stage's input; None: the module is called with it.
         compile: keyword arguments of `torch.compile` for the module; None: it runs as it is.
         ties: parameters that several stages hold, of all stages.
+        shared_buffers: buffers that several stages hold, of all stages.
     """
 
     module: nn.Module
@@ -69,6 +70,7 @@ class StageNetwork:
     call: Callable[[Tree], Tree] | None = None
     compile: Mapping[str, Any] | None = None
     ties: Sequence[Tie] = ()
+    shared_buffers: Sequence[Tie] = ()
 
     @cached_property
     def section(self) -> tuple[Section, nn.Module] | None:

@@ -14,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from ..typing import Tree
 from .torch_private import forward_hooks, module_backward_hooks, module_dict
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 def members(module: nn.Module) -> list[nn.Module]:
     """``module.modules()``, in the same order, without a generator in a generator for each level."""
@@ -96,11 +98,17 @@ class Follower(nn.Module):
 
     _leader: tuple[nn.Module, ...] = ()  # in a tuple it is no submodule
     _leader_trains = True
+    _written: frozenset[str] = frozenset()  # names of the leader's buffers that its forward is known to write
     _known_hooks: set[tuple[str, int]]  # of the leader when this was made, and those that were warned of
     _num_handles = -1  # the number of hooks ever registered in the process, when these were last looked at
 
     def _check_input(self, value: Tree) -> None:
         """Refuse an input that the module cannot take; any, as far as is known."""
+
+
+def writes_buffer(module: nn.Module, name: str) -> bool:
+    """Whether the forward is known to write the buffer: statistics of a norm, or what a traced one writes."""
+    return name.rpartition(".")[2] in _STATISTICS or (isinstance(module, Follower) and name in module._written)
 
 
 def check_input(module: nn.Module, value: Tree) -> None:

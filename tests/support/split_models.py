@@ -164,6 +164,37 @@ class Regions(nn.Module):
         return self.head(self.drop(x))
 
 
+class Turned(nn.Module):
+    """A block that reads a slice of a table which is the model's, and may drop parts of a scale which is too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = nn.Linear(6, 6), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor, table: Tensor, scale: Tensor | None) -> Tensor:
+        angles = table[: x.shape[1]]
+        h = self.layer(x * angles.cos() + x.roll(1, 1) * angles.sin())
+        return x + torch.tanh(h if scale is None else h * self.drop(scale))
+
+
+class Tables(nn.Module):
+    """One buffer that all blocks read, and one parameter that two of them do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.register_buffer("table", torch.randn(8))
+        self.scale = nn.Parameter(torch.rand(6) + 1)
+        self.blocks = nn.ModuleList(Turned() for _ in range(6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for number, block in enumerate(self.blocks):
+            x = block(x, self.table, self.scale if number in (1, 4) else None)
+        return self.head(x)
+
+
 def frozen_first_half() -> nn.Module:
     model = Residual()
     for module in (model.first, *model.blocks[:3]):
@@ -193,6 +224,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], list[str]]] 
     "lstm, None": (Lstm, lambda: torch.randint(20, (5, 4)), ["lstm", "drop", "head"]),
     "dropout": (Residual, rows, ["blocks.1", "blocks.3", "norm"]),
     "regions": (Regions, rows, ["stem.2", "blocks.1", "blocks.3"]),
+    "tables": (Tables, rows, ["blocks.2", "blocks.3", "head"]),
     "frozen first half": (frozen_first_half, rows, ["blocks.1", "blocks.3", "norm"]),
     "adapters": (with_adapters, rows, ["blocks.1", "blocks.3.layer", "norm"]),
 }
