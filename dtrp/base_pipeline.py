@@ -22,7 +22,7 @@ from .measure.prediction_error import PredictionError, PredictionErrorGauge
 from .measure.trace import Tracer, write_chrome_trace
 from .methods import Keep, Method, as_method, keeping
 from .saving import CheckpointError, session, state_dict
-from .stage.gradients import Clip, GradientRule, OnNonfinite
+from .stage.gradients import Clip, GradientRule, OnNonfinite, overall
 from .stage.optimizer_step import checked_scheduler
 from .stage.specs import StageTraining
 from .stage.stage import Stage
@@ -174,6 +174,26 @@ class BasePipeline:
     def skipped_updates(self) -> dict[int, list[int]]:
         """``{stage: mini-batches}`` whose update was left out for a gradient that is not finite."""
         return {stage.index: list(stage.updates.skipped) for stage in self._engine.stages}
+
+    def grad_norms(self) -> dict[int, float | None]:
+        """``{stage: the 2-norm of the gradient of its last update}``, before it was clipped; None before the first.
+
+        Of the stages of this process, without waiting for others. ``p.grad`` is None between updates, so that functions
+        of it, as ``torch.nn.utils.clip_grad_norm_``, return 0.
+        """
+        return {stage.index: next(reversed(stage.gradient_norms.values()), None) for stage in self._engine.stages}
+
+    def grad_norm(self) -> float | None:
+        """The 2-norm of a mini-batch's gradient over all stages, before it was clipped; None before the first update.
+
+        That mini-batch is the last one with which every stage has made its update; by a method that flushes, and after
+        `flush`, the last one stepped. On ranks all call it, and all are told.
+        """
+        self._check_usable()
+        with self._shared():
+            stages = self._engine.gather_stages("grad_norm", lambda stage: stage.gradient_norms)
+        minibatches = set.intersection(*map(set, stages))
+        return overall([norms[max(minibatches)] for norms in stages]) if minibatches else None
 
     def memory(self) -> dict[int, dict[str, int]]:
         """Bytes that each stage holds now, measured from its tensors.

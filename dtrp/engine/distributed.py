@@ -371,7 +371,7 @@ class DistributedEngine(Engine):
             with self._time.waiting("gradient"):  # replicas have the same gradient by now
                 norms = self._collectives.all_gather("step", norm)[: self._ranks.num_stages]
         stage.update(norms)
-        self._copy_tied_values()
+        self.copy_tied_values()
 
     def _add_tied_gradients(self) -> None:
         """The gradients of parameters that other stages hold too go to the stages that own them."""
@@ -385,8 +385,8 @@ class DistributedEngine(Engine):
             stage.add_gradients(tie, parts)
 
     @torch.no_grad()
-    def _copy_tied_values(self) -> None:
-        """The updated values of such parameters go from their owners to the other stages."""
+    def copy_tied_values(self) -> None:
+        """The values of such parameters go from their owners to the other stages."""
         stage = self._stage
         for tie in self._owned_ties:
             for k in tie.partners(stage.index):

@@ -1,7 +1,9 @@
 """Warnings about what users write by habit in a training loop and what does something else beside a pipeline.
 
 A rank that saves or runs the whole model has old values of the stages that other ranks train (`StaleStages`). An
-optimizer of the caller's that steps parameters of a pipeline does nothing (`optimizer_watch`). Each warning comes once.
+optimizer of the caller's that steps parameters of a pipeline does nothing (`optimizer_watch`). A script for torch's
+schedules that steps it once for several mini-batches adds up their gradients there, and not here (`AccumulationWatch`).
+Each warning comes once.
 """
 
 from __future__ import annotations
@@ -156,3 +158,45 @@ class _OptimizerWatch:
 
 
 optimizer_watch = _OptimizerWatch()
+
+
+class AccumulationWatch:
+    """Warns of the step of a script's optimizer after several steps of the schedule that has been given it.
+
+    Args:
+        optimizer: that of the script; anything else is not watched.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._num_steps = 0  # of the schedule since the script's last one of the optimizer
+        self._handle: RemovableHandle | None = None
+        if isinstance(optimizer, Optimizer):
+            watch = weakref.WeakMethod(self._before_step)  # the optimizer outlives the schedule
+
+            def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+                if (warn := watch()) is not None:
+                    warn(optimizer)
+
+            self._handle = optimizer.register_step_pre_hook(before_step)
+
+    def note_step(self) -> None:
+        """The schedule makes a step."""
+        self._num_steps += 1
+
+    def end(self) -> None:
+        """The schedule ends."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            return  # an update of the schedule's
+        steps, self._num_steps = self._num_steps, 0
+        if steps > 1 and self._handle is not None:
+            self._handle.remove()
+            warnings.warn(
+                f"{type(optimizer).__name__}.step() after {steps} calls of step(): each has made an update, and no gradients are "
+                f"accumulated over them; pass the samples of all {steps} to one step(), with {steps} times the n_microbatches, "
+                "and leave the optimizer's step out",
+                stacklevel=5,
+            )

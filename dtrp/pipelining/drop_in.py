@@ -8,33 +8,33 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining.microbatch import merge_chunks, split_args_kwargs_into_chunks
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import LBFGS, Optimizer
+from torch.distributed.pipelining.microbatch import merge_chunks
+from torch.optim import Optimizer
 
 from .. import saving
 from ..base_pipeline import BasePipeline, Settings
 from ..comm.process_groups import backend_for, place_of
 from ..comm.transport import Transport
 from ..engine.consistency import check_same
-from ..engine.habits import optimizer_watch
+from ..engine.habits import AccumulationWatch, optimizer_watch
 from ..launch.ranks import Ranks
 from ..methods import Keep, Method
-from ..splitting.stages import check_device
 from ..stage.gradients import Clip, OnNonfinite
-from ..stage.optimizer_step import check_callables, checked_optimizer
+from ..stage.optimizer_step import check_callables
 from ..stage.reach import Reach, refuse_gradient
 from ..stage.specs import StageNetwork, StagePosition, StageTraining
 from ..stage.stage import Stage
+from ..stage.tied import Tie, check_ties
 from ..tensors.layout import aligned_clone
-from ..tensors.pytree import flatten, num_samples, split
+from ..tensors.pytree import flatten
 from ..tensors.torch_private import pytree
 from ..typing import Json
+from .cutting import Arguments, MiniBatch
 from .engine import RecordedLoss, StageEngine
 from .routes import Call, Route
+from .torch_stage import check_contexts, checked_module, device_of, maker, ranks_of
+from .traced import Traced, check_written, replace, shared_parameters, unite
 
 
 class ScheduleDTRP(BasePipeline):
@@ -57,9 +57,10 @@ class ScheduleDTRP(BasePipeline):
             ``submod``, ``stage_index``, ``num_stages``, ``device`` and ``group``, whose ranks host one stage each, in
             order.
         optimizer: the optimizer that the script has made of ``stage.submod.parameters()``, or a function that makes one
-            of a list of parameters. None where the stage has nothing to train.
+            of a list of parameters. None where nothing is trained.
         n_microbatches: A, of every mini-batch; any number of at least 1.
-        loss_fn: (output, target) -> scalar, of a micro-batch; every rank passes it, the last one calls it.
+        loss_fn: (output, target) -> scalar, of a micro-batch; every rank passes it, the last one calls it. None, on every
+            rank: the schedule runs forwards alone, and trains nothing.
         args_chunk_spec, kwargs_chunk_spec, output_merge_spec: as for torch's schedules.
         scale_grads: gradients are divided by ``n_microbatches``: for losses that are means. False: for sums.
         method: a name from `dtrp.list_methods`, or a `Method`.
@@ -86,7 +87,7 @@ class ScheduleDTRP(BasePipeline):
         stage: Any,
         optimizer: Optimizer | Callable[[list[nn.Parameter]], Optimizer] | None,
         n_microbatches: int,
-        loss_fn: Callable[..., Tensor],
+        loss_fn: Callable[..., Tensor] | None = None,
         args_chunk_spec: Any = None,
         kwargs_chunk_spec: Any = None,
         output_merge_spec: Any = None,
@@ -112,30 +113,30 @@ class ScheduleDTRP(BasePipeline):
                 f"method={settings.method.name!r} needs auxiliary networks, and targets on the first rank, which a schedule of "
                 "torch's is not given; use dtrp.Pipeline(aux=...), or another method"
             )
-        ranks = _ranks_of(stage)
+        ranks = ranks_of(stage)
         self._configure(settings, ranks.num_stages, schedules_lr=lr_scheduler is not None, trace=trace)
         self._specs = (args_chunk_spec, kwargs_chunk_spec)
         self._output_merge_spec = output_merge_spec
-        self._is_traced = hasattr(stage, "pipe_info")
+        self._stage, self._trains = stage, loss_fn is not None
         self._loss = RecordedLoss(loss_fn)
         transport = Transport(ranks, timeout_s, self._tracer)
-        transport.collectives.tensor_method = "eval"
+        transport.collectives.tensor_method = "eval" if self._trains else "step"
         try:  # from here on the other ranks hear of what does not fit on this one
-            module = _checked_module(stage, ranks)
-            make_optimizer = _maker(optimizer, module)
-            check_callables(make_optimizer, loss_fn, lr_scheduler)
-            if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
-                raise ValueError(
-                    "loss_fn has parameters to train, which are no stage's; freeze them (requires_grad_(False)), put them into "
-                    "the last stage's module, or use dtrp.Pipeline, which trains them"
-                )
-            trainings = settings.trainings(ranks.num_stages, make_optimizer, lr_scheduler)
+            module = checked_module(stage, ranks)
+            make_optimizer = maker(optimizer, module) if self._trains else _never_stepped
+            _check_functions(make_optimizer, loss_fn, lr_scheduler)
+            trainings = settings.trainings(ranks.num_stages, make_optimizer, lr_scheduler if self._trains else None)
             shared = {"n_microbatches": self.num_microbatches, "scale_grads": bool(scale_grads)} | settings.shared()
-            needs_input_grad = self._connect(module, _device_of(stage), transport, shared, seed)
+            needs_input_grad, ties = self._connect(module, device_of(stage), transport, shared, seed)
+            ties, replaced = unite(module, ties, ranks.stage)
+            replace(optimizer, replaced)
+            call = self._call(ranks)
+            network = StageNetwork(module, self._loss_here(ranks), needs_input_grad, call=call, ties=ties)
             self._engine: StageEngine = self._stage_engine(
-                stage, trainings[ranks.stage], transport, needs_input_grad=needs_input_grad, scale_grads=scale_grads
+                network, call, trainings[ranks.stage], transport, scale_grads
             )
-            self._watches = [optimizer_watch.watch(self._engine)]
+            self._watch = AccumulationWatch(optimizer if self._trains else None)
+            self._watches = [self._watch.end, *([optimizer_watch.watch(self._engine)] if self._trains else [])]
         except BaseException as error:
             transport.fail(error)
             transport.close()
@@ -143,47 +144,74 @@ class ScheduleDTRP(BasePipeline):
 
     def _connect(
         self, module: nn.Module, device: torch.device, transport: Transport, shared: dict[str, Json], seed: int | None
-    ) -> bool:
+    ) -> tuple[bool, list[Tie]]:
         """Compare with the other ranks what must be the same, take the first one's seed, and open the links.
 
         Returns:
-            Whether a stage before this one has something to train.
+            Whether a stage before this one has something to train, and the parameters that several stages have.
         """
         ranks = transport.ranks
-        trains = any(p.requires_grad for p in module.parameters())
+        trains = self._trains and any(p.requires_grad for p in module.parameters())
+        loss = "a function" if self._trains else None
         facts = (
-            {**shared, "lr_scheduler": self._schedules_lr},
+            {**shared, "lr_scheduler": self._schedules_lr, "loss_fn": loss},
             place_of(device),
             trains,
             list(module.state_dict()),
             _drawn_seed() if seed is None else seed,
+            Traced.of(module) if self._is_traced else None,
         )
         everyone = transport.collectives.all_gather("ScheduleDTRP", facts)
-        settings, places, all_train, names, seeds = zip(*everyone, strict=True)
+        settings, places, all_train, names, seeds, traced = zip(*everyone, strict=True)
         for rank, theirs in zip(ranks.all, settings, strict=True):
             check_same(rank, theirs, settings[0], "make the same ScheduleDTRP on every rank")
-        if not any(all_train):
+        if self._trains and not any(all_train):
             raise ValueError("no stage has a parameter that requires a gradient; there is nothing to train")
-        transport.connect(device, backend_for(places))
+        stages = [stage for stage in traced if stage is not None]
+        found = shared_parameters(stages) if self._trains and len(stages) == ranks.num_stages else []
+        ties = [tie for tie in found if tie.trained]
+        if self._trains:
+            check_written(stages)
+            check_ties(ties, self.method)
+        partners = [sorted({k for tie in ties for k in tie.partners(s)}) for s in range(ranks.num_stages)]
+        transport.connect(device, backend_for(places), partners)
         self.seed = seeds[0]
         self._shared_name = _shared_name(names)
-        return any(all_train[: ranks.stage])
+        modes = [(k, stage.one_mode) for k, stage in enumerate(traced) if stage is not None and stage.one_mode]
+        self._one_mode = next((f"{mode} in stage {k}" for k, mode in modes), None)
+        return any(all_train[: ranks.stage]), ties
+
+    @property
+    def _is_traced(self) -> bool:
+        return hasattr(self._stage, "pipe_info")
+
+    def _loss_here(self, ranks: Ranks) -> RecordedLoss | None:
+        return self._loss if ranks.after is None and self._trains else None
+
+    def _call(self, ranks: Ranks) -> Call:
+        stage = self._stage
+        route = Route.from_graph(stage.pipe_info.graph, ranks.stage) if self._is_traced else None
+        return Call(stage.submod, route, ranks.stage, ranks.num_stages)
 
     def _stage_engine(
-        self, stage: Any, training: StageTraining, transport: Transport, *, needs_input_grad: bool, scale_grads: bool
+        self, network: StageNetwork, call: Call, training: StageTraining, transport: Transport, scale_grads: bool
     ) -> StageEngine:
-        ranks, module = transport.ranks, stage.submod
-        route = Route.from_graph(stage.pipe_info.graph, ranks.stage) if self._is_traced else None
-        call = Call(module, route, ranks.stage, ranks.num_stages)
-        loss_fn = self._loss if ranks.after is None else None
+        ranks, module = transport.ranks, network.module
+        gradients = [(p, p.grad) for p in module.parameters()]
         hosted = Stage(
-            StagePosition(ranks.stage, ranks.num_stages, _device_of(stage), self.seed),
-            StageNetwork(module, loss_fn, needs_input_grad, call=call),
+            StagePosition(ranks.stage, ranks.num_stages, device_of(self._stage), self.seed),
+            network,
             training,
             Reach({ranks.stage: module}),
         )
+        if not self._trains:  # the gradients stay the caller's
+            for p, gradient in gradients:
+                p.grad = gradient
         total = self.num_microbatches if scale_grads else 1
-        return StageEngine(hosted, self.method, self.num_microbatches, total, transport, self._tracer, call, self._loss)
+        settings = self.method, self.num_microbatches, total
+        engine = StageEngine(hosted, *settings, transport, self._tracer, call, self._loss)
+        engine.copy_tied_values()
+        return engine
 
     # -- training ---------------------------------------------------------------------------------------
 
@@ -194,9 +222,13 @@ class ScheduleDTRP(BasePipeline):
         losses: list[Tensor] | None = None,
         return_outputs: bool = True,
         loss_kwargs: dict[str, Any] | None = None,
+        arg_mbs: list[tuple[Any, ...]] | None = None,
+        kwarg_mbs: list[dict[str, Any]] | None = None,
+        target_mbs: list[Any] | None = None,
+        finalize_gradients: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Train on one mini-batch.
+        """Train on one mini-batch; without ``loss_fn``: run forwards alone, in the mode that the modules are in.
 
         Args:
             *args: the model's positional arguments; they matter on the first rank.
@@ -205,6 +237,10 @@ class ScheduleDTRP(BasePipeline):
             return_outputs: whether the last rank is to return the outputs.
             loss_kwargs: further keyword arguments for ``loss_fn``: tensors and constants, in tuples, lists and dicts;
                 each micro-batch gets them whole.
+            arg_mbs: in place of ``args``, those of each micro-batch, which may have any number of samples.
+            kwarg_mbs: in place of ``kwargs``, those of each micro-batch.
+            target_mbs: in place of ``target``, that of each micro-batch.
+            finalize_gradients: True. Every step makes an update, and so ends the sum of its gradients.
             **kwargs: keyword arguments for the module of this rank's stage; no gradient of them is made. Keep
                 `BlockMask`s unchanged until the next `flush`; of tensors the schedule has copies.
 
@@ -215,19 +251,28 @@ class ScheduleDTRP(BasePipeline):
         Raises:
             TypeError, ValueError: what does not fit; the run ends, on all ranks.
             StageError: what failed inside a stage; the schedule is of no use after it.
+
+        Warns:
+            UserWarning: the script's optimizer has stepped once for several steps of the schedule.
         """
-        self._check_usable(trains=True)
-        if not torch.is_grad_enabled():
-            raise RuntimeError("step() trains, and torch.no_grad() is on; call it outside, or call eval()")
+        self._check_usable(trains=self._trains)
+        batch = MiniBatch(args, kwargs, target, loss_kwargs or {}, arg_mbs, kwarg_mbs, target_mbs)
         with self._shared():
-            inputs = (args if self._engine.takes_x else (), kwargs)
-            refuse_gradient("the input", inputs, "put what has made it into the first stage's module")
-            refuse_gradient("target", (target, loss_kwargs), "put what has made it into the last stage's module")
-            arguments, keywords = self._cut(args, kwargs, outlive=True)
-            targets = self._cut_target(target, losses, loss_kwargs)
-            if self._engine.takes_y and not targets:
+            if not finalize_gradients:
+                raise ValueError(
+                    "finalize_gradients=False adds up the gradients of several steps, and each step of ScheduleDTRP makes an "
+                    "update; pass all of their samples to one step, with as many times the n_microbatches"
+                )
+            arguments, keywords = self._cut(batch, trains=self._trains)
+            targets = self._cut_target(batch, losses)
+            if self._engine.takes_y and self._trains and not targets:
                 raise ValueError("the last stage's rank passes target to step(), for the loss")
+            if not self._trains:
+                return self._evaluated(
+                    arguments, keywords, targets=[], losses=None, returns=return_outputs, in_eval_mode=False
+                )
             self._engine.stages[0].check_trainable()
+        self._watch.note_step()
         with self._breaking():
             outcomes = self._engine.train(arguments, keywords, targets, keeps_outputs=return_outputs)
             if losses is not None and self._engine.takes_y:
@@ -241,6 +286,9 @@ class ScheduleDTRP(BasePipeline):
         losses: list[Tensor] | None = None,
         return_outputs: bool = True,
         loss_kwargs: dict[str, Any] | None = None,
+        arg_mbs: list[tuple[Any, ...]] | None = None,
+        kwarg_mbs: list[dict[str, Any]] | None = None,
+        target_mbs: list[Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The model's output, in eval mode, with the weights as they are; batches in flight stay in flight.
@@ -253,56 +301,61 @@ class ScheduleDTRP(BasePipeline):
             losses: as for `step`.
             return_outputs: as for `step`.
             loss_kwargs: as for `step`.
+            arg_mbs: as for `step`.
+            kwarg_mbs: as for `step`.
+            target_mbs: as for `step`.
             **kwargs: as for `step`.
 
         Returns:
             As `step`.
 
         Raises:
-            NotImplementedError: a traced stage: its graph is that of the mode it was traced in.
+            NotImplementedError: a traced stage draws random numbers, takes statistics of the batch, or writes buffers:
+                its graph is that of the mode it was traced in. What else a model does in one mode alone, in an ``if
+                self.training``, no graph shows.
         """
         self._check_usable()
-        if self._is_traced:
+        if self._one_mode is not None:
             raise NotImplementedError(
-                "eval() of a stage that pipeline(...) has traced: the graph does what the model did in the mode that it was traced "
-                "in, dropout and batch statistics included, whatever .eval() is called; make the stages by hand, load "
-                "stage.submod.state_dict() into a model of your own, or use dtrp.split, which traces both modes"
+                f"eval() of a stage that pipeline(...) has traced: {self._one_mode}; the graph does what the model did in the mode "
+                "that it was traced in, dropout and batch statistics included, whatever .eval() is called; make the stages by "
+                "hand, load stage.submod.state_dict() into a model of your own, or use dtrp.split, which traces both modes"
             )
+        batch = MiniBatch(args, kwargs, target, loss_kwargs or {}, arg_mbs, kwarg_mbs, target_mbs)
         with self._shared():
-            arguments, keywords = self._cut(args, kwargs, outlive=False)
-            targets = self._cut_target(target, losses, loss_kwargs)
-            outputs = self._engine.evaluate(arguments, keywords)
-            if not self._engine.takes_y:
-                return None
-            if losses is not None:
-                with torch.no_grad():
-                    losses[:] = [self._loss(out, given) for out, given in zip(outputs, targets, strict=True)]
-                self._loss.take()
-            return self._merged(outputs) if return_outputs else None
-
-    def _cut(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, outlive: bool
-    ) -> tuple[Sequence[tuple[Any, ...]], Sequence[dict[str, Any]]]:
-        """The arguments of each micro-batch, as torch cuts them; copies where they outlive the step."""
-        num, engine = self.num_microbatches, self._engine
-        if engine.takes_x and not args and not kwargs:
-            raise ValueError("the first stage's rank passes the model's input to step() and eval()")
-        if not engine.takes_x:
-            args = ()  # as in torch: what arrives are the arguments
-        if not args and not kwargs:
-            return [()] * num, [{}] * num
-        args_spec, kwargs_spec = self._specs
-        cut_args, cut_kwargs = split_args_kwargs_into_chunks(
-            args, kwargs, num, args_spec if args else None, kwargs_spec
-        )
-        if len(cut_args) != num:
-            raise ValueError(
-                f"the mini-batch has samples for {len(cut_args)} micro-batches and n_microbatches={num}; pass at least {num} "
-                "samples (drop_last=True of a DataLoader), or make the schedule with fewer micro-batches"
+            arguments, keywords = self._cut(batch, trains=False)
+            targets = self._cut_target(batch, losses)
+            return self._evaluated(
+                arguments, keywords, targets=targets, losses=losses, returns=return_outputs, in_eval_mode=True
             )
-        flatten(cut_args[0], "args")
+
+    def _evaluated(
+        self, *inputs: Any, targets: list[Any], losses: list[Tensor] | None, returns: bool, in_eval_mode: bool
+    ) -> Any:
+        """Run forwards alone, of arguments and keyword arguments."""
+        outputs = self._engine.evaluate(*inputs, in_eval_mode=in_eval_mode)
+        if not self._engine.takes_y:
+            return None
+        if losses is not None:
+            with torch.no_grad():
+                losses[:] = [self._loss(out, given) for out, given in zip(outputs, targets, strict=True)]
+            self._loss.take()
+        return self._merged(outputs) if returns else None
+
+    def _cut(self, batch: MiniBatch, *, trains: bool) -> Arguments:
+        """The arguments of each micro-batch, of which no gradient is made; copies where they outlive the step."""
+        engine = self._engine
+        check_contexts(self._stage)
+        batch.check(self.num_microbatches)
+        cut_args, cut_kwargs = batch.arguments(self.num_microbatches, self._specs, takes_x=engine.takes_x)
+        if trains:
+            refuse_gradient("the input", (cut_args, cut_kwargs), "put what has made it into the first stage's module")
+            given = batch.target, batch.target_mbs, batch.loss_kwargs
+            refuse_gradient("target", given, "put what has made it into the last stage's module")
+        for number, each in enumerate(cut_args):
+            flatten(each, f"arg_mbs[{number}]" if batch.is_cut else "args")
         stage = engine.stages[0]
-        copies = outlive and stage.distance > 0 and not self.method.flush
+        copies = trains and stage.distance > 0 and not self.method.flush
 
         def kept(t: Tensor) -> Tensor:
             return aligned_clone(t) if copies or t.is_inference() else t.detach()
@@ -311,26 +364,31 @@ class ScheduleDTRP(BasePipeline):
         arguments = [pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, c) for c in cut_args]
         return arguments, [pytree.tree_map_only(Tensor, kept, c) for c in cut_kwargs]
 
-    def _cut_target(self, target: Any, losses: Any, loss_kwargs: Any) -> list[Any]:
+    def _cut_target(self, batch: MiniBatch, losses: Any) -> list[Any]:
         """(target, loss_kwargs) of each micro-batch, on the last rank, where there is a target."""
         if losses is not None and not isinstance(losses, list):
             raise TypeError(f"losses is a {type(losses).__name__}; pass a list, which is filled")
         if not self._engine.takes_y:
             return []
-        if target is None:
-            if losses is not None:
-                raise ValueError("losses without target: pass both on the last stage's rank, or neither")
-            return []
-        flatten(target, "target")
-        flatten(loss_kwargs or {}, "loss_kwargs")
-        if num_samples(target) < self.num_microbatches:
+        targets = batch.targets(self.num_microbatches)
+        if not self._trains and (targets or losses is not None):
             raise ValueError(
-                f"target has {num_samples(target)} samples and n_microbatches={self.num_microbatches}; pass at least one for each"
+                "target or losses, and the schedule was made without loss_fn: it runs forwards alone; pass loss_fn to "
+                "ScheduleDTRP, which trains then, or leave them out"
             )
-        return [(part, loss_kwargs or {}) for part in split(target, self.num_microbatches)]
+        if losses is not None and not targets:
+            raise ValueError("losses without target: pass both on the last stage's rank, or neither")
+        return targets
 
     def _merged(self, outputs: list[Any]) -> Any:
         return merge_chunks(outputs, self._output_merge_spec) if self._engine.takes_y else None
+
+    def flush(self) -> None:
+        """Run the backwards and updates that are left. After it every stage has made one update per mini-batch."""
+        if self._trains:
+            super().flush()
+        else:
+            self._check_usable()
 
     # -- saving -------------------------------------------------------------------------------------------
 
@@ -354,75 +412,19 @@ class ScheduleDTRP(BasePipeline):
         )
 
 
-def _ranks_of(stage: Any) -> Ranks:
-    """The ranks of the stage's group."""
-    missing = [name for name in ("submod", "stage_index", "num_stages", "device", "group") if not hasattr(stage, name)]
-    if missing:
-        raise TypeError(
-            f"stage is a {type(stage).__name__} without {missing[0]}; pass the one stage of this rank, a "
-            "torch.distributed.pipelining.PipelineStage or what pipeline(...).build_stage(...) returns"
-        )
-    members = dist.get_process_group_ranks(stage.group) if stage.group is not None else range(dist.get_world_size())
-    if len(members) != stage.num_stages:
+def _check_functions(optimizer: Any, loss_fn: Any, lr_scheduler: Any) -> None:
+    """Refuse what cannot be called, and a loss that learns."""
+    check_callables(optimizer, _never_stepped if loss_fn is None else loss_fn, lr_scheduler)
+    if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
         raise ValueError(
-            f"num_stages={stage.num_stages} and the stage's group has {len(members)} ranks; each rank hosts one stage: start as "
-            "many ranks as there are stages, or pass the stages their group"
+            "loss_fn has parameters to train, which are no stage's; freeze them (requires_grad_(False)), put them into "
+            "the last stage's module, or use dtrp.Pipeline, which trains them"
         )
-    return Ranks((tuple(members),), dist.get_rank())
 
 
-def _checked_module(stage: Any, ranks: Ranks) -> nn.Module:
-    """The stage's module, if it can be trained here."""
-    if stage.stage_index != ranks.stage:
-        raise ValueError(
-            f"stage_index={stage.stage_index} on rank {ranks.rank}, which is number {ranks.stage} of the stage's group; rank by "
-            "rank the stages are 0, 1, 2, ..."
-        )
-    module = stage.submod
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"stage.submod is a {type(module).__name__}; it is a torch.nn.Module")
-    if isinstance(module, DistributedDataParallel) or any(isinstance(p, DTensor) for p in module.parameters()):
-        raise TypeError(
-            "stage.submod is wrapped for data or tensor parallelism (DistributedDataParallel, fully_shard, DTensor), which would "
-            "wait for other ranks inside a stage; pass the plain module, or use dtrp.Pipeline(mesh=...), which averages "
-            "gradients over replicas"
-        )
-    if getattr(stage, "dw_builder", None) is not None:
-        raise ValueError("the stage has a dw_builder, for schedules that split a backward in two; make it without one")
-    return module
-
-
-def _device_of(stage: Any) -> torch.device:
-    """The stage's device, with its number; the module must be there."""
-    device = check_device(torch.empty(0, device=stage.device).device)
-    for name, tensor in [*stage.submod.named_parameters(), *stage.submod.named_buffers()]:
-        if tensor.device != device:
-            raise ValueError(
-                f"{name} is on {tensor.device} and the stage's device is {device}; move the module there first, then make "
-                "optimizer and schedule"
-            )
-    return device
-
-
-def _maker(optimizer: Any, module: nn.Module) -> Callable[[list[nn.Parameter]], Optimizer]:
-    """A function from parameters to the optimizer, which may be there already."""
-    if optimizer is None:
-        if any(p.requires_grad for p in module.parameters()):
-            raise TypeError("optimizer is None and the stage has parameters to train; pass an optimizer")
-        return checked_optimizer(lambda parameters: torch.optim.SGD(parameters))  # never called
-    if not isinstance(optimizer, Optimizer):
-        return checked_optimizer(optimizer) if callable(optimizer) else optimizer
-    parameters = {id(p) for p in module.parameters()}
-    members = [p for group in optimizer.param_groups for p in group["params"]]
-    strange = sum(id(p) not in parameters for p in members)
-    if strange:
-        raise ValueError(
-            f"{strange} of the optimizer's {len(members)} tensors are no parameters of stage.submod; make it of "
-            "stage.submod.parameters(), after the stage (pipeline(...) copies, and moving to a device may)"
-        )
-    if isinstance(optimizer, LBFGS):
-        raise TypeError("LBFGS calls the loss many times in a step, which no pipeline can do; use another optimizer")
-    return lambda parameters: optimizer
+def _never_stepped(parameters: list[nn.Parameter]) -> Optimizer:
+    """The optimizer of a schedule that trains nothing."""
+    return torch.optim.SGD(parameters)
 
 
 def _drawn_seed() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,15 +25,16 @@ class RecordedLoss:
     """The caller's loss function; it records the output and the loss of the last micro-batch.
 
     Args:
-        loss_fn: (output, target, **loss_kwargs) -> scalar.
+        loss_fn: (output, target, **loss_kwargs) -> scalar; None: it is never called.
     """
 
-    def __init__(self, loss_fn: Callable[..., Tensor]) -> None:
+    def __init__(self, loss_fn: Callable[..., Tensor] | None) -> None:
         self._loss_fn = loss_fn
         self._last: tuple[Any, Any] = (None, None)
 
     def __call__(self, output: Any, given: tuple[Any, dict[str, Any]]) -> Tensor:
         target, keywords = given
+        assert self._loss_fn is not None, "a schedule without a loss trains nothing"
         loss = self._loss_fn(output, target, **keywords)
         self._last = (output, loss)
         return loss
@@ -100,12 +102,16 @@ class StageEngine(DistributedEngine):
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
-    def evaluate(self, arguments: Sequence[tuple[Any, ...]], keywords: Sequence[dict[str, Any]]) -> list[Any]:
-        """The last stage's output for each micro-batch, in eval mode; None elsewhere."""
-        self._begin("in eval()")
+    def evaluate(
+        self, arguments: Sequence[tuple[Any, ...]], keywords: Sequence[dict[str, Any]], *, in_eval_mode: bool
+    ) -> list[Any]:
+        """The last stage's output for each micro-batch, in eval mode or in the mode that the modules are in; None elsewhere."""
+        method = self._transport.collectives.tensor_method
+        self._begin(f"in {method}()")
+        run = functools.partial(self._stage.infer, in_eval_mode=in_eval_mode)
         outputs = []
         for inputs, self._call.keywords in zip(arguments, keywords, strict=True):
-            outputs.append(self._transport.collectives.through_stages("eval", inputs, self._stage.infer))
+            outputs.append(self._transport.collectives.through_stages(method, inputs, run))
         self._call.keywords = {}
         return outputs
 

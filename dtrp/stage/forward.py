@@ -331,25 +331,27 @@ class RepeatableForward:
         factor = held.micro.factor
         return functools.reduce(torch.add, terms, loss) * factor if factor else loss.new_zeros(())
 
-    def infer(self, x: Tree, number: int) -> Tree:
-        """The output in eval mode, at the present weights; called without autograd.
+    def infer(self, x: Tree, number: int, *, in_eval_mode: bool = True) -> Tree:
+        """The output at the present weights; called without autograd.
 
         Args:
             x: the stage's input.
             number: the number that the random draws depend on, in the place of a micro-batch's.
+            in_eval_mode: whether in eval mode, or in the mode that the module is in.
         """
         try:
-            return self._infer(x, number)
+            return self._infer(x, number, in_eval_mode)
         except Exception as error:
             if not wants_gradients(error):
                 raise
         # A forward that differentiates within itself, as one that computes forces does.
         with torch.inference_mode(False), torch.enable_grad():
-            return map_tensors(Tensor.detach, self._infer(map_tensors(aligned_clone, x), number))
+            return map_tensors(Tensor.detach, self._infer(map_tensors(aligned_clone, x), number, in_eval_mode))
 
-    def _infer(self, x: Tree, number: int) -> Tree:
+    def _infer(self, x: Tree, number: int, in_eval_mode: bool) -> Tree:
+        mode = in_mode(self.module, training=False) if in_eval_mode else nullcontext()
         autocast = AutocastState.now(self._draws.device.type).region()
-        with in_mode(self.module, training=False), self._draws.region(number), autocast:
+        with mode, self._draws.region(number), autocast:
             return self._call(x if self.changes_input is False else map_tensors(aligned_clone, x))
 
 

@@ -13,7 +13,6 @@ there to avoid.
 
 from __future__ import annotations
 
-import cmath
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -68,27 +67,17 @@ class GradientRule:
         return cls(norm, clip, on_nonfinite, together)
 
 
-def gradient_norm(gradients: Sequence[Tensor | None]) -> Tensor:
+def gradient_norm(gradients: Sequence[Tensor | None], *, waits: bool = True) -> Tensor:
     """The 2-norm, a scalar tensor; inf or nan exactly where an entry is.
 
-    A norm that leaves the range of its dtype while every entry is in it is computed again in float64.
+    A norm that leaves the range of its dtype while every entry is in it is computed again in float64, if ``waits``: an
+    accelerator is waited for then.
     """
     present = [_values(g) for g in gradients if g is not None]
     norm = get_total_norm(present)
-    if not torch.isfinite(norm) and all(bool(torch.isfinite(g).all()) for g in present):
+    if waits and not torch.isfinite(norm) and all(bool(torch.isfinite(g).all()) for g in present):
         norm = get_total_norm([g.to(torch.complex128 if g.is_complex() else torch.float64) for g in present])
     return norm
-
-
-def all_finite(gradients: Sequence[Tensor | None]) -> bool:
-    """Whether every entry is finite, for gradients on the CPU: cheaper than their norm where that is not wanted."""
-    for g in gradients:
-        if g is not None:
-            values = _values(g)
-            # A sum is not finite where an entry is not; and rarely otherwise, where it leaves the range of its dtype.
-            if not cmath.isfinite(values.sum().item()) and not torch.isfinite(values).all():
-                return False
-    return True
 
 
 def overall(norms: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ..errors import StageError
 from ..schedule import Action
 from ..typing import OptimizerFactory, SchedulerFactory
-from .gradients import GradientRule, PendingNorms, all_finite, clip_, gradient_norm, nonfinite, overall
+from .gradients import GradientRule, PendingNorms, clip_, gradient_norm, nonfinite, overall
 
 
 class OptimizerSteps:
@@ -29,9 +30,11 @@ class OptimizerSteps:
         rule: what is done with gradients that are too long or not finite.
         lr_factor: multiplies every learning rate, unseen by the scheduler.
         device: the device of the gradients.
+        num_stages: K.
 
     Attributes:
         skipped: mini-batches whose update was left out.
+        norms: (mini-batch, the norm of its gradient before it was clipped, a scalar tensor) of the last updates.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class OptimizerSteps:
         *,
         lr_factor: float,
         device: torch.device,
+        num_stages: int,
     ) -> None:
         self.skipped: list[int] = []
+        self.norms: deque[tuple[int, Tensor]] = deque(maxlen=2 * num_stages + 1)  # no stage is further ahead of another
         self._stage, self._names, self._parameters = stage, list(parameters), list(parameters.values())
         self._optimizer, self._lr_scheduler, self._rule = optimizer, lr_scheduler, rule
         self._lr_factor, self._device = lr_factor, device
@@ -85,17 +90,13 @@ class OptimizerSteps:
         """Whether the gradient, which is in ``p.grad``, is to be applied; it is clipped then."""
         rule = self._rule
         self.check()
+        norm = gradient_norm(gradients, waits=self._at_once)
+        self.norms.append((minibatch, norm))
         if not self._at_once:
             self._unseen.add(minibatch, gradients, self._device)
             return True
-        unclipped = norms is None and rule.max_norm is None
-        if unclipped and self._device.type == "cpu" and all_finite(gradients):
-            return True
-        if norms is None or (rule.clip == "stage" and rule.max_norm is not None):
-            norm = gradient_norm(gradients)
-        else:
-            like = next((g for g in gradients if g is not None), torch.zeros(()))
-            norm = torch.tensor(overall(norms), dtype=like.dtype.to_real(), device=like.device)
+        if norms is not None and not (rule.clip == "stage" and rule.max_norm is not None):
+            norm = norm.new_tensor(overall(norms))
         by_stage = {self._stage: float(norm)} if norms is None else dict(enumerate(norms))
         bad = next((stage for stage, value in by_stage.items() if not math.isfinite(value)), None)
         if bad is not None:
@@ -136,8 +137,9 @@ class OptimizerSteps:
                 group["lr"] = rate
 
     def drop(self) -> None:
-        """Forget the norms under way."""
+        """Forget the norms under way, and those of the last updates."""
         self._unseen.drop()
+        self.norms.clear()
 
 
 def check_callables(optimizer: Any, loss_fn: Any, lr_scheduler: Any) -> None:

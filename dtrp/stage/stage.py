@@ -141,7 +141,7 @@ class Stage:
         self.lr_scheduler = make_scheduler(self.optimizer) if make_scheduler and self.optimizer else None
         self.updates = OptimizerSteps(
             self.index, self._named, self.optimizer, self.lr_scheduler, self.rule,
-            lr_factor=self.method.lr_shrink**self.distance, device=self.device,
+            lr_factor=self.method.lr_shrink**self.distance, device=self.device, num_stages=self.num_stages,
         )  # fmt: skip
         predictor = as_predictor(self.method.predict) if self.distance > 0 and self.parameters else None
         self.versions = WeightVersions(
@@ -475,10 +475,11 @@ class Stage:
         return {} if weights is None else dict(zip(self.names, weights.leaves, strict=True))
 
     @torch.no_grad()
-    def infer(self, x: Tree) -> Tree:
-        """The output in eval mode, at the present weights; every call draws other random numbers."""
+    def infer(self, x: Tree, *, in_eval_mode: bool = True) -> Tree:
+        """The output at the present weights, in eval mode or in that of the module; every call draws other random numbers."""
         self.num_infers += 1
-        return self.repeatable.infer(map_tensors(lambda t: _moved(t, self.device), x), -self.num_infers)
+        x = map_tensors(lambda t: _moved(t, self.device), x)
+        return self.repeatable.infer(x, -self.num_infers, in_eval_mode=in_eval_mode)
 
     # -- U ------------------------------------------------------------------------------------------
 
@@ -502,6 +503,13 @@ class Stage:
             self._spent, self.gradients = self.gradients, [None] * len(self.parameters)
             self.gradients_peak = max(self.gradients_peak, self._gradients_bytes())
         self.version += 1
+
+    @property
+    def gradient_norms(self) -> dict[int, float]:
+        """``{mini-batch: the norm of its gradient}`` of the stage's last updates; 0 where there is nothing to update."""
+        if self.optimizer is None:
+            return dict.fromkeys(range(max(0, self.version - 2 * self.num_stages - 1), self.version), 0.0)
+        return {minibatch: float(norm) for minibatch, norm in self.updates.norms}
 
     def check_gradients(self) -> None:
         """Refuse a gradient that was not finite and has been applied, where an accelerator has answered by now."""

@@ -136,6 +136,11 @@ def global_hooks() -> tuple[list[tuple[int, Any]], list[tuple[int, Any]]]:
     return forward, [*of_all._global_backward_pre_hooks.items(), *of_all._global_backward_hooks.items()]
 
 
+def forward_contexts(stage: Any) -> bool:
+    """Whether a pipeline stage of torch 2.15 or later has a context registered for its forwards; no public name tells."""
+    return bool(getattr(stage, "_forward_contexts", None))
+
+
 # -- graphs of torch.export -----------------------------------------------------------------------
 
 

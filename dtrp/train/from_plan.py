@@ -28,11 +28,10 @@ def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any
     device = build.find_devices(config.device)[0]
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    source = build.open_source(config, say, "cpu")
+    dataset = build.load_dataset(config, say)
     torch.manual_seed(config.seed)
-    model = build.make_model(config, source)
-    batch = source.example(config.batch_size)
-    source.close()
+    model = build.make_model(config, dataset)
+    batch = build.example(config, dataset, config.batch_size)
     options = {"method": build.make_method(config), "optimizer": build.make_optimizer(config), "device": device}
     if config.dtype == "bfloat16":
         choices["autocast"] = partial(torch.autocast, device.type, dtype=torch.bfloat16)

@@ -62,8 +62,11 @@ def test_one_stage_clips_as_a_plain_loop(make: Any, dtype: torch.dtype, options:
     norms = plain(want, batches, 2, 0.3, make)
     assert min(norms) < 0.3 < max(norms), "some are clipped and some are not"
     pipe = pipeline(model, make, num_stages=1, num_microbatches=2, max_grad_norm=0.3, **options)
-    for x, y in batches:
+    assert pipe.grad_norm() is None
+    for (x, y), norm in zip(batches, norms, strict=True):
         pipe.step(x, y)
+        assert pipe.grad_norm() == pytest.approx(norm)
+        assert pipe.grad_norms() == {0: pipe.grad_norm()}
     for p, q in zip(model.parameters(), want.parameters(), strict=True):
         assert torch.equal(p, q)
 

@@ -142,6 +142,31 @@ class Skip(nn.Module):
         return self.third(self.second(a) + a) + a
 
 
+class Tied(nn.Module):
+    """The embedding is the head, of the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, WIDTH)
+        self.middle = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.middle(self.embedding(x))))
+
+
+class Counts(nn.Module):
+    """Calls a batch norm in both stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.middle = nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.middle(self.norm(x)))
+
+
 def cross_entropy(output: Tensor, target: Tensor, **_: Any) -> Tensor:
     return nn.functional.cross_entropy(output.reshape(-1, output.shape[-1]), target.reshape(-1))
 
@@ -642,8 +667,6 @@ def _refusals() -> Result:
     (x,), _, y = numbers(6)
     with ScheduleDTRP(stage, OPTIMIZERS["sgd"], 2, cross_entropy, timeout_s=20.0) as schedule:
         attempt("traced eval", lambda: schedule.eval(x))
-        with torch.no_grad():
-            attempt("no_grad", lambda: schedule.step(x, target=y))
         schedule.step(*([x] if first else []), **({"target": y} if last else {}))
         attempt("closed", lambda: (schedule.flush(), schedule.close(), schedule.step(x, target=y)))
     return {"said": said}
@@ -697,6 +720,14 @@ class Fails(nn.Module):
         return self.linear(x)
 
 
+def with_forward_context(stage: Any) -> None:
+    """A stage as that of torch 2.15 with a context registered."""
+    if hasattr(stage, "register_forward_context"):
+        stage.register_forward_context(lambda info: contextlib.nullcontext())
+    else:
+        stage._forward_contexts = {0: contextlib.nullcontext}
+
+
 def goes_wrong(folder: str, what: str) -> None:
     """A script with one mistake, on one rank or on all."""
     del folder
@@ -714,8 +745,12 @@ def goes_wrong(folder: str, what: str) -> None:
         options["method"] = "fdg"
     elif what == "n_microbatches" and last:
         options["n_microbatches"] = 3
-    elif what == "loss_fn":
+    elif what == "loss_fn" or (what == "loss_fn of one rank" and last):
         options["loss_fn"] = None
+    elif what == "loss_fn is no function":
+        options["loss_fn"] = "cross_entropy"
+    elif what == "dgl":
+        options["method"] = "dgl"
     elif what == "trained loss":
         options["loss_fn"] = nn.Linear(2, 2)
     elif what == "another's optimizer" and last:
@@ -733,12 +768,17 @@ def goes_wrong(folder: str, what: str) -> None:
     elif what == "meta" and last:
         module = module.to("meta")
         optimizer = OPTIMIZERS["sgd"]
-    stage: Any = PipelineStage(module, index, number, CPU)
+    builder = {"dw_builder": lambda: lambda: None} if what == "dw_builder" and last else {}
+    stage: Any = PipelineStage(module, index, number, CPU, **builder)
+    if what in ("tied", "counts"):
+        stage = traced(*{"tied": (Tied(), words(3)[0][0]), "counts": (Counts(), numbers(3)[0][0])}[what], ["middle"])
+        optimizer = OPTIMIZERS["sgd"](stage.submod.parameters())
     if what == "a list":
         stage = [stage]
     if what == "nobody" and not first:
         return
     schedule = ScheduleDTRP(stage, optimizer, **options)
+    losses: list[Tensor] = []
     for n in range(6):
         x, y = torch.randn(8, WIDTH), torch.randint(WIDTH, (8,))
         given: dict[str, Any] = {"target": y, "losses": []} if last else {}
@@ -754,7 +794,29 @@ def goes_wrong(folder: str, what: str) -> None:
             given["loss_kwargs"] = {"weight": object()}
         elif what == "stalls" and n == 3 and last:
             time.sleep(4)
-        schedule.step(*([x] if first and (what != "no input" or n < 3) else []), **given)
+        elif what in ("arg_mbs", "no tuples") and n == 3 and first:
+            given["arg_mbs"] = [(part,) for part in x.tensor_split(3)] if what == "arg_mbs" else list(x.tensor_split(2))
+        elif what == "both" and n == 3 and last:
+            given["target_mbs"] = list(y.tensor_split(2))
+        elif what == "finalize_gradients" and n == 3:
+            given["finalize_gradients"] = False
+        elif what == "gradients of inputs" and n == 3:
+            x.requires_grad_()
+        elif what == "gradients of targets" and n == 3:
+            given["loss_kwargs"] = {"weight": torch.ones(WIDTH, requires_grad=True)}
+        elif what == "freezes" and n == 3 and last:
+            module.linear.bias.requires_grad_(False)
+        elif what == "assigns" and n == 3 and last:
+            module.load_state_dict({name: t.clone() for name, t in module.state_dict().items()}, assign=True)
+        elif what == "forward context" and n == 3 and last:
+            with_forward_context(stage)
+        elif what == "order" and n == 3 and last:
+            print(schedule.pipeline_order)  # type: ignore[attr-defined]
+        elif what == "graph" and n == 3 and last:
+            losses[0].backward()
+        losses = given.get("losses", [])
+        takes = first and "arg_mbs" not in given and (what != "no input" or n < 3)
+        schedule.step(*([x] if takes else []), **given)
     schedule.flush()
     schedule.close()
 

@@ -370,7 +370,8 @@ def _main() -> None:
     for name in ("torch._dynamo", "torch.distributed.device_mesh", "torch.distributed.pipelining", "torch.profiler"):
         importlib.import_module(name)
     programs = importlib.import_module("rank_programs")
-    importlib.import_module("saving_programs")  # adds its own
+    for name in ("saving_programs", "drop_in_forms"):
+        importlib.import_module(name)  # adds its own
     gc.freeze()  # a second a rank: its end would look at all these objects, and so copy them
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"
     request = _serve()
