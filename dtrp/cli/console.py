@@ -38,13 +38,13 @@ class ConsoleReporter(Reporter):
         self.table = table
 
     def start(self, trainer: Trainer) -> None:
-        config, data, pipe = trainer.config, trainer.dataset, trainer.pipe
+        config, data, pipe = trainer.config, trainer.source, trainer.pipe
         self._has_text = config.data == "text"
         processes = ""
         if not (pipe.is_first and pipe.is_last and config.replicas == 1):
             processes = " in a process each" + (f" and {config.replicas} replicas" if config.replicas > 1 else "")
         self.note(
-            f"{config.model} on {config.data}: {len(data.train_y)} training and {len(data.test_y)} test {data.samples}; "
+            f"{config.model} on {config.data}: {data.num_train} training and {data.num_test} test {data.samples}{data.details}; "
             f"{config.method}, {pipe.num_stages} stage{'s' if pipe.num_stages > 1 else ''}{processes}, "
             f"{_minibatches(config.batch_size, pipe.num_microbatches)}, {trainer.total_updates} updates"
         )

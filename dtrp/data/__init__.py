@@ -18,12 +18,21 @@ from ..validation import unknown, whole
 if TYPE_CHECKING:
     from .dataset import Dataset
     from .loader import batches
+    from .source import DataError, InMemory, Part, Source
     from .text import TextDataset, load_text
 
-__all__ = ["Dataset", "TextDataset", "batches", "list_data", "load_data", "load_text"]
+__all__ = [
+    "DataError", "Dataset", "InMemory", "Part", "Source", "TextDataset", "batches", "list_data", "load_data", "load_text",
+]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(
-    __name__, {"Dataset": ".dataset", "TextDataset": ".text", "batches": ".loader", "load_text": ".text"}
+    __name__,
+    {
+        **dict.fromkeys(("TextDataset", "load_text"), ".text"),
+        "Dataset": ".dataset",
+        "batches": ".loader",
+        **dict.fromkeys(("DataError", "InMemory", "Part", "Source"), ".source"),
+    },
 )
 
 _NAMES = ("digits", "cifar10", "cifar100", "folder", "random", "text")

@@ -43,6 +43,11 @@ class Splits:
             test_y=self.test_y[:test],
         )
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of a sample."""
+        return tuple(self.train_x.shape[1:])
+
     def to(self, device: torch.device | str) -> Self:
         """The same data on ``device``."""
         moved: dict[str, Any] = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}

@@ -106,20 +106,20 @@ def varying(example: Example, dynamic_shapes: Any, model: nn.Module) -> tuple[di
     found = dict(_walk(example.value, shapes, "dynamic_shapes", "example"))
     assert tuple(found) == example.paths
     named = [dims for leaf, dims in zip(example.leaves, found.values(), strict=True) if example.has_samples(leaf)]
-    names = list(dict.fromkeys(dims[0].__name__ for dims in named if 0 in dims and _is_named(dims[0])))
+    names = list(dict.fromkeys(dims[0].__name__ for dims in named if 0 in dims and is_named(dims[0])))
     if len(names) > 1:
         raise ValueError(
             f"dynamic_shapes names dimension 0, the samples, {names[0]!r} and {names[1]!r}; it is as long in all tensors, "
             "and varies by itself: leave it out, or give it one name"
         )
-    taken = {dim.__name__ for dims in found.values() for dim in dims.values() if _is_named(dim)}
+    taken = {dim.__name__ for dims in found.values() for dim in dims.values() if is_named(dim)}
     name = names[0] if names else next(n for n in ("batch", "samples", "_samples") if n not in taken)
     samples = torch.export.Dim(name)
     for path, leaf, dims in zip(found, example.leaves, found.values(), strict=True):
         if example.has_samples(leaf):
             dims[0] = samples
         for dim, size in dims.items():
-            if _is_named(size) and size.__name__ == name:
+            if is_named(size) and size.__name__ == name:
                 dims[dim] = samples
             elif size != torch.export.Dim.AUTO and leaf.shape[dim] < 2:
                 raise ValueError(
@@ -211,81 +211,15 @@ def _dims(t: Tensor, shapes: Any, where: str) -> dict[int, Any]:
             raise ValueError(f"{where}[{dim}] is {size}, and the example has {t.shape[dim]} there; leave it out")
         if size is None or type(size) is int or size == torch.export.Dim.STATIC:
             continue
-        if not isinstance(size, str) and not _is_named(size) and type(size) is not type(torch.export.Dim.AUTO):
+        if not isinstance(size, str) and not is_named(size) and type(size) is not type(torch.export.Dim.AUTO):
             raise TypeError(f"{where}[{dim}] is {size!r}; pass a torch.export.Dim, the name of one, Dim.AUTO or None")
         dims[dim % t.dim()] = torch.export.Dim(size) if isinstance(size, str) else size
     return dims
 
 
-def _is_named(size: Any) -> bool:
+def is_named(size: Any) -> bool:
     """Whether it is a Dim with a name, and not Dim.AUTO or Dim.DYNAMIC."""
     return hasattr(size, "__name__") and hasattr(size, "max")
-
-
-def with_higher_minima(text: str, varying: Sequence[dict[int, Any]]) -> list[dict[int, Any]] | None:
-    """What varies, with higher minima, if torch.export asks for nothing else: it takes 0 and 1 for constants, and so
-    traces a size apart for which a tensor has one entry or none. A step refuses smaller sizes.
-
-    Args:
-        text: the message of torch.export.
-        varying: what was to vary.
-    """
-    dims = {getattr(dim, "__name__", None): dim for dims in varying for dim in dims.values()}
-    reasons, _, fixes = text.partition("Suggested fixes:")
-    found = []
-    for line in [line.strip(" -") for line in reasons.splitlines() if line.startswith("  - ")]:
-        name = re.match(r"Not all values of (\w+) = ", line)
-        entries = re.search(r"guard \(\(-(\d+)\) \+ L\[\S+\]\.size\(\)\[\d+\]\) != ([01])\.?$", line)
-        fix = re.search(rf"(?m)^  {name[1]} = Dim\('\w+', min=([23])(?:, max=(\d+))?\)$", fixes) if name else None
-        if name is None or name[1] not in dims:
-            return None
-        if entries is not None:
-            found.append((name[1], int(entries[1]) + int(entries[2]) + 1))
-        elif fix is not None and float(fix[2] or math.inf) >= dims[name[1]].max:
-            found.append((name[1], int(fix[1])))
-        else:
-            return None
-    higher = {}
-    for asking, least in sorted(found):
-        known = dims[asking]
-        if known.min < least < known.max:
-            higher[asking] = torch.export.Dim(asking, min=least, max=int(known.max) if known.max < 2**62 else None)
-    if not higher:
-        return None
-    return [{dim: higher.get(getattr(size, "__name__", None), size) for dim, size in dims.items()} for dims in varying]
-
-
-def fixed_sizes(text: str, names: str, example: Example, varying: Sequence[dict[int, Any]]) -> str:
-    """The message where the forward does not work with all sizes that were to vary.
-
-    Args:
-        text: the message of torch.export.
-        names: the names in it of these sizes.
-        example: what the model was called with.
-        varying: what was to vary.
-    """
-    places = [
-        f"dimension {dim} of {path}" + (f" ({size.__name__})" if _is_named(size) else "")
-        for path, dims in zip(example.paths, varying, strict=True)
-        for dim, size in dims.items()
-        if getattr(size, "__name__", None) in names.split(", ") or (f".size()[{dim}]" in names and not _is_named(size))
-    ]
-    reasons, _, fixes = text.partition("Suggested fixes:")
-    first = next((line.strip(" -") for line in reasons.splitlines() if line.startswith("  - ")), "")
-    first = first.partition(" If you're using")[0]  # what a caller of torch.export may do
-    fix = "; ".join(line.strip() for line in fixes.splitlines() if line.startswith("  "))
-    constant = re.search(r"constant \((\d+)\)", first)
-    if constant is not None:
-        rule = (
-            f"its forward works with {constant[1]} alone (a view, a loop, a buffer or a constant of that size?); leave it out "
-            f"of dynamic_shapes and pad every batch to {constant[1]}, or take the size from the input in the forward, as "
-            "x.shape[1], not len(x), or as -1 in a view"
-        )
-    else:
-        rule = "its forward takes another way for some sizes, or has no room for them; pass dynamic_shapes with " + (
-            fix or "bounds, as torch.export.Dim('size', min=8, max=64)"
-        )
-    return f"the model cannot be traced for any size of {', '.join(places) or names}: {rule}. torch says: {first}"
 
 
 class Sizes:

@@ -6,17 +6,14 @@ ran; parameters and buffers are attributes of it, under the model's names.
 
 from __future__ import annotations
 
+import inspect
 import io
-import linecache
 import math
 import operator
-import re
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,11 +28,11 @@ from ..tensors import torch_private
 from ..tensors.module_mode import in_mode
 from ..tensors.torch_private import buffer_dict, pytree, writes_arguments
 from ..typing import Tree
-from .example import Example, Sizes, fixed_sizes, with_higher_minima
+from .example import Example, Sizes
 from .regions import marked, record_regions, replaced
 from .side_effects import as_it_was, noting_stores
+from .untraceable import untraceable, with_higher_minima
 
-_NOT_THE_CALLERS = (Path(torch.__file__).parent, Path(__file__).parent)
 _CASTS = {getattr(Tensor, name) for name in ("to", "type", "type_as", "float", "double", "half", "bfloat16")}
 _ALIAS = torch.ops.aten.alias.default
 
@@ -80,20 +77,21 @@ def export(model: nn.Module, example: Example, varying: Sequence[dict[int, Any]]
     """
     args, kwargs = example.call()
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+    named = _naming_arguments(model, kwargs)
     shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for leaf, dims in zip(pytree.tree_leaves((args, kwargs)), varying, strict=True):
         if isinstance(leaf, Tensor):
             shapes[leaf] = dims
     try:
         recorder, mode = _DtypeRecorder(), in_mode(model, training=training)
-        with as_it_was(model), mode, without_cache(model), _plainly(), _watched(model, recorder) as stored:
+        with as_it_was(model), mode, without_cache(model), named, _plainly(), _watched(model, recorder) as stored:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             graph = program.module()
     except Exception as error:
         higher = with_higher_minima(str(error), varying)
         if higher is not None:
             return export(model, example, higher, training=training)
-        raise _untraceable(model, error, example, varying) from error
+        raise untraceable(model, error, example, varying) from error
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     assert in_spec is not None
     assert out_spec is not None
@@ -131,9 +129,13 @@ def _sizes(
                     asked = getattr(varying[place].get(dim), "__name__", f"dimension {dim} of {example.paths[place]}")
                     names.setdefault(str(size), asked)
                     samples = str(size) if dim == 0 and example.has_samples(example.leaves[place]) else samples
+    used = {
+        symbol for shape in shapes for size in shape or () if not isinstance(size, int) for symbol in size.free_symbols
+    }
     ranges = {
         str(symbol): (int(known.lower), math.inf if known.upper > 2**62 else int(known.upper))
         for symbol, known in program.range_constraints.items()
+        if symbol in used
     }
     # What decided the way through the model; `Dim.AUTO` leaves it to whoever calls the program to ask. How many samples
     # there are is not looked at (a way for one sample, say).
@@ -147,6 +149,24 @@ def _number_or_expression(size: int | torch.SymInt) -> Any:
         return size
     expression = size.node.expr
     return int(expression) if expression.is_number else expression
+
+
+def _naming_arguments(model: nn.Module, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+    """Context in which the forward names arguments that it takes as ``**kwargs``, without which torch.export tells no
+    sizes of them."""
+    forward = model.forward
+    signature = inspect.signature(forward)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    unnamed = [name for name in kwargs if name not in signature.parameters]
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in unnamed]
+    if not more or len(parameters) == len(signature.parameters):
+        return nullcontext()
+
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    renamed.__signature__ = signature.replace(parameters=[*parameters, *more])  # type: ignore[attr-defined]
+    return replaced(model, forward=renamed)
 
 
 class _MarkedTerms(list[Tensor]):
@@ -386,49 +406,3 @@ def _no_custom_backward() -> AbstractContextManager[None]:
         )
 
     return replaced(torch.autograd.Function, apply=classmethod(refuse))
-
-
-def _untraceable(model: nn.Module, error: Exception, example: Example, varying: Sequence[dict[int, Any]]) -> ValueError:
-    where = _place(model, error)
-    text = str(error).strip()
-    violated = re.match(r"Constraints violated \((.*?)\)!", text)
-    if violated is not None:
-        samples = next(dims[0] for leaf, dims in zip(example.leaves, varying, strict=True) if example.has_samples(leaf))
-        if violated[1] == samples.__name__:
-            return ValueError(
-                "the model cannot be traced for any number of samples: its forward works with that of the example alone (a "
-                "view or a loop of that size?); take it from the input as x.shape[0], not len(x), or as -1 in a view. torch says: "
-                + " ".join(line.strip(" -") for line in text.splitlines()[1:3])
-            )
-        return ValueError(fixed_sizes(text, violated[1], example, varying))
-    unknown = re.match(r"Found <class '(?:.*\.)?(\w+)'> in output", text)
-    if unknown is not None:
-        return ValueError(
-            f"the model cannot be traced: it returns a {unknown[1]}; a model in stages returns tensors, None, numbers and text, in "
-            "tuples, lists and dicts (and a Hugging Face model no cache: use_cache=False)"
-        )
-    reason = text.splitlines()[0] if text else type(error).__name__
-    return ValueError(
-        f"the model cannot be traced{where}: {reason}. Where the way through a model depends on the data, or leaves torch, "
-        "divide it by hand: pass a list of modules, one a stage, each taking what the one before returns"
-    )
-
-
-def _place(model: nn.Module, error: BaseException) -> str:
-    """The innermost line of the caller's code, and the submodule that ran it, in words."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found = ""
-    seen: list[BaseException] = []
-    while error not in seen and not found:
-        seen.append(error)
-        for frame, line in traceback.walk_tb(error.__traceback__):
-            file = Path(frame.f_code.co_filename)
-            if not file.suffix or any(folder in file.parents for folder in _NOT_THE_CALLERS):
-                continue
-            module = next((frame.f_locals.get(name) for name in frame.f_code.co_varnames[:1]), None)
-            if isinstance(module, nn.Module):
-                code = linecache.getline(str(file), line, frame.f_globals).strip()
-                label = names.get(id(module)) or type(module).__name__
-                found = f" in {label} ({file.name}, line {line}: {code})"
-        error = error.__cause__ or error.__context__ or error
-    return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..data import Dataset, TextDataset, batches, load_data
+from ..data import Dataset, InMemory, Source, TextDataset, load_data
 from ..methods import Method, get_method
 from ..models import get_model
 from ..splitting.stages import into_stages
@@ -51,26 +51,29 @@ def load_dataset(config: TrainConfig, say: Callable[[str], None]) -> Dataset | T
     return dataset
 
 
-def example(config: TrainConfig, dataset: Dataset | TextDataset, samples: int) -> tuple[Tensor, Tensor]:
-    """A mini-batch of training data for the model; samples repeat where the data set has fewer."""
-    few = dataset.limit(max(1, min(samples, len(dataset.train_y))), None)
-    options = {"dataset": few, "seed": 0, "epoch": 0, "augment": False, "dtype": weights_dtype(config)}
-    x, y = next(batches(few.train_x, few.train_y, samples, **options))  # type: ignore[arg-type]
-    assert x is not None
-    indices = torch.arange(samples, device=x.device) % len(x)
-    return x[indices], y[indices]
+def open_source(config: TrainConfig, say: Callable[[str], None], device: torch.device | str) -> Source:
+    """The data of a run as mini-batches on ``device``; see `load_dataset`."""
+    dataset = load_dataset(config, say).limit(config.limit_train, config.limit_test).to(device)
+    augment = config.augment and dataset.augment
+    return InMemory(dataset, seed=config.seed, augment=augment, dtype=weights_dtype(config))
 
 
-def make_model(config: TrainConfig, dataset: Dataset | TextDataset) -> nn.Sequential:
+def make_model(config: TrainConfig, data: Source | Dataset | TextDataset) -> nn.Sequential:
     """The network of a run, for its data."""
     make = partial(get_model, config.model, layers=config.layers, width=config.width, heads=config.heads)
-    if isinstance(dataset, TextDataset):
-        model = make(num_classes=dataset.num_classes, context=dataset.context)
+    if is_text(data):
+        model = make(num_classes=data.num_classes, context=data.sample_shape[0])
     else:
-        model = make(dataset.in_channels, dataset.num_classes, image_size=dataset.image_size, context=config.context)
+        in_channels, image_size = data.sample_shape[0], data.sample_shape[-1]
+        model = make(in_channels, data.num_classes, image_size=image_size, context=config.context)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def is_text(data: Source | Dataset | TextDataset) -> bool:
+    """Whether the samples are windows of text, with a target at each position."""
+    return len(data.sample_shape) == 1
 
 
 def check_stages(config: TrainConfig, num_stages: int) -> None:

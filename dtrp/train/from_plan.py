@@ -28,10 +28,11 @@ def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any
     device = build.find_devices(config.device)[0]
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    dataset = build.load_dataset(config, say)
+    source = build.open_source(config, say, "cpu")
     torch.manual_seed(config.seed)
-    model = build.make_model(config, dataset)
-    batch = build.example(config, dataset, config.batch_size)
+    model = build.make_model(config, source)
+    batch = source.example(config.batch_size)
+    source.close()
     options = {"method": build.make_method(config), "optimizer": build.make_optimizer(config), "device": device}
     if config.dtype == "bfloat16":
         choices["autocast"] = partial(torch.autocast, device.type, dtype=torch.bfloat16)

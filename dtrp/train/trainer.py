@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..data import TextDataset, batches
+from ..data import InMemory, Part
 from ..launch.join import join, launched
 from ..launch.process_end import watch_launcher
 from ..launch.signals import StopRequest, stop_on_signal
@@ -39,7 +39,6 @@ from .results import EpochMetrics, TrainResult, summarize_stages, summary
 from .run_folder import RunFolder
 from .tensorboard import Events, StageScalars
 
-_TEST_BATCH = 500
 _TIMEOUT_S = 300.0
 _PIPELINE_SETTINGS = ("cuts", "num_microbatches", "seed", "max_grad_norm", "clip", "on_nonfinite", "trace")
 _SAVE, _STOP = 1, 2  # proposals to all ranks: to save, and to save and stop
@@ -104,7 +103,8 @@ class Trainer:
 
     Attributes:
         config: settings, completed by the plan if there is one.
-        dataset: training and test data, on the device of the first stage of this process.
+        source: training and test data, as mini-batches on the device of the first stage of this process.
+        dataset: the data itself where it is in memory; else None.
         pipe: pipeline, or this rank's part of it.
         total_updates: number of updates of the run.
         reports: whether this rank shows the progress.
@@ -132,13 +132,13 @@ class Trainer:
         if threads is not None:
             torch.set_num_threads(threads)
         self.notes: list[str] = []
-        dataset = build.load_dataset(config, self.notes.append)
-        self.dataset = dataset.limit(config.limit_train, config.limit_test).to(device)
-        self.total_updates = config.epochs * math.ceil(len(self.dataset.train_y) / config.batch_size)
+        self.source = build.open_source(config, self.notes.append, device)
+        self.dataset = self.source.dataset if isinstance(self.source, InMemory) else None
+        self.total_updates = config.epochs * math.ceil(self.source.num_train / config.batch_size)
         if config.max_updates is not None:
             self.total_updates = min(self.total_updates, config.max_updates)
         torch.manual_seed(config.seed)
-        model = build.make_model(config, self.dataset).to(build.weights_dtype(config))
+        model = build.make_model(config, self.source).to(build.weights_dtype(config))
         if plan is not None:
             plan.check_model(model)
         self.pipe = self._make_pipeline(method, model, devices, num_workers)
@@ -155,18 +155,18 @@ class Trainer:
         self, method: Method, model: nn.Sequential, devices: list[torch.device], num_workers: int | None
     ) -> Pipeline:
         """The pipeline of the run; ``num_workers``: K where each stage has a process, else None."""
-        config, dataset = self.config, self.dataset
+        config, source = self.config, self.source
         num_stages = num_workers if num_workers is not None else config.fixed_stages
         if num_stages is None and config.cuts is None:
             num_stages = min(4, len(model))
-        check_last_minibatch(len(dataset.train_y), config, auxiliary=method.local and num_stages != 1)
-        aux = auxiliary(build.example(config, dataset, 2)[0], dataset.num_classes) if method.local else None
+        check_last_minibatch(source.num_train, config, auxiliary=method.local and num_stages != 1)
+        aux = auxiliary(source.example(2)[0], source.num_classes) if method.local else None
         factor = build.lr_factor(config.lr_schedule, config.warmup_updates, self.total_updates)
         pipe = Pipeline(
             model,
             build.make_optimizer(config),
             build.class_loss,
-            loss_weight=build.counted_labels if isinstance(dataset, TextDataset) else None,
+            loss_weight=build.counted_labels if build.is_text(source) else None,
             num_stages=num_stages,
             method=method,
             keep=config.keep.split(",") if config.keep and "," in config.keep else config.keep,  # type: ignore[arg-type]
@@ -213,9 +213,9 @@ class Trainer:
 
     def _check_position(self, position: Position) -> None:
         """Refuse a position of another run."""
-        if position.samples % self.config.batch_size or position.samples > len(self.dataset.train_y):
+        if position.samples % self.config.batch_size or position.samples > self.source.num_train:
             raise ValueError(
-                f"it is {position.samples} samples into an epoch of {len(self.dataset.train_y)}, no whole number of mini-batches "
+                f"it is {position.samples} samples into an epoch of {self.source.num_train}, no whole number of mini-batches "
                 f"of {self.config.batch_size}"
             )
 
@@ -300,26 +300,24 @@ class Trainer:
 
     def _train(self, began: float, reporter: Reporter) -> tuple[_LossSum, int]:
         """Train on what is left of an epoch, which began at ``began``; its losses, and its number of samples."""
-        config, data, pipe, position = self.config, self.dataset, self.pipe, self._position
+        batch_size, source, pipe, position = self.config.batch_size, self.source, self.pipe, self._position
         losses, samples = _LossSum(position.loss_sum, position.learned), position.samples
         proposed = False
-        for x, y in batches(
-            data.train_x, data.train_y, config.batch_size, dataset=data, seed=config.seed, epoch=position.epoch,
-            augment=config.augment and data.augment, dtype=build.weights_dtype(config), images=pipe.is_first, start=samples,
-        ):  # fmt: skip
+        for x, y in source.train_batches(batch_size, epoch=position.epoch, start=samples, part=self._part()):
             if self.run_folder is not None and self._saves is not None and self._saves.late and not proposed:
                 pipe.propose(_SAVE)
                 proposed = True
             lr = next((o.param_groups[0]["lr"] for o in reversed(pipe.optimizers) if o is not None), None)
             with self._autocast():
-                loss = pipe.step(self._shard(x), self._shard(y))
-            samples += len(y)
+                loss = pipe.step(x, y)
+            size = min(batch_size, source.num_train - samples)  # of all replicas
+            samples += size
             if loss is not None:
-                losses.add(loss, len(y))
-                reporter.update(position.epoch, pipe.num_updates, loss.item, len(y))
+                losses.add(loss, size)
+                reporter.update(position.epoch, pipe.num_updates, loss.item, size)
                 if self._events is not None:
-                    self._events.update(pipe.num_updates, loss, lr, len(y))
-            if pipe.num_updates == self.total_updates or samples == len(data.train_y):
+                    self._events.update(pipe.num_updates, loss, lr, size)
+            if pipe.num_updates == self.total_updates or samples == source.num_train:
                 break  # the end of the epoch saves
             if self._saves is not None and (pipe.agreed or self._saves.due(pipe.num_updates)):
                 self._save_within(self._saves, samples, losses, began)
@@ -356,28 +354,26 @@ class Trainer:
         self.pipe.close()  # waits for the other ranks, so that none takes the end of another for a failure
         raise Interrupted(self._stop_request.signal or signal.SIGTERM, update, str(self.config.out))
 
-    def _shard(self, batch: Tensor | None) -> Tensor | None:
-        """This replica's part of a mini-batch."""
-        return None if batch is None else torch.tensor_split(batch, self.config.replicas)[self.replica]
+    def _part(self) -> Part:
+        """The part of every mini-batch that this rank needs."""
+        pipe = self.pipe
+        return Part(pipe.is_first, pipe.is_first or pipe.is_last, self.replica, self.config.replicas)
 
     def test(self) -> tuple[float, float]:
         """(mean loss, accuracy in 0..1) on the test split, with the weights as they are; replicas share the batches."""
-        data = self.dataset
-        loss = correct = 0.0
-        test_batches = batches(
-            data.test_x, data.test_y, _TEST_BATCH, dataset=data, seed=0, epoch=0, augment=False, shuffle=False,
-            dtype=build.weights_dtype(self.config), images=self.pipe.is_first,
-        )  # fmt: skip
-        for x, y in itertools.islice(test_batches, self.replica, None, self.config.replicas):
+        loss = correct = counted = 0.0
+        for x, y in self.source.test_batches(part=self._part()):
             with self._autocast():
                 out = self.pipe.infer(x)
             if out is not None:
+                assert y is not None
                 target = y.to(out.device)
                 loss += float(build.class_loss(out.float(), target, reduction="sum"))
                 correct += float((out.argmax(-1) == target).sum())
-        sums = self.pipe.gather((loss, correct))
-        loss, correct = (sum(values) / data.test_y.numel() for values in zip(*sums, strict=True))
-        return loss, correct
+                counted += target.numel()
+        sums = self.pipe.gather((loss, correct, counted))
+        loss, correct, counted = (sum(values) for values in zip(*sums, strict=True))
+        return loss / counted, correct / counted
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.config.dtype != "bfloat16":

@@ -330,3 +330,29 @@ def test_a_copy_and_a_wrong_batch_at_the_door() -> None:
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     pipe.step(x, torch.zeros(3, dtype=torch.int64))
     pipe.flush()
+
+
+class Open(nn.Module):
+    """Takes arguments that its forward does not name, and reads a value of the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+        h = self.first(x) * more["weight"][..., None] * more["lengths"].double().mean().item()
+        return self.last(h.masked_fill(more["weight"][..., None] < 0, 0.0))
+
+
+@pytest.mark.parametrize("varying", [None, {"x": {1: "n"}, "weight": {1: "n"}}])
+def test_arguments_that_the_forward_does_not_name_and_values_of_the_data(varying: Any) -> None:
+    def data(num: int, length: int) -> dict[str, Tensor]:
+        x, weight = pair(num, length)
+        return {"x": x, "weight": weight, "lengths": torch.arange(num)}
+
+    model = Open()
+    stages = dtrp.split(model, points=["last"], example=data(5, 6), dynamic_shapes=varying)
+    assert "forward" not in vars(model)
+    for num, length in ((5, 6), (3, 6), (4, 9)) if varying else ((5, 6), (3, 6)):
+        x = data(num, length)
+        assert torch.equal(chain(stages, x), model(**x))
