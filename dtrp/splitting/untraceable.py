@@ -8,6 +8,7 @@ import re
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -37,21 +38,123 @@ def untraceable(model: nn.Module, error: Exception, example: Example, varying: S
             f"the model cannot be traced: it returns a {unknown[1]}; a model in stages returns tensors, None, numbers and text, in "
             "tuples, lists and dicts (and a Hugging Face model no cache: use_cache=False)"
         )
-    reason = text.splitlines()[0] if text else type(error).__name__
+    reason = (text.splitlines()[0] if text else type(error).__name__).rstrip(".")
+    hint = _hint(error, where, text)
+    if hint:
+        reason = f"{reason}. Here {hint}"
     return ValueError(
         f"the model cannot be traced{where}: {reason}. Where the way through a model depends on the data, or leaves torch, "
         "divide it by hand: pass a list of modules, one a stage, each taking what the one before returns"
     )
 
 
+# What to do where torch's code looks at values, by the file and the name of its function.
+_PADDED = (
+    "a packed sequence has sizes that the data decide; run the module on the padded tensor, and leave out what it returns for "
+    "the padding, with torch.where or a mask"
+)
+_VALIDATED = "a distribution looks whether the values are valid; pass validate_args=False to it"
+_IN_TORCH = {
+    ("rnn.py", "pack_padded_sequence"): _PADDED,
+    ("rnn.py", "forward"): _PADDED,
+    ("distribution.py", "__init__"): _VALIDATED,
+    ("distribution.py", "_validate_sample"): _VALIDATED,
+    ("functional.py", "gaussian_nll_loss"): (
+        "F.gaussian_nll_loss looks whether variances are negative; compute the term by its formula, 0.5 * (var.log() + (mean - y) "
+        "** 2 / var), or in loss_fn"
+    ),
+    ("adaptive.py", "forward"): (
+        "nn.AdaptiveLogSoftmaxWithLoss chooses samples by their targets; take the loss of its log_prob(x), as "
+        "F.nll_loss(self.adaptive.log_prob(x), y)"
+    ),
+}
+# What to do where the caller's line looks at values.
+_IN_THE_FORWARD = (
+    (r"\bone_hot\(", "F.one_hot reads the largest class; pass num_classes to it"),
+    (
+        r"\bctc_loss\(|\bself\.ctc",
+        "F.ctc_loss reads the lengths; compute the loss in loss_fn, of what the model returns",
+    ),
+    (r"\.numpy\(|\bnp\.|\bnumpy\.", "the forward leaves torch for NumPy; use torch's functions"),
+    (r"\.tolist\(", "the forward makes a list of values of the data; keep them in a tensor, for gather or a mask"),
+    (r"\bnested", "a nested tensor has sizes that the data decide; use a padded tensor and a mask"),
+    (
+        r"\bprint\(|\blog|\bf[\"']|%\.",
+        "the forward writes values of the data as text; leave that out, or print what the model returns",
+    ),
+    (r"^assert\b", "the forward asserts something of the data; leave that out, or check the input before the step"),
+    (
+        r"^(if|elif|while)\b| if .* else ",
+        "the forward branches by the data; compute both ways and take torch.where(condition, a, b), or branch by a number or by "
+        "`is None`, which the trace fixes",
+    ),
+    (
+        r"\bint\(|\.item\(|\brange\(|\[:",
+        "the forward takes a size from the data; take it from a shape, or work at full size with a mask",
+    ),
+)
+
+
+def _hint(error: BaseException, where: str, text: str) -> str:
+    """What to do where the forward looks at values, which a trace does not know; empty where nothing is known."""
+    functions = [(Path(frame.f_code.co_filename).name, frame.f_code.co_name, frame) for frame in _frames(error)]
+    for file, name, frame in reversed(functions):
+        if (file, name) == ("transformer.py", "_detect_is_causal_mask"):
+            return _causal_hint([other for f, n, other in functions if (f, n) == ("transformer.py", "forward")])
+        if (file, name) in _IN_TORCH and frame.f_globals.get("__name__", "").startswith("torch."):
+            return _IN_TORCH[file, name]
+    if not re.search("data-dependent|FakeTensor|subclass|^aten", text):
+        return ""
+    for line in [where.partition(": ")[2].removesuffix(")"), *reversed(_lines(error))]:
+        hint = next((hint for pattern, hint in _IN_THE_FORWARD if re.search(pattern, line)), "")
+        if hint:
+            return hint
+    return ""
+
+
+def _causal_hint(frames: list[FrameType]) -> str:
+    """Which argument keeps torch's transformers from looking at a mask; ``frames`` are of their forwards."""
+    outer, inner = frames[0].f_locals.get("self"), frames[-1].f_locals.get("self")
+    name = "tgt_is_causal" if isinstance(inner, nn.TransformerDecoder) else "is_causal"
+    if isinstance(outer, nn.Transformer) and name == "is_causal":
+        name = "src_is_causal"
+    return (
+        f"nn.{type(outer).__name__} looks whether its mask is causal, which the values decide; pass {name}=True to it with a "
+        f"causal mask, or {name}=False with another one"
+    )
+
+
+def _lines(error: BaseException) -> list[str]:
+    """The lines of the caller's code in the tracebacks of an error, outermost first."""
+    lines = []
+    for each in _chain(error):
+        for frame, line in traceback.walk_tb(each.__traceback__):
+            file = Path(frame.f_code.co_filename)
+            if file.suffix and not any(folder in file.parents for folder in _NOT_THE_CALLERS):
+                lines.append(linecache.getline(str(file), line, frame.f_globals).strip())
+    return lines
+
+
+def _frames(error: BaseException) -> list[FrameType]:
+    """The frames of an error and of those that caused it, outermost first."""
+    return [frame for each in _chain(error) for frame, _ in traceback.walk_tb(each.__traceback__)]
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error, what it was raised from, and so on."""
+    seen: list[BaseException] = []
+    while error not in seen:
+        seen.append(error)
+        error = error.__cause__ or error.__context__ or error
+    return seen
+
+
 def _place(model: nn.Module, error: BaseException) -> str:
     """The innermost line of the caller's code, and the submodule that ran it, in words."""
     names = {id(module): name for name, module in model.named_modules()}
-    found = ""
-    seen: list[BaseException] = []
-    while error not in seen and not found:
-        seen.append(error)
-        for frame, line in traceback.walk_tb(error.__traceback__):
+    for each in _chain(error):
+        found = ""
+        for frame, line in traceback.walk_tb(each.__traceback__):
             file = Path(frame.f_code.co_filename)
             if not file.suffix or any(folder in file.parents for folder in _NOT_THE_CALLERS):
                 continue
@@ -60,8 +163,9 @@ def _place(model: nn.Module, error: BaseException) -> str:
                 code = linecache.getline(str(file), line, frame.f_globals).strip()
                 label = names.get(id(module)) or type(module).__name__
                 found = f" in {label} ({file.name}, line {line}: {code})"
-        error = error.__cause__ or error.__context__ or error
-    return found
+        if found:
+            return found
+    return ""
 
 
 def with_higher_minima(text: str, varying: Sequence[dict[int, Any]]) -> list[dict[int, Any]] | None:
