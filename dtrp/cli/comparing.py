@@ -15,7 +15,8 @@ from .options import together, train_options
 
 # Options of `dtrp train` that a comparison sets for each cell, or cannot have. A cell that is interrupted begins again.
 _NOT_SHARED = (
-    *CELL_SETTINGS, *SAVE_SETTINGS, "cuts", "out", "overwrite", "plan", "workers", "replicas", "max_restarts", "memory_limit",
+    *CELL_SETTINGS, *SAVE_SETTINGS, "cuts", "points", "out", "overwrite",
+    "plan", "workers", "replicas", "max_restarts", "memory_limit",
     "keep",
 )  # fmt: skip
 

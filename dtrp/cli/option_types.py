@@ -44,6 +44,22 @@ class Name(Parsed):
         return f"[{'|'.join(self.names)}]"
 
 
+class NameOrReference(Name):
+    """A name out of several, or one with a colon: a function of the user's, or of another library."""
+
+    def __init__(self, label: str, names: Sequence[str]) -> None:
+        Parsed.__init__(self, label, lambda value: str(value) if ":" in str(value) else _known(label, value, names))
+        self.names = names
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(self.names)}|FUNCTION]"
+
+
+def words(example: str) -> Parsed:
+    """Several words: ``a,b``, or a list in a file."""
+    return Parsed(example, lambda value: tuple(map(str, _parts(value))))
+
+
 def names(label: str, known: Sequence[str]) -> Parsed:
     """Several names: ``bp,dtrp``."""
     return Parsed(label, lambda value: tuple(_known(label, word, known) for word in _parts(value)))

@@ -15,14 +15,16 @@ import yaml
 from ..data import list_data
 from ..methods import list_methods
 from ..models import list_models
-from ..train.config import CHOICES, COMPARISON, TrainConfig
+from ..train.config import CHOICES, COMPARISON, REPEATED_OPTION, TrainConfig
 from ..validation import unknown
-from .option_types import INTERVAL, SIZE, Name, count, numbers
+from .option_types import INTERVAL, SIZE, Name, NameOrReference, Parsed, count, numbers, words
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULTS = TrainConfig()
+_LISTS = ("cuts", "points", "model_arg")  # options that may be lists in a file
 _NAMES = {**CHOICES, "data": list_data(), "model": list_models(), "method": list_methods()}
-NAME_TYPES = {field: Name(field.replace("_", " "), names) for field, names in _NAMES.items()}
+NAME_TYPES: dict[str, Parsed] = {field: Name(field.replace("_", " "), names) for field, names in _NAMES.items()}
+NAME_TYPES["model"] = NameOrReference("model", _NAMES["model"])
 # The types of the other options are those of the fields of TrainConfig.
 _TYPES = {
     **NAME_TYPES,
@@ -30,6 +32,8 @@ _TYPES = {
     **dict.fromkeys(("stages", "prediction_error_every"), count("auto")),
     "workers": count("2:4"),
     "cuts": numbers("layer numbers", "3,6,9"),
+    "points": words("blocks.2,blocks.4"),
+    "model_arg": click.STRING,
     "memory_limit": SIZE,
     "save_every": INTERVAL,
 }
@@ -38,7 +42,10 @@ _HELP = {
     "--data-dir": "Where the data set lies (for CIFAR, the current folder); for text, the file.",
     "--image-size": "Height and width to which the images of --data folder are resized (32).",
     "--augment/--no-augment": "Random crop and flip, where the data set suits it.",
-    "--model": "Network.",
+    "--model": "Network: a name; package.module:function or file.py:function; timm:NAME; hf:TYPE or hf:FOLDER.",
+    "--model-arg": "name=value: an argument of that function, once for each.",
+    "--points": "Submodules at which stages begin, of a network that is traced, instead of --stages: blocks.2,blocks.4.",
+    "--stem": "First layers of resnet18, 34 and 50 (imagenet from 64 pixels on, cifar below).",
     "--layers": "Number of blocks of gpt (6).",
     "--width": "Features of a token in gpt, a multiple of --heads (128).",
     "--heads": "Attention heads in each block of gpt (4).",
@@ -176,7 +183,7 @@ def _wrong_entries(values: dict[str, Any], known: Mapping[str, click.Parameter])
             yield f"{key} and {other} are the same option; keep one"
         if option is None:
             yield unknown("option", key, (name.replace("_", "-") for name in sorted(known)))
-        elif isinstance(entry, dict) or (isinstance(entry, list) and option.name != "cuts"):
+        elif isinstance(entry, dict) or (isinstance(entry, list) and option.name not in _LISTS):
             yield f"{key} holds {entry!r}; give one value"
         elif isinstance(entry, bool) and not getattr(option, "is_flag", False):
             yield f"{key} holds {entry!r}, and is no switch; give its value (in quotes, if it is a word)"
@@ -187,6 +194,8 @@ def _train_option(words: str, text: str) -> Callable[[Command], Command]:
     field = _field(words)
     hint, default = get_type_hints(TrainConfig)[field], getattr(DEFAULTS, field)
     settings: dict[str, Any] = {} if default is None else {"default": default}
+    if field.replace("_", "-") == REPEATED_OPTION:
+        settings["multiple"] = True
     if hint is bool:
         settings["is_flag"] = True
     else:

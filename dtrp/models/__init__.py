@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .resnet import cifar_resnet
     from .transformer import gpt
 
-__all__ = ["auxiliary", "cifar_resnet", "get_model", "gpt", "has_convolutions", "list_models", "takes_text"]
+__all__ = ["auxiliary", "cifar_resnet", "get_model", "gpt", "has_convolutions", "has_stem", "list_models", "takes_text"]
 
 __getattr__, __dir__ = lazy_names(
     __name__, {"auxiliary": ".auxiliary_networks", "cifar_resnet": ".resnet", "gpt": ".transformer"}
@@ -42,6 +42,11 @@ def list_models() -> list[str]:
 def has_convolutions(name: str) -> bool:
     """Whether the model has convolutions."""
     return name != "mlp" and not takes_text(name)
+
+
+def has_stem(name: str) -> bool:
+    """Whether the model has a choice of its first layers."""
+    return name in _RESNETS
 
 
 def takes_text(name: str) -> bool:

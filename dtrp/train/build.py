@@ -6,7 +6,9 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +16,14 @@ from torch.nn.functional import cross_entropy
 
 from ..data import Dataset, InMemory, Source, TextDataset, load_data
 from ..methods import Method, get_method
-from ..models import get_model
-from ..splitting.stages import into_stages
+from ..models import get_model, has_stem
+from ..splitting.stages import Stages, into_stages, split
 from ..typing import OptimizerFactory
 from .config import DTYPES, TrainConfig, option_name
+from .other_libraries import LIBRARIES
+from .user_code import call_function, is_reference, load_function, parse_arguments
+
+_IMAGENET_PIXELS = 64  # from which on a ResNet that has both stems takes ImageNet's
 
 
 def weights_dtype(config: TrainConfig) -> torch.dtype:
@@ -58,17 +64,90 @@ def open_source(config: TrainConfig, say: Callable[[str], None], device: torch.d
     return InMemory(dataset, seed=config.seed, augment=augment, dtype=weights_dtype(config))
 
 
-def make_model(config: TrainConfig, data: Source | Dataset | TextDataset) -> nn.Sequential:
-    """The network of a run, for its data."""
+def make_model(config: TrainConfig, data: Source | Dataset | TextDataset) -> nn.Module | list[nn.Module]:
+    """The network of a run, for its data, in the dtype of its weights: an `nn.Sequential`, a list, or any module.
+
+    Raises:
+        ValueError: a function that cannot be called or returns no network, or a setting that it does not take.
+    """
+    arguments = parse_arguments("--model-arg", config.model_arg)
+    library, _, name = config.model.partition(":")
+    if library in LIBRARIES:
+        model: Any = LIBRARIES[library](name, data, arguments)
+    elif is_reference(config.model):
+        model = call_function("--model", config.model, arguments)
+        _check_network(config.model, model)
+    else:
+        model = _built_in(config, data, arguments)
+    modules = model if isinstance(model, list) else [model]
+    for module in modules:
+        module.to(weights_dtype(config))
+        if config.channels_last:
+            module.to(memory_format=torch.channels_last)
+    return model  # type: ignore[no-any-return]
+
+
+def _built_in(config: TrainConfig, data: Source | Dataset | TextDataset, arguments: dict[str, Any]) -> nn.Sequential:
+    for name in arguments:
+        raise ValueError(
+            f"--model-arg {name}=... with --model {config.model}, which has options of its own; leave it out"
+        )
     make = partial(get_model, config.model, layers=config.layers, width=config.width, heads=config.heads)
     if is_text(data):
-        model = make(num_classes=data.num_classes, context=data.sample_shape[0])
+        return make(num_classes=data.num_classes, context=data.sample_shape[0])
+    in_channels, image_size = data.sample_shape[0], data.sample_shape[-1]
+    stem = config.stem or ("imagenet" if has_stem(config.model) and image_size >= _IMAGENET_PIXELS else "cifar")
+    return make(in_channels, data.num_classes, image_size=image_size, context=config.context, stem=stem)
+
+
+def _check_network(reference: str, model: Any) -> None:
+    if isinstance(model, nn.Module) or (
+        isinstance(model, list) and model and all(isinstance(part, nn.Module) for part in model)
+    ):
+        return
+    what = (
+        f"a list with a {type(model[0]).__name__}" if isinstance(model, list) and model else f"a {type(model).__name__}"
+    )
+    raise ValueError(
+        f"--model {reference} returned {what}; return an nn.Sequential, a list of modules (one a stage), or any nn.Module"
+    )
+
+
+def divided(
+    model: nn.Module | list[nn.Module], config: TrainConfig, data: Source, num_stages: int | None
+) -> tuple[nn.Sequential | list[nn.Module], int | None, tuple[int, ...] | None]:
+    """The network as `Pipeline` takes it, with ``num_stages`` and ``cuts``.
+
+    A network that is no `nn.Sequential` is traced, on two samples, and cut at ``config.points``; or in ``num_stages``;
+    or, by cuts that a plan has chosen, from a fine division.
+
+    Raises:
+        ValueError: a network that cannot be cut so.
+    """
+    if isinstance(model, list) or (isinstance(model, nn.Sequential) and config.points is None):
+        if config.points is not None:
+            raise ValueError("--points with a list of modules, which is one module a stage already; leave them out")
+        if isinstance(model, list):
+            return model, num_stages, None
+        default = min(4, len(model)) if config.cuts is None else None
+        return model, num_stages if num_stages is not None else default, config.cuts
+    if config.points is not None:
+        stages = split(model, points=config.points, example=data.example(2)[0])
+    elif config.cuts is not None:
+        stages = finely_divided(model, data, len(config.cuts) + 1).cut(config.cuts)
     else:
-        in_channels, image_size = data.sample_shape[0], data.sample_shape[-1]
-        model = make(in_channels, data.num_classes, image_size=image_size, context=config.context)
-    if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
+        stages = split(model, num_stages=num_stages or 4, example=data.example(2)[0])
+    if num_stages not in (None, len(stages)):
+        raise ValueError(f"--points make {len(stages)} stages, and there are {num_stages}; make them equal")
+    return stages, None, None
+
+
+def finely_divided(model: nn.Module, data: Source, num_workers: int) -> Stages:
+    """A traced network in several stages a worker, of which a plan makes those of the run."""
+    for parts in range(4, 1, -1):
+        with suppress(ValueError):
+            return split(model, num_stages=parts * num_workers, example=data.example(2)[0])
+    return split(model, num_stages=num_workers, example=data.example(2)[0])
 
 
 def is_text(data: Source | Dataset | TextDataset) -> bool:
@@ -83,8 +162,11 @@ def check_stages(config: TrainConfig, num_stages: int) -> None:
         ValueError: fewer layers than stages, cuts out of range, or another number of devices or of kept things.
     """
     sizes = {field: getattr(config, field) for field in ("layers", "width", "heads", "context")}
-    with torch.device("meta"):
-        into_stages(get_model(config.model, image_size=config.image_size or 32, **sizes), num_stages, config.cuts)
+    if not is_reference(config.model) and config.points is None:
+        with torch.device("meta"):
+            into_stages(get_model(config.model, image_size=config.image_size or 32, **sizes), num_stages, config.cuts)
+    elif is_reference(config.model) and config.model.partition(":")[0] not in LIBRARIES:
+        load_function("--model", config.model)
     for field in ("keep", "device"):
         words = str(getattr(config, field)).split(",")
         if len(words) not in (1, num_stages):

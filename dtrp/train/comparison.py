@@ -119,7 +119,7 @@ class Comparison:
             check_settings(self.config(cell))
         for num_stages in {cell.stages for cell in self.cells}:
             check_stages(base, num_stages)
-        shared = dict.fromkeys((*CELL_SETTINGS, "cuts"))
+        shared = dict.fromkeys((*CELL_SETTINGS, "cuts", "points"))
         self._settings = config_text(dataclasses.replace(base, **shared))  # type: ignore[arg-type]
         if self.folder.exists():
             known = self.folder / COMPARISON

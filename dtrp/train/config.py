@@ -20,14 +20,28 @@ CHOICES = {
     "order": ("backward-first", "forward-first"),
     "clip": ("stage", "global"),
     "on_nonfinite": ("stop", "skip"),
+    "stem": ("cifar", "imagenet"),
 }
 
-DATA_AND_MODEL = ("data", "data_dir", "image_size", "model", "layers", "width", "heads", "context", "channels_last")
+DATA_AND_MODEL = (
+    "data",
+    "data_dir",
+    "image_size",
+    "model",
+    "model_arg",
+    "stem",
+    "layers",
+    "width",
+    "heads",
+    "context",
+    "channels_last",
+)
 CELL_SETTINGS = ("method", "prediction", "stages", "num_microbatches", "seed")  # of a run in a comparison
 SAVE_SETTINGS = ("save_every", "keep_last")
 SETTINGS_WITHOUT_EFFECT = (  # on what a run learns
     "data_dir", "trace", "tensorboard", *SAVE_SETTINGS, "prediction_error_every", "plan", "max_restarts",
 )  # fmt: skip
+REPEATED_OPTION = "model-arg"
 COMPARISON = "compare.yaml"  # the file that makes a folder a comparison
 _NOT_WRITTEN = ("out", "overwrite", "resume", "max_restarts")  # to the ``config`` of a run
 
@@ -41,6 +55,9 @@ class TrainConfig:
     image_size: int | None = None
     augment: bool = True
     model: str = "resnet20"
+    model_arg: tuple[str, ...] = ()
+    points: tuple[str, ...] | None = None
+    stem: str | None = None
     layers: int | None = None
     width: int | None = None
     heads: int | None = None
@@ -135,7 +152,7 @@ def _written(config: TrainConfig) -> dict[str, Json]:
     return {
         field.replace("_", "-"): list(value) if isinstance(value, tuple) else value
         for field, value in vars(config).items()
-        if value is not None and field not in _NOT_WRITTEN
+        if value not in (None, ()) and field not in _NOT_WRITTEN
     }
 
 
@@ -145,7 +162,9 @@ def option_words(values: Mapping[str, Json]) -> list[str]:
     for name, value in values.items():
         if value == defaults.get(name):
             continue
-        if isinstance(value, bool):
+        if name == REPEATED_OPTION:
+            words += [word for text in value for word in (f"--{name}", text)]
+        elif isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
             words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 
 from ..launch.join import launched
-from ..models import has_convolutions, takes_text
+from ..models import has_convolutions, has_stem, takes_text
 from ..validation import unknown
 from .autosave import SaveEvery
 from .config import CHOICES, TrainConfig, option_name
 from .tensorboard import check_tensorboard
+from .user_code import is_reference, parse_arguments
 
 _LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "num_microbatches", "stages", "workers", "replicas", "threads"), 1),
@@ -81,6 +82,7 @@ def _wrong_workers(config: TrainConfig) -> Iterator[str]:
     for option, given in (
         (f"--stages {config.stages}", config.fixed_stages is not None),
         ("--cuts", config.cuts is not None),
+        ("--points", config.points is not None),
         ("--plan", config.plan is not None),
         (f"--keep {config.keep}", config.keep is not None and "," in config.keep),
         (f"--replicas {config.replicas}", config.replicas > 1),
@@ -91,11 +93,13 @@ def _wrong_workers(config: TrainConfig) -> Iterator[str]:
 
 def _contradictions(config: TrainConfig) -> Iterator[str]:
     """Messages about other options that do not go together."""
+    yield from _of_the_model(config)
     if takes_text(config.model) and config.data != "text":
         yield f"--model {config.model} with --data {config.data}: it reads text; pass --data text --data-dir FILE"
-    if config.data == "text" and not takes_text(config.model):
+    built_in = not is_reference(config.model)
+    if config.data == "text" and built_in and not takes_text(config.model):
         yield f"--model {config.model} with --data text: it reads images; pass --model gpt"
-    if config.channels_last and not has_convolutions(config.model):
+    if config.channels_last and built_in and not has_convolutions(config.model):
         yield f"--channels-last with --model {config.model}, which has no convolutions; leave it out"
     if config.clip == "global" and config.max_grad_norm is None:
         yield "--clip global without --max-grad-norm: say what norm to clip to, or leave --clip out"
@@ -112,6 +116,26 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
     if config.batch_size < config.replicas:
         sizes = f"--batch-size {config.batch_size} is smaller than --replicas {config.replicas}"
         yield f"{sizes}; every replica needs a sample: raise the one or lower the other"
+
+
+def _of_the_model(config: TrainConfig) -> Iterator[str]:
+    """Messages about options of networks that this one does not have."""
+    built_in = not is_reference(config.model)
+    if config.model_arg and built_in:
+        yield f"--model-arg {config.model_arg[0]} with --model {config.model}, which has options of its own; leave it out"
+    parse_arguments("--model-arg", config.model_arg)
+    for field in ("layers", "width", "heads"):
+        if getattr(config, field) is not None and not built_in:
+            yield f"{option_name(field)} with --model {config.model}: pass its arguments as --model-arg name=value"
+    if config.stem is not None and not has_stem(config.model):
+        yield f"--stem {config.stem} with --model {config.model}, which has no choice of it; leave it out"
+    for field, is_given in (
+        ("cuts", config.cuts is not None),
+        ("plan", config.plan is not None),
+        ("stages", config.stages is not None),
+    ):
+        if config.points is not None and is_given:
+            yield f"--points with {option_name(field)}: both say where stages begin; leave one of them out"
 
 
 def worker_range(text: str) -> tuple[int, int]:
@@ -137,7 +161,9 @@ def workers_per_replica(config: TrainConfig, num_processes: int | None = None) -
     Raises:
         ValueError: another number of processes, or of stages.
     """
-    stages = config.fixed_stages if config.cuts is None else len(config.cuts) + 1
+    stages = config.fixed_stages
+    for places in (config.cuts, config.points):
+        stages = stages if places is None else len(places) + 1
     num_workers = config.workers
     if isinstance(num_workers, str):
         least, most = worker_range(num_workers)

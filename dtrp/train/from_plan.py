@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..planning import Plan
 from ..planning import plan as plan_pipeline
@@ -31,12 +32,13 @@ def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any
     source = build.open_source(config, say, "cpu")
     torch.manual_seed(config.seed)
     model = build.make_model(config, source)
+    if isinstance(model, nn.Module) and not isinstance(model, nn.Sequential):
+        model = build.finely_divided(model, source, choices["num_workers"])
     batch = source.example(config.batch_size)
     source.close()
     options = {"method": build.make_method(config), "optimizer": build.make_optimizer(config), "device": device}
     if config.dtype == "bfloat16":
         choices["autocast"] = partial(torch.autocast, device.type, dtype=torch.bfloat16)
-    model = model.to(build.weights_dtype(config))
     return plan_pipeline(model, batch, build.class_loss, **options, progress=say, **choices)  # type: ignore[arg-type]
 
 

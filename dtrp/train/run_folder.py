@@ -17,6 +17,9 @@ from ..launch.join import launch_name
 from ..saving import state_dict
 from ..typing import Json
 from .config import SAVE_SETTINGS, TrainConfig, config_text, read_settings
+from .user_code import digest, digests
+
+_CODE = "code.json"  # digests of the user's files, by what the settings call them
 
 
 def left_by(path: str, config: str, *, overwrite: bool) -> str | None:
@@ -56,8 +59,19 @@ def _settings(config: str) -> dict[str, Json] | None:
     return values and {key: value for key, value in values.items() if key.replace("-", "_") not in SAVE_SETTINGS}
 
 
+def changed_code(folder: Path) -> list[str]:
+    """The functions that a run's settings name whose source files have changed since the run began."""
+    try:
+        began = json.loads((folder / _CODE).read_text())
+    except (OSError, ValueError):
+        return []
+    return [reference for reference, found in began.items() if digest(reference) not in (None, found)]
+
+
 class RunFolder:
     """The folder of ``--out``: ``config``, ``metrics.jsonl`` and ``model.pt`` after the last finished epoch.
+
+    Where settings name functions of the user's, ``code.json`` has digests of their files.
 
     A finished run also has ``summary.json``. ``saves`` holds checkpoints (`dtrp.train.autosave`), and ``launch`` names
     the torchrun that has started the ranks, if any. The folder appears, whole, after the first epoch or with the first
@@ -119,6 +133,8 @@ class RunFolder:
         folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         try:
             (folder / "config").write_text(config)
+            if code := digests(read_settings(config) or {}):
+                (folder / _CODE).write_text(json.dumps(code, indent=1))
             (folder / "metrics.jsonl").touch()
             _sign(folder)
             yield folder

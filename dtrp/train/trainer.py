@@ -36,11 +36,11 @@ from .config import TrainConfig, config_text
 from .config_checks import check_last_minibatch, check_settings, workers_per_replica
 from .from_plan import resolved
 from .results import EpochMetrics, TrainResult, summarize_stages, summary
-from .run_folder import RunFolder
+from .run_folder import RunFolder, changed_code
 from .tensorboard import Events, StageScalars
 
 _TIMEOUT_S = 300.0
-_PIPELINE_SETTINGS = ("cuts", "num_microbatches", "seed", "max_grad_norm", "clip", "on_nonfinite", "trace")
+_PIPELINE_SETTINGS = ("num_microbatches", "seed", "max_grad_norm", "clip", "on_nonfinite", "trace")
 _SAVE, _STOP = 1, 2  # proposals to all ranks: to save, and to save and stop
 
 
@@ -138,10 +138,15 @@ class Trainer:
         if config.max_updates is not None:
             self.total_updates = min(self.total_updates, config.max_updates)
         torch.manual_seed(config.seed)
-        model = build.make_model(config, self.source).to(build.weights_dtype(config))
-        if plan is not None:
+        model, num_stages, cuts = build.divided(
+            build.make_model(config, self.source),
+            config,
+            self.source,
+            num_workers if num_workers is not None else config.fixed_stages,
+        )
+        if plan is not None and cuts is not None:
             plan.check_model(model)
-        self.pipe = self._make_pipeline(method, model, devices, num_workers)
+        self.pipe = self._make_pipeline(method, model, num_stages, cuts, devices, num_workers)
         if launched() and world_size == 1:
             watch_launcher(lambda: None, lambda: False)  # on ranks, the engine does
         self.reports = self.pipe.is_last and self.replica == 0
@@ -152,13 +157,16 @@ class Trainer:
         self._stage_scalars = StageScalars()
 
     def _make_pipeline(
-        self, method: Method, model: nn.Sequential, devices: list[torch.device], num_workers: int | None
+        self,
+        method: Method,
+        model: nn.Sequential | list[nn.Module],
+        num_stages: int | None,
+        cuts: tuple[int, ...] | None,
+        devices: list[torch.device],
+        num_workers: int | None,
     ) -> Pipeline:
         """The pipeline of the run; ``num_workers``: K where each stage has a process, else None."""
         config, source = self.config, self.source
-        num_stages = num_workers if num_workers is not None else config.fixed_stages
-        if num_stages is None and config.cuts is None:
-            num_stages = min(4, len(model))
         check_last_minibatch(source.num_train, config, auxiliary=method.local and num_stages != 1)
         aux = auxiliary(source.example(2)[0], source.num_classes) if method.local else None
         factor = build.lr_factor(config.lr_schedule, config.warmup_updates, self.total_updates)
@@ -168,6 +176,7 @@ class Trainer:
             build.class_loss,
             loss_weight=build.counted_labels if build.is_text(source) else None,
             num_stages=num_stages,
+            cuts=cuts,
             method=method,
             keep=config.keep.split(",") if config.keep and "," in config.keep else config.keep,  # type: ignore[arg-type]
             memory_limit_bytes=config.memory_limit,
@@ -202,6 +211,10 @@ class Trainer:
         if self.pipe.gather(self.run_folder.resumes if self.run_folder is not None else config.resume)[0]:
             self._position, notes = saves.resume(self.pipe, num_replicas=config.replicas, check=self._check_position)
             self.notes += notes
+            self.notes += [
+                f"{name} has changed since this run began; the run goes on with what it is now"
+                for name in changed_code(self._folder)
+            ]
             if self.run_folder is not None:
                 self.run_folder.go_on(config_text(config), list(map(vars, self._position.metrics)))
         return saves if config.keep_last else None
