@@ -21,7 +21,6 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import multi_head_attention_forward
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointFunction
 
 from ..stage.losses import add_loss, collecting
 from ..tensors import torch_private
@@ -29,7 +28,7 @@ from ..tensors.module_mode import in_mode
 from ..tensors.torch_private import buffer_dict, pytree, writes_arguments
 from ..typing import Tree
 from .example import Example, Sizes
-from .regions import marked, record_regions, replaced
+from .regions import apply_in_stages, functions_kept, marked, record_regions, replaced
 from .side_effects import as_it_was, noting_stores
 from .untraceable import untraceable, with_higher_minima
 
@@ -84,7 +83,15 @@ def export(model: nn.Module, example: Example, varying: Sequence[dict[int, Any]]
             shapes[leaf] = dims
     try:
         recorder, mode = _DtypeRecorder(), in_mode(model, training=training)
-        with as_it_was(model), mode, without_cache(model), named, _plainly(), _watched(model, recorder) as stored:
+        with (
+            as_it_was(model),
+            mode,
+            without_cache(model),
+            named,
+            _plainly(),
+            functions_kept() as calls,
+            _watched(model, recorder) as stored,
+        ):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             graph = program.module()
     except Exception as error:
@@ -96,6 +103,7 @@ def export(model: nn.Module, example: Example, varying: Sequence[dict[int, Any]]
     assert in_spec is not None
     assert out_spec is not None
     returns, terms = pytree.tree_unflatten(list(range(out_spec.num_leaves)), out_spec)
+    apply_in_stages(graph.graph, calls)
     _add_terms(graph.graph, len(terms))
     _clean_up(graph.graph)
     called_again = _name_calls(graph.graph, model)
@@ -340,7 +348,7 @@ class _DtypeRecorder(TorchFunctionMode):
 def _plainly() -> Iterator[None]:
     """Context for a trace, with gradients and without torch's warnings about its tracing."""
     hidden = redirect_stderr(io.StringIO())  # a failed trace prints its graph
-    with warnings.catch_warnings(), torch.enable_grad(), hidden, _no_custom_backward(), marked():
+    with warnings.catch_warnings(), torch.enable_grad(), hidden, marked():
         warnings.simplefilter("ignore")
         yield
 
@@ -392,17 +400,3 @@ def _watched(model: nn.Module, recorder: _DtypeRecorder) -> Iterator[dict[str, b
         model.register_forward_hook(lambda *_: during_forward.close(), always_call=True),
     ):
         yield stored
-
-
-def _no_custom_backward() -> AbstractContextManager[None]:
-    """Context that refuses a `torch.autograd.Function`, of which a trace would record the forward alone."""
-
-    def refuse(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        if cls is CheckpointFunction:  # its backward is that of what it runs
-            run, _, *inputs = args
-            return run(*inputs)
-        raise TypeError(
-            f"{cls.__name__} is a torch.autograd.Function with a backward of its own, which a trace does not keep"
-        )
-
-    return replaced(torch.autograd.Function, apply=classmethod(refuse))

@@ -1,23 +1,40 @@
-"""Regions of a forward in which `torch.no_grad`, `torch.autocast` and the like hold.
+"""What torch.export would not keep of a forward: regions in which `torch.no_grad`, `torch.autocast` and the like hold,
+and the backwards of `torch.autograd.Function`s.
 
-torch.export would make one operation of each region. The passes that do so are left out here, so that marks remain
-where regions begin and end, and every operation records its region: a stage may then begin inside of a region, and each
-stage runs its operations in their regions again.
+It would make one operation of each region. The passes that do so are left out here, so that marks remain where regions
+begin and end, and every operation records its region: a stage may then begin inside of a region, and each stage runs its
+operations in their regions again.
+
+It would record the operations in the forward of a Function, and compute their gradients. Here a Function is one
+operation of the trace, and each stage applies the Function itself.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.autograd.function import FunctionCtx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.passes.split_module import split_module
+from torch.utils.checkpoint import CheckpointFunction
 
-from ..tensors.torch_private import SET_GRAD_ENABLED, enter_autocast, exit_autocast, region_passes
+from ..tensors.torch_private import (
+    SET_GRAD_ENABLED,
+    enter_autocast,
+    exit_autocast,
+    pytree,
+    region_passes,
+    uncompiled,
+    write_count,
+)
 
 Autocast = tuple[str, torch.dtype, bool]  # type of device, dtype, whether it is enabled
 
@@ -123,3 +140,167 @@ def run_within(has_grad: bool, autocasts: tuple[Autocast, ...], part: fx.GraphMo
             return run_within(has_grad, autocasts[1:], part, *arguments)
     with torch.no_grad() if not has_grad else nullcontext():
         return part(*arguments)
+
+
+# -- Functions ------------------------------------------------------------------------------------
+
+_PLAIN_ARGUMENTS = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+
+# The operation that stands for a Function while the model is traced: ``call`` is its place among the calls of the trace.
+_LIBRARY = torch.library.Library("dtrp", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("function(Tensor[] tensors, SymInt[] sizes, int call) -> Tensor[]")  # type: ignore[no-untyped-call]
+_FUNCTION = torch.ops.dtrp.function.default
+_functions: dict[str, type[torch.autograd.Function]] = {}  # Functions that cannot be imported, by name and number
+
+
+@dataclass
+class Call:
+    """A call of a Function in a trace.
+
+    Args:
+        function: the Function.
+        leaves: leaves of its arguments; None for tensors and sizes.
+        places: places among them of tensors, and of sizes.
+        spec: the tree of its arguments.
+        outputs: what its forward returned, without data: its tensors.
+    """
+
+    function: type[torch.autograd.Function]
+    leaves: list[Any]
+    places: tuple[list[int], list[int]]
+    spec: pytree.TreeSpec
+    outputs: list[Tensor]
+
+    def arguments(self, tensors: Sequence[Any], sizes: Sequence[Any]) -> tuple[Any, ...]:
+        """The arguments, with these tensors and sizes."""
+        leaves = list(self.leaves)
+        for places, values in zip(self.places, (tensors, sizes), strict=True):
+            for place, value in zip(places, values, strict=True):
+                leaves[place] = value
+        return tuple(pytree.tree_unflatten(leaves, self.spec))
+
+
+_calls: list[Call] = []  # of the present trace
+
+
+@torch.library.register_fake("dtrp::function", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _without_data(tensors: Sequence[Tensor], sizes: Sequence[int], call: int) -> list[Tensor]:
+    """What a Function returns in a trace: tensors of their own, of the sizes of its outputs."""
+    return [t.new_empty_strided(t.shape, t.stride()) for t in _calls[call].outputs]
+
+
+@contextmanager
+def functions_kept() -> Iterator[list[Call]]:
+    """Context of a trace in which every Function that is applied becomes one operation, which `apply_in_stages` gets.
+
+    Returns:
+        The calls, to be given to `apply_in_stages`.
+    """
+    nested = False
+
+    def applied(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        nonlocal nested
+        if cls is CheckpointFunction:  # its backward is that of what it runs
+            run, _, *inputs = args
+            return run(*inputs)
+        if nested:
+            return _forward(cls, args, kwargs)
+        args = pytree.tree_map_only(torch.Size, tuple, args)  # a shape is a leaf, and has sizes that vary
+        leaves, spec = pytree.tree_flatten(args)
+        _check_arguments(cls, leaves, kwargs)
+        tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        sizes = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.SymInt)]
+        rest = [None if place in (*tensors, *sizes) else leaf for place, leaf in enumerate(leaves)]
+        nested = True
+        try:
+            with disable_proxy_modes_tracing():
+                returned = _forward(cls, args, kwargs)
+        finally:
+            nested = False
+        entries = returned if isinstance(returned, (tuple, list)) else [returned]
+        outputs = [entry for entry in entries if isinstance(entry, Tensor)]
+        if not all(isinstance(entry, (Tensor, *_PLAIN_ARGUMENTS)) for entry in entries):
+            raise TypeError(
+                f"{cls.__name__}, a torch.autograd.Function, returns something else than tensors and constants"
+            )
+        _calls.append(Call(cls, rest, (tensors, sizes), spec, outputs))
+        made = iter(_FUNCTION([leaves[p] for p in tensors], [leaves[p] for p in sizes], len(_calls) - 1))
+        result = [next(made) if isinstance(entry, Tensor) else entry for entry in entries]
+        return tuple(result) if isinstance(returned, (tuple, list)) else result[0]
+
+    _calls.clear()
+    with replaced(torch.autograd.Function, apply=classmethod(applied)):
+        yield _calls
+
+
+def _check_arguments(cls: type[torch.autograd.Function], leaves: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    for leaf in [*leaves, *kwargs.values()]:
+        if kwargs or not isinstance(leaf, (Tensor, torch.SymInt, *_PLAIN_ARGUMENTS)):
+            raise TypeError(
+                f"{cls.__name__}, a torch.autograd.Function, is given a {type(leaf).__name__}; a trace keeps one of "
+                "tensors, numbers, text, dtypes and devices, in tuples, lists and dicts"
+            )
+
+
+def _forward(cls: type[torch.autograd.Function], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What the forward of a Function returns; without gradients."""
+    context = FunctionCtx()
+    context.needs_input_grad = tuple(isinstance(arg, Tensor) and arg.requires_grad for arg in args)  # type: ignore[attr-defined]
+    inputs = pytree.tree_map_only(Tensor, Tensor.detach, tuple(args))
+    writes = [write_count(t) for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    if cls.setup_context is torch.autograd.Function.setup_context:
+        output = cls.forward(context, *inputs, **kwargs)
+    else:
+        output = cls.forward(*inputs, **kwargs)
+        cls.setup_context(context, inputs, output)
+    if writes != [write_count(t) for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]:
+        raise TypeError(
+            f"{cls.__name__}, a torch.autograd.Function, writes its input in place, which a trace does not keep"
+        )
+    return output
+
+
+def apply_in_stages(graph: fx.Graph, calls: Sequence[Call]) -> None:
+    """Let the operations that stand for Functions apply them."""
+    for node in list(graph.nodes):
+        if node.target is _FUNCTION:
+            tensors, sizes, index = node.args
+            call = calls[index]
+            node.target, node.args = apply_function, (_name_of(call.function), *call.arguments(tensors, sizes))
+
+
+def _name_of(function: type[torch.autograd.Function]) -> str:
+    """The name by which `apply_function` finds a Function: where it can be imported from, or with a number."""
+    name = f"{function.__module__}:{function.__qualname__}"
+    try:
+        if _imported(name) is function:
+            return name
+    except (ImportError, AttributeError):
+        pass
+    known = next((number for number, other in _functions.items() if other is function), f"{name}#{len(_functions)}")
+    _functions[known] = function
+    return known
+
+
+def _imported(name: str) -> Any:
+    module, _, path = name.partition(":")
+    return operator.attrgetter(path)(importlib.import_module(module))
+
+
+@uncompiled
+def apply_function(name: str, *args: Any) -> tuple[Tensor, ...]:
+    """The tensors that a Function returns."""
+    function = _functions[name] if name in _functions else _imported(name)
+    result = function.apply(*args)
+    return tuple(t for t in result if isinstance(t, Tensor)) if isinstance(result, (tuple, list)) else (result,)

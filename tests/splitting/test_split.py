@@ -847,21 +847,6 @@ class FixedSize(nn.Module):
         return self.a(x).view(5, 2, 3)
 
 
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-class OwnBackward(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return Square.apply(x)
-
-
 class Wrapped(nn.Module):
     def __init__(self, *inner: nn.Module) -> None:
         super().__init__()
@@ -878,7 +863,6 @@ class Wrapped(nn.Module):
          r"cannot be traced in inner.1 \(test_split.py, line \d+: if x.sum\(\) > 0:\): Could not guard on data-dependent.*"
          "divide it by hand: pass a list of modules, one a stage"),
         (Wrapped(FixedSize()), r"any number of samples: its forward works with that of the example alone .*batch"),
-        (Wrapped(OwnBackward()), r"in inner.0 .*Square is a torch.autograd.Function with a backward of its own"),
     ],
 )  # fmt: skip
 def test_a_model_that_cannot_be_traced_is_told_where(
