@@ -101,6 +101,15 @@ def _hint(error: BaseException, where: str, text: str) -> str:
     for file, name, frame in reversed(functions):
         if (file, name) == ("transformer.py", "_detect_is_causal_mask"):
             return _causal_hint([other for f, n, other in functions if (f, n) == ("transformer.py", "forward")])
+        if (
+            (file, name) == ("regions.py", "applied")
+            and "returned" not in frame.f_locals
+            and frame.f_locals.get("nested")
+        ):
+            return (
+                f"the forward of {frame.f_locals['cls'].__name__}, a torch.autograd.Function, runs on tensors without data; make what it "
+                "does outside of torch a torch.library.custom_op, with register_fake"
+            )
         if (file, name) in _IN_TORCH and frame.f_globals.get("__name__", "").startswith("torch."):
             return _IN_TORCH[file, name]
     if not re.search("data-dependent|FakeTensor|subclass|^aten", text):

@@ -356,3 +356,27 @@ def test_arguments_that_the_forward_does_not_name_and_values_of_the_data(varying
     for num, length in ((5, 6), (3, 6), (4, 9)) if varying else ((5, 6), (3, 6)):
         x = data(num, length)
         assert torch.equal(chain(stages, x), model(**x))
+
+
+def test_a_tensor_for_all_samples_varies_and_a_length_may_be_the_number_of_samples() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, places: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.first(x)) + places[..., None])
+
+    model, varying = Model(), ({1: "n"}, {1: "n"})
+    stages = dtrp.split(
+        model, points=["last"], example=(torch.randn(5, 5, 4), torch.randn(1, 5)), dynamic_shapes=varying
+    )
+    pipe = dtrp.Pipeline(stages, sgd, lambda out, y: out.square().mean(), method="bp", num_microbatches=2)
+    plain = copy.deepcopy(model)
+    for num, length in ((5, 5), (4, 7), (7, 4), (3, 3)):
+        x = (torch.randn(num, length, 4), torch.randn(1, length))
+        assert torch.equal(chain(stages, x), plain(*x))
+        torch.testing.assert_close(
+            pipe.step(x, torch.zeros(num)), plain(*x).square().mean().detach(), rtol=1e-10, atol=1e-10
+        )
+        plain.load_state_dict(model.state_dict())

@@ -212,6 +212,16 @@ class Doubled(torch.autograd.Function):
         return grad * 2, None
 
 
+class ByNumpy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy() * 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
 class Applies(nn.Module):
     def __init__(self, apply: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -225,6 +235,10 @@ class Applies(nn.Module):
     ("apply", "message"),
     [
         (lambda x: Doubled.apply(x, 1), "Doubled, a torch.autograd.Function, writes its input in place"),
+        (
+            ByNumpy.apply,
+            "the forward of ByNumpy, a torch.autograd.Function, .* torch.library.custom_op, with register_fake",
+        ),
         (lambda x: Doubled.apply(x, torch.relu), "Doubled, a torch.autograd.Function, is given a builtin_function"),
     ],
 )
