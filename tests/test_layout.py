@@ -39,7 +39,7 @@ ARROWS = {
     "predict": ["methods", "tensors"],
     "methods": ["schedule"],
     "schedule_grid": ["methods"],
-    "data": ["tensors", "lazy"],
+    "data": ["tensors", "lazy", "atomic_file"],
     "models": ["tensors", "lazy"],
     "dtrp": ["lazy"],
     "__main__": ["cli"],

@@ -83,6 +83,11 @@ class ConsoleReporter(Reporter):
         skipped = [f"{len(s.skipped_updates)} at stage {s.stage}" for s in result.stages if s.skipped_updates]
         if skipped:
             self.note(f"updates left out, their gradient not being finite: {', '.join(skipped)}")
+        if result.damaged:
+            num, shown = len(result.damaged), "; ".join(result.damaged[:3]) + "; ..." * (len(result.damaged) > 3)
+            self.note(
+                f"{num} damaged file{'s' if num > 1 else ''}, in whose place others of the class were taken: {shown}"
+            )
         speed = f"{result.samples_per_s:.0f} samples/s (median of the epochs)"
         self.note(f"{self._perplexity(last)}test accuracy {last.test_accuracy:.2%}, {speed}")
         if result.config.out:

@@ -65,12 +65,12 @@ def names(label: str, known: Sequence[str]) -> Parsed:
     return Parsed(label, lambda value: tuple(_known(label, word, known) for word in _parts(value)))
 
 
-def numbers(what: str, example: str) -> Parsed:
-    """Whole numbers: ``1,2,4``, or a list in a file."""
+def numbers(what: str, example: str, kind: Callable[[Any], T] = int) -> Parsed:  # type: ignore[assignment]
+    """Several numbers: ``1,2,4``, or a list in a file."""
 
-    def parse(value: Any) -> tuple[int, ...]:
+    def parse(value: Any) -> tuple[T, ...]:
         try:
-            return tuple(map(int, _parts(value)))
+            return tuple(map(kind, _parts(value)))
         except (TypeError, ValueError):
             raise ValueError(f"{value!r} is no list of {what} like {example}") from None
 

@@ -28,7 +28,8 @@ NAME_TYPES["model"] = NameOrReference("model", _NAMES["model"])
 # The types of the other options are those of the fields of TrainConfig.
 _TYPES = {
     **NAME_TYPES,
-    **dict.fromkeys(("data_dir", "plan", "out"), click.Path()),
+    **dict.fromkeys(("data_dir", "plan", "out", "listing"), click.Path()),
+    **dict.fromkeys(("mean", "std"), numbers("numbers", "0.5,0.5,0.5", float)),
     **dict.fromkeys(("stages", "prediction_error_every"), count("auto")),
     "workers": count("2:4"),
     "cuts": numbers("layer numbers", "3,6,9"),
@@ -41,6 +42,12 @@ _HELP = {
     "--data": "Data set; digits is embedded, the others lie on disk.",
     "--data-dir": "Where the data set lies (for CIFAR, the current folder); for text, the file.",
     "--image-size": "Height and width to which the images of --data folder are resized (32).",
+    "--stream/--in-memory": "Decode the images of --data folder when they are needed, or all at the start (by itself, above 2 GB).",
+    "--loader-workers": "Processes that decode the images of --stream; 0: the training process does.",
+    "--skip-damaged": "In the place of an image that cannot be read, take another of its class, and count such files.",
+    "--mean": "Mean of each channel of the images of --data folder, in 0..1 (measured).",
+    "--std": "Standard deviation of each (measured).",
+    "--listing": "File that keeps the list of the images of --stream, and what was measured of them (in --out).",
     "--augment/--no-augment": "Random crop and flip, where the data set suits it.",
     "--model": "Network: a name; package.module:function or file.py:function; timm:NAME; hf:TYPE or hf:FOLDER.",
     "--model-arg": "name=value: an argument of that function, once for each.",
@@ -196,8 +203,8 @@ def _train_option(words: str, text: str) -> Callable[[Command], Command]:
     settings: dict[str, Any] = {} if default is None else {"default": default}
     if field.replace("_", "-") == REPEATED_OPTION:
         settings["multiple"] = True
-    if hint is bool:
-        settings["is_flag"] = True
+    if bool in (hint, *get_args(hint)):
+        settings = {"is_flag": True, "default": default}
     else:
         settings["type"] = _TYPES.get(field) or next(kind for kind in get_args(hint) or [hint] if kind is not NoneType)
     return click.option(words, help=text, **settings)

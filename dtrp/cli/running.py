@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from ..data import DataError
 from ..errors import StageError, WorkerError
 from ..saving import CheckpointError
 from ..train.build import check_stages
@@ -50,7 +51,7 @@ def trained(trainer: Trainer, reporter: Reporter) -> TrainResult:
             text = str(error.__cause__)
             text += "" if "stage" in text else f" (stage {error.stage})"
         raise click.ClickException(text) from error
-    except (WorkerError, CheckpointError) as error:
+    except (WorkerError, CheckpointError, DataError) as error:
         raise click.ClickException(f"{error}{_resume_hint(trainer.config)}") from error
     except OSError as error:
         raise click.ClickException(f"cannot write the run: {error}{_resume_hint(trainer.config)}") from error

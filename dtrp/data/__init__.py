@@ -19,19 +19,27 @@ if TYPE_CHECKING:
     from .dataset import Dataset
     from .loader import batches
     from .source import DataError, InMemory, Part, Source
+    from .streaming.streamed import StreamedImages, stream_folder
     from .text import TextDataset, load_text
 
 __all__ = [
-    "DataError", "Dataset", "InMemory", "Part", "Source", "TextDataset", "batches", "list_data", "load_data", "load_text",
+    "DataError", "Dataset", "InMemory", "Part", "Source", "StreamedImages", "TextDataset", "batches",
+    "list_data", "load_data", "load_text", "stream_folder",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        **dict.fromkeys(("TextDataset", "load_text"), ".text"),
+        "DataError": ".source",
         "Dataset": ".dataset",
+        "InMemory": ".source",
+        "Part": ".source",
+        "Source": ".source",
+        "StreamedImages": ".streaming.streamed",
+        "TextDataset": ".text",
         "batches": ".loader",
-        **dict.fromkeys(("DataError", "InMemory", "Part", "Source"), ".source"),
+        "load_text": ".text",
+        "stream_folder": ".streaming.streamed",
     },
 )
 
@@ -87,15 +95,7 @@ def load_data(
         FileNotFoundError: files that are not there, with what to download and where to put it.
         ImportError: a package that this data needs is not installed.
     """
-    if name not in _NAMES:
-        raise ValueError(unknown("data", name, _NAMES))
-    if data_dir is None and name in _NEEDED_FILES:
-        raise ValueError(f"data {name!r} needs {_NEEDED_FILES[name]}")
-    if data_dir is not None and name in _WITHOUT_FILES:
-        raise ValueError(
-            f"data {name!r} reads no files, but data_dir={str(data_dir)!r}; leave data_dir (--data-dir) out"
-        )
-    _check_sizes(name, image_size, context)
+    check_request(name, data_dir, image_size=image_size, context=context)
     from .cifar import load_cifar
     from .digits import load_digits
     from .image_folder import load_folder
@@ -110,6 +110,25 @@ def load_data(
     if name == "random":
         return load_random(seed, image_size or _DEFAULT_SIZE)
     return load_digits() if name == "digits" else load_cifar(name, place)
+
+
+def check_request(
+    name: str, data_dir: str | PathLike[str] | None, *, image_size: int | None = None, context: int | None = None
+) -> None:
+    """Refuse what `load_data` refuses before it looks for files.
+
+    Raises:
+        ValueError: see there.
+    """
+    if name not in _NAMES:
+        raise ValueError(unknown("data", name, _NAMES))
+    if data_dir is None and name in _NEEDED_FILES:
+        raise ValueError(f"data {name!r} needs {_NEEDED_FILES[name]}")
+    if data_dir is not None and name in _WITHOUT_FILES:
+        raise ValueError(
+            f"data {name!r} reads no files, but data_dir={str(data_dir)!r}; leave data_dir (--data-dir) out"
+        )
+    _check_sizes(name, image_size, context)
 
 
 def _check_sizes(name: str, image_size: int | None, context: int | None) -> None:

@@ -133,13 +133,20 @@ def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
         mean, std: (C,), float32. The deviation is that of the population, without Bessel's correction.
     """
     if x.dtype == torch.uint8:
-        counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in x.unbind(1)]).double()
-        levels = torch.arange(256, dtype=torch.float64, device=x.device) / 255
-        weights = counts / counts.sum(1, keepdim=True)
-        mean = weights @ levels
-        var = (weights * (levels - mean[:, None]).square()).sum(1)
-    else:
-        var, mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+        return level_stats(torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in x.unbind(1)]))
+    var, mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+    return _as_stats(mean, var)
+
+
+def level_stats(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of channels by the number of pixels of each level, (C, 256), int64."""
+    levels = torch.arange(256, dtype=torch.float64, device=counts.device) / 255
+    weights = counts.double() / counts.double().sum(1, keepdim=True)
+    mean = weights @ levels
+    return _as_stats(mean, (weights * (levels - mean[:, None]).square()).sum(1))
+
+
+def _as_stats(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     std = var.sqrt().float()
     return mean.float(), torch.where(std > 0, std, 1.0)
 

@@ -60,10 +60,7 @@ def batches(
     if len(x) != len(y):
         raise ValueError(f"x has {len(x)} images but y has {len(y)} classes; pass one class an image")
     whole("batch_size", batch_size)
-    if not 0 <= start <= len(x) or (start % batch_size and start != len(x)):
-        raise ValueError(
-            f"start={start} with {len(x)} images in batches of {batch_size}: pass a multiple of batch_size, as many as were seen"
-        )
+    check_start(start, len(x), batch_size)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}: normalized images need a float; pass torch.float32")
     order = epoch_order(len(x), seed=seed, epoch=epoch) if shuffle else torch.arange(len(x), device="cpu")
@@ -77,18 +74,38 @@ def batches(
     return _image_batches(x, y, chosen, dataset, crops, dtype)
 
 
+def check_start(start: int, num: int, batch_size: int) -> None:
+    """Refuse a start within an epoch of ``num`` samples that is not between two mini-batches."""
+    if not 0 <= start <= num or (start % batch_size and start != num):
+        raise ValueError(
+            f"start={start} with {num} images in batches of {batch_size}: pass a multiple of batch_size, as many as were seen"
+        )
+
+
 def _image_batches(
     x: Tensor, y: Tensor, chosen: Iterable[Tensor], dataset: Dataset, crops: Crops | None, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalized and cropped images with their classes, for each tensor of indices (B,) in ``chosen``."""
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    # Tensors, not numbers: CUDA divides by a number through its reciprocal, unlike the CPU in the last bit.
-    unit = 255 if x.dtype == torch.uint8 else 1
-    mean, std = ((stat.to(x.device, exact) * unit)[:, None, None] for stat in (dataset.mean, dataset.std))
     if crops is not None:
         crops = Crops(*(t.to(x.device) for t in crops))
     for indices in chosen:
-        images = (x[indices].to(exact) - mean) / std
+        images = normalize(x[indices], dataset.mean, dataset.std, dtype)
         if crops is not None:
             images = crop(images, Crops(*(t[indices] for t in crops)))
         yield images.to(dtype), y[indices]
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images less their mean, by their deviation, in float64 if ``dtype`` is, else in float32; a new tensor.
+
+    Args:
+        images: (B, C, H, H), uint8, or floats in 0..1.
+        mean: of each channel (C,), of images scaled to 0..1.
+        std: deviation of each.
+        dtype: what the images are to become.
+    """
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    # Tensors, not numbers: CUDA divides by a number through its reciprocal, unlike the CPU in the last bit.
+    unit = 255 if images.dtype == torch.uint8 else 1
+    mean, std = ((stat.to(images.device, exact) * unit)[:, None, None] for stat in (mean, std))
+    return (images.to(exact) - mean) / std

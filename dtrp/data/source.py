@@ -6,6 +6,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -96,8 +97,8 @@ class Source(ABC):
     def example(self, num: int) -> tuple[Tensor, Tensor]:
         """A mini-batch of ``num`` training samples, which repeat where there are fewer; of one shape and dtype on all ranks."""
 
-    def keep(self, folder: str) -> None:
-        """Write what need not be found out again into the folder of the run, which exists; most have nothing."""
+    def keep(self, path: Path) -> None:
+        """Write what need not be found out again to a file in the folder of the run; most have nothing."""
         return
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.util import Finalize
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from ..errors import WorkerError
 from .process_end import end_at_once, launcher_pid
 from .rendezvous import ABSENT, SILENT, Heartbeats, Rendezvous, first_rank_holds_store
 from .signals import SigtermListener
+
+T = TypeVar("T")
 
 
 def under_launcher() -> bool:
@@ -48,6 +51,32 @@ def join(timeout_s: float) -> None:
     """
     if dist.is_available() and not dist.is_initialized() and under_launcher():
         _interruptibly(lambda progress: _join(timeout_s, progress), timeout_s)
+
+
+def told_by_first_rank(value: T | None, error: Exception | None, timeout_s: float) -> T:
+    """What the first rank has found out, on every rank; in one process that is this one.
+
+    All ranks call it; those that have found nothing out pass None.
+
+    Args:
+        value: what this rank has found out; picklable.
+        error: why it could not.
+        timeout_s: how long to wait for the other ranks.
+
+    Raises:
+        Exception: the error of this rank; where it has none, that of the first rank.
+    """
+    told = [(value, error)]
+    if under_launcher():
+        join(timeout_s)
+        dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+    if error is not None:
+        raise error
+    value, error = told[0]
+    if error is not None:
+        raise error
+    assert value is not None
+    return value
 
 
 @dataclass

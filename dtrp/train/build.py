@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..data import Dataset, InMemory, Source, TextDataset, load_data
+from ..data import Dataset, InMemory, Source, TextDataset, check_request, load_data, stream_folder
+from ..launch.join import told_by_first_rank
 from ..methods import Method, get_method
 from ..models import get_model, has_stem
 from ..splitting.stages import Stages, into_stages, split
@@ -23,6 +26,9 @@ from .config import DTYPES, TrainConfig, option_name
 from .other_libraries import LIBRARIES
 from .user_code import call_function, is_reference, load_function, parse_arguments
 
+TIMEOUT_S = 300.0  # for which ranks wait for each other
+LISTING = "listing"  # the file of the list of images in the folder of a run
+_STREAMED_FROM_BYTES = 2 * 10**9  # of all images of a folder, decoded
 _IMAGENET_PIXELS = 64  # from which on a ResNet that has both stems takes ImageNet's
 
 
@@ -54,14 +60,67 @@ def load_dataset(config: TrainConfig, say: Callable[[str], None]) -> Dataset | T
         )
     for warning in caught:
         say(str(warning.message))
+    if config.mean is not None and config.std is not None and isinstance(dataset, Dataset):
+        dataset = dataclasses.replace(dataset, mean=torch.tensor(config.mean), std=torch.tensor(config.std))
     return dataset
 
 
-def open_source(config: TrainConfig, say: Callable[[str], None], device: torch.device | str) -> Source:
-    """The data of a run as mini-batches on ``device``; see `load_dataset`."""
+def open_source(
+    config: TrainConfig, say: Callable[[str], None], device: torch.device | str = "cpu", *, reads: bool = True
+) -> Source:
+    """The data of a run as mini-batches on ``device``. All ranks call this together.
+
+    Args:
+        config: settings of the run.
+        say: called with notes for the user.
+        device: where the mini-batches are to be.
+        reads: whether this rank needs the inputs, as the first stage of a replica does.
+
+    Raises:
+        ValueError, OSError: missing or damaged files, or a size that the data set does not have; on all ranks.
+    """
+    if config.data == "folder" and config.stream is not False:
+        source = _streamed(config, say, device, reads=reads)
+        if source is not None:
+            return source
     dataset = load_dataset(config, say).limit(config.limit_train, config.limit_test).to(device)
     augment = config.augment and dataset.augment
-    return InMemory(dataset, seed=config.seed, augment=augment, dtype=weights_dtype(config))
+    in_memory = InMemory(dataset, seed=config.seed, augment=augment, dtype=weights_dtype(config))
+    if config.data == "folder":
+        shape = "x".join(map(str, in_memory.sample_shape))
+        in_memory.details = f" in {in_memory.num_classes} classes, {shape}, in memory"
+    return in_memory
+
+
+def _streamed(
+    config: TrainConfig, say: Callable[[str], None], device: torch.device | str, *, reads: bool
+) -> Source | None:
+    """The images of a folder, if they are to be decoded when they are needed."""
+    check_request("folder", config.data_dir, image_size=config.image_size)
+    file = config.listing or (Path(config.out) / LISTING if config.out else None)
+    source = stream_folder(
+        Path(str(config.data_dir)),
+        from_bytes=0 if config.stream else _STREAMED_FROM_BYTES,
+        file=None if file is None else Path(file).expanduser(),
+        share=partial(told_by_first_rank, timeout_s=TIMEOUT_S),
+        reads=reads,
+        image_size=config.image_size,
+        seed=config.seed,
+        augment=config.augment,
+        dtype=weights_dtype(config),
+        device=device,
+        num_workers=config.loader_workers,
+        skip_damaged=config.skip_damaged,
+        stats=(config.mean, config.std) if config.mean is not None and config.std is not None else None,
+        limits=(config.limit_train, config.limit_test),
+    )
+    if source is None:
+        return None
+    if config.listing and os.environ.get("RANK", "0") == "0":
+        source.keep(Path(config.listing).expanduser())
+    for note in source.notes:
+        say(note)
+    return source
 
 
 def make_model(config: TrainConfig, data: Source | Dataset | TextDataset) -> nn.Module | list[nn.Module]:

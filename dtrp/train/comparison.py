@@ -27,7 +27,7 @@ from ..atomic_file import whole_file
 from ..measure.memory import held_at_most
 from ..methods import get_method
 from ..typing import Json
-from .build import check_stages
+from .build import LISTING, check_stages
 from .config import CELL_SETTINGS, COMPARISON, TrainConfig, config_text, read_settings
 from .config_checks import check_settings
 
@@ -144,9 +144,13 @@ class Comparison:
     def config(self, cell: Cell) -> TrainConfig:
         """Settings of the run of a cell."""
         workers = cell.stages if self.base.workers else None
+        listing = self.base.listing
+        if self.base.data == "folder" and self.base.stream is not False and listing is None:
+            listing = str(self.folder / LISTING)  # for all cells
         return dataclasses.replace(
             self.base, method=cell.method, stages=cell.stages, num_microbatches=cell.num_microbatches, seed=cell.seed,
             prediction=cell.prediction, workers=workers, out=str(self.folder / cell.name), overwrite=True, keep_last=0,
+            listing=listing,
         )  # fmt: skip
 
     def done(self, cell: Cell) -> Summary | None:

@@ -23,26 +23,20 @@ CHOICES = {
     "stem": ("cifar", "imagenet"),
 }
 
+FOLDER_SETTINGS = ("stream", "loader_workers", "skip_damaged", "mean", "std", "listing")  # of --data folder
 DATA_AND_MODEL = (
-    "data",
-    "data_dir",
-    "image_size",
-    "model",
-    "model_arg",
-    "stem",
-    "layers",
-    "width",
-    "heads",
-    "context",
+    "data", "data_dir", "image_size", *FOLDER_SETTINGS, "model", "model_arg", "stem", "layers", "width", "heads", "context",
     "channels_last",
-)
+)  # fmt: skip
 CELL_SETTINGS = ("method", "prediction", "stages", "num_microbatches", "seed")  # of a run in a comparison
 SAVE_SETTINGS = ("save_every", "keep_last")
 SETTINGS_WITHOUT_EFFECT = (  # on what a run learns
-    "data_dir", "trace", "tensorboard", *SAVE_SETTINGS, "prediction_error_every", "plan", "max_restarts",
+    "data_dir", "listing", "loader_workers", "trace", "tensorboard", *SAVE_SETTINGS, "prediction_error_every", "plan",
+    "max_restarts",
 )  # fmt: skip
 REPEATED_OPTION = "model-arg"
 COMPARISON = "compare.yaml"  # the file that makes a folder a comparison
+_OPPOSITES = {"stream": "in-memory"}  # of switches whose other side is not --no-NAME
 _NOT_WRITTEN = ("out", "overwrite", "resume", "max_restarts")  # to the ``config`` of a run
 
 
@@ -53,6 +47,12 @@ class TrainConfig:
     data: str = "digits"
     data_dir: str | None = None
     image_size: int | None = None
+    stream: bool | None = None
+    loader_workers: int = 2
+    skip_damaged: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    listing: str | None = None
     augment: bool = True
     model: str = "resnet20"
     model_arg: tuple[str, ...] = ()
@@ -165,7 +165,7 @@ def option_words(values: Mapping[str, Json]) -> list[str]:
         if name == REPEATED_OPTION:
             words += [word for text in value for word in (f"--{name}", text)]
         elif isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
+            words.append(f"--{name}" if value else f"--{_OPPOSITES.get(name, 'no-' + name)}")
         else:
             words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     return words

@@ -10,7 +10,7 @@ from ..launch.join import launched
 from ..models import has_convolutions, has_stem, takes_text
 from ..validation import unknown
 from .autosave import SaveEvery
-from .config import CHOICES, TrainConfig, option_name
+from .config import CHOICES, FOLDER_SETTINGS, TrainConfig, option_name
 from .tensorboard import check_tensorboard
 from .user_code import is_reference, parse_arguments
 
@@ -18,7 +18,7 @@ _LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "num_microbatches", "stages", "workers", "replicas", "threads"), 1),
     **dict.fromkeys(("max_updates", "limit_train", "limit_test"), 1),
     **dict.fromkeys(("image_size", "layers", "width", "heads", "context"), 1),
-    **dict.fromkeys(("warmup_updates", "max_restarts", "keep_last", "prediction_error_every"), 0),
+    **dict.fromkeys(("warmup_updates", "max_restarts", "keep_last", "prediction_error_every", "loader_workers"), 0),
 }
 _IN_THE_RUN_FOLDER = {"save_every": "saves go", "trace": "the trace goes", "tensorboard": "the events go"}
 
@@ -29,7 +29,7 @@ def check_settings(config: TrainConfig) -> None:
     Raises:
         ValueError: an unknown name, a number out of range, or options that contradict each other.
     """
-    for mistakes in (_wrong_values, _wrong_workers, _contradictions):
+    for mistakes in (_wrong_values, _wrong_workers, _wrong_images, _contradictions):
         for message in mistakes(config):
             raise ValueError(message)
     SaveEvery.parse(config.save_every)
@@ -89,6 +89,26 @@ def _wrong_workers(config: TrainConfig) -> Iterator[str]:
     ):
         if config.elastic and given:
             yield f"{option} with {auto}, where the number of stages may change; leave one of them out"
+
+
+def _wrong_images(config: TrainConfig) -> Iterator[str]:
+    """Messages about options of a folder of images."""
+    for field in FOLDER_SETTINGS:
+        if config.data != "folder" and getattr(config, field) != getattr(TrainConfig, field):
+            name = "--in-memory" if field == "stream" and not config.stream else option_name(field)
+            yield f"{name} with --data {config.data}: it is for a folder of images; leave it out, or take --data folder"
+    if (config.mean is None) != (config.std is None):
+        given, lacking = ("--mean", "--std") if config.std is None else ("--std", "--mean")
+        yield f"{given} without {lacking}: pass both, or neither, and they are measured"
+    for field in ("mean", "std"):
+        values = getattr(config, field)
+        if values is not None and (len(values) != 3 or not all(0 <= value < math.inf for value in values)):
+            yield f"{option_name(field)} {','.join(map(str, values))}: three numbers from 0 to 1, of red, green and blue"
+    if config.std is not None and not all(config.std):
+        yield f"--std {','.join(map(str, config.std))}: images are divided by it; pass numbers above 0"
+    for field in ("skip_damaged", "listing"):
+        if config.stream is False and getattr(config, field):
+            yield f"{option_name(field)} with --in-memory: it is for images that are streamed; leave one of them out"
 
 
 def _contradictions(config: TrainConfig) -> Iterator[str]:

@@ -29,7 +29,7 @@ def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any
     device = build.find_devices(config.device)[0]
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    source = build.open_source(config, say, "cpu")
+    source = build.open_source(config, say)
     torch.manual_seed(config.seed)
     model = build.make_model(config, source)
     if isinstance(model, nn.Module) and not isinstance(model, nn.Sequential):

@@ -50,11 +50,12 @@ class StageSummary:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Results of a finished run."""
+    """Results of a finished run; ``damaged``: files in whose place others were read, since it was last resumed."""
 
     config: TrainConfig
     epochs: tuple[EpochMetrics, ...]
     stages: tuple[StageSummary, ...]
+    damaged: tuple[str, ...] = ()
 
     @property
     def samples_per_s(self) -> float:
@@ -97,6 +98,7 @@ def summary(result: TrainResult) -> dict[str, Json]:
             {**vars(stage), "prediction_errors": [error[1:] for error in stage.prediction_errors]}
             for stage in result.stages
         ],
+        **({"damaged": list(result.damaged)} if result.damaged else {}),
         "environment": environment(),
     }
 

@@ -39,7 +39,6 @@ from .results import EpochMetrics, TrainResult, summarize_stages, summary
 from .run_folder import RunFolder, changed_code
 from .tensorboard import Events, StageScalars
 
-_TIMEOUT_S = 300.0
 _PIPELINE_SETTINGS = ("num_microbatches", "seed", "max_grad_norm", "clip", "on_nonfinite", "trace")
 _SAVE, _STOP = 1, 2  # proposals to all ranks: to save, and to save and stop
 
@@ -132,7 +131,7 @@ class Trainer:
         if threads is not None:
             torch.set_num_threads(threads)
         self.notes: list[str] = []
-        self.source = build.open_source(config, self.notes.append, device)
+        self.source = build.open_source(config, self.notes.append, device, reads=stage == 0)
         self.dataset = self.source.dataset if isinstance(self.source, InMemory) else None
         self.total_updates = config.epochs * math.ceil(self.source.num_train / config.batch_size)
         if config.max_updates is not None:
@@ -184,7 +183,7 @@ class Trainer:
             aux=aux,
             devices=devices if len(devices) > 1 else devices[0],
             mesh=self._make_mesh(num_workers),
-            timeout_s=_TIMEOUT_S,
+            timeout_s=build.TIMEOUT_S,
             **{field: getattr(config, field) for field in _PIPELINE_SETTINGS},
         )
         every = config.prediction_error_every
@@ -198,7 +197,7 @@ class Trainer:
         """The mesh (replica, stage) of a run with replicas."""
         if num_workers is None or self.config.replicas == 1:
             return None
-        join(_TIMEOUT_S)
+        join(build.TIMEOUT_S)
         return init_device_mesh("cpu", (self.config.replicas, num_workers), mesh_dim_names=("replica", "stage"))
 
     def _open_saves(self) -> Saves | None:
@@ -243,6 +242,7 @@ class Trainer:
         with ExitStack() as failing, ExitStack() as ending:
             if self._saves is not None:
                 self._stop_request = ending.enter_context(stop_on_signal(lambda: pipe.propose(_STOP)))
+            ending.callback(self.source.close)
             failing.push(pipe)  # other ranks learn of an error at once
             reporter.start(self)
             for note in self.notes:
@@ -292,6 +292,7 @@ class Trainer:
             model = self.pipe.model_state_dict_on_first()
             if self.run_folder is not None and model is not None:
                 self.run_folder.write(config_text(self.config), vars(metrics), model)
+                self.source.keep(self._folder / build.LISTING)
         best = self._position.best
         if best is None or metrics.test_accuracy > best[1]:
             best = (metrics.update, metrics.test_accuracy)
@@ -304,7 +305,8 @@ class Trainer:
         """The results of the run, which are written to its folder."""
         ranks = self.pipe.gather(summarize_stages(self.pipe) if self.replica == 0 else [])
         stages = tuple(itertools.chain.from_iterable(ranks))
-        result = TrainResult(self.config, tuple(self._position.metrics), stages)
+        damaged = tuple(itertools.chain.from_iterable(self.pipe.gather(self.source.damaged)))
+        result = TrainResult(self.config, tuple(self._position.metrics), stages, damaged)
         if self.config.trace:
             self.pipe.save_trace(self._folder / "trace.json")
         if self.run_folder is not None:
@@ -343,6 +345,7 @@ class Trainer:
         """Save in the middle of an epoch: a portable save where the number of stages may change, else an exact one."""
         if self.run_folder is not None:
             self.run_folder.begin(config_text(self.config))
+            self.source.keep(self._folder / build.LISTING)
         ranks = self.pipe.gather(losses.values() if self.reports else None)
         loss_sum, learned = next(values for values in ranks if values is not None)
         position = dataclasses.replace(self._position, samples=samples, loss_sum=loss_sum, learned=learned)
