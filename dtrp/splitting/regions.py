@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -200,6 +200,18 @@ def _without_data(tensors: Sequence[Tensor], sizes: Sequence[int], call: int) ->
     return [t.new_empty_strided(t.shape, t.stride()) for t in _calls[call].outputs]
 
 
+_applying: list[Callable[..., Any]] = []  # what stands for `torch.autograd.Function.apply` in the present trace
+
+
+class _Applying:
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """Code for `torch.autograd.Function.apply`, with the free variable that it has."""
+        from dtrp.splitting.regions import _applying
+
+        __class__  # type: ignore[name-defined]  # noqa: B018
+        return _applying[-1](cls, *args, **kwargs)
+
+
 @contextmanager
 def functions_kept() -> Iterator[list[Call]]:
     """Context of a trace in which every Function that is applied becomes one operation, which `apply_in_stages` gets.
@@ -240,8 +252,16 @@ def functions_kept() -> Iterator[list[Call]]:
         return tuple(result) if isinstance(returned, (tuple, list)) else result[0]
 
     _calls.clear()
-    with replaced(torch.autograd.Function, apply=classmethod(applied)):
+    _applying.append(applied)
+    method = vars(torch.autograd.Function)["apply"].__func__
+    code = method.__code__
+    try:
+        # Not another method: many keep the bound one, ``gelu = Gelu.apply``.
+        method.__code__ = _Applying.apply.__code__
         yield _calls
+    finally:
+        method.__code__ = code
+        _applying.pop()
 
 
 def _check_arguments(cls: type[torch.autograd.Function], leaves: Sequence[Any], kwargs: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import linecache
-import math
 import re
 import traceback
 from collections.abc import Sequence
@@ -101,14 +100,10 @@ def _hint(error: BaseException, where: str, text: str) -> str:
     for file, name, frame in reversed(functions):
         if (file, name) == ("transformer.py", "_detect_is_causal_mask"):
             return _causal_hint([other for f, n, other in functions if (f, n) == ("transformer.py", "forward")])
-        if (
-            (file, name) == ("regions.py", "applied")
-            and "returned" not in frame.f_locals
-            and frame.f_locals.get("nested")
-        ):
+        if (file, name) == ("regions.py", "_forward") and "output" not in frame.f_locals:
             return (
-                f"the forward of {frame.f_locals['cls'].__name__}, a torch.autograd.Function, runs on tensors without data; make what it "
-                "does outside of torch a torch.library.custom_op, with register_fake"
+                f"the forward of {frame.f_locals['cls'].__name__}, a torch.autograd.Function, runs on tensors without data; make "
+                "what it does outside of torch a torch.library.custom_op, with register_fake"
             )
         if (file, name) in _IN_TORCH and frame.f_globals.get("__name__", "").startswith("torch."):
             return _IN_TORCH[file, name]
@@ -196,7 +191,7 @@ def with_higher_minima(text: str, varying: Sequence[dict[int, Any]]) -> list[dic
             return None
         if entries is not None:
             found.append((name[1], int(entries[1]) + int(entries[2]) + 1))
-        elif fix is not None and float(fix[2] or math.inf) >= dims[name[1]].max:
+        elif fix is not None and (not fix[2] or int(fix[2]) >= dims[name[1]].max):
             found.append((name[1], int(fix[1])))
         else:
             return None

@@ -76,6 +76,9 @@ class Halves(torch.autograd.Function):
         return torch.cat([a, -b], -1) * mask, None
 
 
+gelu = Gelu.apply  # as many have it
+
+
 class Net(nn.Module):
     """A Function of each kind; a stage may begin between the two outputs of one and their use."""
 
@@ -87,7 +90,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = Gelu.apply(self.first(x))
-        h = Gelu.apply(self.second(h)) + h
+        h = gelu(self.second(h)) + h
         a, two, b = Halves.apply(self.drop(h), (h.detach() > 0) * 1.0)
         h = self.third(torch.cat([b, a], -1))
         h = Scaled.apply(h, self.weight, 0.5, {"shift": 0.1, "name": "x"}, h.shape)
