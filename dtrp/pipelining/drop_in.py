@@ -33,7 +33,7 @@ from ..typing import Json
 from .cutting import Arguments, MiniBatch
 from .engine import RecordedLoss, StageEngine
 from .routes import Call, Route
-from .torch_stage import check_contexts, checked_module, device_of, maker, ranks_of
+from .torch_stage import check_contexts, checked_module, device_of, maker, ranks_of, scales_by_default
 from .traced import Traced, check_written, replace, shared_parameters, unite
 
 
@@ -62,7 +62,9 @@ class ScheduleDTRP(BasePipeline):
         loss_fn: (output, target) -> scalar, of a micro-batch; every rank passes it, the last one calls it. None, on every
             rank: the schedule runs forwards alone, and trains nothing.
         args_chunk_spec, kwargs_chunk_spec, output_merge_spec: as for torch's schedules.
-        scale_grads: gradients are divided by ``n_microbatches``: for losses that are means. False: for sums.
+        scale_grads: True: gradients are divided by ``n_microbatches``: for losses that are means. False: for sums. None:
+            as torch's schedules do by themselves: they divide, and before torch 2.7, where they have no such argument,
+            they do not.
         method: a name from `dtrp.list_methods`, or a `Method`.
         lr_scheduler: optimizer -> scheduler, stepped once an update. A scheduler that the script steps by itself is
             ahead of a stage's updates by its delay.
@@ -91,7 +93,7 @@ class ScheduleDTRP(BasePipeline):
         args_chunk_spec: Any = None,
         kwargs_chunk_spec: Any = None,
         output_merge_spec: Any = None,
-        scale_grads: bool = True,
+        scale_grads: bool | None = None,
         *,
         method: str | Method = "dtrp",
         lr_scheduler: Callable[[Optimizer], Any] | None = None,
@@ -113,6 +115,7 @@ class ScheduleDTRP(BasePipeline):
                 f"method={settings.method.name!r} needs auxiliary networks, and targets on the first rank, which a schedule of "
                 "torch's is not given; use dtrp.Pipeline(aux=...), or another method"
             )
+        divides = scales_by_default() if scale_grads is None else bool(scale_grads)
         ranks = ranks_of(stage)
         self._configure(settings, ranks.num_stages, schedules_lr=lr_scheduler is not None, trace=trace)
         self._specs = (args_chunk_spec, kwargs_chunk_spec)
@@ -126,15 +129,13 @@ class ScheduleDTRP(BasePipeline):
             make_optimizer = maker(optimizer, module) if self._trains else _never_stepped
             _check_functions(make_optimizer, loss_fn, lr_scheduler)
             trainings = settings.trainings(ranks.num_stages, make_optimizer, lr_scheduler if self._trains else None)
-            shared = {"n_microbatches": self.num_microbatches, "scale_grads": bool(scale_grads)} | settings.shared()
+            shared = {"n_microbatches": self.num_microbatches, "scale_grads": divides} | settings.shared()
             needs_input_grad, ties = self._connect(module, device_of(stage), transport, shared, seed)
             ties, replaced = unite(module, ties, ranks.stage)
             replace(optimizer, replaced)
             call = self._call(ranks)
             network = StageNetwork(module, self._loss_here(ranks), needs_input_grad, call=call, ties=ties)
-            self._engine: StageEngine = self._stage_engine(
-                network, call, trainings[ranks.stage], transport, scale_grads
-            )
+            self._engine: StageEngine = self._stage_engine(network, call, trainings[ranks.stage], transport, divides)
             self._watch = AccumulationWatch(optimizer if self._trains else None)
             self._watches = [self._watch.end, *([optimizer_watch.watch(self._engine)] if self._trains else [])]
         except BaseException as error:
@@ -194,7 +195,7 @@ class ScheduleDTRP(BasePipeline):
         return Call(stage.submod, route, ranks.stage, ranks.num_stages)
 
     def _stage_engine(
-        self, network: StageNetwork, call: Call, training: StageTraining, transport: Transport, scale_grads: bool
+        self, network: StageNetwork, call: Call, training: StageTraining, transport: Transport, divides: bool
     ) -> StageEngine:
         ranks, module = transport.ranks, network.module
         gradients = [(p, p.grad) for p in module.parameters()]
@@ -207,7 +208,7 @@ class ScheduleDTRP(BasePipeline):
         if not self._trains:  # the gradients stay the caller's
             for p, gradient in gradients:
                 p.grad = gradient
-        total = self.num_microbatches if scale_grads else 1
+        total = self.num_microbatches if divides else 1
         settings = self.method, self.num_microbatches, total
         engine = StageEngine(hosted, *settings, transport, self._tracer, call, self._loss)
         engine.copy_tied_values()

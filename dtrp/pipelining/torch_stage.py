@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.pipelining import Schedule1F1B
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
@@ -54,6 +56,11 @@ def checked_module(stage: Any, ranks: Ranks) -> nn.Module:
     if getattr(stage, "dw_builder", None) is not None:
         raise ValueError("the stage has a dw_builder, for schedules that split a backward in two; make it without one")
     return module
+
+
+def scales_by_default() -> bool:
+    """Whether this torch's schedules divide gradients by the number of micro-batches: since 2.7, with an argument for it."""
+    return "scale_grads" in inspect.signature(Schedule1F1B).parameters
 
 
 def check_contexts(stage: Any) -> None:

@@ -36,7 +36,7 @@ from dtrp.pipelining import ScheduleDTRP
 
 Result = dict[str, Any]
 CASES: dict[str, Callable[[], Result]] = {}
-LIMIT = {"timeout_s": 20.0, "seed": 7}
+LIMIT: dict[str, Any] = {"timeout_s": 20.0, "seed": 7, "scale_grads": True}
 
 
 def case(run: Callable[[], Result]) -> Callable[[], Result]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import os
 import time
@@ -301,10 +302,15 @@ def script(
     left_over: bool = True,
     given: str = "object",
     dtype: torch.dtype = torch.float64,
-    scale_grads: bool = True,
+    scale_grads: bool | None = True,
     **options: Any,
 ) -> Result:
     """Training by ``Schedule1F1B`` (method "torch"), or by ScheduleDTRP with one line changed."""
+    # None: the default. Torch's schedules have the argument since 2.7, and sum in 2.6.
+    scaling = {} if scale_grads is None else {"scale_grads": scale_grads}
+    if method == "torch" and "scale_grads" not in inspect.signature(Schedule1F1B).parameters:
+        assert not scale_grads
+        scaling = {}
     torch.set_default_dtype(dtype)
     torch.manual_seed(0)
     make, data = KINDS[kind]
@@ -312,12 +318,12 @@ def script(
     optimizer = OPTIMIZERS[optimizer_name](stage.submod.parameters())
     schedule: Any
     if method == "torch":
-        schedule = Schedule1F1B(stage, n_microbatches=parts, loss_fn=cross_entropy, scale_grads=scale_grads)
+        schedule = Schedule1F1B(stage, n_microbatches=parts, loss_fn=cross_entropy, **scaling)
     else:
         update = optimizer if given == "object" else OPTIMIZERS[optimizer_name]
         schedule = ScheduleDTRP(
-            stage, update, n_microbatches=parts, loss_fn=cross_entropy, method=method, scale_grads=scale_grads,
-            **{"timeout_s": 20.0, **options},
+            stage, update, n_microbatches=parts, loss_fn=cross_entropy, method=method,
+            **scaling, **{"timeout_s": 20.0, **options},
         )  # fmt: skip
     before = torch.get_rng_state()
     torch.manual_seed(1)
@@ -416,6 +422,7 @@ def case(name: str, num_ranks: int, run: Callable[[], Result]) -> None:
 def both(kind: str, num_ranks: int, **options: Any) -> str:
     """A case of torch's schedule and ours, by method bp."""
     name = f"{kind}, {num_ranks} ranks" + "".join(f", {key}={value}" for key, value in options.items())
+    options = {"scale_grads": None, **options}
     case(name, num_ranks, lambda: {"torch": script(kind, "torch", **options), "ours": script(kind, "bp", **options)})
     return name
 

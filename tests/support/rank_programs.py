@@ -1517,6 +1517,9 @@ PROGRAMS: dict[str, Callable[..., None]] = {
 
 def main(program: str, arguments: list[Any]) -> None:
     warnings.simplefilter("error")
+    # Of torch 2.6: a folder that it leaves to the interpreter's end, and what its checkpoints read of tensors.
+    warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     PROGRAMS[program](*arguments)
