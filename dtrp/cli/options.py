@@ -21,7 +21,7 @@ from .option_types import INTERVAL, SIZE, Name, NameOrReference, Parsed, count, 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULTS = TrainConfig()
-_LISTS = ("cuts", "points", "model_arg")  # options that may be lists in a file
+_LISTS = ("cuts", "points", "model_arg", "mean", "std")  # options that may be lists in a file
 _NAMES = {**CHOICES, "data": list_data(), "model": list_models(), "method": list_methods()}
 NAME_TYPES: dict[str, Parsed] = {field: Name(field.replace("_", " "), names) for field, names in _NAMES.items()}
 NAME_TYPES["model"] = NameOrReference("model", _NAMES["model"])

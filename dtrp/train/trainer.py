@@ -132,28 +132,31 @@ class Trainer:
             torch.set_num_threads(threads)
         self.notes: list[str] = []
         self.source = build.open_source(config, self.notes.append, device, reads=stage == 0)
-        self.dataset = self.source.dataset if isinstance(self.source, InMemory) else None
-        self.total_updates = config.epochs * math.ceil(self.source.num_train / config.batch_size)
-        if config.max_updates is not None:
-            self.total_updates = min(self.total_updates, config.max_updates)
-        torch.manual_seed(config.seed)
-        model, num_stages, cuts = build.divided(
-            build.make_model(config, self.source),
-            config,
-            self.source,
-            num_workers if num_workers is not None else config.fixed_stages,
-        )
-        if plan is not None and cuts is not None:
-            plan.check_model(model)
-        self.pipe = self._make_pipeline(method, model, num_stages, cuts, devices, num_workers)
-        if launched() and world_size == 1:
-            watch_launcher(lambda: None, lambda: False)  # on ranks, the engine does
-        self.reports = self.pipe.is_last and self.replica == 0
-        self._position = Position()
-        self._saves = self._open_saves()
-        self._stop_request = StopRequest()
-        self._events: Events | None = None
-        self._stage_scalars = StageScalars()
+        with ExitStack() as failing:
+            failing.callback(self.source.close)
+            self.dataset = self.source.dataset if isinstance(self.source, InMemory) else None
+            self.total_updates = config.epochs * math.ceil(self.source.num_train / config.batch_size)
+            if config.max_updates is not None:
+                self.total_updates = min(self.total_updates, config.max_updates)
+            torch.manual_seed(config.seed)
+            model, num_stages, cuts = build.divided(
+                build.make_model(config, self.source),
+                config,
+                self.source,
+                num_workers if num_workers is not None else config.fixed_stages,
+            )
+            if plan is not None and cuts is not None:
+                plan.check_model(model)
+            self.pipe = self._make_pipeline(method, model, num_stages, cuts, devices, num_workers)
+            if launched() and world_size == 1:
+                watch_launcher(lambda: None, lambda: False)  # on ranks, the engine does
+            self.reports = self.pipe.is_last and self.replica == 0
+            self._position = Position()
+            self._saves = self._open_saves()
+            self._stop_request = StopRequest()
+            self._events: Events | None = None
+            self._stage_scalars = StageScalars()
+            failing.pop_all()
 
     def _make_pipeline(
         self,

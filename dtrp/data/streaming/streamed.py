@@ -117,7 +117,11 @@ class StreamedImages(Source):
         self._workers = Workers(decoder, num_workers)
         self._workers.start()
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        self._mean, self._std = (torch.tensor(values, dtype=exact) for values in stats or self._measured())
+        try:
+            self._mean, self._std = (torch.tensor(values, dtype=exact) for values in stats or self._measured())
+        except BaseException:
+            self.close()
+            raise
         self._known = known
 
     @property
@@ -152,15 +156,15 @@ class StreamedImages(Source):
         """The images of mini-batches, (B, 3, H, H); each is requested in parts, so that all workers have some of it."""
         assert self._workers is not None, "this process has no images"
         most = max(1, _REQUEST_BYTES // (_CHANNELS * self._image_size**2))
-        requests = (
-            Request(split, epoch, augment, tuple(few.tolist()))
-            for indices in chosen
-            for few in torch.tensor_split(indices, -(-len(indices) // most))
-        )
+
+        def parts(batch: Tensor) -> Sequence[Tensor]:
+            return torch.tensor_split(batch, -(-len(batch) // most)) if len(batch) else ()
+
+        requests = (Request(split, epoch, augment, tuple(few.tolist())) for indices in chosen for few in parts(indices))
         arriving = self._workers.decode(requests)
         for indices in chosen:
             x = torch.empty(len(indices), *self.sample_shape, dtype=self._dtype, device=self._device)
-            for room in torch.tensor_split(x, -(-len(indices) // most)):
+            for room in parts(x):
                 pixels, damaged, _ = next(arriving)
                 self._damaged.update(dict.fromkeys(damaged))
                 room.copy_(normalize(pixels.to(self._device).permute(0, 3, 1, 2), self._mean, self._std, self._dtype))

@@ -23,6 +23,7 @@ from ..source import DataError
 from .decoding import Decoded, Decoder, Request
 
 _GRACE_S = 30  # a worker that is told to end (SIGTERM) goes on so long, so that its run can save
+_STOPPING = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")}
 _CLOSING_S, _DYING_S = 1.0, 0.2
 
 
@@ -70,7 +71,7 @@ class Workers:
         if not self._num_workers or self._processes or self._loader is None:
             return
         before = set(multiprocessing.active_children())
-        with _child_handler_kept(), _quiet():
+        with _child_handler_kept(), _quiet(), _deferred(_STOPPING):  # until the workers have their handlers
             self._requests.requests = ()
             iter(self._loader)
         self._processes = [process for process in multiprocessing.active_children() if process not in before]
@@ -121,6 +122,7 @@ class Workers:
             process.join(max(0.0, until - time.monotonic()))
             if process.is_alive():
                 process.kill()
+                process.join()
         if self._at_exit is not None:
             atexit.unregister(self._at_exit)
 
@@ -139,6 +141,8 @@ def _prepare(number: int) -> None:
         signal.alarm(_GRACE_S)
 
     signal.signal(signal.SIGTERM, end_later)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
 
 
 @contextmanager
@@ -148,6 +152,19 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         warnings.filterwarnings("ignore", ".*use of fork.*", DeprecationWarning)
         yield
+
+
+@contextmanager
+def _deferred(signals: set[signal.Signals]) -> Iterator[None]:
+    """Signals that come within this context arrive when it ends; processes that are started in it have them deferred."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
