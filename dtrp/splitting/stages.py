@@ -87,12 +87,13 @@ def split(
       whatever it is. With an example it is tried whether each takes what the one before returns.
     - Any other module, and a Sequential with an example, is traced by `torch.export`, in train and in eval mode, for
       any number of samples, and cut at ``points``, or, by ``num_stages``, so that the slowest stage is as fast as
-      it can be: between entries of the model's lists of blocks where that costs little, where few values pass, and
-      without a parameter on both sides. What a later stage needs travels through those in between. Everything but the
-      number of samples, and the sizes that ``dynamic_shapes`` names, is as in the example: shapes, dtypes, constants, and
-      what the forward decides by them. What the
-      stages then make of the example is compared with what the model does, where the forward draws no random numbers.
-      What the forward stores on its modules the stages do not store, which is warned of by name.
+      it can be: between entries of the model's lists of blocks where that costs little, and where few values pass. What
+      a later stage needs travels through those in between, the value of a parameter that has one name too; a buffer
+      that nothing writes is in every stage that reads it. Everything but the number of samples, and the sizes that
+      ``dynamic_shapes`` names, is as in the example: shapes, dtypes, constants, and what the forward decides by them.
+      What the stages then make of the example is compared with what the model does, where the forward draws no random
+      numbers. What the forward stores on its modules the stages do not store, which is warned of by name, and so is one
+      stage that does nearly all of the work.
 
     Args:
         model: the model.
