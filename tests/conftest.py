@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     grids: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("sampled") is not None:
+        if item.get_closest_marker("sampled") is not None and item.get_closest_marker("full") is None:
             grids[item.nodeid.split("[")[0]].append(item)
     for grid in grids.values():
         (every,) = grid[0].get_closest_marker("sampled").args  # type: ignore[union-attr]

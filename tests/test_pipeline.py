@@ -40,7 +40,7 @@ HALF = [
 ]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("name", "num_stages", "num_microbatches", "optimizer"), HALF)
 def test_every_method_equals_its_equations(name: str, num_stages: int, num_microbatches: int, optimizer: str) -> None:
@@ -60,6 +60,7 @@ def test_every_method_equals_its_equations_for_long(
     )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -95,6 +96,7 @@ def test_flush_in_the_middle(name: str) -> None:
     assert [stage.version for stage in pipe._engine.stages] == [15, 15, 15] == [pipe.num_updates] * 3
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("num_microbatches", [1, 4])
 @pytest.mark.parametrize(
@@ -119,6 +121,7 @@ def test_without_delay_it_is_a_plain_loop_to_the_bit(
         assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ["dtrp", "dtrp-1f1b"])
 @pytest.mark.parametrize(("num_stages", "num_microbatches"), [(2, 1), (4, 1), (4, 4), (3, 2)])
@@ -153,6 +156,7 @@ def test_a_prophet_who_is_off_by_one_is_noticed() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("num_microbatches", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", dtrp.list_methods())
 def test_counted_delays_are_those_of_the_formula(name: str, num_microbatches: int) -> None:

@@ -59,6 +59,7 @@ def later(name: str, stages: int) -> dtrp.Method:
     return dtrp.get_method(name, ahead=row.ahead + 1 / (stages - 1))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("stages", [2, pytest.param(3, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize(("name", "momentum"), CASES)
 def test_rate(name: str, momentum: float, stages: int) -> None:
@@ -69,12 +70,14 @@ def test_rate(name: str, momentum: float, stages: int) -> None:
     assert run.rate(path) == pytest.approx(theory.rate(), rel=1e-6)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("stages", [pytest.param(2, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize(("name", "momentum"), CASES)
 def test_floor(name: str, momentum: float, stages: int) -> None:
     assert floor_error(name, stages, momentum, problem(name, stages, momentum)) < 0.01
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("stages", [pytest.param(2, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize(
     ("name", "momentum"),
@@ -96,6 +99,7 @@ def test_a_delay_of_one_more_or_less_is_seen(name: str, momentum: float, stages:
             assert floor_error(row, stages, momentum, theory) > 0.03
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["fdg", "dtr"])
 def test_all_stages_trained(name: str) -> None:
     """Delays of 4 or 3, 2 or 1, and 0 at once; the theorem's L and C are then three times lam."""

@@ -23,7 +23,7 @@ def server() -> Iterator[Server]:
     server.close()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("num_replicas", "proposals", "words", "method"),
     [

@@ -113,7 +113,7 @@ def check_matrix(results_of: Callable[..., Results], cell: tuple[str, int, int, 
     assert len(ranks) == cell[1]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("cell", SOME_OF_THE_MATRIX, ids=lambda cell: matrix_case(*cell))
 def test_it_equals_the_local_engine_to_the_bit(
     results_of: Callable[..., Results], cell: tuple[str, int, int, str]
@@ -143,7 +143,7 @@ def one_by_one(
     return results
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_model_equals_the_local_engine(one_by_one: Callable[[str], Results], name: str) -> None:
     check_equal(name, one_by_one(name))
@@ -161,6 +161,7 @@ def test_every_split_model_equals_the_local_engine(results_of: Callable[..., Res
     check_equal(name, results_of("splits", SPLITS))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name", [HUGGING_FACE[0], *(pytest.param(name, marks=pytest.mark.full) for name in HUGGING_FACE[1:])]
 )
@@ -198,7 +199,7 @@ def test_the_default_compiler_on_ranks(results_of: Callable[..., Results]) -> No
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", SPECIAL)
 def test_case(one_by_one: Callable[[str], Results], name: str) -> None:
     ranks, want = check_equal(name, one_by_one(name), on_all=name.startswith("the loss on all ranks"))
@@ -253,7 +254,7 @@ def test_some_of_the_ranks(one_by_one: Callable[[str], Results], name: str) -> N
     assert len(ranks) == 2
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", REPLICAS)
 def test_replicas_equal_one_process_with_their_shards_put_together(
     results_of: Callable[..., Results], name: str
@@ -329,7 +330,7 @@ def check_ended(outcomes: list[Outcome], *patterns: str, skip: tuple[int, ...] =
             assert re.search(pattern, outcome.last_line), f"rank {rank}: {pattern!r} is not in\n{outcome.err}"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("where", "method", "stage", "context"),
     [
@@ -420,6 +421,7 @@ def check_gone(pids: list[int], deadline: float) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.full
 def test_a_killed_rank_is_named_under_torchrun(tmp_path: Path) -> None:
     kill_under_torchrun(tmp_path, 3, 2)
 
@@ -465,6 +467,7 @@ def test_a_signal_to_one_rank_ends_all(server: Server, tmp_path: Path, culprit: 
     check_ended(outcomes, rf"rank {culprit}", skip=(culprit,))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("culprit", [0, 1, 2])
 def test_an_exception_outside_the_pipeline_on_one_rank(server: Server, tmp_path: Path, culprit: int) -> None:
     outcomes = run_ranks(server, tmp_path, 3, "fail_outside", culprit, "raise", timeout_s=15)
@@ -558,7 +561,7 @@ def test_a_rank_that_is_told_to_end_at_the_start_names_who_is_missed(
 # -- wrong use ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("what", "num_ranks", "patterns"),
     [
@@ -604,6 +607,7 @@ def test_wrong_use_is_an_error_on_every_rank(
         assert "StageError" not in outcome.last_line, f"no stage is to blame:\n{outcome.err}"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("culprit", "closes"), [(0, True), (2, True), (0, False)])
 def test_a_rank_that_closes_early(server: Server, tmp_path: Path, culprit: int, closes: bool) -> None:
     outcomes = run_ranks(server, tmp_path, 3, "close_too_early", culprit, closes, timeout_s=15)

@@ -246,7 +246,7 @@ def server() -> Iterator[Server]:
     server.close()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("kind", "method"), [("latent", "dtrp"), ("experts", "bp"), ("penalty", "fdg"), ("latent", "dgl")]
 )
@@ -273,6 +273,7 @@ def test_ranks_are_one_process(kind: str, method: str, server: Server, tmp_path:
         assert_near(values, model, 0.0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["experts", "penalty"])
 def test_replicas_are_the_plain_loop(kind: str, server: Server, tmp_path: Path) -> None:
     """Each replica cuts its shard, and each part counts for its labels among those of all replicas."""

@@ -75,6 +75,7 @@ def measure(name: str, num_stages: int, batch: int, *, depth: int = 110, cuts: l
     return meter, memory, x.nbytes
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("batch", [1, pytest.param(128, marks=pytest.mark.full)])
 def test_resnet110_on_eight_stages(batch: int) -> None:
     """fdg explodes with the depth of the pipeline; dtrp keeps one graph and its inputs."""

@@ -71,7 +71,7 @@ def check_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 # -- next to torch's schedule ---------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", AS_TORCH)
 def test_bp_is_schedule_1f1b(ranks_of: Callable[[str], Ranks], name: str) -> None:
     """Losses, outputs and weights: 1e-12 in float64, 1e-6 in float32."""

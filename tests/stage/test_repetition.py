@@ -493,7 +493,7 @@ def test_close() -> None:
 # -- on ranks ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("name", "error"),

@@ -54,6 +54,7 @@ def test_with_the_default_compiler(method: str) -> None:
     check(method, True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", [pytest.param("spectrain", marks=pytest.mark.full), "dtrp"])
 def test_a_traced_gpt(method: str) -> None:
     """Stages of `dtrp.split`, attention and trees between them, at predicted weights."""

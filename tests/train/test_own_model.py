@@ -167,17 +167,22 @@ def test_workers_train_it_as_one_process_does(folder: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_it_is_compared_and_planned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = ["--model", "nets_of_a_test.py:any_module"]
-    short = ["--epochs", "1", "--limit-train", "100", "--limit-test", "20", "--threads", "1"]
-    assert (
-        run(["compare", *model, *short, "--methods", "bp,dtrp", "--stages", "2", "--seeds", "1", "--out", "grid"]) == 0
-    )
+SHORT = ["--epochs", "1", "--limit-train", "100", "--limit-test", "20", "--threads", "1"]
+
+
+def test_it_is_compared(folder: Path) -> None:
+    grid = ["--methods", "bp,dtrp", "--stages", "2", "--seeds", "1", "--out", "grid"]
+    assert run(["compare", "--model", "nets_of_a_test.py:any_module", *SHORT, *grid]) == 0
     assert (Path("grid") / "dtrp-K2-A1-seed0" / "summary.json").is_file()
+
+
+@pytest.mark.full
+def test_it_is_planned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", "nets_of_a_test.py:any_module"]
     assert run(["plan", *model, "--workers", "2", "--repeats", "1", "--latency", "1e-5", "--bandwidth", "1GB"]) == 0
     assert "--model nets_of_a_test.py:any_module" in capsys.readouterr().out
     assert (
-        run(["train", *model, *short, "--plan", "plan.json", "--batch-size", "64", "--out", "planned", "--quiet"]) == 0
+        run(["train", *model, *SHORT, "--plan", "plan.json", "--batch-size", "64", "--out", "planned", "--quiet"]) == 0
     )
     assert run(["train", "--resume", "planned", "--epochs", "2", "--quiet"]) == 0
 

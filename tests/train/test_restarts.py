@@ -53,6 +53,7 @@ def gone(pids: list[int], timeout_s: float = 20.0) -> bool:
     return not any(map(restarts.runs, pids))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("number", "code"),
     [
