@@ -95,6 +95,7 @@ def test_bp_is_schedule_1f1b(ranks_of: Callable[[str], Ranks], name: str) -> Non
         assert not ours["graph"]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ["a value that skips a stage", "uneven parts", "terms of the loss"])
 def test_bp_is_a_plain_loop_where_torchs_schedule_cannot_run(ranks_of: Callable[[str], Ranks], name: str) -> None:
     ranks = ranks_of(name)
@@ -126,6 +127,7 @@ def test_values_travel_through_the_stages_in_between() -> None:
 # -- next to Pipeline -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_pipelines_to_the_bit(ranks_of: Callable[[str], Ranks], name: str) -> None:
     """Three stages with dropout: on ranks, and all in this process."""
@@ -150,6 +152,7 @@ def sequential_here(kind: str, method: str) -> dict[str, Any]:
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", EVERY_KIND)
 def test_every_kind_of_stage_by_methods_that_do_not_wait(ranks_of: Callable[[str], Ranks], name: str) -> None:
     """A traced stage is that by hand, to the bit; all have the delays that the method has."""
@@ -301,7 +304,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
 ]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("what", "patterns"), MISTAKES)
 def test_a_mistake_ends_all_ranks(server: Server, tmp_path: Path, what: str, patterns: list[str]) -> None:
     for rank, outcome in enumerate(run_ranks(server, tmp_path, 2, "goes_wrong", what, timeout_s=40)):

@@ -83,6 +83,7 @@ def test_cuts_stay_open(kind: str, num_stages: int) -> None:
     assert max(held) <= max(1.3 / num_stages, 2 / 6) * sum(held)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("num_stages", [2, 4])
 @pytest.mark.parametrize("kind", OPEN)
 def test_they_train_as_the_model(kind: str, num_stages: int) -> None:
@@ -166,6 +167,7 @@ def test_modules_of_a_list_may_share_a_buffer(method: str) -> None:
     assert torch.equal(*[pipe.infer(x) for pipe in pipes])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("write", [add, assign, uncounted])
 @pytest.mark.parametrize("method", ["dtrp", "bp", "spectrain"])
 def test_a_shared_buffer_that_a_stage_writes(method: str, write: Callable[[Any], None]) -> None:
@@ -260,6 +262,7 @@ class Named(nn.Module):
         return self.listed[1](self.shared(self.first(x).relu()))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("point", ["second", "shared", "second.0", "shared.0", "listed.0"])
 def test_a_module_of_several_names_begins_a_stage_under_each(point: str, turned: bool) -> None:

@@ -79,6 +79,7 @@ def check(model: nn.Module, stages: dtrp.Stages, method: Any = "bp") -> None:
     assert_trained_alike(model, twin, losses, want)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("kind", "num_stages"), [("mixture of experts", 4), *((kind, num) for kind in MODELS for num in (1, 2, None))]
 )
@@ -92,6 +93,7 @@ def test_recomputed(kind: str) -> None:
     check(*make(kind), dtrp.get_method("bp", keep="input"))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "tied"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_its_loss_and_gradient(method: str, kind: str) -> None:
@@ -126,6 +128,7 @@ def test_saved_in_flight(method: str, tmp_path: Path) -> None:
         assert torch.equal(runs[2].model_state_dict()[name], value), name
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("kind", "method"), [("variational", "dtrp"), ("twins", "bp")])
 def test_ranks_are_one_process(kind: str, method: str, server: Server, tmp_path: Path) -> None:
     """To the bit, and the ranks take up what one process has saved in flight."""
@@ -220,6 +223,7 @@ def written_afterwards(self: Any, h: Tensor) -> Tensor:
     return h + self.linear(h).tanh()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "forward",
     [in_a_checkpoint, without_gradient, added_without_gradient, in_autocast, of_a_weight, written_afterwards],

@@ -45,7 +45,7 @@ def make(kind: str, how: int | str) -> tuple[Any, Any, dtrp.Stages]:
     return model, x, stages
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(12)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("kind", "how"),
@@ -89,7 +89,7 @@ def test_a_pipeline_of_them_trains_as_the_model(kind: str, how: int) -> None:
     check_pipeline(*make(kind, how), 3, tied=kind.endswith("tied"))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("kind", "num"), [("gpt2", 1), ("vit", 1), ("bert", 2), ("llama", 3)])
 def test_masks_that_follow_from_sizes_do_not_travel(kind: str, num: int) -> None:
     """Hidden states and the caller's mask do, and Llama's rotations; not a causal mask, nor sizes."""
@@ -104,6 +104,7 @@ def test_masks_that_follow_from_sizes_do_not_travel(kind: str, num: int) -> None
         assert all(isinstance(value, torch.Tensor) for value in passed)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(
     "kind", ["gpt2, mask", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("bert", "t5")), "llama", "vit"]
 )
