@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -386,6 +387,23 @@ def test_a_damaged_listing_is_made_again_and_another_file_is_left_alone(images: 
     with pytest.raises(ValueError, match="is there and is no listing of images; choose another name"):
         opened(images).keep(file)
     assert file.read_text() == "my notes"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"folders": ("../secret", "train/bee", "train/cat", "test/ant", "test/bee", "test/cat")},
+        {"folders": ("/etc", "train/bee", "train/cat", "test/ant", "test/bee", "test/cat")},
+        {"counts": (45, 0, 0, 0, 0, 0)},
+        {"stats": {"all": [[0.5], [0.5]]}},
+        {"stats": {"all": [[0.5, 0.5, 0.5], [0.5, 0.5, "x"]]}},
+    ],
+)
+def test_a_listing_names_files_of_its_folder_alone(images: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    write_listing(dataclasses.replace(list_folder(images), **changed), tmp_path / "listing")
+    known, why = read_listing(tmp_path / "listing", images)
+    assert known is None
+    assert f"{tmp_path / 'listing'} is damaged (ValueError)" in why
 
 
 @pytest.mark.parametrize("split", [True, False])

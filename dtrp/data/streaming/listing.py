@@ -19,6 +19,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Listing:
         folder = bisect_right(self._starts, index) - 1
         return os.path.join(self.root, self.folders[folder], os.fsdecode(self.names[begin : self.ends[index]]))
 
-    @property
+    @cached_property
     def _starts(self) -> list[int]:
         """The index of the first image of each folder. No folder is empty."""
         return [0, *itertools.accumulate(self.counts)][:-1]
@@ -332,7 +333,7 @@ def read_listing(path: Path, data_dir: Path) -> tuple[Listing | None, str]:
         raise ValueError(f"{path} is no listing of images; choose another name for --listing")
     try:
         listing = _read(path)
-    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, RuntimeError) as error:
         return None, f"{path} is damaged ({type(error).__name__}); {data_dir} is listed anew"
     if listing.root != os.path.abspath(data_dir):
         return None, f"{path} lists {listing.root}; {data_dir} is listed anew"
@@ -361,9 +362,28 @@ def _read(path: Path) -> Listing:
     values = {name: header[name] for name in _IN_HEADER}
     values |= {name: tuple(values[name]) for name in ("folders", "counts")}
     values["stamps"] = {str(folder): (int(modified), int(num)) for folder, (modified, num) in values["stamps"].items()}
-    if _checksum(parts) != header["checksum"] or sum(values["counts"]) != len(ends):
+    listing = Listing(names=names, ends=ends, **values)
+    if _checksum(parts) != header["checksum"] or not _is_sound(listing):
         raise ValueError("another content than was written")
-    return Listing(names=names, ends=ends, **values)
+    return listing
+
+
+def _is_sound(listing: Listing) -> bool:
+    """Whether names are where it says, every one that of a file below the root, and statistics are three numbers."""
+    ends = torch.frombuffer(listing.ends, dtype=torch.int64)
+    folders = [*listing.folders, *listing.stamps]
+    numbers = [value for pair in listing.stats.values() for values in pair for value in values]
+    return (
+        sum(listing.counts) == len(ends)
+        and min(listing.counts) > 0
+        and int(ends[-1]) == len(listing.names)
+        and bool((ends.diff(prepend=ends.new_zeros(1)) > 0).all())
+        and b"/" not in listing.names
+        and all(os.path.normpath(folder) == folder and folder[:1] not in ("/", "") for folder in folders)
+        and not any(folder.split(os.sep)[0] == ".." for folder in folders)
+        and len(numbers) == 6 * len(listing.stats)
+        and all(isinstance(value, float) and 0 <= value <= 1 for value in numbers)
+    )
 
 
 def _head(path: Path) -> bytes:
