@@ -253,15 +253,49 @@ def functions_kept() -> Iterator[list[Call]]:
 
     _calls.clear()
     _applying.append(applied)
-    method = vars(torch.autograd.Function)["apply"].__func__
+    try:
+        with _applied_otherwise():
+            yield _calls
+    finally:
+        _applying.pop()
+
+
+@contextmanager
+def _applied_otherwise() -> Iterator[None]:
+    """Context in which `torch.autograd.Function.apply` is the last of ``_applying``."""
+    method = getattr(vars(torch.autograd.Function)["apply"], "__func__", None)
+    if method is None:  # torch 2.15: it is not of Python
+        with replaced(torch.autograd.Function, apply=classmethod(_applying[-1])), _forwards_applied():
+            yield
+        return
     code = method.__code__
     try:
         # Not another method: many keep the bound one, ``gelu = Gelu.apply``.
         method.__code__ = _Applying.apply.__code__
-        yield _calls
+        yield
     finally:
         method.__code__ = code
-        _applying.pop()
+
+
+@contextmanager
+def _forwards_applied() -> Iterator[None]:
+    """Context in which an ``apply`` that was bound before, and is not of Python, calls the last of ``_applying``.
+
+    It asks the Function for its forward. What it notes for a backward beside that no trace sees.
+    """
+    meta: Any = type(torch.autograd.Function)
+
+    def get(cls: Any, name: str) -> Any:
+        if name != "forward":
+            return type.__getattribute__(cls, name)
+        has_context = cls.setup_context is torch.autograd.Function.setup_context
+        return lambda *args: _applying[-1](cls, *args[has_context:])
+
+    meta.__getattribute__ = get
+    try:
+        yield
+    finally:
+        del meta.__getattribute__
 
 
 def _check_arguments(cls: type[torch.autograd.Function], leaves: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -279,10 +313,11 @@ def _forward(cls: type[torch.autograd.Function], args: Sequence[Any], kwargs: di
     context.needs_input_grad = tuple(isinstance(arg, Tensor) and arg.requires_grad for arg in args)  # type: ignore[attr-defined]
     inputs = pytree.tree_map_only(Tensor, Tensor.detach, tuple(args))
     writes = [write_count(t) for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    forward = type.__getattribute__(cls, "forward")  # that of the class, also within `_forwards_applied`
     if cls.setup_context is torch.autograd.Function.setup_context:
-        output = cls.forward(context, *inputs, **kwargs)
+        output = forward(context, *inputs, **kwargs)
     else:
-        output = cls.forward(*inputs, **kwargs)
+        output = forward(*inputs, **kwargs)
         cls.setup_context(context, inputs, output)
     if writes != [write_count(t) for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]:
         raise TypeError(

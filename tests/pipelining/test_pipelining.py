@@ -75,6 +75,8 @@ def check_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", AS_TORCH)
 def test_bp_is_schedule_1f1b(ranks_of: Callable[[str], Ranks], name: str) -> None:
     """Losses, outputs and weights: 1e-12 in float64, 1e-6 in float32."""
+    if torch.__version__.startswith("2.6.") and "1 ranks" not in name:
+        pytest.skip("ranks of torch 2.6's own Schedule1F1B wait for each other without end over gloo")
     bound = 1e-6 if "float32" in name else 1e-12
     ranks = ranks_of(name)
     for rank, result in enumerate(ranks):
