@@ -167,7 +167,7 @@ def option_words(values: Mapping[str, Json]) -> list[str]:
         elif isinstance(value, bool):
             words.append(f"--{name}" if value else f"--{_OPPOSITES.get(name, 'no-' + name)}")
         else:
-            words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+            words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
     return words
 
 
