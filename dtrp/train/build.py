@@ -97,6 +97,8 @@ def _streamed(
 ) -> Source | None:
     """The images of a folder, if they are to be decoded when they are needed."""
     check_request("folder", config.data_dir, image_size=config.image_size)
+    if reads and config.listing and not Path(config.listing).expanduser().absolute().parent.is_dir():
+        raise ValueError(f"--listing {config.listing} lies in no folder; make it first, or choose another name")
     file = config.listing or (Path(config.out) / LISTING if config.out else None)
     source = stream_folder(
         Path(str(config.data_dir)),

@@ -97,6 +97,10 @@ VALUES: dict[str, st.SearchStrategy[str]] = {
     "image-size": COUNTS,
     "data": one_of("digits", "random", "folder", "cifar10", "cifar100"),
     "data-dir": st.sampled_from(["", "/nowhere", "/dev/null", "/"]),
+    "loader-workers": st.sampled_from(["0", "1", "-1", "x"]),
+    "mean": st.sampled_from(["0.5,0.5,0.5", "0.5", "", "nan,nan,nan", "a,b,c"]),
+    "std": st.sampled_from(["0.5,0.5,0.5", "0,0,0", "", "inf,inf,inf"]),
+    "listing": st.sampled_from(["", "/nowhere", "/dev/null", "/"]),
     "model": one_of("mlp", "vgg11"),
     "replicas": st.sampled_from(["0", "-1", "x"]),
     "workers": st.sampled_from(["0", "-1", "x", "4:2", "0:3", "1:", ":", "2:4:6"]),
@@ -106,7 +110,19 @@ VALUES: dict[str, st.SearchStrategy[str]] = {
     "plan": st.sampled_from(["", "/nowhere", "/dev/null", "/"]),
     "config": st.sampled_from(["", "/nowhere", "/dev/null", "/"]),
 }
-FLAGS = ["augment", "no-augment", "nesterov", "no-nesterov", "trace", "quiet", "overwrite", "frobnicate"]
+FLAGS = [
+    "augment",
+    "no-augment",
+    "nesterov",
+    "no-nesterov",
+    "trace",
+    "quiet",
+    "stream",
+    "in-memory",
+    "skip-damaged",
+    "overwrite",
+    "frobnicate",
+]
 
 
 def starts_processes(entry: tuple[Any, Any]) -> bool:

@@ -19,6 +19,7 @@ import torch
 from image_folders import CLASSES, damage, write_images
 from PIL import Image
 
+from dtrp.atomic_file import whole_file
 from dtrp.data import DataError, InMemory, Part, Source, StreamedImages, load_data, stream_folder
 from dtrp.data.streaming.decoding import Decoder, Request, middle, random_part
 from dtrp.data.streaming.listing import Listing, list_folder, read_listing, write_listing
@@ -387,6 +388,15 @@ def test_a_damaged_listing_is_made_again_and_another_file_is_left_alone(images: 
     with pytest.raises(ValueError, match="is there and is no listing of images; choose another name"):
         opened(images).keep(file)
     assert file.read_text() == "my notes"
+    pipe = tmp_path / "pipe"  # as any device
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match="pipe is no listing of images"):
+        opened(images, file=pipe)
+    with pytest.raises(ValueError, match="pipe is there and is no listing of images"):
+        opened(images).keep(pipe)
+    with pytest.raises(FileExistsError, match="it is no file, and is not replaced: .*pipe"), whole_file(pipe):
+        pytest.fail("it is opened")
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,8 @@ def test_the_listing_is_kept_where_the_caller_says(
     assert out.startswith("mlp on folder: 47 training")
     assert run([*once[:-1], str(own / "train" / "ant" / "01.jpg")]) == 2
     assert "01.jpg is no listing of images; choose another name for --listing" in capsys.readouterr().err
+    assert run([*once[:-1], str(tmp_path / "nowhere" / "listing")]) == 2
+    assert "nowhere/listing lies in no folder; make it first, or choose another name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [pytest.param([], marks=pytest.mark.full), ["--workers", "2"]])

@@ -307,7 +307,7 @@ def write_listing(listing: Listing, path: Path) -> None:
         ValueError: there is another file.
         OSError: it cannot be written.
     """
-    if path.is_dir() or (path.is_file() and path.stat().st_size and _head(path) != _MAGIC):
+    if path.exists() and not _may_be_listing(path):
         raise ValueError(f"{path} is there and is no listing of images; choose another name for --listing")
     ends = array("Q", listing.ends)
     if sys.byteorder == "big":
@@ -329,7 +329,7 @@ def read_listing(path: Path, data_dir: Path) -> tuple[Listing | None, str]:
     """
     if not path.exists():
         return None, ""
-    if path.is_dir() or (path.stat().st_size and _head(path) != _MAGIC):
+    if not _may_be_listing(path):
         raise ValueError(f"{path} is no listing of images; choose another name for --listing")
     try:
         listing = _read(path)
@@ -386,9 +386,12 @@ def _is_sound(listing: Listing) -> bool:
     )
 
 
-def _head(path: Path) -> bytes:
+def _may_be_listing(path: Path) -> bool:
+    """Whether a path is a listing, be it damaged, or an empty file; no device, pipe or folder is touched."""
+    if not path.is_file():
+        return False
     with open(path, "rb") as file:
-        return file.read(len(_MAGIC))
+        return file.read(len(_MAGIC)) in (_MAGIC, b"")
 
 
 def _checksum(parts: Sequence[bytes]) -> int:
