@@ -394,9 +394,10 @@ def _watched(model: nn.Module, recorder: _DtypeRecorder) -> Iterator[dict[str, b
         during_forward.enter_context(recorder)
 
     with (
+        during_forward,  # while it traces, torch calls no hook of a forward that fails
         register_module_buffer_registration_hook(note),
         model.register_forward_pre_hook(enter, prepend=True),
         model.register_forward_hook(leave),
-        model.register_forward_hook(lambda *_: during_forward.close(), always_call=True),
+        model.register_forward_hook(lambda *_: during_forward.close()),
     ):
         yield stored

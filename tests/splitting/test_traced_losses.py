@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from unsplit import SEED, assert_trained_alike, copied_from_the_first, drawing_b
 from weighted_losses import Adds
 
 import dtrp
+from dtrp.stage.losses import collecting
 
 pytestmark = pytest.mark.usefixtures("float64")
 METHODS = [name for name in dtrp.list_methods() if name != "dgl"]
@@ -287,3 +289,18 @@ def test_what_is_no_term_is_refused_with_its_place() -> None:
 
     with pytest.raises(ValueError, match=r"cannot be traced in layers.0 .*add_loss was given a tensor of shape"):
         dtrp.split(Row(several), num_stages=2, example=inputs())
+
+
+def test_a_split_that_fails_leaves_nothing_behind() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    before = nn.Module.__setattr__, torch.is_autocast_enabled, torch.get_autocast_dtype
+    with collecting() as terms:
+        with pytest.raises(ValueError, match="cannot be traced"):
+            dtrp.split(Branch(), num_stages=2, example=torch.randn(4, 5))
+        assert (nn.Module.__setattr__, torch.is_autocast_enabled, torch.get_autocast_dtype) == before
+        gc.collect()
+        dtrp.add_loss(torch.ones(()))
+    assert len(terms) == 1
