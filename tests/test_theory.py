@@ -99,6 +99,7 @@ def test_a_delay_of_one_more_or_less_is_seen(name: str, momentum: float, stages:
             assert floor_error(row, stages, momentum, theory) > 0.03
 
 
+@pytest.mark.full
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["fdg", "dtr"])
 def test_all_stages_trained(name: str) -> None:

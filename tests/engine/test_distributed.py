@@ -113,7 +113,7 @@ def check_matrix(results_of: Callable[..., Results], cell: tuple[str, int, int, 
     assert len(ranks) == cell[1]
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("cell", SOME_OF_THE_MATRIX, ids=lambda cell: matrix_case(*cell))
 def test_it_equals_the_local_engine_to_the_bit(
     results_of: Callable[..., Results], cell: tuple[str, int, int, str]
@@ -143,7 +143,7 @@ def one_by_one(
     return results
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_model_equals_the_local_engine(one_by_one: Callable[[str], Results], name: str) -> None:
     check_equal(name, one_by_one(name))
@@ -155,7 +155,7 @@ def test_and_by_the_other_method(results_of: Callable[..., Results], name: str) 
     check_equal(name, results_of("other kinds", OTHER_KINDS))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("name", SPLITS)
 def test_every_split_model_equals_the_local_engine(results_of: Callable[..., Results], name: str) -> None:
     check_equal(name, results_of("splits", SPLITS))
@@ -170,6 +170,7 @@ def test_transformers_equal_the_local_engine(results_of: Callable[..., Results],
     check_equal(name, results_of(name, [name]))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name",
     [
@@ -199,7 +200,7 @@ def test_the_default_compiler_on_ranks(results_of: Callable[..., Results]) -> No
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("name", SPECIAL)
 def test_case(one_by_one: Callable[[str], Results], name: str) -> None:
     ranks, want = check_equal(name, one_by_one(name), on_all=name.startswith("the loss on all ranks"))
@@ -254,7 +255,7 @@ def test_some_of_the_ranks(one_by_one: Callable[[str], Results], name: str) -> N
     assert len(ranks) == 2
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", REPLICAS)
 def test_replicas_equal_one_process_with_their_shards_put_together(
     results_of: Callable[..., Results], name: str
@@ -382,6 +383,7 @@ def check_names_the_dead(logs: dict[int, str], victim: int) -> None:
         assert named == {victim}, f"rank {rank} names {named}, gone is {victim}:\n{log}"
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("num_ranks", "method", "victim"), [(4, "dtrp", 2), (3, "bp", 0), (3, "fdg", 2), (2, "dtrp", 1)]
 )

@@ -71,7 +71,7 @@ def check_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 # -- next to torch's schedule ---------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("name", AS_TORCH)
 def test_bp_is_schedule_1f1b(ranks_of: Callable[[str], Ranks], name: str) -> None:
     """Losses, outputs and weights: 1e-12 in float64, 1e-6 in float32."""
@@ -129,7 +129,7 @@ def test_values_travel_through_the_stages_in_between() -> None:
 # -- next to Pipeline -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_pipelines_to_the_bit(ranks_of: Callable[[str], Ranks], name: str) -> None:
     """Three stages with dropout: on ranks, and all in this process."""
@@ -174,6 +174,7 @@ def test_every_kind_of_stage_by_methods_that_do_not_wait(ranks_of: Callable[[str
         assert max(means[-2:]) < means[0], "it learns"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_a_micro_batch_meets_its_own_keyword_arguments(ranks_of: Callable[[str], Ranks], name: str) -> None:
     for result in ranks_of(name):
@@ -306,7 +307,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
 ]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("what", "patterns"), MISTAKES)
 def test_a_mistake_ends_all_ranks(server: Server, tmp_path: Path, what: str, patterns: list[str]) -> None:
     for rank, outcome in enumerate(run_ranks(server, tmp_path, 2, "goes_wrong", what, timeout_s=40)):

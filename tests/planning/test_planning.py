@@ -459,6 +459,7 @@ def test_a_plan_is_a_file_that_a_pipeline_takes(tmp_path: Path) -> None:
     assert as_list.num_stages == 3
 
 
+@pytest.mark.full
 def test_the_lead_is_the_shortest_that_hides_the_links() -> None:
     model = nn.Sequential(*(Slow(0.004) for _ in range(4)))
     example = torch.randn(8, 5), torch.randn(8, 5)
@@ -504,6 +505,7 @@ def test_graphs_are_kept_where_they_fit() -> None:
         quick(model, num_workers=4, memory_limit_bytes=100)
 
 
+@pytest.mark.full
 def test_batch_compensation_takes_the_smallest_mini_batch_that_saturates() -> None:
     """Layers that take as long for 8 samples as for 64: throughput grows with the mini-batch up to the largest tried."""
     model = nn.Sequential(*(Slow(0.003) for _ in range(4)))
@@ -601,6 +603,7 @@ def test_other_methods_are_given_the_micro_batches_of_the_plan() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.full
 def test_what_kept_graphs_buy_is_told_by_the_same_plan_without_them() -> None:
     model = nn.Sequential(*(Slow(0.003) for _ in range(4)))
     kept = plan(model, (torch.randn(8, 5), torch.randn(8, 5)), nn.functional.mse_loss, num_workers=2, optimizer=sgd,

@@ -71,6 +71,7 @@ def test_one_process_after_another(server: Server, tmp_path: Path) -> None:
     check_kinds(check_cells(server, tmp_path, 1, SOME), len(SOME))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_ranks_after_ranks(server: Server, tmp_path: Path, ranks: int) -> None:
     cells = [cell for cell in SOME if cell[1] == ranks and cell[0] in ("dtrp", "fdg", "adl", "gpipe", "spectrain")]
@@ -173,6 +174,7 @@ def test_from_four_ranks_to_any_number_of_stages(server: Server, tmp_path: Path,
 # -- replicas -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "parts"), [("dtrp", 2), pytest.param("fdg", 1, marks=pytest.mark.full), ("bp", 2)])
 def test_replicas_go_on_to_the_bit(server: Server, tmp_path: Path, method: str, parts: int) -> None:

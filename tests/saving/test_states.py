@@ -33,6 +33,7 @@ def test_whatever_is_saved_by_any_chain_loads(tmp_path: Path, method: str, parts
             found.check(chain, portable=portable)
 
 
+@pytest.mark.full
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["Pipeline", "ScheduleDTRP"])
 def test_whatever_is_saved_on_ranks_loads(server: Server, tmp_path: Path, kind: str) -> None:

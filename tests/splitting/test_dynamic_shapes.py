@@ -34,6 +34,7 @@ def test_batches_of_other_lengths_train_as_the_model(num_stages: int, num_microb
         plain.train()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", dtrp.list_methods())
 def test_every_method_runs_batches_of_other_lengths(method: str) -> None:
     """With a learning rate of 0, every loss is that of the model; the stages' sizes are right in flight."""
@@ -55,6 +56,7 @@ def test_every_method_runs_batches_of_other_lengths(method: str) -> None:
         torch.testing.assert_close(loss, loss_fn(model(**x), y).detach(), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["gpt2, labels", pytest.param("bert", marks=pytest.mark.full), "t5"])
 def test_hugging_face_batches_padded_to_the_longest(kind: str) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed; pip install 'dtrp[transformers]'")
@@ -176,6 +178,7 @@ def test_a_single_tensor_and_collections_of_shapes() -> None:
             assert torch.equal(chain(stages, images), model(images))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("way", "allowed", "message"),
     [
@@ -224,6 +227,7 @@ def test_a_way_that_samples_and_length_decide_is_looked_at_by_micro_batch() -> N
         pipe.step(pair(4, 7), torch.zeros(4))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("way", "varying", "message"),
     [

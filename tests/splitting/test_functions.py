@@ -129,6 +129,7 @@ def test_they_train_as_the_model(num_stages: int, num_microbatches: int) -> None
     assert_trained_alike(model, plain, losses, train_plain(plain, stages.points, data, num_microbatches))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", dtrp.list_methods())
 def test_every_method_computes_their_backward(method: str) -> None:

@@ -70,7 +70,7 @@ def test_they_train_as_the_model(kind: str) -> None:
     assert_trained_alike(model, plain, train_chain(stages, batches, num_microbatches), want)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("how", "num_microbatches"), [(2, 3), (4, 1), pytest.param(4, 3, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", MODELS)
@@ -361,6 +361,7 @@ def other_constants(self: Any, x: Tensor) -> Tensor:
     return self.layer(x) * (torch.tensor([1.0, 2.0] * 3) if self.training else torch.tensor([3.0, 4.0] * 3))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("point", ["inner.layer", "last"])
 @pytest.mark.parametrize(
     "forward",

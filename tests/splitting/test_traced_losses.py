@@ -130,6 +130,7 @@ def test_saved_in_flight(method: str, tmp_path: Path) -> None:
         assert torch.equal(runs[2].model_state_dict()[name], value), name
 
 
+@pytest.mark.full
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize(("kind", "method"), [("variational", "dtrp"), ("twins", "bp")])
 def test_ranks_are_one_process(kind: str, method: str, server: Server, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_a_pipeline_of_them_trains_as_the_model(kind: str, how: int) -> None:
     check_pipeline(*make(kind, how), 3, tied=kind.endswith("tied"))
 
 
+@pytest.mark.full
 @pytest.mark.sampled(8)
 @pytest.mark.parametrize(("kind", "num"), [("gpt2", 1), ("vit", 1), ("bert", 2), ("llama", 3)])
 def test_masks_that_follow_from_sizes_do_not_travel(kind: str, num: int) -> None:
@@ -104,6 +105,7 @@ def test_masks_that_follow_from_sizes_do_not_travel(kind: str, num: int) -> None
         assert all(isinstance(value, torch.Tensor) for value in passed)
 
 
+@pytest.mark.full
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize(
     "kind", ["gpt2, mask", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("bert", "t5")), "llama", "vit"]
@@ -169,6 +171,7 @@ def test_outputs_captured_by_hooks_are_traced() -> None:
             assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, want, strict=True))
 
 
+@pytest.mark.full
 def test_a_name_without_the_models_own_part_is_answered_with_the_whole() -> None:
     build, data, _ = MODELS["bert"]
     with pytest.raises(ValueError, match=r"'encoder.layer.2'; did you mean 'bert.encoder.layer.2'\? known"):

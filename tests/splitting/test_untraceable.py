@@ -154,6 +154,7 @@ CASES: list[tuple[Callable[..., Tensor], dict[str, Callable[[], nn.Module]], str
 ]  # fmt: skip
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("way", "modules", "message", "works"), CASES)
 def test_what_to_do_is_told_and_works(
     way: Callable[..., Tensor],

@@ -91,6 +91,7 @@ def test_bp_trains_as_the_plain_loop(kind: str, parts: int) -> None:
     assert_near(model.state_dict(), twin.state_dict())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
@@ -111,6 +112,7 @@ def test_every_method_has_its_loss_and_gradient(method: str, kind: str, parts: i
     )
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("keep", ["input", "graph"])
 def test_whatever_is_kept(keep: str) -> None:
     losses = {}
@@ -122,6 +124,7 @@ def test_whatever_is_kept(keep: str) -> None:
     assert first == pytest.approx(second, rel=1e-10)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", ["dtrp", "spectrain", "fdg", "dgl"])
 def test_saved_in_flight(method: str, tmp_path: Path) -> None:
     data = batches(8)
@@ -252,6 +255,7 @@ def with_layer(layer: type[Adds]) -> nn.Sequential:
     return model
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("options", [{}, {"keep": "graph"}, {"compile": {"backend": "aot_eager"}}])
 @pytest.mark.parametrize("method", ["bp", "dtrp", "fdg"])
 @pytest.mark.parametrize("layer", [Checkpointed, Ends])

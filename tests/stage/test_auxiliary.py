@@ -42,6 +42,7 @@ def trained(aux: Any, num_stages: int = 4, batches: int = 6, **options: Any) -> 
 # -- what the stages learn ------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("num_microbatches", [1, 3])
 def test_it_is_a_plain_loop_over_the_stages_to_the_bit(num_microbatches: int, dtype: torch.dtype) -> None:

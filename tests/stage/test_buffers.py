@@ -48,7 +48,7 @@ def renorm() -> nn.Sequential:
     return nn.Sequential(Mean(True), nn.BatchNorm1d(5), Mean(False), Mean(True), nn.Dropout(0.2), nn.Linear(5, 3))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize(
     ("method", "parts"),
     [("fdg", 1), ("adl", 4), ("ddg", 1), ("pipedream", 4), ("spectrain", 1), ("bp", 4), ("dtrp", 1)],
@@ -59,6 +59,7 @@ def test_it_goes_on_to_the_bit(tmp_path: Path, model: Any, method: str, parts: i
     check_equal(run(*cell, tmp_path / "saved", (1, 2, 3, 4, 5, 8, 9), model), run(*cell, tmp_path, model=model))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("options", [{"keep": "graph"}, {"keep": "auto", "memory_limit_bytes": 10**9}], ids=str)
 def test_graphs_kept_by_choice(tmp_path: Path, options: dict[str, Any]) -> None:
     cell = ("dtrp", 3, 2, "adamw")
@@ -331,7 +332,7 @@ def check_gradients(got: dict[str, list[Tensor | None]], want: dict[str, list[Te
             assert torch.allclose(a, b, rtol=1e-10, atol=1e-13), f"{name} of mini-batch {n}: {(a - b).abs().max()}"
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_forward_meets_what_a_plain_loops_meets(kind: type[nn.Module], parts: int) -> None:
@@ -349,7 +350,7 @@ def test_every_forward_meets_what_a_plain_loops_meets(kind: type[nn.Module], par
         assert_same(dict(ours.named_buffers()), dict(model.named_buffers()))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(("method", "parts"), [("dtrp", 2), ("dtr", 1), ("dtrp-1f1b", 1)])
 def test_the_right_prediction_is_backpropagation(kind: type[nn.Module], method: str, parts: int) -> None:
@@ -391,7 +392,7 @@ def made(kind: type[nn.Module], method: str, **options: Any) -> dtrp.Pipeline:
     return pipeline(model_of(kind), adamw, **{"num_stages": 4, "method": method, "num_microbatches": 2, **options})
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "kind",
     [kind for kind in KINDS if kind is not Replaced],  # it counts in an attribute, which is no part of a checkpoint
@@ -422,6 +423,7 @@ def test_they_are_in_an_exact_checkpoint(tmp_path: Path, kind: type[nn.Module], 
         assert_same(dict(model_buffers(pipe)), dict(model_buffers(whole)))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("way", ["portable", "state_dict"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_they_are_in_what_knows_no_stages(tmp_path: Path, kind: type[nn.Module], way: str) -> None:

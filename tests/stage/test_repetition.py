@@ -416,6 +416,7 @@ class Listens(nn.Linear):
         return super().forward(x)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("method", "options", "repetitions"),
     [

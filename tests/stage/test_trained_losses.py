@@ -134,6 +134,7 @@ def test_an_exact_checkpoint_goes_on_to_the_bit(method: str, tmp_path: Path) -> 
     assert_same(taken_fn.state_dict(), whole_fn.state_dict())
 
 
+@pytest.mark.full
 def test_ranks_are_one_process(tmp_path: Path) -> None:
     server = Server()
     try:

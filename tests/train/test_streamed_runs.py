@@ -73,6 +73,7 @@ def test_loader_workers_change_nothing(
     assert (tmp_path / "run" / "listing").read_bytes() == (whole / "listing").read_bytes()
 
 
+@pytest.mark.full
 def test_ranks_change_nothing(images: Path, whole: Path, tmp_path: Path) -> None:
     done = dtrp(*command(images), "--workers", "2", "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
@@ -133,6 +134,7 @@ def test_the_listing_is_kept_where_the_caller_says(
     assert "nowhere/listing lies in no folder; make it first, or choose another name" in capsys.readouterr().err
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("workers", [pytest.param([], marks=pytest.mark.full), ["--workers", "2"]])
 def test_a_damaged_file_ends_the_run_by_name(images: Path, tmp_path: Path, workers: list[str]) -> None:
     own = Path(shutil.copytree(images, tmp_path / "own"))
@@ -170,6 +172,7 @@ def check_counted(shown: str, folder: Path) -> None:
     assert "bee/04.jpg cannot be read" in text
 
 
+@pytest.mark.full
 def test_a_dead_loader_worker_ends_the_run_by_name(images: Path, tmp_path: Path) -> None:
     words = [*command(images), "--epochs", "4000", "--out", str(tmp_path / "run"), "--loader-workers", "1"]
     process = subprocess.Popen(

@@ -133,6 +133,7 @@ def test_workers_of_this_machine_meet_where_no_name_need_be_resolved(
     assert "they meet at 127.0.0.1\n" in capsys.readouterr().err
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.full), signal.SIGINT])
 def test_a_killed_worker_and_ctrl_c(number: signal.Signals) -> None:
     command = [sys.executable, "-m", "dtrp", *SMALL, "--workers", "3", "--epochs", "100000"]
