@@ -40,7 +40,7 @@ HALF = [
 ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("name", "num_stages", "num_microbatches", "optimizer"), HALF)
 def test_every_method_equals_its_equations(name: str, num_stages: int, num_microbatches: int, optimizer: str) -> None:

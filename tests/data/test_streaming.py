@@ -261,6 +261,7 @@ def test_a_class_that_is_damaged_as_a_whole_is_named(own: Path) -> None:
         list(opened(own, skip_damaged=True).train_batches(BATCH, epoch=0))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("number", "match"),
     [

@@ -503,6 +503,7 @@ def test_a_wait_that_takes_too_long_says_who_waits_for_whom(server: Server, tmp_
     )
 
 
+@pytest.mark.full
 def test_a_stopped_rank_is_named_by_all_others(server: Server, tmp_path: Path) -> None:
     with start_ranks(server, tmp_path, 3, "train_until_killed", "dtrp", 1.0) as ranks:
         ranks.await_ready()
@@ -520,6 +521,7 @@ def test_a_rank_that_never_makes_its_pipeline(server: Server, tmp_path: Path) ->
     assert re.search(r"rank 0\b.*\b1 s\b", outcomes[0].last_line), outcomes[0].err
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("victim", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_a_rank_that_is_killed_while_it_waits_for_a_late_one(server: Server, tmp_path: Path, victim: int) -> None:
     """Rank 0 hosts the store, so that when it gives up, the others may hear of that first."""

@@ -246,6 +246,7 @@ def server() -> Iterator[Server]:
     server.close()
 
 
+@pytest.mark.full
 @pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("kind", "method"), [("latent", "dtrp"), ("experts", "bp"), ("penalty", "fdg"), ("latent", "dgl")]

@@ -81,6 +81,7 @@ def test_number_of_blocks(name, blocks):
     assert sum(block.startswith("block") for block, _ in on_meta(name).named_children()) == blocks
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("in_channels", [1, 3])
 @pytest.mark.parametrize("name", SMALL)
 def test_output_shape(name, in_channels):
@@ -108,6 +109,7 @@ def test_small_images(name):
     assert get_model("resnet20", 1)(torch.randn(2, 1, 1, 1)).shape == (2, 10)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SMALL)
 def test_float64(name):
     out = get_model(name).double()(torch.randn(2, 3, 32, 32, dtype=torch.float64))
@@ -128,6 +130,7 @@ def test_no_block_writes_its_input(name):
         x = out
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CUT)
 def test_cut_anywhere(name):
     model = CUT[name]().eval()

@@ -97,6 +97,7 @@ def test_bp_is_schedule_1f1b(ranks_of: Callable[[str], Ranks], name: str) -> Non
         assert not ours["graph"]
 
 
+@pytest.mark.full
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ["a value that skips a stage", "uneven parts", "terms of the loss"])
 def test_bp_is_a_plain_loop_where_torchs_schedule_cannot_run(ranks_of: Callable[[str], Ranks], name: str) -> None:
@@ -129,6 +130,7 @@ def test_values_travel_through_the_stages_in_between() -> None:
 # -- next to Pipeline -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_pipelines_to_the_bit(ranks_of: Callable[[str], Ranks], name: str) -> None:
@@ -174,6 +176,7 @@ def test_every_kind_of_stage_by_methods_that_do_not_wait(ranks_of: Callable[[str
         assert max(means[-2:]) < means[0], "it learns"
 
 
+@pytest.mark.full
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_a_micro_batch_meets_its_own_keyword_arguments(ranks_of: Callable[[str], Ranks], name: str) -> None:
@@ -184,6 +187,7 @@ def test_a_micro_batch_meets_its_own_keyword_arguments(ranks_of: Callable[[str],
 # -- what a script has left -----------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", LEFT_OVER)
 def test_what_the_script_does_with_its_optimizer_does_nothing(ranks_of: Callable[[str], Ranks], name: str) -> None:
     """zero_grad, clip_grad_norm_ and step between steps, with micro-batches in flight: the same bits as without."""

@@ -592,6 +592,7 @@ def test_other_methods_and_whether_to() -> None:
     assert alone.verdict == "one worker"
 
 
+@pytest.mark.full
 def test_other_methods_are_given_the_micro_batches_of_the_plan() -> None:
     made = quick(network(), num_workers=2, num_microbatches=4, choose_lead=False)
     parts = {choice.method: choice.num_microbatches for choice in made.alternatives}
@@ -824,6 +825,7 @@ def test_a_plan_for_another_model_is_refused() -> None:
             dtrp.Pipeline(other, sgd, nn.functional.cross_entropy, plan=made)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -964,6 +966,7 @@ def test_under_torchrun_the_trial_stays_in_this_process(monkeypatch: pytest.Monk
     assert quick(network(), method="bp").num_workers == 2
 
 
+@pytest.mark.full
 def test_measuring_the_link_leaves_the_process_as_it_was() -> None:
     import logging
     import os
@@ -1022,6 +1025,7 @@ def test_the_command_that_a_plan_prints_has_the_memory_format(
     assert "--channels-last --workers 2 --plan" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.full
 def test_the_command_line_plans_and_trains_by_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     command = [

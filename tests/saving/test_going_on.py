@@ -90,6 +90,7 @@ def test_the_whole_matrix(server: Server, tmp_path: Path, method: str, engine: s
     check_cells(server, tmp_path, num_stages if engine == "ranks" else 1, cells)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stop", [3, 11])
 def test_a_loader_with_workers_goes_on_with_what_was_left(server: Server, tmp_path: Path, stop: int) -> None:
     launch(server, tmp_path, 1, "train_from_a_loader", stop, False)

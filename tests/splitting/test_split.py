@@ -48,7 +48,7 @@ def make(kind: str, how: int | str) -> tuple[nn.Module, Any, dtrp.Stages]:
     return model, x, stages
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("kind", "how"), CASES)
 def test_stages_are_the_model(kind: str, how: int | str) -> None:
@@ -457,6 +457,7 @@ def unmoved(self: Any, x: Tensor) -> Tensor:
     return self.layer(x + torch.zeros(6, dtype=self.seen.dtype))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("forward", [norm_in_single_precision, branch, asks_for_autocast, unmoved])
 def test_dtypes_that_the_forward_asks_for(forward: Callable[[Any, Tensor], Tensor]) -> None:
     """They are those of the autocast settings of the split; where others make a difference, steps in them are refused."""
@@ -626,6 +627,7 @@ class Only(nn.Module):
         return self.inner(self.first(x))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_outputs_of_all_kinds_are_compared(dtype: torch.dtype) -> None:
     stages = dtrp.split(Only(many).to(dtype), points=["inner"], example=rows().to(dtype))

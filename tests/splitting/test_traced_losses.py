@@ -90,6 +90,7 @@ def test_bp_trains_as_the_plain_loop(kind: str, num_stages: int | None) -> None:
     check(*make(kind, num_stages))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", MODELS)
 def test_recomputed(kind: str) -> None:
     check(*make(kind), dtrp.get_method("bp", keep="input"))
@@ -226,7 +227,7 @@ def written_afterwards(self: Any, h: Tensor) -> Tensor:
     return h + self.linear(h).tanh()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "forward",
     [in_a_checkpoint, without_gradient, added_without_gradient, in_autocast, of_a_weight, written_afterwards],

@@ -45,6 +45,7 @@ def make(kind: str, how: int | str) -> tuple[Any, Any, dtrp.Stages]:
     return model, x, stages
 
 
+@pytest.mark.full
 @pytest.mark.sampled(12)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
@@ -139,6 +140,7 @@ def test_tied_embeddings_are_one_tensor_under_both_names() -> None:
     check_outputs(model, stages, x)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("float64")
 def test_a_cache_is_left_out() -> None:
     """As a configuration comes, and as a tokenizer's output is given."""
@@ -159,6 +161,7 @@ def test_a_cache_is_left_out() -> None:
         dtrp.split(model, num_stages=2, example={"input_ids": ids, "use_cache": True})
 
 
+@pytest.mark.full
 def test_outputs_captured_by_hooks_are_traced() -> None:
     """A first forward leaves the library's hooks on the model, and the trace removes none of them."""
     model, ids = gpt2().eval(), tokens()

@@ -341,6 +341,7 @@ def server() -> Iterator[Server]:
     server.close()
 
 
+@pytest.mark.full
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("options", [{"method": "dtrp"}, {"method": "bp", "clip": "global", "max_grad_norm": 1.0}])
 def test_every_rank_hears_whose_gradient_it_was(options: dict[str, Any], server: Server, tmp_path: Path) -> None:

@@ -494,6 +494,7 @@ def test_close() -> None:
 # -- on ranks ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.sampled(4)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(

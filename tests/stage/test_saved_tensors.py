@@ -87,7 +87,7 @@ def test_graphs_that_are_weighed_are_freed(modules: Callable[[], list[nn.Module]
         before = resident_mb()
         for _ in range(10):
             run(kind)
-        assert resident_mb() - before < 60, kind
+        assert resident_mb() - before < 100, kind  # ten runs that free nothing: 200 and more
 
 
 def test_a_profile_frees_what_it_weighs() -> None:

@@ -102,6 +102,7 @@ def test_on_workers_too(tmp_path: Path) -> None:
     check_same(folder, whole)
 
 
+@pytest.mark.full
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("number", "code"),

@@ -90,6 +90,7 @@ def test_ranks_of_other_kinds(images: Path, tmp_path: Path, options: list[str]) 
         check_same(tmp_path / "run", tmp_path / "one")
 
 
+@pytest.mark.full
 def test_a_run_that_is_broken_off_goes_on_to_the_bit(
     images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ def left_over(mark: str) -> list[str]:
     return subprocess.run(["pgrep", "-af", mark], capture_output=True, text=True, check=False).stdout.splitlines()
 
 
+@pytest.mark.full
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options",
