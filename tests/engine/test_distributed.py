@@ -551,6 +551,7 @@ def test_a_rank_that_is_told_to_end_at_the_start_names_who_is_missed(
     """As a launcher ends the others when one has died: SIGTERM comes long before the time-out."""
     with start_ranks(server, tmp_path, 3, "told_to_end", 2, where) as ranks:
         ranks.await_ready()
+        time.sleep(0.5)  # in which ranks 0 and 1 meet
         ranks.kill(signal.SIGKILL, 2)
         ranks.kill(signal.SIGTERM, 0, 1)
         outcomes = ranks.wait(15)
