@@ -23,6 +23,7 @@ def server() -> Iterator[Server]:
     server.close()
 
 
+@pytest.mark.full
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("num_replicas", "proposals", "words", "method"),

@@ -113,7 +113,7 @@ def check_matrix(results_of: Callable[..., Results], cell: tuple[str, int, int, 
     assert len(ranks) == cell[1]
 
 
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("cell", SOME_OF_THE_MATRIX, ids=lambda cell: matrix_case(*cell))
 def test_it_equals_the_local_engine_to_the_bit(
     results_of: Callable[..., Results], cell: tuple[str, int, int, str]
@@ -143,6 +143,7 @@ def one_by_one(
     return results
 
 
+@pytest.mark.full
 @pytest.mark.sampled(24)
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_model_equals_the_local_engine(one_by_one: Callable[[str], Results], name: str) -> None:
@@ -170,6 +171,7 @@ def test_transformers_equal_the_local_engine(results_of: Callable[..., Results],
     check_equal(name, results_of(name, [name]))
 
 
+@pytest.mark.full
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name",

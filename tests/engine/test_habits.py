@@ -169,6 +169,7 @@ def test_the_loss_that_a_step_returns_has_no_gradient() -> None:
 # -- what a rank holds of other ranks' stages -----------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", ["sequential", "list", "split", "tied"])
 def test_a_model_saved_run_or_copied_on_one_rank(server: Server, tmp_path: Path, kind: str) -> None:

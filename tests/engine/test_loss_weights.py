@@ -274,6 +274,7 @@ def test_ranks_are_one_process(kind: str, method: str, server: Server, tmp_path:
         assert_near(values, model, 0.0)
 
 
+@pytest.mark.full
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["experts", "penalty"])
 def test_replicas_are_the_plain_loop(kind: str, server: Server, tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def test_resnet110_on_eight_stages(batch: int) -> None:
     assert total <= 0.1 * kept.peak_bytes, f"{total} of {kept.peak_bytes}"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("batch", [1, pytest.param(128, marks=pytest.mark.full)])
 def test_the_graph_does_not_grow_with_the_number_of_stages(batch: int) -> None:
     """The same stage 0 of three layers in pipelines of 4 and 16 stages."""

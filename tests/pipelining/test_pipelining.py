@@ -200,6 +200,7 @@ def test_what_the_script_does_with_its_optimizer_does_nothing(ranks_of: Callable
 # -- eval -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["eval, dtrp", "eval, bp"])
 def test_eval(ranks_of: Callable[[str], Ranks], name: str) -> None:
     """The modules in eval mode, with their weights and statistics as they are, in a plain loop."""

@@ -492,6 +492,7 @@ def test_the_chosen_lead_is_in_the_table_that_it_was_chosen_from() -> None:
     assert frontier([], leads[0]) == []
 
 
+@pytest.mark.full
 def test_graphs_are_kept_where_they_fit() -> None:
     model = network()
     free = quick(model, method="dtrp", keep="auto", choose_lead=False)

@@ -125,6 +125,7 @@ def losses_of(pipe: dtrp.Pipeline) -> list[Tensor | None]:
     return [pipe.step(x, y) for x, y in ten()[5:]]
 
 
+@pytest.mark.full
 @pytest.mark.sampled(2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -190,6 +190,7 @@ def test_sizes_that_nothing_holds(folder: Path) -> None:
     check_refused(folder, "promises .* bytes of tensors")
 
 
+@pytest.mark.full
 @pytest.mark.sampled(2)
 def test_any_value_of_the_manifest_of_another_type(folder: Path) -> None:
     """Each of 150 places, drawn, holds something else: loaded, or refused and nothing has changed."""

@@ -71,6 +71,7 @@ def make(kind: str, num_stages: int) -> tuple[nn.Module, Any, dtrp.Stages]:
     return model, x, dtrp.split(model, num_stages=num_stages, example=x)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("num_stages", [2, 4])
 @pytest.mark.parametrize("kind", OPEN)
 def test_cuts_stay_open(kind: str, num_stages: int) -> None:
@@ -83,7 +84,7 @@ def test_cuts_stay_open(kind: str, num_stages: int) -> None:
     assert max(held) <= max(1.3 / num_stages, 2 / 6) * sum(held)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("num_stages", [2, 4])
 @pytest.mark.parametrize("kind", OPEN)
 def test_they_train_as_the_model(kind: str, num_stages: int) -> None:

@@ -260,6 +260,7 @@ def test_a_model_in_eval_mode_adds_its_terms_too() -> None:
     check(model, dtrp.split(model, points=MODELS["block called thrice"][1], example=inputs()))
 
 
+@pytest.mark.full
 def test_compiled_stages_add_their_terms() -> None:
     losses, batches = [], minibatches(inputs(), 6)[:1] * 4
     for options in ({}, {"compile": {"backend": "eager"}}):

@@ -67,6 +67,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.sampled(4)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("flushes", [True, False])

@@ -187,6 +187,7 @@ def test_a_hook_on_what_several_stages_hold_is_refused(kind: str, method: str) -
     check_gradients(pipeline_gradients(model, batches(), num_stages=2, method=method), want)
 
 
+@pytest.mark.full
 @pytest.mark.sampled(2)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", HOOKED)
