@@ -689,6 +689,7 @@ def seconds_of_steps(
     return [statistics.median(statistics.mean(seconds[i : i + 10]) for i in windows) for seconds in written]
 
 
+@pytest.mark.full
 def test_stages_work_at_the_same_time_and_latency_counts(server: Server, tmp_path: Path) -> None:
     """K=2: bp takes F+B = 0.06 s at each stage and a latency each way; dtrp takes a slot, 2F+B = 0.08 s, and hides them."""
     bp = seconds_of_steps(server, tmp_path / "bp", 2, "bp", 5, warm_up=1, latency_s=0.05)

@@ -198,6 +198,7 @@ def test_replicas_go_on_to_the_bit(server: Server, tmp_path: Path, method: str, 
         pipeline(network(), adamw, num_stages=2, method=method, num_microbatches=parts).load(tmp_path / "saved")
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("float64")
 def test_without_replicas_and_then_with(server: Server, tmp_path: Path) -> None:
     pipe = pipeline(smooth(), adamw, num_stages=3, method="dtrp")

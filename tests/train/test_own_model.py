@@ -236,6 +236,7 @@ def test_the_stem_follows_the_size() -> None:
     assert first(32, stem="imagenet").kernel_size == (7, 7)
 
 
+@pytest.mark.full
 def test_a_network_of_transformers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed; pip install 'dtrp[transformers]'")
     (folder / "text.txt").write_text("to be or not to be, that is the question\n" * 40)
