@@ -186,6 +186,11 @@ def _traced(
     """Trace the model and cut it; the stages, and warnings."""
     from .traced_stage import trace_into_stages  # torch.export is slow to import
 
+    if torch.__version__.startswith("2.6."):
+        raise ValueError(
+            f"dtrp.split does not trace models on torch {torch.__version__}, whose graphs of values that skip stages end in "
+            "faults inside torch; install a newer torch, or pass a list of modules, one a stage"
+        )
     traced, points, found = trace_into_stages(
         model, example, num_stages=num_stages, points=points, dynamic_shapes=dynamic_shapes
     )

@@ -930,6 +930,13 @@ def test_inputs_that_are_not_like_the_example() -> None:
         dtrp.Pipeline(stages, sgd, F.cross_entropy, num_stages=3)
 
 
+def test_a_torch_that_cannot_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    with pytest.raises(ValueError, match=r"does not trace models on torch 2\.6\.0.*install a newer torch"):
+        dtrp.split(Residual(), num_stages=2, example=rows())
+    assert len(dtrp.split(nn.Sequential(nn.Linear(6, 6), nn.Tanh()), num_stages=2)) == 2
+
+
 def test_an_example_of_mappings_is_a_dict() -> None:
     """As a tokenizer's output, or a dict in a dict of another kind: what the engine makes of such an x."""
 
