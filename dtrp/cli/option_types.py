@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from ..train.user_code import is_reference
 from ..validation import unknown
 
 T = TypeVar("T")
@@ -48,7 +49,9 @@ class NameOrReference(Name):
     """A name out of several, or one with a colon: a function of the user's, or of another library."""
 
     def __init__(self, label: str, names: Sequence[str]) -> None:
-        Parsed.__init__(self, label, lambda value: str(value) if ":" in str(value) else _known(label, value, names))
+        Parsed.__init__(
+            self, label, lambda value: str(value) if is_reference(str(value)) else _known(label, value, names)
+        )
         self.names = names
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:

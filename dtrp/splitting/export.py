@@ -259,11 +259,7 @@ def _name_calls(graph: fx.Graph, model: nn.Module) -> frozenset[str]:
         The modules without weights that are called several times.
     """
     first_names = {id(module): name for name, module in model.named_modules()}
-    weightless = {
-        name
-        for name, module in model.named_modules()
-        if not any(True for _ in (*module.parameters(), *module.buffers()))
-    }
+    weightless = {name for name, module in model.named_modules() if not [*module.parameters(), *module.buffers()]}
     calls: dict[str, dict[str, int]] = {}  # by the module's first name, the number of each call by what torch calls it
     for node in graph.nodes:
         stack = {}

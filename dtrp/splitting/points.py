@@ -228,8 +228,9 @@ def uneven_work(stages: Mapping[fx.Node, int], num_stages: int) -> str:
     """
     work, heaviest = [0.0] * num_stages, 0.0
     for node, stage in stages.items():
-        work[stage] += cost(node)
-        heaviest = max(heaviest, cost(node))
+        operation = cost(node)
+        work[stage] += operation
+        heaviest = max(heaviest, operation)
     shares = [part / max(sum(work), 1e-12) for part in work]
     largest = max(range(num_stages), key=shares.__getitem__)
     is_one_operation = 2 * heaviest > work[largest]

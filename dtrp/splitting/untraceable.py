@@ -5,7 +5,7 @@ from __future__ import annotations
 import linecache
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -130,13 +130,15 @@ def _causal_hint(frames: list[FrameType]) -> str:
 
 def _lines(error: BaseException) -> list[str]:
     """The lines of the caller's code in the tracebacks of an error, outermost first."""
-    lines = []
-    for each in _chain(error):
-        for frame, line in traceback.walk_tb(each.__traceback__):
-            file = Path(frame.f_code.co_filename)
-            if file.suffix and not any(folder in file.parents for folder in _NOT_THE_CALLERS):
-                lines.append(linecache.getline(str(file), line, frame.f_globals).strip())
-    return lines
+    return [code for each in _chain(error) for _, _, code in _callers(each)]
+
+
+def _callers(error: BaseException) -> Iterator[tuple[FrameType, int, str]]:
+    """The frames of the caller's code in the traceback of an error, each with the number and the text of its line."""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename)
+        if file.suffix and not any(folder in file.parents for folder in _NOT_THE_CALLERS):
+            yield frame, line, linecache.getline(str(file), line, frame.f_globals).strip()
 
 
 def _frames(error: BaseException) -> list[FrameType]:
@@ -158,15 +160,11 @@ def _place(model: nn.Module, error: BaseException) -> str:
     names = {id(module): name for name, module in model.named_modules()}
     for each in _chain(error):
         found = ""
-        for frame, line in traceback.walk_tb(each.__traceback__):
-            file = Path(frame.f_code.co_filename)
-            if not file.suffix or any(folder in file.parents for folder in _NOT_THE_CALLERS):
-                continue
+        for frame, line, code in _callers(each):
             module = next((frame.f_locals.get(name) for name in frame.f_code.co_varnames[:1]), None)
             if isinstance(module, nn.Module):
-                code = linecache.getline(str(file), line, frame.f_globals).strip()
                 label = names.get(id(module)) or type(module).__name__
-                found = f" in {label} ({file.name}, line {line}: {code})"
+                found = f" in {label} ({Path(frame.f_code.co_filename).name}, line {line}: {code})"
         if found:
             return found
     return ""

@@ -139,7 +139,7 @@ def make_model(config: TrainConfig, data: Source | Dataset | TextDataset) -> nn.
         model = call_function("--model", config.model, arguments)
         _check_network(config.model, model)
     else:
-        model = _built_in(config, data, arguments)
+        model = _built_in(config, data)
     modules = model if isinstance(model, list) else [model]
     for module in modules:
         module.to(weights_dtype(config))
@@ -148,11 +148,7 @@ def make_model(config: TrainConfig, data: Source | Dataset | TextDataset) -> nn.
     return model  # type: ignore[no-any-return]
 
 
-def _built_in(config: TrainConfig, data: Source | Dataset | TextDataset, arguments: dict[str, Any]) -> nn.Sequential:
-    for name in arguments:
-        raise ValueError(
-            f"--model-arg {name}=... with --model {config.model}, which has options of its own; leave it out"
-        )
+def _built_in(config: TrainConfig, data: Source | Dataset | TextDataset) -> nn.Sequential:
     make = partial(get_model, config.model, layers=config.layers, width=config.width, heads=config.heads)
     if is_text(data):
         return make(num_classes=data.num_classes, context=data.sample_shape[0])
@@ -205,10 +201,11 @@ def divided(
 
 def finely_divided(model: nn.Module, data: Source, num_workers: int) -> Stages:
     """A traced network in several stages a worker, of which a plan makes those of the run."""
+    example, _ = data.example(2)
     for parts in range(4, 1, -1):
         with suppress(ValueError):
-            return split(model, num_stages=parts * num_workers, example=data.example(2)[0])
-    return split(model, num_stages=num_workers, example=data.example(2)[0])
+            return split(model, num_stages=parts * num_workers, example=example)
+    return split(model, num_stages=num_workers, example=example)
 
 
 def is_text(data: Source | Dataset | TextDataset) -> bool:

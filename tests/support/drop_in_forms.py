@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from drop_in_programs import (
     OPTIMIZERS,
     WIDTH,
@@ -23,6 +21,7 @@ from drop_in_programs import (
     numbers,
     one_of,
     rank,
+    run_cases,
     traced,
     traced_blocks,
     words,
@@ -377,24 +376,14 @@ def without_gradients() -> Result:
     return found
 
 
+def in_double(run: Callable[[], Result]) -> Result:
+    torch.set_default_dtype(torch.float64)
+    return run()
+
+
 def cases(folder: str, *names: str) -> None:
-    """Run cases in one process group; results are written even if one fails."""
-    dist.init_process_group("gloo")
-    results: dict[str, Any] = {}
-    try:
-        for name in names:
-            print(name, flush=True)
-            torch.set_default_dtype(torch.float64)
-            try:
-                results[name] = CASES[name]()
-            except BaseException:
-                results[name] = traceback.format_exc()
-                raise
-            finally:
-                torch.set_default_dtype(torch.float32)
-    finally:
-        torch.save(results, Path(folder, f"results{rank()}.pt"))
-        dist.destroy_process_group()
+    """Run cases in double precision, in one process group."""
+    run_cases(folder, {name: functools.partial(in_double, CASES[name]) for name in names})
 
 
 PROGRAMS["drop_in_forms"] = cases

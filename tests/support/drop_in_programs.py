@@ -10,7 +10,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -695,13 +695,18 @@ def launched_with(name: str) -> tuple[str, list[str]]:
 def cases(folder: str, *names: str) -> None:
     """Run cases in one process group; results are written even if one fails."""
     os.environ["SCRATCH"] = folder
+    run_cases(folder, {name: CASES[name][1] for name in names})
+
+
+def run_cases(folder: str, runs: Mapping[str, Callable[[], Result]]) -> None:
+    """Run what makes the results in one process group; those that there are are written even if one fails."""
     dist.init_process_group("gloo")
     results: dict[str, Any] = {}
     try:
-        for name in names:
+        for name, run in runs.items():
             print(name, flush=True)
             try:
-                results[name] = CASES[name][1]()
+                results[name] = run()
             except BaseException:
                 results[name] = traceback.format_exc()
                 raise

@@ -8,7 +8,25 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+
+TIMES = ("samples_per_s", "elapsed_s")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, without its times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def check_same(folder: Path, whole: Path) -> None:
+    """A finished run has the weights and the metrics of another one, to the bit."""
+    a, b = (torch.load(each / "model.pt") for each in (folder, whole))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert metrics(folder) == metrics(whole)
+    assert (folder / "summary.json").is_file()
 
 
 def stage(k: int, delays: dict[str, int], errors: list[list[float]]) -> dict[str, Any]:

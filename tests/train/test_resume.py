@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -11,10 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from run_folders import check_same, metrics
 
 from dtrp.cli import run
 from dtrp.saving import manifest, read_state
@@ -24,7 +23,6 @@ from dtrp.train.run_folder import left_by
 
 SMALL = ["train", "--model", "resnet14-8", "--batch-size", "64", "--limit-train", "500", "--limit-test", "100", "--augment",
          "--num-microbatches", "2", "--threads", "1", "--quiet", "--stages", "3", "--epochs", "3", "--save-every", "3"]  # fmt: skip
-TIMES = ("samples_per_s", "elapsed_s")
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +31,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert run([*SMALL, "--out", str(folder)]) == 0
     return folder
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
-
-
-def check_same(folder: Path, whole: Path) -> None:
-    a, b = (torch.load(each / "model.pt") for each in (folder, whole))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert metrics(folder) == metrics(whole)
-    assert (folder / "summary.json").is_file()
 
 
 def test_a_run_of_an_older_version_with_fewer_settings_is_gone_on_with(tmp_path: Path) -> None:

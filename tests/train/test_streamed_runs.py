@@ -11,11 +11,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from image_folders import damage, write_images
+from run_folders import check_same
 
 from dtrp.cli import run
 from dtrp.train import TrainConfig, Trainer
@@ -23,7 +23,6 @@ from dtrp.train.config import config_text, option_words, read_settings
 
 SMALL = ["train", "--data", "folder", "--image-size", "16", "--model", "mlp", "--batch-size", "8", "--epochs", "2", "--lr", "0.01",
          "--threads", "1", "--stages", "2", "--num-microbatches", "2", "--quiet"]  # fmt: skip
-TIMES = ("samples_per_s", "elapsed_s")
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +46,6 @@ def dtrp(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "dtrp", *arguments]
     return subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment, check=False)
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
-
-
-def check_same(folder: Path, whole: Path) -> None:
-    a, b = (torch.load(each / "model.pt") for each in (folder, whole))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert metrics(folder) == metrics(whole)
 
 
 def test_loader_workers_change_nothing(
