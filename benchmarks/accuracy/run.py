@@ -3,6 +3,7 @@
     python benchmarks/accuracy/run.py small --data-dir DIR       # ResNet-14 of width 8, 20,000 images, 8 epochs
     python benchmarks/accuracy/run.py wide --data-dir DIR        # every method, K and A on it: 5,000 images, 6 epochs
     python benchmarks/accuracy/run.py resnet20 --data-dir DIR    # ResNet-20, K = 4, four methods: 10,000 images, 6 epochs
+    python benchmarks/accuracy/run.py length --data-dir DIR      # ResNet-14 of width 8, all images, 20 epochs; half an hour a run
     python benchmarks/accuracy/run.py long --data-dir DIR --device cuda    # ResNet-20, K = 4: 30 epochs, all images
     python benchmarks/accuracy/run.py long56 --data-dir DIR --device cuda  # ResNet-56, K = 2, one micro-batch
     python benchmarks/accuracy/run.py long18 --data-dir DIR --device cuda  # ResNet-18, K = 4, bfloat16
@@ -11,7 +12,7 @@
 
 All but the last two are grids of runs, seed after seed and what is checked first. A finished run is a line of results/<part>.jsonl
 and is not repeated: break it off, start it again, elsewhere too; several may work on different --stages at the same time, or on
-different --methods and --predictions, or --seeds.
+different --methods and --predictions, or --seeds. With --runs-dir a run that was broken off goes on where it was saved.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,14 +39,16 @@ COMMON = {
 }  # fmt: skip
 LONG = {"limit-train": None, "epochs": "30", "batch-size": "256", "lr": "0.2", "warmup-updates": "400"}
 LONG_PARTS = ("long", "long56", "long18")
+LENGTH = {"limit-train": None, "epochs": "20", "warmup-updates": "400"}
 OWN: dict[str, dict[str, str | None]] = {  # of a part; None: all images
     "wide": {"limit-train": "5000", "epochs": "6", "warmup-updates": "50"},
     "resnet20": {"limit-train": "10000", "epochs": "6", "warmup-updates": "50"},
+    "length": LENGTH,
     **dict.fromkeys(LONG_PARTS, LONG), "long18": LONG | {"dtype": "bfloat16"},
 }  # fmt: skip
 MODELS = {
-    "small": "resnet14-8", "wide": "resnet14-8", "resnet20": "resnet20", "long": "resnet20", "long56": "resnet56",
-    "long18": "resnet18",
+    "small": "resnet14-8", "wide": "resnet14-8", "resnet20": "resnet20", "length": "resnet14-8",
+    "long": "resnet20", "long56": "resnet56", "long18": "resnet18",
 }  # fmt: skip
 BOTH = ("linear", "rollout")
 # Methods, stages, micro-batches, predictions: in the order in which they run, for each seed. fdg and adl are one row.
@@ -60,6 +64,11 @@ GRIDS: dict[str, list[tuple[str, str, str, tuple[str, ...]]]] = {
         ("dtrp", "8,4,2", "K,1", ("rollout",)),
     ],
     "resnet20": [("bp,spectrain,dtrp,fdg", "4", "4", ("linear",))],
+    "length": [
+        ("bp,dtrp-1f1b,spectrain,dtrp,fdg", "8", "8", ("linear",)),
+        ("bp,dtrp-1f1b", "8", "2", ("linear",)),
+        ("bp,dtrp-1f1b,spectrain,dtrp,fdg", "4", "4", ("linear",)),
+    ],
     "long": [("bp,spectrain,dtrp,fdg", "4", "4", ("linear",))],
     "long56": [("bp,spectrain,dtrp,fdg", "2", "1", ("linear",))],
     "long18": [("bp,spectrain,dtrp,fdg", "4", "4", ("linear",))],
@@ -76,6 +85,7 @@ def main() -> None:
     parser.add_argument("--predictions", default=",".join(BOTH), help="for the methods that predict")
     parser.add_argument("--microbatches", help="some of the part's, as K (as many as stages)")
     parser.add_argument("--device", default="cpu", help="as of dtrp train")
+    parser.add_argument("--runs-dir", type=Path, help="where runs save themselves, to go on after a stop; none: nowhere")
     options = parser.parse_args()
     if options.part == "figures":
         figures()
@@ -86,7 +96,7 @@ def main() -> None:
     for cell in cells(options.part, options.seeds, options.stages):
         if wanted(cell, options) and key(cell) not in {key(cell_of(row)) for row in finished(options.part)}:
             print(MODELS[options.part], cell.name, flush=True)
-            run(options.part, cell, options.data_dir, options.device)
+            run(options.part, cell, options.data_dir, options.device, options.runs_dir)
     figures()
 
 
@@ -126,8 +136,8 @@ def finished(part: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run(part: str, cell: Cell, data_dir: str, device: str) -> None:
-    """Train one cell, and add its line."""
+def run(part: str, cell: Cell, data_dir: str, device: str, runs: Path | None = None) -> None:
+    """Train one cell, or go on with it where ``runs`` has its folder, and add its line."""
     own = OWN.get(part, {})
     if part == "wide" and cell.method == "dgl":
         # Else the last of eight micro-batches would have one sample, and dgl needs two.
@@ -136,15 +146,18 @@ def run(part: str, cell: Cell, data_dir: str, device: str) -> None:
         "data-dir": data_dir, "model": MODELS[part], "method": cell.method, "seed": str(cell.seed), "stages": str(cell.stages),
         "num-microbatches": str(cell.num_microbatches), "prediction": cell.prediction, "device": device,
     }  # fmt: skip
+    saving = ["--keep-last", "0"] if runs is None else ["--save-every", "3m", "--keep-last", "1"]
     with tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
-        out = Path(folder) / "run"
+        out = Path(folder) / "run" if runs is None else runs / part / cell.name.replace(" ", "-")
         words = [word for name, value in settings.items() if value is not None for word in (f"--{name}", value)]
-        if dtrp(["train", *words, "--keep-last", "0", "--out", str(out)]):
+        if dtrp(["train", *words, *saving, "--out", str(out)]):
             raise SystemExit(f"{cell.name} failed")
         line = described(out)
     (HERE / "results").mkdir(exist_ok=True)
     with open(HERE / "results" / f"{part}.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
+    if runs is not None:
+        shutil.rmtree(out)
 
 
 def described(folder: Path) -> dict[str, Any]:
