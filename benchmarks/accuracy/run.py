@@ -85,7 +85,9 @@ def main() -> None:
     parser.add_argument("--predictions", default=",".join(BOTH), help="for the methods that predict")
     parser.add_argument("--microbatches", help="some of the part's, as K (as many as stages)")
     parser.add_argument("--device", default="cpu", help="as of dtrp train")
-    parser.add_argument("--runs-dir", type=Path, help="where runs save themselves, to go on after a stop; none: nowhere")
+    parser.add_argument(
+        "--runs-dir", type=Path, help="where runs save themselves, to go on after a stop; none: nowhere"
+    )
     options = parser.parse_args()
     if options.part == "figures":
         figures()
