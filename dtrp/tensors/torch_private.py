@@ -68,6 +68,11 @@ def without_functorch_wrappers(t: Tensor) -> Tensor:
     return t
 
 
+def is_wrapped_by_functorch(t: Tensor) -> bool:
+    """Whether a ``torch.func`` transform has put a wrapper around the tensor."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))
+
+
 def has_gradient_hooks(t: Tensor) -> bool:
     """Whether the tensor has hooks of either of the two kinds below."""
     return bool(t._backward_hooks or t._post_accumulate_grad_hooks)
