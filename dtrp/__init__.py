@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .saving import CheckpointError
     from .schedule_grid import Schedule, ScheduleError
     from .splitting.stages import Stages, split
+    from .stage.deferral import defer
     from .stage.losses import add_loss
     from .stage.repetition import recomputing
 
@@ -40,6 +41,7 @@ __all__ = [
     "WaitTimeoutError",
     "WorkerError",
     "add_loss",
+    "defer",
     "get_method",
     "informed",
     "linear",
@@ -69,6 +71,7 @@ __getattr__, __dir__ = lazy_names(
         "WaitTimeoutError": ".errors",
         "WorkerError": ".errors",
         "add_loss": ".stage.losses",
+        "defer": ".stage.deferral",
         "get_method": ".methods",
         "informed": ".predict",
         "linear": ".predict",

@@ -16,6 +16,6 @@ equal.
 
 from .deferring import defer, receiving
 from .division import Division, Queue
-from .trying import Share
+from .trying import Share, Tried
 
-__all__ = ["Division", "Queue", "Share", "defer", "receiving"]
+__all__ = ["Division", "Queue", "Share", "Tried", "defer", "receiving"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from ...tensors.torch_private import in_backward, uncompiled
 
-# By identity of a parameter, or of the leaf in its place, of stages that are in a backward: who takes its gradient.
-# A dictionary, and no context: a backward on an accelerator runs in threads of autograd's own, which see no context.
-_receivers: dict[int, Callable[[Callable[[], Tensor]], None]] = {}
+# The stages that are in a backward: their parameters, and the leaves in the places of these, by identity; and who takes
+# a gradient. No context variable: a backward on an accelerator runs in threads of autograd's own, which see none.
+_receivers: list[tuple[dict[int, int], Callable[[int, Callable[[], Tensor]], None]]] = []
 
 
 @uncompiled
@@ -63,11 +62,13 @@ def defer(parameter: Tensor, compute: Callable[[], Tensor]) -> None:
             "or return the gradient from backward"
         )
     if not in_backward():
-        raise RuntimeError("dtrp.defer is called outside of a backward; call it in the backward of a torch.autograd.Function")
-    receiver = _receivers.get(id(parameter))
-    if receiver is not None:
-        receiver(compute)
-        return
+        raise RuntimeError(
+            "dtrp.defer is called outside of a backward; call it in the backward of a torch.autograd.Function"
+        )
+    for indices, receive in reversed(_receivers):
+        if (index := indices.get(id(parameter))) is not None:
+            receive(index, compute)
+            return
     add(parameter, computed(parameter, compute))
 
 
@@ -89,7 +90,7 @@ def computed(parameter: Tensor, compute: Callable[[], Tensor]) -> Tensor:
 
 def add(leaf: Tensor, gradient: Tensor) -> None:
     """Add a gradient to ``.grad`` of a leaf, by autograd, which calls its hooks."""
-    torch.autograd.backward([get_gradient_edge(leaf)], [gradient])  # type: ignore[arg-type]
+    torch.autograd.backward([get_gradient_edge(leaf)], [gradient])
 
 
 @contextmanager
@@ -114,18 +115,14 @@ def receiving(
             gradient = computed(leaves[index], compute)
             sums[index] = gradient if index not in sums else sums[index] + gradient
 
-    before: dict[int, Any] = {}
-    for i, pair in enumerate(zip(parameters, leaves, strict=True)):
-        for t in pair:
-            before.setdefault(id(t), _receivers.get(id(t)))
-            _receivers[id(t)] = lambda compute, index=i: receive(index, compute)
+    indices = {id(t): i for i, t in enumerate(parameters)}
+    if leaves is not parameters:
+        indices |= {id(t): i for i, t in enumerate(leaves)}
+    receiver = indices, receive
+    _receivers.append(receiver)
     try:
         yield
         for index, gradient in sums.items():
             add(leaves[index], gradient)
     finally:
-        for key, receiver in before.items():
-            if receiver is None:
-                _receivers.pop(key, None)
-            else:
-                _receivers[key] = receiver
+        _receivers.remove(receiver)

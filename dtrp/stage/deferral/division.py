@@ -132,7 +132,7 @@ class Queue:
             else:
                 accumulate(leaf, total)
         if roots:
-            torch.autograd.backward([get_gradient_edge(t) for t in roots], starts)  # type: ignore[arg-type]
+            torch.autograd.backward([get_gradient_edge(t) for t in roots], starts)
 
 
 def _targets(entry: Deferred | Computed) -> Iterator[frozenset[int]]:
@@ -157,13 +157,14 @@ class Division:
         parameters: its trainable parameters, in the order of ``named_parameters()``.
 
     Attributes:
+        names: of the parameters.
         whole: the parameters whose uses are not divided, by index, with the reason.
         mixed: in a trial, those with hooks that were used both divided and undivided.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         names = {id(p): name for name, p in module.named_parameters()}
-        self._names = [names.get(id(p), str(i)) for i, p in enumerate(parameters)]
+        self.names = [names.get(id(p), str(i)) for i, p in enumerate(parameters)]
         self._parameters = list(parameters)
         self.whole: dict[int, str] = {}
         self.mixed: set[int] = set()
@@ -238,13 +239,15 @@ class Division:
         starts = [_ones(root) if grad is None else grad for root, grad in zip(roots, grads, strict=True)]
         edges = [get_gradient_edge(root) if isinstance(root, Tensor) else root for root in roots]
         with self._apart(queue), receiving(self._parameters, leaves, self._defer_computed), self.recording(leaves):
-            torch.autograd.backward(edges, starts)  # type: ignore[arg-type]
+            torch.autograd.backward(edges, starts)
         return queue
 
     @contextmanager
     def _apart(self, queue: Queue) -> Iterator[None]:
         """Within it the queue receives what is deferred, and afterwards what autograd has given to the same weights."""
-        deferred = [i for i in range(len(queue.leaves)) if i not in self.whole] if self._deferred is None else self._deferred
+        deferred = (
+            [i for i in range(len(queue.leaves)) if i not in self.whole] if self._deferred is None else self._deferred
+        )
         before = {i: queue.leaves[i].grad for i in deferred}
         for i in deferred:
             queue.leaves[i].grad = None
@@ -261,7 +264,7 @@ class Division:
         self.mixed = {i for i in queued & undivided if queue.hooked[i]}
         if self.mixed:
             raise RuntimeError(
-                f"{self._names[min(self.mixed)]} has a hook, and its uses were divided in the first micro-batch in another way "
+                f"{self.names[min(self.mixed)]} has a hook, and its uses were divided in the first micro-batch in another way "
                 "than now: the hook would see a part of its gradient alone; let the module use it in one way in every forward, "
                 "or pass split_backward=False"
             )
@@ -277,20 +280,21 @@ class Division:
             run: the stage's forward and backward, divided or not.
         """
         self._deferred, self.whole = None, {}
-        Trial(self, run, len(self._parameters)).settle()
+        Trial(self, run).settle()
         self._deferred = self._seen - self.whole.keys()
 
     def share(self) -> Share:
         """How much of the backward is deferred, once the trial has been."""
         deferred = self._deferred or set()
         whole = {
-            name: self.whole.get(i) or (f"used in {self._noted[i]}" if i in self._noted else "not used by a function that is divided")
-            for i, name in enumerate(self._names)
+            name: self.whole.get(i)
+            or (f"used in {self._noted[i]}" if i in self._noted else "not used by a function that is divided")
+            for i, name in enumerate(self.names)
             if i not in deferred
         }
         elements = [p.numel() for p in self._parameters]
         return Share(
-            deferred=tuple(self._names[i] for i in sorted(deferred)),
+            deferred=tuple(self.names[i] for i in sorted(deferred)),
             whole=whole,
             elements=sum(elements[i] for i in deferred) / max(1, sum(elements)),
             flops=self._flops,
@@ -300,6 +304,8 @@ class Division:
 
     def defer(self, use: Use, x: Tensor, w: Tensor, g: Tensor) -> None:
         """Queue the gradients of a use's weight and bias."""
+        if self._queue is None and self._deferred is None:
+            raise RuntimeError("the forward differentiates within itself")
         if self._queue is None:
             raise RuntimeError(
                 "a part of the stage's forward differentiates within itself, by weights whose gradients are deferred; it did "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -80,7 +80,7 @@ class _Divided(torch.autograd.Function):
         return run(x, *tensors)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor | None, None, None]:
         use: Use = ctx.use
         x, w = ctx.saved_tensors
@@ -107,6 +107,10 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        shown = _SHOWN.get(func)
+        if shown is not None:
+            with self:
+                return shown(*args, **kwargs)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         divide = _DIVIDED.get(func)
@@ -114,9 +118,6 @@ class Recorder(TorchFunctionMode):
             out = divide(self, *args, **kwargs)
             if out is not None:
                 return out
-        if func is F.multi_head_attention_forward:
-            with self:
-                return _shown_attention(*args, **kwargs)
         known = self.known
         if not any(id(a) in known for a in args) and (not kwargs or not any(id(a) in known for a in kwargs.values())):
             return func(*args, **kwargs)
@@ -167,12 +168,13 @@ class Recorder(TorchFunctionMode):
         known, known_bias = found
         use = Use(self.owner, operation, known, known_bias)
         w = known.tensor if known.leaf is not None else known.tensor.detach().requires_grad_()
-        given = (w,) if bias is None else (w, bias.detach())
-        kind, region = w.device.type, nullcontext()  # type: ignore[var-annotated]
+        given: tuple[Tensor, ...] = (w,) if bias is None else (w, bias.detach())
+        kind: str = w.device.type
+        region: AbstractContextManager[Any] = nullcontext()
         if x.is_floating_point() and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             x, given = _cast(x, dtype), tuple(_cast(t.detach(), dtype).requires_grad_(t.requires_grad) for t in given)
-            region = torch.autocast(kind, enabled=False)  # type: ignore[assignment]
+            region = torch.autocast(kind, enabled=False)
         anchor = None if x.requires_grad else self._anchor
         with region:
             out: Tensor = _Divided.apply(use, run, x, anchor, given)  # type: ignore[no-untyped-call]
@@ -199,9 +201,7 @@ def _tensors_in(values: Any) -> Iterator[Tensor]:
 # These are called with the recorder and the arguments; they return None where the call is not divided.
 
 
-def _linear(
-    recorder: Recorder, input: Any = None, weight: Any = None, bias: Any = None, **more: Any
-) -> Tensor | None:
+def _linear(recorder: Recorder, input: Any = None, weight: Any = None, bias: Any = None, **more: Any) -> Tensor | None:
     found = None if more else recorder.find(input, weight, bias)
     if found is None or input.dim() < 2 or weight.dim() != 2:
         return None
@@ -289,7 +289,9 @@ def _convolve(
         return None
     n = weight.dim() - 2
     if x.dim() == n + 1:  # a single sample
-        out = _convolve(recorder, x.unsqueeze(0), weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+        out = _convolve(
+            recorder, x.unsqueeze(0), weight, bias, stride, padding, dilation, transposed, output_padding, groups
+        )
         return None if out is None else out.squeeze(0)
     if isinstance(padding, str):
         twice = [d * (k - 1) for d, k in zip(_each(dilation, n), weight.shape[2:], strict=True)]
@@ -350,15 +352,16 @@ _DIVIDED: dict[Any, Callable[..., Tensor | None]] = {
 
 def _show(function: Any) -> Any:
     """A copy of a function of torch that does not hand itself to the mode, so that the mode sees what it calls."""
-    shown = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, "has_torch_function": lambda tensors: False},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
+    checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    hidden = {**function.__globals__, **dict.fromkeys(checks, lambda *tensors: False)}
+    arguments = (function.__name__, function.__defaults__, function.__closure__)
+    shown = types.FunctionType(function.__code__, hidden, *arguments)
     shown.__kwdefaults__ = function.__kwdefaults__
     return shown
 
 
-_shown_attention = _show(F.multi_head_attention_forward)
+# Attention, for its linear maps; and backwards within a backward, in which a checkpoint recomputes a part of the forward.
+_SHOWN: dict[Any, Any] = {
+    function: _show(function)
+    for function in (F.multi_head_attention_forward, torch.autograd.backward, torch.autograd.grad, Tensor.backward)
+}

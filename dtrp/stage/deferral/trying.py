@@ -57,63 +57,71 @@ class Trial:
     Args:
         division: it, to be told what stays whole.
         run: the stage.
-        count: the number of its parameters.
     """
 
-    def __init__(self, division: Division, run: Run, count: int) -> None:
-        self._division, self._run, self._count = division, run, count
-        self._plain = run(False)
+    def __init__(self, division: Division, run: Run) -> None:
+        self._division, self._run = division, run
+        self._plain = Tried((), ())
         self._again: Tried | None = None  # the same, to see what differs by itself
 
     def settle(self) -> None:
         """Find what can be divided; the rest is whole afterwards."""
-        for _ in range(3):
-            before = set(self._division.whole)
-            error = self._attempt()
-            if error is None:
-                return
-            if set(self._division.whole) == before:
-                break
-        else:
-            error = self._attempt()
-        if error is None:
+        everything = range(len(self._division.names))
+        try:
+            self._plain = self._run(False)
+        except Exception as error:  # as a scripted module does, which runs at no other tensors than its parameters
+            self._leave(everything, f"cannot be tried: {_text(error)}")
             return
-        candidates = [i for i in range(self._count) if i not in self._division.whole]
-        parts = self._divisible(candidates, error)
-        self._leave(set(candidates) - set(parts), error)
-        if (error := self._attempt()) is not None:
-            self._leave(parts, error)
+        reason: str | None = ""
+        while reason is not None:
+            num_whole = len(self._division.whole)
+            reason = self._attempt()
+            if reason is not None and len(self._division.whole) == num_whole:  # nothing learnt
+                parts = self._divisible(self._groups(), reason)
+                self._leave(set(everything).difference(*parts), reason)
+                reason = self._attempt()
+                if reason is not None:
+                    self._leave(everything, reason)
+                return
 
-    def _divisible(self, indices: list[int], error: str) -> list[int]:
-        """Those of the parameters that can be divided when all others are whole, by halves."""
-        if len(indices) < 2:
+    def _groups(self) -> list[list[int]]:
+        """The parameters that may be divided, those of a module together."""
+        groups: dict[str, list[int]] = {}
+        for i, name in enumerate(self._division.names):
+            if i not in self._division.whole:
+                module = (
+                    name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+                )
+                groups.setdefault(module, []).append(i)
+        return list(groups.values())
+
+    def _divisible(self, groups: list[list[int]], reason: str) -> list[list[int]]:
+        """Those of the groups that can be divided when all others are whole, by halves."""
+        if len(groups) < 2:
             return []
-        halves = indices[: len(indices) // 2], indices[len(indices) // 2 :]
-        found: list[int] = []
-        for half in halves:
-            others = {i: error for i in range(self._count) if i not in half and i not in self._division.whole}
-            self._division.whole |= others
-            reason = self._attempt(learn=False)
-            for i in others:
-                del self._division.whole[i]
-            found += half if reason is None else self._divisible(half, reason)
+        found: list[list[int]] = []
+        for half in (groups[: len(groups) // 2], groups[len(groups) // 2 :]):
+            before = dict(self._division.whole)
+            self._leave(set(range(len(self._division.names))).difference(*half), reason)
+            why = self._attempt(learns=False)
+            self._division.whole = before
+            found += half if why is None else self._divisible(half, why)
         return found
 
-    def _attempt(self, *, learn: bool = True) -> str | None:
-        """Run divided; what is wrong, if anything is. Parameters whose gradients alone differ are left whole, to ``learn``."""
+    def _attempt(self, *, learns: bool = True) -> str | None:
+        """Run divided; what is wrong, if anything is. Parameters whose gradients alone differ are left whole, if it ``learns``."""
         try:
             tried = self._run(True)
         except Exception as error:
-            if learn and self._division.mixed:
+            if learns and self._division.mixed:
                 self._leave(self._division.mixed, "has a hook, and is used undivided too")
-            text = str(error).partition("\n")[0]
-            return f"raises {type(error).__name__}: {text[:120]}"
+            return f"raises {_text(error)}"
         differing = self._differing(self._plain.gradients, tried.gradients, of_parameters=True)
         others = self._differing(self._plain.others, tried.others, of_parameters=False)
         if not differing and not others:
             return None
         reason = "its gradient would differ in the last bits" if differing else "what the stage returns would differ"
-        if learn and differing and not others:
+        if learns and differing and not others:
             self._leave(differing, reason)
         return reason
 
@@ -131,6 +139,10 @@ class Trial:
             self._again = self._run(False)
         again = self._again.gradients if of_parameters else self._again.others
         return [i for i in differing if not _as_close(plain[i], again[i], divided[i])]
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
