@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from ..measure.graph_size import NOT_WEIGHED, weigh_graph
 from ..measure.memory import StageSizes, choose_keep, optimizer_bytes
@@ -45,7 +45,7 @@ from ..methods import Keep
 from ..predict import as_predictor
 from ..schedule import lead
 from ..tensors.autocast import AutocastState
-from ..tensors.layout import aligned_clone, parts_of
+from ..tensors.layout import aligned_clone, edge_of, parts_of
 from ..tensors.module_mode import in_modes, modes_of
 from ..tensors.nbytes import states_bytes, tensor_bytes, value_bytes
 from ..tensors.parameter_hooks import attach
@@ -430,7 +430,7 @@ class Stage:
             nbytes += sum(map(tensor_bytes, filter(torch.is_tensor, held.met.moved.values())))
         if loss is None:
             # Not the output itself: the next stage has it, and this one need not hold it for its backward.
-            held.roots = [get_gradient_edge(t) if t.requires_grad else None for t in tensors_of(out)]
+            held.roots = [edge_of(t) if t.requires_grad else None for t in tensors_of(out)]
             if any(root is not None and not wants for root, wants in zip(held.roots, held.wanting, strict=False)):
                 raise RuntimeError(
                     "an output of the stage has a gradient now and had none when it was first tried; let it always have one, or "

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .torch_private import sparse_parts
 
@@ -118,6 +120,16 @@ def aligned_clone(x: Tensor) -> Tensor:
         return x.clone()
     room = aligned_room(layout.shift + layout.span * x.element_size(), x.device)
     return layout.over(room, x.dtype).copy_(x)
+
+
+def edge_of(t: Tensor) -> GradientEdge:
+    """Where the differentiation of ``t``, which requires a gradient, starts, also when ``t`` is gone."""
+    # Before torch 2.10 an edge does not hold the node of an autograd.Function, and a view's node does.
+    held = "ownership_token" in GradientEdge._fields or not isinstance(t.grad_fn, BackwardCFunction)
+    if held or t.layout is not torch.strided:
+        return get_gradient_edge(t)
+    with torch.enable_grad():
+        return get_gradient_edge(t.view_as(t))
 
 
 def enter(x: Tensor, gradients: list[Tensor], *, copy: bool) -> Tensor:

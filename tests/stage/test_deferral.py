@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import dtrp
 from dtrp.models import get_model
 from dtrp.stage.deferral import Division, Queue, Tried, receiving
+from dtrp.tensors.layout import edge_of
 from dtrp.tensors.parameter_swap import Places
 from dtrp.tensors.pytree import tensors_of
 
@@ -63,7 +63,7 @@ class Plain:
             with self.division.recording(leaves) if divided else nullcontext(), regions[0]:
                 out = tensors_of(_plain_tree(self.call(*given)))
             values = [t.detach() for t in out]
-            roots = [get_gradient_edge(t) if t.dim() else t for t in out if t.requires_grad]
+            roots = [edge_of(t) if t.dim() else t for t in out if t.requires_grad]
             starts = [torch.randn_like(t) if t.dim() else None for t in out if t.requires_grad]
             del out
             with regions[1]:
@@ -289,6 +289,7 @@ def test_networks_of_hugging_face(name: str, autocast: bool) -> None:
     assert stage.division.share().elements > 0.95
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="dtrp.split does not trace there")
 def test_traced_stages(float64: None) -> None:
     model = get_model("gpt", num_classes=11, layers=2, width=16, heads=2, context=8)
     tokens = torch.randint(11, (2, 8))
@@ -358,7 +359,7 @@ WHOLE: dict[str, tuple[Callable[[], tuple[nn.Module, Inputs]], float, str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("name", WHOLE)
 def test_what_cannot_be_divided_stays_whole_and_right(name: str, dtype: torch.dtype) -> None:
     make, share, reason = WHOLE[name]

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
+from ...tensors.layout import edge_of
 from ...tensors.torch_private import has_gradient_hooks, write_count
 from .accumulation import accumulate, leaves_below
 from .deferring import computed, receiving
@@ -132,7 +133,7 @@ class Queue:
             else:
                 accumulate(leaf, total)
         if roots:
-            torch.autograd.backward([get_gradient_edge(t) for t in roots], starts)
+            torch.autograd.backward([edge_of(t) for t in roots], starts)
 
 
 def _targets(entry: Deferred | Computed) -> Iterator[frozenset[int]]:
@@ -237,7 +238,7 @@ class Division:
         # A loss is an edge too: torch.autograd.backward([tensor]) would leave the mode, and what a checkpoint
         # recomputes would be another graph than what it recorded.
         starts = [_ones(root) if grad is None else grad for root, grad in zip(roots, grads, strict=True)]
-        edges = [get_gradient_edge(root) if isinstance(root, Tensor) else root for root in roots]
+        edges = [edge_of(root) if isinstance(root, Tensor) else root for root in roots]
         with self._apart(queue), receiving(self._parameters, leaves, self._defer_computed), self.recording(leaves):
             torch.autograd.backward(edges, starts)
         return queue
