@@ -19,7 +19,16 @@ from rich.text import Text
 
 from ..planning import Choice, Plan, Simulation
 from ..train import comparison
-from ..train.comparison import mean_text, megabytes_by_stage, prediction_error, shown_delay, weight_distance
+from ..train.comparison import (
+    mean_score,
+    mean_text,
+    megabytes_by_stage,
+    prediction_error,
+    score_of,
+    shown_delay,
+    weight_distance,
+)
+from ..train.config import score_name, score_text
 from ..train.results import EpochMetrics, TrainResult, describe_layers, summarize_delays
 from ..train.trainer import Reporter, Trainer
 from .endings import lost_terminal_ignored
@@ -39,7 +48,9 @@ class ConsoleReporter(Reporter):
 
     def start(self, trainer: Trainer) -> None:
         config, data, pipe = trainer.config, trainer.source, trainer.pipe
-        self._has_text = config.data == "text"
+        self._has_text = data.is_text and config.loss is None
+        self._of_characters = config.data == "text"
+        self._score = score_name(config.metric)
         processes = ""
         if not (pipe.is_first and pipe.is_last and config.replicas == 1):
             processes = " in a process each" + (f" and {config.replicas} replicas" if config.replicas > 1 else "")
@@ -56,15 +67,20 @@ class ConsoleReporter(Reporter):
     def epoch(self, metrics: EpochMetrics) -> None:
         line = (
             f"epoch {metrics.epoch:3}  update {metrics.update:6}  train loss {metrics.train_loss:.4f}  "
-            f"test loss {metrics.test_loss:.4f}  {self._perplexity(metrics)}accuracy {metrics.test_accuracy:7.2%}  "
+            f"test loss {metrics.test_loss:.4f}  {self._perplexity(metrics)}{self._scores(metrics, width=7)}  "
             f"{metrics.samples_per_s:6.0f} samples/s  {metrics.elapsed_s:6.0f} s"
         )
         if len(line) > self.console.width:
             line = (
                 f"epoch {metrics.epoch:3}  train {metrics.train_loss:.4f}  test {metrics.test_loss:.4f}  "
-                f"accuracy {metrics.test_accuracy:.2%}  {metrics.elapsed_s:.0f} s"
+                f"{self._scores(metrics)}  {metrics.elapsed_s:.0f} s"
             )
         self.note(line)
+
+    def _scores(self, metrics: EpochMetrics, separator: str = "  ", width: int = 0) -> str:
+        """What a test tells beside the loss."""
+        scores = {self._score: metrics.test_accuracy, **metrics.scores}
+        return separator.join(f"{name} {score_text(name, value):>{width}}" for name, value in scores.items())
 
     def _perplexity(self, metrics: EpochMetrics) -> str:
         """The loss of text in its usual units; empty for images."""
@@ -72,7 +88,8 @@ class ConsoleReporter(Reporter):
             return ""
         loss = metrics.test_loss
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        return f"perplexity {perplexity:.3f}  bits per character {loss / math.log(2):.3f}  "
+        bits = f"bits per character {loss / math.log(2):.3f}  " if self._of_characters else ""
+        return f"perplexity {perplexity:.3f}  {bits}"
 
     def finish(self, result: TrainResult) -> None:
         if not self.table:
@@ -89,7 +106,7 @@ class ConsoleReporter(Reporter):
                 f"{num} damaged file{'s' if num > 1 else ''}, in whose place others of the class were taken: {shown}"
             )
         speed = f"{result.samples_per_s:.0f} samples/s (median of the epochs)"
-        self.note(f"{self._perplexity(last)}test accuracy {last.test_accuracy:.2%}, {speed}")
+        self.note(f"{self._perplexity(last)}test {self._scores(last, ', ')}, {speed}")
         if result.config.out:
             self.note(f"written to {result.config.out}")
 
@@ -144,7 +161,7 @@ class LiveReporter(ConsoleReporter):
             return self._progress
         texts = [f"loss {{}} {self._loss:.4f}"]
         if self._accuracies:
-            texts.append(f"accuracy {{}} {self._accuracies[-1]:.2%}")
+            texts.append(f"{self._score} {{}} {score_text(self._score, self._accuracies[-1])}")
         free = self.console.width - sum(map(len, texts)) + 2 * len(texts) - 2
         width = max(4, min(40, free // len(texts)))
         curves = (curve(values, width) for values in (self._losses, self._accuracies))
@@ -357,9 +374,10 @@ def show_comparison(groups: Sequence[comparison.Group]) -> None:
     A narrow terminal gets two tables.
     """
     console = _wide_console()
+    score = score_of([summary for group in groups for summary in group.summaries])
     columns: dict[str, Callable[[comparison.Group], str]] = {
         "seeds": lambda group: str(len(group.seeds)),
-        "accuracy": lambda group: mean_text(group.values(lambda summary: 100 * summary["test_accuracy"]), 2, " %"),
+        score: lambda group: mean_score(score, group.values(lambda summary: summary["test_accuracy"])),
         "test loss": lambda group: mean_text(group.values(lambda summary: summary["test_loss"]), 3),
         "time a mini-batch": lambda group: _seconds(group.values(lambda summary: summary["minibatch_s"])),
         _MEMORY: lambda group: _few(megabytes_by_stage(group.summaries)),

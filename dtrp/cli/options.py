@@ -15,16 +15,16 @@ import yaml
 from ..data import list_data
 from ..methods import list_methods
 from ..models import list_models
-from ..train.config import CHOICES, COMPARISON, REPEATED_OPTION, TrainConfig
+from ..train.config import CHOICES, COMPARISON, METRICS, REPEATED_OPTIONS, TrainConfig
 from ..validation import unknown
 from .option_types import INTERVAL, SIZE, Name, NameOrReference, Parsed, count, numbers, words
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULTS = TrainConfig()
-_LISTS = ("cuts", "points", "model_arg", "mean", "std")  # options that may be lists in a file
+_LISTS = ("cuts", "points", "model_arg", "data_arg", "metric", "mean", "std")  # options that may be lists in a file
 _NAMES = {**CHOICES, "data": list_data(), "model": list_models(), "method": list_methods()}
 NAME_TYPES: dict[str, Parsed] = {field: Name(field.replace("_", " "), names) for field, names in _NAMES.items()}
-NAME_TYPES["model"] = NameOrReference("model", _NAMES["model"])
+NAME_TYPES |= {field: NameOrReference(field, _NAMES[field]) for field in ("model", "data")}
 # The types of the other options are those of the fields of TrainConfig.
 _TYPES = {
     **NAME_TYPES,
@@ -34,16 +34,18 @@ _TYPES = {
     "workers": count("2:4"),
     "cuts": numbers("layer numbers", "3,6,9"),
     "points": words("blocks.2,blocks.4"),
-    "model_arg": click.STRING,
+    **dict.fromkeys(("model_arg", "data_arg"), click.STRING),
+    "metric": NameOrReference("metric", METRICS),
     "memory_limit": SIZE,
     "save_every": INTERVAL,
 }
 _HELP = {
-    "--data": "Data set; digits is embedded, the others lie on disk.",
+    "--data": "Data set: a name, digits is embedded, the others lie on disk; package.module:function or file.py:function.",
+    "--data-arg": "name=value: an argument of that function, once for each.",
     "--data-dir": "Where the data set lies (for CIFAR, the current folder); for text, the file.",
     "--image-size": "Height and width to which the images of --data folder are resized (32).",
     "--stream/--in-memory": "Decode the images of --data folder when they are needed, or all at the start (by itself, above 2 GB).",
-    "--loader-workers": "Processes that decode the images of --stream; 0: the training process does.",
+    "--loader-workers": "Processes that decode the images of --stream, or read your data; 0: the training process does.",
     "--skip-damaged": "In the place of an image that cannot be read, take another of its class, and count such files.",
     "--mean": "Mean of each channel of the images of --data folder, in 0..1 (measured).",
     "--std": "Standard deviation of each (measured).",
@@ -58,6 +60,9 @@ _HELP = {
     "--heads": "Attention heads in each block of gpt (4).",
     "--context": "Characters that gpt reads at once (64).",
     "--channels-last/--no-channels-last": "Convolutions in the channels_last memory format, which is often faster.",
+    "--loss": "Your loss instead of cross-entropy, a function (output, target): package.module:function or file.py:function.",
+    "--metric": "What the test tells instead of accuracy, once for each: such a function, accuracy or top5.",
+    "--best": "Which value of the (first) metric is the best epoch's.",
     "--method": "Training method; see 'dtrp methods'.",
     "--stages": "K: parts of the network, with equal numbers of layers (4); auto: as many as there are workers.",
     "--workers": "Train in as many processes, a stage each, instead of in one; 2:4: go on with as many as there are.",
@@ -201,7 +206,7 @@ def _train_option(words: str, text: str) -> Callable[[Command], Command]:
     field = _field(words)
     hint, default = get_type_hints(TrainConfig)[field], getattr(DEFAULTS, field)
     settings: dict[str, Any] = {} if default is None else {"default": default}
-    if field.replace("_", "-") == REPEATED_OPTION:
+    if field.replace("_", "-") in REPEATED_OPTIONS:
         settings["multiple"] = True
     if bool in (hint, *get_args(hint)):
         settings = {"is_flag": True, "default": default}

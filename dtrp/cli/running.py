@@ -19,6 +19,7 @@ from ..train.from_plan import resolved
 from ..train.results import TrainResult
 from ..train.run_folder import RunFolder
 from ..train.trainer import Interrupted, Reporter, Trainer
+from ..train.user_code import UserCodeError
 from .endings import Stopped, lost_terminal_ignored, mistakes
 
 
@@ -51,7 +52,7 @@ def trained(trainer: Trainer, reporter: Reporter) -> TrainResult:
             text = str(error.__cause__)
             text += "" if "stage" in text else f" (stage {error.stage})"
         raise click.ClickException(text) from error
-    except (WorkerError, CheckpointError, DataError) as error:
+    except (WorkerError, CheckpointError, DataError, UserCodeError) as error:
         raise click.ClickException(f"{error}{_resume_hint(trainer.config)}") from error
     except OSError as error:
         raise click.ClickException(f"cannot write the run: {error}{_resume_hint(trainer.config)}") from error

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from .loader import batches
     from .source import DataError, InMemory, Part, Source
     from .streaming.streamed import StreamedImages, stream_folder
+    from .supplied.supplied import SuppliedData, open_supplied
     from .text import TextDataset, load_text
 
 __all__ = [
-    "DataError", "Dataset", "InMemory", "Part", "Source", "StreamedImages", "TextDataset", "batches",
-    "list_data", "load_data", "load_text", "stream_folder",
+    "DataError", "Dataset", "InMemory", "Part", "Source", "StreamedImages", "SuppliedData", "TextDataset",
+    "batches", "list_data", "load_data", "load_text", "open_supplied", "stream_folder",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(
@@ -36,9 +37,11 @@ __getattr__, __dir__ = lazy_names(
         "Part": ".source",
         "Source": ".source",
         "StreamedImages": ".streaming.streamed",
+        "SuppliedData": ".supplied.supplied",
         "TextDataset": ".text",
         "batches": ".loader",
         "load_text": ".text",
+        "open_supplied": ".supplied.supplied",
         "stream_folder": ".streaming.streamed",
     },
 )

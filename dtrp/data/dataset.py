@@ -20,6 +20,7 @@ class Splits:
     """Samples (N, ...) and targets (N, ...) in memory, split into training and test."""
 
     samples = "examples"  # the word for them in messages; not a field
+    is_text = False  # whether they are windows of tokens, with a target at each position; not a field
     name: str
     train_x: Tensor
     train_y: Tensor

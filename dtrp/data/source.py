@@ -60,8 +60,11 @@ class Source(ABC):
         samples: the word for samples in messages.
         name: name of the data set in tables and errors.
         num_train, num_test: number of training and of test samples.
-        num_classes: number of classes.
+        num_classes: number of classes; 0: not known.
         sample_shape: shape of a sample: (C, H, W) of an image, (T,) of text.
+        is_text: whether samples are windows of tokens, with a target at each position.
+        class_names: names of the classes; empty where they have none.
+        skips: whether samples are read again, and left out, when an epoch is taken up in its middle.
         details: text about it for the first line of a run: its size, where it comes from; empty: nothing to say.
         damaged: files that could not be read and that others took the place of, with the reason.
     """
@@ -74,6 +77,9 @@ class Source(ABC):
     sample_shape: tuple[int, ...]
     details: str = ""
     damaged: tuple[str, ...] = ()
+    is_text: bool = False
+    class_names: tuple[str, ...] = ()
+    skips: bool = False
 
     @abstractmethod
     def train_batches(self, batch_size: int, *, epoch: int, start: int = 0, part: Part = WHOLE) -> Iterator[Batch]:
@@ -118,7 +124,8 @@ class InMemory(Source):
 
     def __init__(self, dataset: Dataset | TextDataset, *, seed: int, augment: bool, dtype: torch.dtype) -> None:
         self.dataset, self._seed, self._augment, self._dtype = dataset, seed, augment, dtype
-        self.samples = dataset.samples
+        self.samples, self.is_text = dataset.samples, dataset.is_text
+        self.class_names = tuple(getattr(dataset, "class_names", None) or ())
         self.name, self.num_classes, self.sample_shape = dataset.name, dataset.num_classes, dataset.sample_shape
         self.num_train, self.num_test = len(dataset.train_y), len(dataset.test_y)
 

@@ -26,6 +26,7 @@ class TextDataset(Splits):
     """
 
     samples = "windows"
+    is_text = True
     characters: str
     augment: bool = dataclasses.field(default=False, init=False)
 

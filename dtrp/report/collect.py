@@ -12,7 +12,16 @@ from typing import TypeAlias
 import yaml
 
 from ..methods import list_methods
-from ..train.comparison import Cell, Summary, largest_delay, peak_bytes, prediction_error, read_failure, read_summary
+from ..train.comparison import (
+    Cell,
+    Summary,
+    common_score,
+    largest_delay,
+    peak_bytes,
+    prediction_error,
+    read_failure,
+    read_summary,
+)
 from ..train.config import CELL_SETTINGS, SETTINGS_WITHOUT_EFFECT, with_defaults
 from ..typing import Json
 
@@ -94,6 +103,11 @@ class Collection:
         first, *others = map(_compared_settings, self.runs)
         keys = dict.fromkeys(key for config in (first, *others) for key in config)
         return tuple(key for key in keys if any(config.get(key) != first.get(key) for config in others))
+
+    @cached_property
+    def score(self) -> str:
+        """What the runs are judged by."""
+        return common_score(run.config for run in self.runs)
 
     def shared(self) -> dict[str, Json]:
         """The settings that are the same in all runs."""

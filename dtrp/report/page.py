@@ -21,12 +21,19 @@ from ..atomic_file import whole_file
 from ..methods import Method
 from ..schedule_grid import Schedule
 from ..train.build import make_method
-from ..train.comparison import mean_text, megabytes_by_stage, prediction_error, shown_delay, weight_distance
+from ..train.comparison import (
+    mean_score,
+    mean_text,
+    megabytes_by_stage,
+    prediction_error,
+    shown_delay,
+    weight_distance,
+)
 from ..train.config import TrainConfig, option_words
 from .collect import Collection, Run, collect
 from .events import write_events
 from .figures import Plot, on_white, png, svg
-from .plots import MINIBATCHES_SHOWN, SECTIONS, make_plots
+from .plots import MINIBATCHES_SHOWN, SECTIONS, make_plots, score_heading
 
 _SCHEDULES_OPEN = 12  # the reader unfolds the others
 
@@ -100,7 +107,7 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
         ],
         watched=any(plot.name.startswith("prediction-error") for plot, _ in drawn),
         traced=any(plot.name.startswith("timeline") for plot, _ in drawn),
-        headings=HEADINGS,
+        headings=[heading.format(score=score_heading(collection.score)) for heading in HEADINGS],
         table=_table(collection),
         failed=collection.failed,
         unfinished=[*(run.folder.name for run in collection.runs if run.summary is None), *collection.begun],
@@ -120,7 +127,7 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
     )
 
 
-HEADINGS = ("", "accuracy, %", "test loss", "ms a mini-batch", "memory by stage, MB", "delay, at most",
+HEADINGS = ("", "{score}", "test loss", "ms a mini-batch", "memory by stage, MB", "delay, at most",
             "distance of weights, %", "prediction error", "epochs", "seeds")  # fmt: skip
 
 
@@ -136,7 +143,7 @@ def _table(collection: Collection) -> list[list[str]]:
         rows.append(
             [
                 label,
-                mean_text([100 * line["test_accuracy"] for line in last], 2),
+                mean_score(collection.score, [line["test_accuracy"] for line in last], ""),
                 mean_text([line["test_loss"] for line in last], 3),
                 mean_text([1e3 * summary["minibatch_s"] for summary in finished], 1),
                 " ".join(megabytes_by_stage(finished)) or "-",

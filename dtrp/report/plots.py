@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from ..methods import get_method
 from ..train.comparison import Summary, largest_delay, mean_and_spread, peak_bytes
+from ..train.config import METRICS
 from ..typing import Json
 from .collect import Collection, Groups, Run
 from .figures import Plot, Series
@@ -34,7 +35,7 @@ def make_plots(collection: Collection) -> list[Plot]:
     finished = {label: done for label, runs in groups.items() if (done := [run for run in runs if run.summary])}
     facets = _facets(collection, finished)
     plots = [
-        *_curves(_facets(collection, groups, backprop=True)),
+        *_curves(_facets(collection, groups, backprop=True), collection.score),
         *_faceted(
             Plot("memory", "Memory of each stage, at most", "", "MB", {}, "bars",
                  "Weights, optimizer state, gradients, the predicted copy, and the most activations at once.", MEMORY),
@@ -132,11 +133,21 @@ def _flushes(run: Run) -> bool:
         return False
 
 
-def _curves(facets: Sequence[Facet]) -> list[Plot]:
+def score_heading(score: str) -> str:
+    """``accuracy, %``, or the name of a metric of the user's."""
+    return f"{score}, %" if score in METRICS else score
+
+
+def _score_plot(score: str) -> tuple[Plot, str, float]:
+    title, y = f"Test {score}", f"{score} (%)" if score in METRICS else score
+    return Plot("accuracy", title, "epoch", y, {}, section=LEARNING), "test_accuracy", 100 if score in METRICS else 1
+
+
+def _curves(facets: Sequence[Facet], score: str) -> list[Plot]:
     """Accuracy and losses by epoch."""
     plots = []
     for template, key, factor in (
-        (Plot("accuracy", "Test accuracy", "epoch", "accuracy (%)", {}, section=LEARNING), "test_accuracy", 100),
+        _score_plot(score),
         (Plot("test-loss", "Test loss", "epoch", "loss", {}, section=LEARNING), "test_loss", 1),
         (Plot("train-loss", "Training loss", "epoch", "loss", {}, section=LEARNING), "train_loss", 1),
     ):
@@ -222,13 +233,14 @@ def _frontier(collection: Collection, groups: Groups) -> list[Plot]:
     if len(groups) < 2:
         return []
     series: Series = {}
+    plot, _, factor = _score_plot(collection.score)
     for runs in groups.values():
         delay = max(largest_delay(summary_of(run)) for run in runs)
-        accuracies = [100 * summary_of(run)["test_accuracy"] for run in runs]
+        accuracies = [factor * summary_of(run)["test_accuracy"] for run in runs]
         add_point(series, collection.label(runs[0], short=True), delay, accuracies)
     note = "A point for each K and A: what a delay costs, and what a method gives back. Lines: one standard deviation over seeds."
-    title = "Accuracy at the end, by delay"
-    return [Plot("frontier", title, "largest delay (updates)", "accuracy (%)", series, "points", note, DELAY)]
+    title = f"{plot.y_label.removesuffix(' (%)').capitalize()} at the end, by delay"
+    return [Plot("frontier", title, "largest delay (updates)", plot.y_label, series, "points", note, DELAY)]
 
 
 def add_point(series: Series, label: str, x: Any, values: list[float]) -> None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .build import class_loss, lr_factor, make_method
+    from .build import lr_factor, make_method
     from .config import TrainConfig
     from .results import EpochMetrics, TrainResult, environment, summarize_delays, summary
+    from .scores.criterion import class_loss
     from .trainer import Interrupted, Reporter, Trainer
 
 __all__ = [
@@ -36,7 +37,7 @@ __getattr__, __dir__ = lazy_names(
         "TrainConfig": ".config",
         "TrainResult": ".results",
         "Trainer": ".trainer",
-        "class_loss": ".build",
+        "class_loss": ".scores.criterion",
         "environment": ".results",
         "lr_factor": ".build",
         "make_method": ".build",

@@ -60,11 +60,13 @@ class Position:
             values["best"] = values["best"] and tuple(values["best"])
             position = cls(**values)
             numbers = [position.loss_sum, position.learned, position.trained_s, position.elapsed_s]
-            numbers += [number for metrics in position.metrics for number in vars(metrics).values()]
+            for metrics in position.metrics:
+                numbers += [value for name, value in vars(metrics).items() if name != "scores"]
+                numbers += metrics.scores.values()
             right = all(type(n) is int and n >= 0 for n in (position.epoch, position.samples))
             right &= all(type(n) in (int, float) for n in numbers) and len(position.metrics) == position.epoch
             right &= position.best is None or list(map(type, position.best)) == [int, float]
-        except (TypeError, ValueError, KeyError, RecursionError):
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError):
             right = False
         if not right:
             raise ValueError("it does not say where the run was")

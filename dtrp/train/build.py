@@ -13,23 +13,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 
-from ..data import Dataset, InMemory, Source, TextDataset, check_request, load_data, stream_folder
+from ..data import Dataset, InMemory, Source, TextDataset, check_request, load_data, open_supplied, stream_folder
 from ..launch.join import told_by_first_rank
 from ..methods import Method, get_method
-from ..models import get_model, has_stem
+from ..models import auxiliary, get_model, has_stem, takes_text
 from ..splitting.stages import Stages, into_stages, split
+from ..stage.losses import Auxiliary
 from ..typing import OptimizerFactory
 from .config import DTYPES, TrainConfig, option_name
 from .other_libraries import LIBRARIES
-from .user_code import call_function, is_reference, load_function, parse_arguments
+from .scores.criterion import Criterion, make_criterion
+from .user_code import call_function, explained, is_reference, load_function, parse_arguments
 
 TIMEOUT_S = 300.0  # for which ranks wait for each other
 LISTING = "listing"  # the file of the list of images in the folder of a run
 _STREAMED_FROM_BYTES = 2 * 10**9  # of all images of a folder, decoded
 _IMAGENET_PIXELS = 64  # from which on a ResNet that has both stems takes ImageNet's
+
+
+def auxiliary_networks(config: TrainConfig, source: Source) -> Auxiliary:
+    """The auxiliary networks of a method in which each stage has a loss of its own.
+
+    Raises:
+        ValueError: data or a loss for which there are none.
+    """
+    if is_reference(config.data) and (len(source.sample_shape) != 3 or not source.num_classes):
+        raise ValueError(
+            f"--method {config.method} with --data {source.name}: its auxiliary networks are for images in a known number of "
+            "classes (num_classes, or classes, of the training data); take another method, or dtrp.Pipeline(aux=...)"
+        )
+    return auxiliary(source.example(2)[0], source.num_classes)
 
 
 def weights_dtype(config: TrainConfig) -> torch.dtype:
@@ -66,8 +81,9 @@ def load_dataset(config: TrainConfig, say: Callable[[str], None]) -> Dataset | T
 
 
 def open_source(
-    config: TrainConfig, say: Callable[[str], None], device: torch.device | str = "cpu", *, reads: bool = True
-) -> Source:
+    config: TrainConfig, say: Callable[[str], None], device: torch.device | str = "cpu", *, reads: bool = True,
+    reads_targets: bool = True,
+) -> Source:  # fmt: skip
     """The data of a run as mini-batches on ``device``. All ranks call this together.
 
     Args:
@@ -75,10 +91,13 @@ def open_source(
         say: called with notes for the user.
         device: where the mini-batches are to be.
         reads: whether this rank needs the inputs, as the first stage of a replica does.
+        reads_targets: whether it needs the targets, as the last one does too.
 
     Raises:
         ValueError, OSError: missing or damaged files, or a size that the data set does not have; on all ranks.
     """
+    if is_reference(config.data):
+        return _supplied(config, device, reads=(reads, reads_targets))
     if config.data == "folder" and config.stream is not False:
         source = _streamed(config, say, device, reads=reads)
         if source is not None:
@@ -90,6 +109,34 @@ def open_source(
         shape = "x".join(map(str, in_memory.sample_shape))
         in_memory.details = f" in {in_memory.num_classes} classes, {shape}, in memory"
     return in_memory
+
+
+def _supplied(config: TrainConfig, device: torch.device | str, *, reads: tuple[bool, bool]) -> Source:
+    """The data sets that a function of the user's makes."""
+    arguments = parse_arguments("--data-arg", config.data_arg)
+    return open_supplied(
+        partial(call_function, "--data", config.data, arguments),
+        name=config.data,
+        seed=config.seed,
+        dtype=weights_dtype(config),
+        device=device,
+        num_workers=config.loader_workers,
+        limits=(config.limit_train, config.limit_test),
+        test_batch_size=config.batch_size,
+        num_microbatches=config.num_microbatches,
+        reads=reads,
+        share=partial(told_by_first_rank, timeout_s=TIMEOUT_S),
+        explain=partial(explained, reference=config.data),
+    )
+
+
+def criterion_of(config: TrainConfig, source: Source) -> Criterion:
+    """The loss and the metrics of a run.
+
+    Raises:
+        ValueError: functions that cannot be loaded, or do not take the targets of the data.
+    """
+    return make_criterion(config.loss, config.metric, source, supplied=is_reference(config.data))
 
 
 def _streamed(
@@ -150,11 +197,38 @@ def make_model(config: TrainConfig, data: Source | Dataset | TextDataset) -> nn.
 
 def _built_in(config: TrainConfig, data: Source | Dataset | TextDataset) -> nn.Sequential:
     make = partial(get_model, config.model, layers=config.layers, width=config.width, heads=config.heads)
-    if is_text(data):
+    if is_reference(config.data):
+        _check_samples_suit(config.model, data)
+    if data.is_text:
         return make(num_classes=data.num_classes, context=data.sample_shape[0])
+    if len(data.sample_shape) == 1:  # vectors: images of a pixel
+        return make(data.sample_shape[0], data.num_classes, image_size=1)
     in_channels, image_size = data.sample_shape[0], data.sample_shape[-1]
     stem = config.stem or ("imagenet" if has_stem(config.model) and image_size >= _IMAGENET_PIXELS else "cifar")
     return make(in_channels, data.num_classes, image_size=image_size, context=config.context, stem=stem)
+
+
+def _check_samples_suit(name: str, data: Source | Dataset | TextDataset) -> None:
+    """Refuse a built-in network for samples of a user's that it cannot take.
+
+    Raises:
+        ValueError: such samples, with what would be taken.
+    """
+    shape = data.sample_shape
+    text = takes_text(name)
+    images = len(shape) == 3 and shape[1] == shape[2]
+    if not data.num_classes:
+        raise ValueError(
+            f"--model {name} with --data {data.name}: the number of classes is not known; give the training data an attribute "
+            "num_classes, or classes"
+        )
+    if data.is_text != text or not (text or images or (name == "mlp" and len(shape) == 1)):
+        takes = (
+            "tokens (T,) with a target each" if text else "square images (C, H, H)" + ", or vectors" * (name == "mlp")
+        )
+        raise ValueError(
+            f"--model {name} with --data {data.name}: it reads {takes}, and samples are of shape {shape}; pass a --model of yours"
+        )
 
 
 def _check_network(reference: str, model: Any) -> None:
@@ -208,11 +282,6 @@ def finely_divided(model: nn.Module, data: Source, num_workers: int) -> Stages:
     return split(model, num_stages=num_workers, example=example)
 
 
-def is_text(data: Source | Dataset | TextDataset) -> bool:
-    """Whether the samples are windows of text, with a target at each position."""
-    return len(data.sample_shape) == 1
-
-
 def check_stages(config: TrainConfig, num_stages: int) -> None:
     """Check what a run has by stage against its network, without data and without weights.
 
@@ -225,22 +294,19 @@ def check_stages(config: TrainConfig, num_stages: int) -> None:
             into_stages(get_model(config.model, image_size=config.image_size or 32, **sizes), num_stages, config.cuts)
     elif is_reference(config.model) and config.model.partition(":")[0] not in LIBRARIES:
         load_function("--model", config.model)
+    for option, reference in (
+        ("--data", config.data),
+        ("--loss", config.loss or ""),
+        *(("--metric", m) for m in config.metric),
+    ):
+        if is_reference(reference):
+            load_function(option, reference)
     for field in ("keep", "device"):
         words = str(getattr(config, field)).split(",")
         if len(words) not in (1, num_stages):
             raise ValueError(
                 f"{option_name(field)} {','.join(words)} names {len(words)} stages, and there are {num_stages}"
             )
-
-
-def class_loss(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """The cross entropy of logits (..., C) and classes (...), where ... is N, or (N, T) for text."""
-    return cross_entropy(out.flatten(0, -2), target.flatten(), reduction=reduction)
-
-
-def counted_labels(target: Tensor) -> Tensor:
-    """The number of labels that `class_loss` takes the mean over: it leaves out those of -100."""
-    return (target != -100).sum()
 
 
 def make_optimizer(config: TrainConfig) -> OptimizerFactory:

@@ -18,7 +18,7 @@ import math
 import shutil
 import statistics
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -28,7 +28,7 @@ from ..measure.memory import held_at_most
 from ..methods import get_method
 from ..typing import Json
 from .build import LISTING, check_stages
-from .config import CELL_SETTINGS, COMPARISON, TrainConfig, config_text, read_settings
+from .config import CELL_SETTINGS, COMPARISON, METRICS, TrainConfig, config_text, read_settings, score_name
 from .config_checks import check_settings
 
 # Contents of a run's ``summary.json``.
@@ -258,6 +258,22 @@ def mean_text(values: Sequence[float], digits: int | None = None, unit: str = ""
     if digits is None:
         digits = max(0, 2 - math.floor(math.log10(mean))) if mean > 0 else 2
     return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}") + unit
+
+
+def score_of(summaries: Iterable[Summary]) -> str:
+    """What runs are judged by: the name of their first metric, or ``score`` where these differ."""
+    return common_score(summary.get("config", {}) for summary in summaries)
+
+
+def common_score(settings: Iterable[Mapping[str, Json]]) -> str:
+    """The same, from their settings."""
+    names = {score_name(values.get("metric")) for values in settings}
+    return names.pop() if len(names) == 1 else "score" if names else "accuracy"
+
+
+def mean_score(name: str, values: Sequence[float], unit: str = " %") -> str:
+    """Mean and standard deviation of scores as text; shares in per cent."""
+    return mean_text([100 * value for value in values], 2, unit) if name in METRICS else mean_text(values)
 
 
 def read_summary(folder: Path) -> Summary | None:

@@ -21,20 +21,22 @@ CHOICES = {
     "clip": ("stage", "global"),
     "on_nonfinite": ("stop", "skip"),
     "stem": ("cifar", "imagenet"),
+    "best": ("highest", "lowest"),
 }
+METRICS = ("accuracy", "top5")  # the names of --metric
 
 FOLDER_SETTINGS = ("stream", "loader_workers", "skip_damaged", "mean", "std", "listing")  # of --data folder
 DATA_AND_MODEL = (
-    "data", "data_dir", "image_size", *FOLDER_SETTINGS, "model", "model_arg", "stem", "layers", "width", "heads", "context",
-    "channels_last",
+    "data", "data_arg", "data_dir", "image_size", *FOLDER_SETTINGS, "model", "model_arg", "stem", "layers", "width", "heads",
+    "context", "channels_last", "loss",
 )  # fmt: skip
 CELL_SETTINGS = ("method", "prediction", "stages", "num_microbatches", "seed")  # of a run in a comparison
 SAVE_SETTINGS = ("save_every", "keep_last")
 SETTINGS_WITHOUT_EFFECT = (  # on what a run learns
     "data_dir", "listing", "loader_workers", "trace", "tensorboard", *SAVE_SETTINGS, "prediction_error_every", "plan",
-    "max_restarts",
+    "max_restarts", "metric", "best",
 )  # fmt: skip
-REPEATED_OPTION = "model-arg"
+REPEATED_OPTIONS = ("model-arg", "data-arg", "metric")
 COMPARISON = "compare.yaml"  # the file that makes a folder a comparison
 _OPPOSITES = {"stream": "in-memory"}  # of switches whose other side is not --no-NAME
 _NOT_WRITTEN = ("out", "overwrite", "resume", "max_restarts")  # to the ``config`` of a run
@@ -105,6 +107,10 @@ class TrainConfig:
     out: str | None = None
     overwrite: bool = False
     resume: bool = False
+    data_arg: tuple[str, ...] = ()
+    loss: str | None = None
+    metric: tuple[str, ...] = ()
+    best: str = "highest"
 
     @property
     def elastic(self) -> bool:
@@ -162,13 +168,23 @@ def option_words(values: Mapping[str, Json]) -> list[str]:
     for name, value in values.items():
         if value == defaults.get(name):
             continue
-        if name == REPEATED_OPTION:
+        if name in REPEATED_OPTIONS:
             words += [word for text in value for word in (f"--{name}", text)]
         elif isinstance(value, bool):
             words.append(f"--{name}" if value else f"--{_OPPOSITES.get(name, 'no-' + name)}")
         else:
             words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
     return words
+
+
+def score_name(metrics: object) -> str:
+    """What a run is judged by: accuracy, or the first of its ``metric``."""
+    return str(metrics[0]).rpartition(":")[2] if isinstance(metrics, (list, tuple)) and metrics else "accuracy"
+
+
+def score_text(name: str, value: float) -> str:
+    """A score with its unit: ``93.21%``; ``0.4132`` of a function of the user's."""
+    return f"{value:.2%}" if name in METRICS else f"{value:.4g}"
 
 
 def option_name(field: str) -> str:

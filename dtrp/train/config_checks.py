@@ -10,7 +10,7 @@ from ..launch.join import launched
 from ..models import has_convolutions, has_stem, takes_text
 from ..validation import unknown
 from .autosave import SaveEvery
-from .config import CHOICES, FOLDER_SETTINGS, TrainConfig, option_name
+from .config import CHOICES, FOLDER_SETTINGS, METRICS, TrainConfig, option_name
 from .tensorboard import check_tensorboard
 from .user_code import is_reference, parse_arguments
 
@@ -29,7 +29,7 @@ def check_settings(config: TrainConfig) -> None:
     Raises:
         ValueError: an unknown name, a number out of range, or options that contradict each other.
     """
-    for mistakes in (_wrong_values, _wrong_workers, _wrong_images, _contradictions):
+    for mistakes in (_wrong_values, _wrong_workers, _wrong_data, _wrong_images, _contradictions):
         for message in mistakes(config):
             raise ValueError(message)
     SaveEvery.parse(config.save_every)
@@ -91,9 +91,31 @@ def _wrong_workers(config: TrainConfig) -> Iterator[str]:
             yield f"{option} with {auto}, where the number of stages may change; leave one of them out"
 
 
+def _wrong_data(config: TrainConfig) -> Iterator[str]:
+    """Messages about data, a loss and metrics that are functions of the user's."""
+    supplied = is_reference(config.data)
+    if config.data_arg and not supplied:
+        yield f"--data-arg {config.data_arg[0]} with --data {config.data}: it is for a function of yours; leave it out"
+    parse_arguments("--data-arg", config.data_arg)
+    for field in ("data_dir", "image_size"):
+        if supplied and getattr(config, field) is not None:
+            yield f"{option_name(field)} with --data {config.data}: pass its arguments as --data-arg name=value"
+    if supplied and not config.augment:
+        yield f"--no-augment with --data {config.data}: what is done to its samples is its own business; pass it a --data-arg"
+    if config.loss is not None and not is_reference(config.loss):
+        yield f"--loss {config.loss}: pass package.module:function, or path/file.py:function"
+    for name in config.metric:
+        if not is_reference(name) and name not in METRICS:
+            yield unknown("metric", name, METRICS) + ", or package.module:function, or path/file.py:function"
+    if config.best == "lowest" and (not config.metric or config.metric[0] in METRICS):
+        yield f"--best lowest of {config.metric[0] if config.metric else 'accuracy'}: the highest is the best; leave it out"
+
+
 def _wrong_images(config: TrainConfig) -> Iterator[str]:
     """Messages about options of a folder of images."""
     for field in FOLDER_SETTINGS:
+        if field == "loader_workers" and is_reference(config.data):
+            continue
         if config.data != "folder" and getattr(config, field) != getattr(TrainConfig, field):
             name = "--in-memory" if field == "stream" and not config.stream else option_name(field)
             yield f"{name} with --data {config.data}: it is for a folder of images; leave it out, or take --data folder"
@@ -114,7 +136,7 @@ def _wrong_images(config: TrainConfig) -> Iterator[str]:
 def _contradictions(config: TrainConfig) -> Iterator[str]:
     """Messages about other options that do not go together."""
     yield from _of_the_model(config)
-    if takes_text(config.model) and config.data != "text":
+    if takes_text(config.model) and config.data != "text" and not is_reference(config.data):
         yield f"--model {config.model} with --data {config.data}: it reads text; pass --data text --data-dir FILE"
     built_in = not is_reference(config.model)
     if config.data == "text" and built_in and not takes_text(config.model):

@@ -35,11 +35,12 @@ def make_plan(config: TrainConfig, *, say: Callable[[str], None], **choices: Any
     if isinstance(model, nn.Module) and not isinstance(model, nn.Sequential):
         model = build.finely_divided(model, source, choices["num_workers"])
     batch = source.example(config.batch_size)
+    criterion = build.criterion_of(config, source)
     source.close()
     options = {"method": build.make_method(config), "optimizer": build.make_optimizer(config), "device": device}
     if config.dtype == "bfloat16":
         choices["autocast"] = partial(torch.autocast, device.type, dtype=torch.bfloat16)
-    return plan_pipeline(model, batch, build.class_loss, **options, progress=say, **choices)  # type: ignore[arg-type]
+    return plan_pipeline(model, batch, criterion.loss, **options, progress=say, **choices)  # type: ignore[arg-type]
 
 
 def resolved(config: TrainConfig) -> tuple[TrainConfig, Plan | None]:

@@ -38,6 +38,7 @@ def timm_network(name: str, data: Any, arguments: Mapping[str, Any]) -> nn.Modul
     """
     timm = _imported("timm", "timm", name)
     known = timm.list_models()
+    _check_classes(f"timm:{name}", data)
     if name not in known:
         raise ValueError(_shortened(unknown("network of timm", name, known)))
     if len(data.sample_shape) != 3:
@@ -63,8 +64,9 @@ def hf_network(name: str, data: Any, arguments: Mapping[str, Any]) -> nn.Module:
         ValueError: no such configuration, or no network of it for such data.
     """
     transformers = _imported("transformers", "hf", name)
+    _check_classes(f"hf:{name}", data)
     transformers.logging.set_verbosity_error()  # it warns of token numbers of vocabularies that are not these
-    is_text = len(data.sample_shape) == 1
+    is_text = data.is_text
     settings: dict[str, Any] = (
         {"vocab_size": data.num_classes}
         if is_text
@@ -88,6 +90,14 @@ def hf_network(name: str, data: Any, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 LIBRARIES: dict[str, Callable[[str, Any, Mapping[str, Any]], nn.Module]] = {"timm": timm_network, "hf": hf_network}
+
+
+def _check_classes(model: str, data: Any) -> None:
+    if not data.num_classes:
+        raise ValueError(
+            f"--model {model} with --data {data.name}: the number of classes is not known; give the training data an attribute "
+            "num_classes, or classes"
+        )
 
 
 def _imported(package: str, prefix: str, name: str) -> Any:

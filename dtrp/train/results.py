@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,6 +21,7 @@ class EpochMetrics:
     """A line of ``metrics.jsonl``: accuracy in 0..1; samples per second of training, without the test.
 
     For text, the loss is per character, in nats, and accuracy is the share of next characters predicted correctly.
+    Where a run has metrics of the user's, ``test_accuracy`` is the first of them; ``scores`` are the other ones, by name.
     """
 
     epoch: int
@@ -30,6 +31,11 @@ class EpochMetrics:
     test_accuracy: float
     samples_per_s: float
     elapsed_s: float
+    scores: dict[str, float] = field(default_factory=dict)
+
+    def line(self) -> dict[str, Json]:
+        """The values by name; ``scores`` only where there are some."""
+        return {name: value for name, value in vars(self).items() if name != "scores" or value}
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ def summary(result: TrainResult) -> dict[str, Json]:
         "epochs": last.epoch,
         "updates": last.update,
         **{name: getattr(last, name) for name in ("test_accuracy", "test_loss", "train_loss", "elapsed_s")},
+        **({"scores": last.scores} if last.scores else {}),
         "samples_per_s": result.samples_per_s,
         "minibatch_s": result.config.batch_size / result.samples_per_s,
         "stages": [

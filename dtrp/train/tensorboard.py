@@ -61,9 +61,11 @@ class Events:
         folder: folder for the event files.
         after: number of updates that a resumed run has made. Events of later updates are no longer shown.
         settings: settings of the run, shown as text.
+        score: what the run is judged by.
     """
 
-    def __init__(self, folder: Path, *, after: int, settings: str) -> None:
+    def __init__(self, folder: Path, *, after: int, settings: str, score: str = "accuracy") -> None:
+        self._score = score
         self._writer = open_writer(folder, purge_step=after + 1 if after else None)
         self._pending: list[_Update] = []
         if not after:
@@ -78,7 +80,11 @@ class Events:
     def epoch(self, metrics: EpochMetrics, scalars: Sequence[Mapping[str, float]]) -> None:
         """Record an epoch; ``scalars`` are those of the stages, a mapping per rank."""
         self.flush()
-        for values in ({name: getattr(metrics, metric) for name, metric in EPOCH_SCALARS.items()}, *scalars):
+        of_epoch = {name: getattr(metrics, metric) for name, metric in EPOCH_SCALARS.items()}
+        of_epoch |= {f"{name}/test": value for name, value in metrics.scores.items()}
+        if self._score != "accuracy":
+            of_epoch[f"{self._score}/test"] = of_epoch.pop("accuracy/test")
+        for values in (of_epoch, *scalars):
             for name, value in values.items():
                 self._writer.add_scalar(name, value, metrics.update)
         self._writer.flush()

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,21 +23,22 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..data import InMemory, Part
+from ..data import InMemory, Part, SuppliedData
 from ..launch.join import join, launched
 from ..launch.process_end import watch_launcher
 from ..launch.signals import StopRequest, stop_on_signal
 from ..measure.prediction_error import look_every
 from ..methods import Method
-from ..models import auxiliary
 from ..pipeline import Pipeline
+from ..tensors.pytree import map_tensors, tensors_in
 from . import build
 from .autosave import Position, SaveEvery, Saves
-from .config import TrainConfig, config_text
+from .config import TrainConfig, config_text, score_name
 from .config_checks import check_last_minibatch, check_settings, workers_per_replica
 from .from_plan import resolved
 from .results import EpochMetrics, TrainResult, summarize_stages, summary
 from .run_folder import RunFolder, changed_code
+from .scores.criterion import Sums, means
 from .tensorboard import Events, StageScalars
 
 _PIPELINE_SETTINGS = ("num_microbatches", "seed", "max_grad_norm", "clip", "on_nonfinite", "trace")
@@ -91,6 +93,10 @@ class _LossSum:
         return float(self.loss_sum), float(self.learned)
 
 
+def _to(t: Tensor, *, device: torch.device) -> Tensor:
+    return t.to(device)
+
+
 class Trainer:
     """A run, checked and ready to train.
 
@@ -103,6 +109,7 @@ class Trainer:
     Attributes:
         config: settings, completed by the plan if there is one.
         source: training and test data, as mini-batches on the device of the first stage of this process.
+        criterion: what the run is trained by, and judged by.
         dataset: the data itself where it is in memory; else None.
         pipe: pipeline, or this rank's part of it.
         total_updates: number of updates of the run.
@@ -131,10 +138,15 @@ class Trainer:
         if threads is not None:
             torch.set_num_threads(threads)
         self.notes: list[str] = []
-        self.source = build.open_source(config, self.notes.append, device, reads=stage == 0)
+        self.source = build.open_source(
+            config, self.notes.append, device, reads=stage == 0, reads_targets=stage in (0, (num_workers or 1) - 1)
+        )
         with ExitStack() as failing:
             failing.callback(self.source.close)
             self.dataset = self.source.dataset if isinstance(self.source, InMemory) else None
+            self.criterion = build.criterion_of(config, self.source)
+            if isinstance(self.source, SuppliedData) and device.type != "cpu":
+                self.source.check_targets = self.criterion.check_labels
             self.total_updates = config.epochs * math.ceil(self.source.num_train / config.batch_size)
             if config.max_updates is not None:
                 self.total_updates = min(self.total_updates, config.max_updates)
@@ -170,13 +182,13 @@ class Trainer:
         """The pipeline of the run; ``num_workers``: K where each stage has a process, else None."""
         config, source = self.config, self.source
         check_last_minibatch(source.num_train, config, auxiliary=method.local and num_stages != 1)
-        aux = auxiliary(source.example(2)[0], source.num_classes) if method.local else None
+        aux = build.auxiliary_networks(config, source) if method.local else None
         factor = build.lr_factor(config.lr_schedule, config.warmup_updates, self.total_updates)
         pipe = Pipeline(
             model,
             build.make_optimizer(config),
-            build.class_loss,
-            loss_weight=build.counted_labels if build.is_text(source) else None,
+            self.criterion.loss,
+            loss_weight=self.criterion.loss_weight,
             num_stages=num_stages,
             cuts=cuts,
             method=method,
@@ -213,12 +225,17 @@ class Trainer:
         if self.pipe.gather(self.run_folder.resumes if self.run_folder is not None else config.resume)[0]:
             self._position, notes = saves.resume(self.pipe, num_replicas=config.replicas, check=self._check_position)
             self.notes += notes
+            if self.source.skips and self._position.samples:
+                self.notes.append(
+                    f"the first {self._position.samples} samples of the epoch are read again, and left out: {config.data} has "
+                    "an order of its own"
+                )
             self.notes += [
                 f"{name} has changed since this run began; the run goes on with what it is now"
                 for name in changed_code(self._folder)
             ]
             if self.run_folder is not None:
-                self.run_folder.go_on(config_text(config), list(map(vars, self._position.metrics)))
+                self.run_folder.go_on(config_text(config), [metrics.line() for metrics in self._position.metrics])
         return saves if config.keep_last else None
 
     @property
@@ -268,15 +285,16 @@ class Trainer:
         pipe.flush()
         loss_sum, learned = losses.values()  # waits for the device, so that the time is that of the epoch
         trained_s = time.perf_counter() - began
-        test_loss, accuracy = self.test()
+        tested = self._tested()
         measured = EpochMetrics(
             epoch=position.epoch + 1,
             update=pipe.num_updates,
             train_loss=loss_sum / max(1.0, learned),
-            test_loss=test_loss,
-            test_accuracy=accuracy,
+            test_loss=tested.pop("loss"),
+            test_accuracy=tested.pop(score_name(self.config.metric)),
             samples_per_s=samples / trained_s,
             elapsed_s=time.perf_counter() - self._start,
+            scores=tested,
         )
         ranks = pipe.gather((measured if self.reports else None, self._stop_request.signal is not None))
         metrics = next(metrics for metrics, _ in ranks if metrics is not None)
@@ -294,10 +312,11 @@ class Trainer:
         if self.config.out:
             model = self.pipe.model_state_dict_on_first()
             if self.run_folder is not None and model is not None:
-                self.run_folder.write(config_text(self.config), vars(metrics), model)
+                self.run_folder.write(config_text(self.config), metrics.line(), model)
                 self.source.keep(self._folder / build.LISTING)
         best = self._position.best
-        if best is None or metrics.test_accuracy > best[1]:
+        sign = -1 if self.config.best == "lowest" else 1
+        if best is None or sign * metrics.test_accuracy > sign * best[1]:
             best = (metrics.update, metrics.test_accuracy)
         epochs = [*self._position.metrics, metrics]
         self._position = Position(metrics.epoch, elapsed_s=metrics.elapsed_s, metrics=epochs, best=best)
@@ -364,7 +383,8 @@ class Trainer:
         self.pipe.gather(None)  # the folder is there
         if self.reports:
             after, settings = self.pipe.num_updates, config_text(self.config)
-            self._events = Events(self._folder / "tensorboard", after=after, settings=settings)
+            score = score_name(self.config.metric)
+            self._events = Events(self._folder / "tensorboard", after=after, settings=settings, score=score)
             ending.callback(self._events.close)
 
     def _stop(self) -> NoReturn:
@@ -379,20 +399,20 @@ class Trainer:
         return Part(pipe.is_first, pipe.is_first or pipe.is_last, self.replica, self.config.replicas)
 
     def test(self) -> tuple[float, float]:
-        """(mean loss, accuracy in 0..1) on the test split, with the weights as they are; replicas share the batches."""
-        loss = correct = counted = 0.0
+        """(mean loss, accuracy in 0..1, or the first metric) on the test split, with the weights as they are."""
+        tested = self._tested()
+        return tested["loss"], tested[score_name(self.config.metric)]
+
+    def _tested(self) -> dict[str, float]:
+        """Loss and metrics by name on the test split; replicas share the mini-batches."""
+        sums: list[Sums] = []
         for x, y in self.source.test_batches(part=self._part()):
             with self._autocast():
                 out = self.pipe.infer(x)
             if out is not None:
-                assert y is not None
-                target = y.to(out.device)
-                loss += float(build.class_loss(out.float(), target, reduction="sum"))
-                correct += float((out.argmax(-1) == target).sum())
-                counted += target.numel()
-        sums = self.pipe.gather((loss, correct, counted))
-        loss, correct, counted = (sum(values) for values in zip(*sums, strict=True))
-        return loss / counted, correct / counted
+                device = next((t.device for t in tensors_in(out)), torch.device("cpu"))
+                sums.append(self.criterion.judge(out, map_tensors(partial(_to, device=device), y)))
+        return means(itertools.chain.from_iterable(self.pipe.gather(sums)))
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.config.dtype != "bfloat16":

@@ -17,6 +17,10 @@ from typing import Any
 from ..validation import unknown
 
 
+class UserCodeError(ValueError):
+    """A function of the user's failed in the middle of a run."""
+
+
 def is_reference(text: str) -> bool:
     """Whether an option's value names a function, and is no name that dtrp knows."""
     return ":" in text
@@ -74,7 +78,7 @@ def call_function(option: str, reference: str, arguments: dict[str, Any]) -> Any
     try:
         return function(**arguments)
     except Exception as error:
-        raise ValueError(f"{option} {reference}: {_failure(error, reference.rpartition(':')[0])}") from error
+        raise ValueError(f"{option} {reference}: {explained(error, reference)}") from error
 
 
 def parse_arguments(option: str, words: Iterable[str]) -> dict[str, Any]:
@@ -113,7 +117,8 @@ def digest(reference: str) -> str | None:
 
 def digests(settings: Mapping[str, Any]) -> dict[str, str]:
     """The digests of all source files that settings name, by reference."""
-    named = [text for text in settings.values() if isinstance(text, str) and is_reference(text)]
+    values = [value if isinstance(value, (list, tuple)) else [value] for value in settings.values()]
+    named = [text for value in values for text in value if isinstance(text, str) and is_reference(text)]
     return {text: found for text in named if (found := digest(text)) is not None}
 
 
@@ -143,6 +148,11 @@ def _load_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def explained(error: BaseException, reference: str) -> str:
+    """What went wrong in the code of a function of the user's, and where."""
+    return _failure(error, reference.rpartition(":")[0])
 
 
 def _failure(error: BaseException, place: str) -> str:

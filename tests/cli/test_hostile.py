@@ -96,6 +96,12 @@ VALUES: dict[str, st.SearchStrategy[str]] = {
     "prediction-error-every": COUNTS,
     "image-size": COUNTS,
     "data": one_of("digits", "random", "folder", "cifar10", "cifar100"),
+    "data-arg": st.sampled_from(["a=1", "a", "=", "a=1:2"]),
+    "loss": st.sampled_from(
+        ["mse", "torch.nn.functional:cross_entropy", "no.such:loss", "/nowhere.py:loss", ":", "torch:no"]
+    ),
+    "metric": st.sampled_from(["accuracy", "top5", "top9", "torch.nn.functional:cross_entropy", "no.such:metric", ":"]),
+    "best": one_of("highest", "lowest"),
     "data-dir": st.sampled_from(["", "/nowhere", "/dev/null", "/"]),
     "loader-workers": st.sampled_from(["0", "1", "-1", "x"]),
     "mean": st.sampled_from(["0.5,0.5,0.5", "0.5", "", "nan,nan,nan", "a,b,c"]),

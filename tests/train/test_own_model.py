@@ -227,7 +227,9 @@ def test_what_does_not_fit_is_one_line(
 
 def test_the_stem_follows_the_size() -> None:
     def first(size: int, **settings: Any) -> nn.Module:
-        data = type("Data", (), {"sample_shape": (3, size, size), "num_classes": 10, "name": "folder"})()
+        data = type(
+            "Data", (), {"sample_shape": (3, size, size), "num_classes": 10, "name": "folder", "is_text": False}
+        )()
         model = build.make_model(TrainConfig(model="resnet18", **settings), data)
         return next(member for member in model.modules() if isinstance(member, nn.Conv2d))  # type: ignore[union-attr]
 

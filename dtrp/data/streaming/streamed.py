@@ -16,7 +16,7 @@ from ...tensors.rng import epoch_order, generator
 from ..dataset import level_stats, required
 from ..loader import check_start, normalize
 from ..source import WHOLE, Batch, Part, Source
-from .decoding import Decoder, Request
+from .decoding import Decoded, Decoder, Request
 from .listing import Images, Listing, in_turns, list_folder, read_listing, write_listing
 from .workers import Workers
 
@@ -98,6 +98,7 @@ class StreamedImages(Source):
         self.notes = counts.notes
         self.name, self.samples, self.num_classes = "folder", "images", len(counts.classes)
         self.sample_shape = (_CHANNELS, image_size, image_size)
+        self.class_names = counts.classes
         self._train_y, self._test_y = (
             labels[:num].clone() for labels, num in zip(counts.labels(), limits, strict=True)
         )
@@ -107,7 +108,7 @@ class StreamedImages(Source):
         self._image_size, self._seed, self._augment = image_size, seed, augment
         self._dtype, self._device = dtype, torch.device(device)
         self._damaged: dict[str, None] = {}
-        self._workers: Workers | None = None
+        self._workers: Workers[Request, Decoded] | None = None
         self._listing: Listing | None = None
         if splits is None:
             return

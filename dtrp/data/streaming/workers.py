@@ -1,4 +1,4 @@
-"""The processes that decode images, behind `torch.utils.data.DataLoader`."""
+"""The processes that read samples, such as images that are decoded, behind `torch.utils.data.DataLoader`."""
 
 from __future__ import annotations
 
@@ -14,30 +14,44 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..source import DataError
-from .decoding import Decoded, Decoder, Request
+
+
+class _Answer(Protocol):
+    """What becomes of a request; ``error``: a message that ends the run, or None."""
+
+    @property
+    def error(self) -> str | None: ...
+
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer", bound=_Answer)
 
 _GRACE_S = 30  # a worker that is told to end (SIGTERM) goes on so long, so that its run can save
 _STOPPING = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")}
 _CLOSING_S, _DYING_S = 1.0, 0.2
 
 
-class _Requests(Sampler[Request]):
+class _Requests(Sampler[Any]):
     """The requests of the current iteration; the loader takes them for indices."""
 
-    requests: Iterable[Request] = ()
+    requests: Iterable[Any] = ()
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.requests)
 
 
-class Workers:
-    """Decodes images, in processes of its own or in this one, in the order of the requests.
+class _Decoder(Protocol[Request, Answer]):  # type: ignore[misc]
+    def __getitem__(self, request: Request) -> Answer: ...
+
+
+class Workers(Generic[Request, Answer]):
+    """Decodes images, or reads other samples, in processes of its own or in this one, in the order of the requests.
 
     The processes start with `start`, once for all epochs: early, for a forked process shares what its parent has then.
 
@@ -47,16 +61,16 @@ class Workers:
         prefetch: number of requests that each of them works ahead.
     """
 
-    def __init__(self, decoder: Decoder, num_workers: int, prefetch: int = 2) -> None:
+    def __init__(self, decoder: _Decoder[Request, Answer], num_workers: int, prefetch: int = 2) -> None:
         self._requests = _Requests()
         self._processes: list[BaseProcess] = []
         with _quiet():
-            self._loader: DataLoader[Decoded] | None = DataLoader(
-                cast("Dataset[Decoded]", decoder),
+            self._loader: DataLoader[Answer] | None = DataLoader(
+                cast("Dataset[Answer]", decoder),
                 batch_size=None,
                 sampler=self._requests,
                 num_workers=num_workers,
-                collate_fn=_as_it_is,  # type: ignore[arg-type]
+                collate_fn=_as_it_is,
                 generator=torch.Generator(),  # not the global one, from which the run draws
                 persistent_workers=num_workers > 0,
                 prefetch_factor=prefetch if num_workers else None,
@@ -84,7 +98,7 @@ class Workers:
         self._at_exit = close  # at the end of this process nobody would tell them otherwise
         atexit.register(close)
 
-    def decode(self, requests: Iterable[Request]) -> Iterator[Decoded]:
+    def decode(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """What becomes of requests, in their order. An iteration that was left early is given up by the next one.
 
         Raises:
@@ -127,7 +141,7 @@ class Workers:
             atexit.unregister(self._at_exit)
 
 
-def _as_it_is(decoded: Decoded) -> Decoded:
+def _as_it_is(decoded: Any) -> Any:
     return decoded
 
 

@@ -1,0 +1,1 @@
+"""What a run is trained by, and what its model is judged by."""
