@@ -28,6 +28,7 @@ from ..comm.link import Receiver, Sender
 from ..comm.message import Kind, Message, Note
 from ..comm.transport import Transport
 from ..errors import message_of, naming
+from ..launch.heap import keep_heap
 from ..measure.trace import Span, Tracer
 from ..methods import Method
 from ..schedule import Action
@@ -60,6 +61,7 @@ class DistributedEngine(Engine):
         self, stage: Stage, method: Method, num_microbatches: int, transport: Transport, tracer: Tracer, loss_on: str
     ) -> None:
         super().__init__((stage,), method, num_microbatches, tracer)
+        keep_heap()
         ranks = transport.ranks
         self.takes_x, self.takes_y = ranks.before is None, ranks.after is None
         self.ranks, self.is_first = ranks.all, ranks.rank == ranks.all[0]

@@ -18,6 +18,7 @@ from subprocess import PIPE, Popen
 import torch
 from torch import Tensor, nn
 
+from ..launch.heap import keep_heap
 from ..splitting.stages import stage_of
 from ..tensors.pytree import map_tensors, tensors_of
 from ..typing import Tree
@@ -97,6 +98,7 @@ def busy_neighbours(count: int, layers: Sequence[nn.Module], x: Tree) -> Iterato
 def work(file: str) -> None:
     """The work of a neighbour, until it is killed or the measured process has ended."""
     torch.set_num_threads(1)
+    keep_heap()
     answers, sys.stdout = sys.stdout, open(os.devnull, "w")  # a model that prints does not answer  # noqa: SIM115
     try:
         model, x = torch.load(file, weights_only=False)  # written by this user's process a moment ago

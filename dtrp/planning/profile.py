@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from ..launch.heap import keep_heap
 from ..measure.graph_size import NOT_WEIGHED, weigh_graph
 from ..measure.memory import StageSizes
 from ..predict import BuiltInPredictor, Predictor, as_predictor
@@ -229,6 +230,7 @@ class Profiler:
     @contextmanager
     def measuring(self, x: Tree, neighbours: int | None = None) -> Iterator[Neighbours]:
         """Within it ``neighbours`` processes work on x, and random numbers are drawn and given back."""
+        keep_heap()  # as in the workers that are planned
         devices = [self.device] if self.device.type != "cpu" else []
         random_numbers = torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda")
         count = self.neighbours if neighbours is None else neighbours

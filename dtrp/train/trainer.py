@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..data import InMemory, Part, SuppliedData
+from ..launch.heap import keep_heap
 from ..launch.join import join, launched
 from ..launch.process_end import watch_launcher
 from ..launch.signals import StopRequest, stop_on_signal
@@ -124,6 +125,7 @@ class Trainer:
         self.config, plan = resolved(config)
         config = self.config
         check_settings(config)
+        keep_heap()
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         ranks = world_size > 1 or (launched() and (config.elastic or config.workers is not None))
         num_workers = workers_per_replica(config, world_size) if ranks else None
