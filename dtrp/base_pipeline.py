@@ -30,6 +30,7 @@ from .typing import Json, LossWeight, OptimizerFactory, SchedulerFactory
 from .validation import check_seed, check_timeout, whole
 
 T = TypeVar("T")
+AUTO = "auto"  # num_microbatches: as many as stages
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,12 @@ class Settings:
 
     Args:
         method: the row of the method that trains.
-        num_microbatches: A.
+        num_microbatches: A; 0: as many as stages, until `divided` has counted them.
         seed: of random draws; None: the caller left it open.
         rule: what is done with gradients that are too long or not finite.
         keep, memory_limit_bytes: as given to `dtrp.Pipeline`.
+        microbatch_samples: the least samples of a micro-batch; 0: the caller left it open.
+        left_open: which of the last two a checkpoint may decide, since the caller has not.
     """
 
     method: Method
@@ -50,12 +53,14 @@ class Settings:
     rule: GradientRule
     keep: Literal["auto"] | Keep | list[Keep] | None
     memory_limit_bytes: int | None
+    microbatch_samples: int = 1
+    left_open: frozenset[str] = frozenset()
 
     @classmethod
     def checked(
         cls,
         method: str | Method,
-        num_microbatches: int,
+        num_microbatches: int | str,
         seed: int | None,
         timeout_s: float,
         max_grad_norm: float | None,
@@ -65,6 +70,7 @@ class Settings:
         memory_limit_bytes: int | None,
         *,
         count: str = "num_microbatches",
+        microbatch_samples: int | None = 1,
     ) -> Settings:
         """The arguments of `dtrp.Pipeline` of these names; ``count``: what the caller calls A.
 
@@ -72,16 +78,36 @@ class Settings:
             TypeError, ValueError: an argument that does not fit, with what to change.
         """
         row = as_method(method)
-        num_microbatches = whole(count, num_microbatches)
+        may_be_open = count == "num_microbatches"
+        is_open = may_be_open and num_microbatches == AUTO
+        number = 0 if is_open else whole(count, num_microbatches, advice=f", or {AUTO!r}" if may_be_open else "")
+        least = 0 if microbatch_samples is None else whole("microbatch_samples", microbatch_samples)
         check_seed(seed)
         check_timeout(timeout_s)
         rule = GradientRule.checked(max_grad_norm, clip, on_nonfinite, row)
         kept = list(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else keep
-        return cls(row, num_microbatches, seed, rule, kept, memory_limit_bytes)
+        left_open = {"num_microbatches": is_open, "microbatch_samples": microbatch_samples is None}
+        names = frozenset(name for name in left_open if left_open[name])
+        return cls(row, number, seed, rule, kept, memory_limit_bytes, least, names)
+
+    def divided(self, modules: Sequence[nn.Module], *, num_replicas: int) -> Settings:
+        """The settings with the numbers that the caller left open, for these stages.
+
+        Replicas that share a `torch.nn.SyncBatchNorm` need a sample of each in every micro-batch, and one is enough.
+        """
+        synchronized = any(isinstance(m, nn.SyncBatchNorm) for module in modules for m in module.modules())
+        least = 1 if self.num_microbatches or (num_replicas > 1 and synchronized) else 2
+        return replace(
+            self,
+            num_microbatches=self.num_microbatches or len(modules),
+            microbatch_samples=self.microbatch_samples or least,
+        )
 
     def shared(self) -> dict[str, Json]:
         """The settings that ranks compare, by the name of the argument."""
         return {
+            "num_microbatches": self.num_microbatches,
+            "microbatch_samples": self.microbatch_samples,
             "seed": self.seed,
             "method": method_values(self.method),
             "keep": self.keep,
@@ -106,15 +132,18 @@ class BasePipeline:
     Attributes:
         method: the row of the method that trains.
         num_stages, num_microbatches: K and A.
+        microbatch_samples: the least samples of a micro-batch, where the mini-batch has them.
         seed: of the stages' random draws.
     """
 
     method: Method
     num_stages: int
     num_microbatches: int
+    microbatch_samples: int
     seed: int
     _engine: Engine
     _keep: Any  # as the caller gave it
+    _left_open: frozenset[str]  # arguments that the caller left open, and an exact checkpoint decides
     _schedules_lr: bool
     _loss_weight: LossWeight | None = None
     _tracer: Tracer
@@ -125,6 +154,7 @@ class BasePipeline:
 
     def _configure(self, settings: Settings, num_stages: int, *, schedules_lr: bool, trace: bool) -> None:
         self.method, self.num_stages, self.num_microbatches = settings.method, num_stages, settings.num_microbatches
+        self.microbatch_samples, self._left_open = settings.microbatch_samples, settings.left_open
         self._keep, self._schedules_lr, self._tracer = settings.keep, schedules_lr, Tracer(bool(trace))
 
     def propose(self, word: int) -> None:
@@ -419,7 +449,9 @@ class BasePipeline:
         """Go on from a checkpoint that `save` has written; what is in flight here is dropped.
 
         Every file is checked before anything is read, and nothing of the pipeline has changed when it is refused. The
-        pipeline's seed becomes the checkpoint's, and its count of micro-batches, which random draws depend on.
+        pipeline's seed becomes the checkpoint's, and its count of micro-batches, which random draws depend on. With an
+        exact checkpoint ``num_microbatches`` and ``microbatch_samples`` become the checkpoint's too, where they were left
+        to the pipeline (``"auto"``, None).
 
         Returns:
             The ``extra`` that was given to `save`.
@@ -441,11 +473,15 @@ class BasePipeline:
         shapes = state_dict.merge_model(parts)
         commit = self._engine.all_or_none(
             "load",
-            lambda: session.load(self._engine, folder, settings, shapes, scheduler=self._schedules_lr),
+            lambda: session.load(
+                self._engine, folder, settings, shapes, scheduler=self._schedules_lr, left_open=self._left_open
+            ),
             error=CheckpointError,
         )
         with self._breaking():
-            extra, self.seed = commit()
+            extra, decided = commit()
+        self.seed = decided["seed"]
+        self.num_microbatches, self.microbatch_samples = decided["num_microbatches"], decided["microbatch_samples"]
         return extra
 
     def _settings(self, method: str) -> dict[str, Json]:
@@ -453,7 +489,8 @@ class BasePipeline:
         described = [stage for process in processes for stage in process]
         weight = None if self._loss_weight is None else "a function"
         made_with = {
-            "num_microbatches": self.num_microbatches, "seed": self.seed, "keep": self._keep, "loss_weight": weight,
+            "num_microbatches": self.num_microbatches, "microbatch_samples": self.microbatch_samples, "seed": self.seed,
+            "keep": self._keep, "loss_weight": weight,
         }  # fmt: skip
         return session.settings_of(self._engine.stages[0], described, method=method_values(self.method), **made_with)
 

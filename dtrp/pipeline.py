@@ -29,7 +29,7 @@ from .stage.specs import StageNetwork, StagePosition, StageTraining
 from .stage.stage import Stage
 from .stage.tied import check_ties, find_shared_buffers, find_ties
 from .tensors.module_mode import check_input, follow
-from .tensors.pytree import check_samples, flatten, num_samples, split
+from .tensors.pytree import check_samples, flatten, num_samples
 from .typing import Json, LossFn, LossWeight, OptimizerFactory, SchedulerFactory, Tree
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ class Pipeline(BasePipeline):
             of weight 0 is not differentiated, and its loss is not used; a mini-batch of weight 0 counts as one with a
             loss that is not finite.
         num_microbatches: A, the parts that `torch.tensor_split` cuts a mini-batch into. More of them
-            bring the delay down; a mini-batch of fewer samples has one part a sample.
+            bring the delay down; a mini-batch of fewer samples has one part a sample. ``"auto"``: as many as stages, and
+            at least two samples in each where the mini-batch has two: one of n < 2 A samples has max(1, n // 2) parts.
         lr_scheduler: optimizer -> scheduler, stepped once an update.
         seed: of the stages' random draws (dropout); None: drawn once from the global generator.
         devices: one device for all stages or one for each; None: where the model is.
@@ -116,6 +117,10 @@ class Pipeline(BasePipeline):
         compile: True: each stage's module runs through `torch.compile`, with dropout masks as without it
             (``options={"fallback_random": True}``); or the keyword arguments for `torch.compile`, as they are.
         trace: record when each F, B, U, send and receive runs, for `save_trace`.
+        microbatch_samples: the least samples of a micro-batch: a mini-batch of n < ``num_microbatches *
+            microbatch_samples`` samples has max(1, n // microbatch_samples) parts. None: 2 with
+            ``num_microbatches="auto"`` (1 where replicas share a `torch.nn.SyncBatchNorm`), and 1 with a number. With
+            replicas the number of parts is the same for all: those that a shard has no samples for are empty.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what to change.
@@ -142,7 +147,7 @@ class Pipeline(BasePipeline):
         num_stages: int | None = None,
         cuts: Sequence[int] | None = None,
         method: str | Method = "dtrp",
-        num_microbatches: int = 1,
+        num_microbatches: int | Literal["auto"] = "auto",
         loss_weight: LossWeight | None = None,
         lr_scheduler: SchedulerFactory | None = None,
         aux: Auxiliary | None = None,
@@ -160,6 +165,7 @@ class Pipeline(BasePipeline):
         plan: Plan | str | os.PathLike[str] | Mapping[str, Any] | None = None,
         compile: bool | Mapping[str, Any] = False,
         trace: bool = False,
+        microbatch_samples: int | None = None,
     ) -> None:
         if plan is not None:
             plan = as_plan(plan)
@@ -168,17 +174,17 @@ class Pipeline(BasePipeline):
             model, cuts = _cut_by_plan(model, plan)
             keep, method, num_microbatches = plan.keep, plan.row, plan.num_microbatches
         settings = Settings.checked(
-            method, num_microbatches, seed, timeout_s, max_grad_norm, clip, on_nonfinite, keep, memory_limit_bytes
-        )
+            method, num_microbatches, seed, timeout_s, max_grad_norm, clip, on_nonfinite, keep, memory_limit_bytes,
+            microbatch_samples=microbatch_samples,
+        )  # fmt: skip
         check_callables(optimizer, loss_fn, lr_scheduler)
-        _check_loss(loss_fn, loss_weight)
+        _check_loss(loss_fn, loss_weight, loss_on)
         self._loss_weight = loss_weight
-        if loss_on not in ("last", "all"):
-            raise ValueError(f"loss_on={loss_on!r}: choose 'last' or 'all'")
         ranks = find_ranks(group, mesh, timeout_s)
         if num_stages is None and cuts is None and ranks is not None and isinstance(model, nn.Module):
             num_stages = ranks.num_stages
         modules = into_stages(model, num_stages, cuts)
+        settings = settings.divided(modules, num_replicas=1 if ranks is None else ranks.num_replicas)
         networks = _networks(modules, loss_fn, aux, settings.method, compile)
         trainings = settings.trainings(len(modules), checked_optimizer(optimizer), lr_scheduler)
         self._configure(settings, len(modules), schedules_lr=lr_scheduler is not None, trace=trace)
@@ -188,8 +194,7 @@ class Pipeline(BasePipeline):
             self._watches = [optimizer_watch.watch(self._engine)]
         else:
             _check_world(len(modules), ranks)
-            shared = {"num_microbatches": self.num_microbatches, "loss_on": loss_on, **settings.shared()}
-            shared["loss_weight"] = None if loss_weight is None else "a function"
+            shared = settings.shared() | {"loss_on": loss_on, "loss_weight": loss_weight is not None and "a function"}
             self._engine = self._distributed_engine(networks, trainings, devices, ranks, timeout_s, shared)
             watch = StaleStages(modules, ranks.stage, self._engine)
             self._watches = [optimizer_watch.watch(self._engine), watch.end]
@@ -208,7 +213,7 @@ class Pipeline(BasePipeline):
                 zip(_place(networks, devices, range(len(networks))), networks, trainings, strict=True)
             )
         ]
-        return LocalEngine(stages, self.method, self.num_microbatches, self._tracer)
+        return LocalEngine(stages, self.method, self.num_microbatches, self._tracer, self.microbatch_samples)
 
     def _distributed_engine(
         self,
@@ -228,9 +233,8 @@ class Pipeline(BasePipeline):
             self.seed = make_consistent(transport, wholes, device, shared, self.seed, networks[index].ties)
             position = StagePosition(index, len(networks), device, self.seed, ranks.replica)
             stage = Stage(position, networks[index], trainings[index], Reach(dict(enumerate(wholes)), index))
-            return DistributedEngine(
-                stage, self.method, self.num_microbatches, transport, self._tracer, shared["loss_on"]
-            )
+            counts = self.num_microbatches, transport, self._tracer, shared["loss_on"], self.microbatch_samples
+            return DistributedEngine(stage, self.method, *counts)
         except BaseException as error:
             transport.fail(error)
             transport.close()
@@ -288,7 +292,7 @@ class Pipeline(BasePipeline):
             weights = None
             if self._loss_weight is not None and needs_y:
                 assert y is not None
-                weights = weigh(self._loss_weight, split(y, engine.num_parts(num_samples(y))))
+                weights = weigh(self._loss_weight, engine.cut(y))
         with self._breaking():
             return engine.step(x, y, weights)
 
@@ -361,8 +365,8 @@ def _networks(
     ]
 
 
-def _check_loss(loss_fn: LossFn, loss_weight: LossWeight | None) -> None:
-    """Refuse a sum, which parts of a mini-batch cannot be weighted by, and a weight that cannot be called."""
+def _check_loss(loss_fn: LossFn, loss_weight: LossWeight | None, loss_on: str) -> None:
+    """Refuse a sum, which parts of a mini-batch cannot be weighted by, and what is said of a loss and means nothing."""
     keywords = (
         loss_fn.keywords
         if isinstance(loss_fn, functools.partial)
@@ -377,6 +381,8 @@ def _check_loss(loss_fn: LossFn, loss_weight: LossWeight | None) -> None:
         )
     if loss_weight is not None and not callable(loss_weight):
         raise TypeError(f"loss_weight is a {type(loss_weight).__name__}; pass a function of the targets, or None")
+    if loss_on not in ("last", "all"):
+        raise ValueError(f"loss_on={loss_on!r}: choose 'last' or 'all'")
 
 
 def _compile_options(compile: bool | Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -452,7 +458,7 @@ def _check_plan_alone(given: dict[str, Any], method: str | Method, num_microbatc
     if method not in ("dtrp", plan.method, plan.row):
         shown = repr(method) if isinstance(method, str) else method
         raise ValueError(f"method={shown} with a plan for {plan.row}; leave it out, or plan again with it")
-    if num_microbatches not in (1, plan.num_microbatches):
+    if num_microbatches not in ("auto", plan.num_microbatches):
         raise ValueError(
             f"num_microbatches={num_microbatches!r} with a plan for {plan.num_microbatches}; leave it out, or plan again"
         )

@@ -83,6 +83,20 @@ def steady_delay(order: Order, num_stages: int, stage: int, num_microbatches: in
     return max(0, math.ceil((ahead - position) / num_microbatches))
 
 
+def num_parts(num_samples: int, num_microbatches: int, microbatch_samples: int = 1) -> int:
+    """The number of micro-batches of a mini-batch.
+
+    >>> [num_parts(samples, 4) for samples in (1, 3, 64)], [num_parts(samples, 4, 2) for samples in (1, 7, 64)]
+    ([1, 3, 4], [1, 3, 4])
+
+    Args:
+        num_samples: samples in the mini-batch, at least 1.
+        num_microbatches: A, the number of micro-batches where the mini-batch has the samples.
+        microbatch_samples: the least number of samples in a micro-batch, but for a mini-batch that has fewer.
+    """
+    return max(1, min(num_microbatches, num_samples // microbatch_samples))
+
+
 class Position(NamedTuple):
     """Where a stage is in its order between two mini-batches.
 

@@ -20,8 +20,8 @@ def is_whole(value: object, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def whole(label: str, value: Any, least: int = 1, error: type[ValueError] = ValueError) -> int:
-    """``value`` as an int of at least ``least``; it may be of any integer type.
+def whole(label: str, value: Any, least: int = 1, error: type[ValueError] = ValueError, advice: str = "") -> int:
+    """``value`` as an int of at least ``least``; it may be of any integer type. ``advice``: what else would do.
 
     Raises:
         ValueError: it is none; the subclass ``error``, with the label.
@@ -31,7 +31,7 @@ def whole(label: str, value: Any, least: int = 1, error: type[ValueError] = Valu
     except TypeError:
         number = least - 1
     if number < least:
-        raise error(f"{label}={value!r}: pass a whole number of at least {least}")
+        raise error(f"{label}={value!r}: pass a whole number of at least {least}{advice}")
     return number
 
 

@@ -252,7 +252,7 @@ def test_a_stages_output_is_a_value_that_fits(name: str, gives: Any, rule: str) 
 def test_a_loss_is_a_finite_scalar(loss_fn: Any, rule: str) -> None:
     model = network()
     before = clone(model).state_dict()
-    pipe = Pipeline(model, sgd, loss_fn, num_stages=3)
+    pipe = Pipeline(model, sgd, loss_fn, num_stages=3, num_microbatches=1)
     with pytest.raises(StageError, match=rf"stage 2, forward of micro-batch 0 \(mini-batch 0\): .*{rule}"):
         pipe.step(*minibatches(1)[0])
     for name, p in model.named_parameters():
@@ -261,7 +261,9 @@ def test_a_loss_is_a_finite_scalar(loss_fn: Any, rule: str) -> None:
 
 def test_a_loss_that_goes_wrong_later_is_named_with_its_minibatch() -> None:
     factors = iter([1.0, 1.0, 1.0, float("inf")])
-    pipe = Pipeline(network(), sgd, lambda out, y: cross_entropy(out, y) * next(factors), num_stages=2)
+    pipe = Pipeline(
+        network(), sgd, lambda out, y: cross_entropy(out, y) * next(factors), num_stages=2, num_microbatches=1
+    )
     x, y = minibatches(1)[0]
     for _ in range(3):
         pipe.step(x, y)
@@ -318,7 +320,7 @@ def test_parameters_frozen_or_freed_later_are_refused() -> None:
 @pytest.mark.parametrize("how", ["pruned", "wrapped"])
 def test_parameters_that_go_by_another_name_later_are_refused(how: str) -> None:
     model = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(4)))
-    pipe = Pipeline(model, sgd, nn.functional.mse_loss, num_stages=2, method="dtrp")
+    pipe = Pipeline(model, sgd, nn.functional.mse_loss, num_stages=2, method="dtrp", num_microbatches=1)
     x = torch.ones(3, 5)
     pipe.step(x, x)
     first = pipe.stages[0]
@@ -379,7 +381,7 @@ def test_a_device_is_refused_before_anything_is_moved_there() -> None:
     with pytest.raises(ValueError, match="a stage cannot work on meta: "):
         Profiler(model, minibatches(1)[0], cross_entropy, device="meta")
     with pytest.raises(ValueError, match="a stage cannot work on meta: "):
-        Pipeline(model.to("meta"), sgd, cross_entropy, num_stages=2)
+        Pipeline(model.to("meta"), sgd, cross_entropy, num_stages=2, num_microbatches=1)
 
 
 class BreaksBackward(nn.Module):
@@ -508,7 +510,7 @@ def test_state_dicts_of_another_model_are_refused_before_anything_is_written() -
         pipe.load_state_dict({"model": {}})
     with pytest.raises(ValueError, match="it was saved with another optimizer"):
         pipe.load_state_dict(pipeline(network(), adamw, num_stages=2).state_dict())
-    plain = Pipeline(network(), sgd, cross_entropy).state_dict()
+    plain = Pipeline(network(), sgd, cross_entropy, num_microbatches=1).state_dict()
     with pytest.raises(ValueError, match="differ in having a learning-rate scheduler"):
         pipe.load_state_dict(plain)
     assert_same(pipe.model_state_dict(), before)

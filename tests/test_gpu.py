@@ -115,7 +115,7 @@ def test_peak_memory_of_kept_graphs_and_of_inputs() -> None:
     for method in ("fdg", "dtrp"):
         torch.manual_seed(0)
         model = cifar_resnet(56).cuda()
-        pipe = dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, num_stages=8, method=method)
+        pipe = dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, num_stages=8, method=method, num_microbatches=1)
         x, y = torch.randn(128, 3, 32, 32, device="cuda"), torch.randint(10, (128,), device="cuda")
         torch.cuda.reset_peak_memory_stats()
         for _ in range(20):

@@ -261,7 +261,9 @@ def test_the_global_generator_is_left_alone_and_seeds_the_pipeline() -> None:
     results = []
     for _ in range(2):
         torch.manual_seed(3)
-        pipe = dtrp.Pipeline(network(), sgd, nn.functional.cross_entropy, num_stages=3, method="dtrp")
+        pipe = dtrp.Pipeline(
+            network(), sgd, nn.functional.cross_entropy, num_stages=3, method="dtrp", num_microbatches=1
+        )
         before = torch.get_rng_state()
         losses = [pipe.step(x, y) for x, y in minibatches(6)]
         pipe.flush()
@@ -269,7 +271,7 @@ def test_the_global_generator_is_left_alone_and_seeds_the_pipeline() -> None:
         assert torch.equal(torch.get_rng_state(), before)
         results.append(losses)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    other = dtrp.Pipeline(network(), sgd, nn.functional.cross_entropy, num_stages=3, method="dtrp")
+    other = dtrp.Pipeline(network(), sgd, nn.functional.cross_entropy, num_stages=3, method="dtrp", num_microbatches=1)
     assert other.seed != pipe.seed, "drawn anew from the global generator"
 
 
@@ -406,7 +408,7 @@ def test_autocast_is_the_callers_in_both_passes(name: str) -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4)))
     dtypes: list[torch.dtype] = []
     model[0].register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
-    pipe = dtrp.Pipeline(model, sgd, nn.functional.mse_loss, num_stages=4, method=name)
+    pipe = dtrp.Pipeline(model, sgd, nn.functional.mse_loss, num_stages=4, method=name, num_microbatches=1)
     x = torch.randn(8, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for _ in range(6):
@@ -420,7 +422,7 @@ def test_autocast_bp_equals_a_plain_loop() -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4)))
     plain = clone(model)
     optimizer = sgd(list(plain.parameters()))
-    pipe = dtrp.Pipeline(model, sgd, nn.functional.mse_loss, num_stages=2, method="bp")
+    pipe = dtrp.Pipeline(model, sgd, nn.functional.mse_loss, num_stages=2, method="bp", num_microbatches=1)
     for _ in range(10):
         x = torch.randn(8, 16)
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -312,8 +312,12 @@ def test_a_predictor_of_ones_own_is_told_where_and_when() -> None:
             o.copy_(p)
 
     method = dtrp.get_method("dtrp", predict=predictor, lr_shrink=0.5)
-    pipe = dtrp.Pipeline(network(), sgd, torch.nn.functional.cross_entropy, num_stages=3, method=method)
-    plain = dtrp.Pipeline(network(), sgd, torch.nn.functional.cross_entropy, num_stages=3, method="dtr")
+    pipe = dtrp.Pipeline(
+        network(), sgd, torch.nn.functional.cross_entropy, num_stages=3, method=method, num_microbatches=1
+    )
+    plain = dtrp.Pipeline(
+        network(), sgd, torch.nn.functional.cross_entropy, num_stages=3, method="dtr", num_microbatches=1
+    )
     assert plain.method.predict is None
     for x, y in minibatches(6):
         pipe.step(x, y)

@@ -47,7 +47,7 @@ def contestants(batch: int, model_name: str, device: str) -> dict[str, Callable[
         cross_entropy(plain(x), y).backward()
         optimizer.step()
 
-    front = dtrp.Pipeline(copy.deepcopy(model), sgd, cross_entropy, num_stages=4).stages[:3]
+    front = dtrp.Pipeline(copy.deepcopy(model), sgd, cross_entropy, num_stages=4, num_microbatches=1).stages[:3]
 
     def nograd_forward() -> None:
         h = x
@@ -55,8 +55,8 @@ def contestants(batch: int, model_name: str, device: str) -> dict[str, Callable[
             for stage in front:
                 h = stage(h)
 
-    bp = dtrp.Pipeline(copy.deepcopy(model), sgd, cross_entropy, method="bp", num_stages=1)
-    decoupled = dtrp.Pipeline(copy.deepcopy(model), sgd, cross_entropy, method="dtrp", num_stages=4)
+    bp = dtrp.Pipeline(copy.deepcopy(model), sgd, cross_entropy, method="bp", num_stages=1, num_microbatches=1)
+    decoupled = dtrp.Pipeline(copy.deepcopy(model), sgd, cross_entropy, method="dtrp", num_stages=4, num_microbatches=1)
     return {
         "plain": plain_step,
         "nograd": nograd_forward,

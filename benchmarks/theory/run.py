@@ -55,6 +55,7 @@ def make(
         num_stages=stages,
         method=method,
         seed=0,
+        num_microbatches=1,
     )
     return pipe, shifts
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..methods import list_methods
-from ..train.config import CELL_SETTINGS, CHOICES, SAVE_SETTINGS, TrainConfig
+from ..train.config import AUTO, AUTO_SAMPLES, CELL_SETTINGS, CHOICES, SAVE_SETTINGS, TrainConfig
 from .endings import mistakes
 from .option_types import names, numbers
 from .options import together, train_options
@@ -25,7 +26,11 @@ _grid_options = together(
         "--methods", type=names("method", list_methods()), default="bp,fdg,dtr,dtrp", help="Some of them: bp,dtrp."
     ),
     click.option("--stages", type=numbers("whole numbers", "1,2,4"), default="4", help="Every K."),
-    click.option("--num-microbatches", default="1", help="Every A; K for as many as stages: 1,K."),
+    click.option(
+        "--num-microbatches",
+        default=AUTO,
+        help="Every A, K for as many as stages: 1,K; auto: as many as stages, of at least two samples each.",
+    ),
     click.option(
         "--predictions",
         type=names("prediction", CHOICES["prediction"]),
@@ -45,24 +50,38 @@ _grid_options = together(
     context_settings={"default_map": {"prediction_error_every": "auto"}},
 )
 @_grid_options
-@click.option("--workers/--one-process", default=False, help="A process for each stage.")
+@click.option(
+    "--workers/--one-process",
+    default=None,
+    help="A process for each stage (by itself, where there is a core for each and one more, or a GPU for each).",
+)
 @click.option(
     "--out", type=click.Path(), required=True, help="Folder of the comparison; one that is there is gone on with."
 )
 @train_options(without=_NOT_SHARED)
-def compare(out: str, *, workers: bool, num_microbatches: str, seeds: int, **options: Any) -> None:
+def compare(out: str, *, workers: bool | None, num_microbatches: str, seeds: int, **options: Any) -> None:
     """Train by several methods, and show accuracy, time, memory, delay and prediction error side by side.
 
     Every cell of the grid is a run of its own. Break it off and start it again: what is finished is not repeated. Every
     other option is one of 'dtrp train'.
     """
-    from ..train.comparison import Comparison, grid
+    from ..train.comparison import Comparison, begun_with, grid
     from .console import show_comparison
 
     parts = {name: options.pop(name) for name in ("methods", "stages", "predictions", "once")}
-    base = TrainConfig(**options, workers=1 if workers else None)
+    reason = None if workers else _why_no_workers(options["device"], max(parts["stages"]))
+    if workers is None:
+        known = begun_with(out)
+        workers = reason is None if known is None else known.get("workers") is not None
     with mistakes(ValueError, OSError):
         microbatches = [word.strip() for word in num_microbatches.split(",")]
+        if AUTO in microbatches:
+            if len(microbatches) > 1:
+                raise ValueError(
+                    f"--num-microbatches {num_microbatches}: auto stands alone; K is as many as stages too"
+                )
+            options["microbatch_samples"] = options["microbatch_samples"] or AUTO_SAMPLES
+        base = TrainConfig(**options, workers=1 if workers else None)
         cells = grid(microbatches=microbatches, seeds=range(seeds), **parts)
         comparison = Comparison(base, cells, out)
     try:
@@ -71,11 +90,34 @@ def compare(out: str, *, workers: bool, num_microbatches: str, seeds: int, **opt
         raise click.ClickException(f"cannot write to {out}: {error}") from error
     if groups := comparison.groups():
         show_comparison(groups)
+        click.echo(_about_times(in_workers=workers, reason=reason))
     if failed:
         shown = ", ".join(cell.name for cell in failed[:3]) + (", ..." if len(failed) > 3 else "")
         raise click.ClickException(
             f"{len(failed)} of {len(cells)} cells failed ({shown}); why stands in {out}/*.failed. The same command tries them again"
         )
+
+
+def _why_no_workers(device: str, most: int) -> str | None:
+    """Why a process for each of so many stages would not show the time that workers take; None where it does."""
+    if most == 1:
+        return "one stage needs no workers"
+    if device == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # Helper threads that send and receive, and the process that has started the workers, run beside them.
+        return None if cores > most else f"{most} workers need a core each and one more, and this machine has {cores}"
+    import torch
+
+    found = torch.cuda.device_count() if device == "cuda" else len(device.split(","))
+    return None if found >= most else f"{most} workers need a device each, and --device {device} has {found}"
+
+
+def _about_times(*, in_workers: bool, reason: str | None) -> str:
+    """What the times of a comparison are."""
+    if in_workers:
+        return "times are of workers, a process for each stage, which wait for each other as the method has it"
+    but = f"not shown here: {reason}; --workers measures it all the same" if reason else "--workers measures it"
+    return f"times are of one process, in which the stages take turns; time on workers is {but}"
 
 
 def _train_cell(config: TrainConfig) -> None:

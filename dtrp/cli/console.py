@@ -17,7 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..methods import Method
 from ..planning import Choice, Plan, Simulation
+from ..schedule import num_parts, steady_delay
 from ..train import comparison
 from ..train.comparison import (
     mean_score,
@@ -57,12 +59,14 @@ class ConsoleReporter(Reporter):
         self.note(
             f"{config.model} on {config.data}: {data.num_train} training and {data.num_test} test {data.samples}{data.details}; "
             f"{config.method}, {pipe.num_stages} stage{'s' if pipe.num_stages > 1 else ''}{processes}, "
-            f"{_minibatches(config.batch_size, pipe.num_microbatches)}, {trainer.total_updates} updates"
+            f"{_minibatches(config.batch_size, _parts(trainer))}, {trainer.total_updates} updates"
+            + (f"; {what_delay(pipe.method, pipe.num_stages, _parts(trainer))}" if pipe.num_stages > 1 else "")
         )
 
     def note(self, text: str) -> None:
         with lost_terminal_ignored():
-            self.console.print(text, highlight=False, markup=False)
+            # A log keeps a note in a line.
+            self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
 
     def epoch(self, metrics: EpochMetrics) -> None:
         line = (
@@ -228,8 +232,38 @@ def make_reporter(*, table: bool = True, quiet: bool = False) -> LiveReporter | 
     return PlainReporter(_wide_console(), table=table)
 
 
+def _parts(trainer: Trainer) -> int:
+    """The number of micro-batches in a whole mini-batch; replicas all have as many, be their shards ever so small."""
+    config, pipe = trainer.config, trainer.pipe
+    if config.replicas > 1:
+        return pipe.num_microbatches
+    return num_parts(config.batch_size, pipe.num_microbatches, pipe.microbatch_samples)
+
+
 def _minibatches(batch_size: int, num_microbatches: int) -> str:
-    return f"mini-batches of {batch_size} in {num_microbatches} micro-batch{'es' if num_microbatches > 1 else ''}"
+    return f"mini-batches of {batch_size} in {_microbatches(num_microbatches)}"
+
+
+def _microbatches(number: int) -> str:
+    return f"{number} micro-batch{'es' if number > 1 else ''}"
+
+
+def what_delay(method: Method, num_stages: int, num_microbatches: int) -> str:
+    """What delay a number of micro-batches gives, and what another number would.
+
+    >>> from dtrp import get_method
+    >>> what_delay(get_method("dtrp"), 8, 8)
+    'forwards read weights at most 2 updates old (--num-microbatches 1: 13)'
+    """
+
+    def delay(parts: int) -> int:
+        return steady_delay(method, num_stages, 0, parts, 0)  # of the first stage, whose delay is the largest
+
+    here, other = delay(num_microbatches), 1 if num_microbatches > 1 else num_stages
+    if here == 0:
+        return "forwards read the newest weights"
+    line = f"forwards read weights at most {here} update{'s' if here > 1 else ''} old"
+    return line if delay(other) == here else f"{line} (--num-microbatches {other}: {delay(other)})"
 
 
 def _table(title: str | None, headings: Sequence[str], left: Collection[str] = ()) -> Table:

@@ -16,9 +16,10 @@ from ..errors import StageError
 from ..measure.trace import Span, Tracer
 from ..measure.wait_time import WorkingTime
 from ..methods import Method
-from ..schedule import Action, Position, StageOrder
+from ..schedule import Action, Position, StageOrder, num_parts
 from ..stage.stage import Stage
 from ..stage.stash import MicroBatch
+from ..tensors.pytree import num_samples, split
 from ..typing import Tree
 
 T = TypeVar("T")
@@ -60,6 +61,7 @@ class Engine(ABC):
         method: the row of the method that trains.
         num_microbatches: A.
         tracer: records every action.
+        microbatch_samples: the least number of samples in a micro-batch, as `dtrp.schedule.num_parts` takes it.
 
     Attributes:
         alone: whether no other rank takes part.
@@ -80,13 +82,20 @@ class Engine(ABC):
     takes_x: bool
     takes_y: bool
 
-    def __init__(self, stages: Sequence[Stage], method: Method, num_microbatches: int, tracer: Tracer) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        method: Method,
+        num_microbatches: int,
+        tracer: Tracer,
+        microbatch_samples: int = 1,
+    ) -> None:
         last = stages[-1]
         self.stages = stages
         self.working_times = [WorkingTime() for _ in stages]
         self.num_updates = 0
         self.proposals = Proposals()
-        self._num_microbatches, self._tracer = num_microbatches, tracer
+        self._num_microbatches, self._microbatch_samples, self._tracer = num_microbatches, microbatch_samples, tracer
         self._next_microbatch = 0
         self._has_local_losses = method.local
         self._orders = [StageOrder(method, stage.num_stages, stage.index) for stage in stages]
@@ -103,9 +112,19 @@ class Engine(ABC):
             weights: what each micro-batch counts for, where the targets are read; None: its samples.
         """
 
+    def divide_by(self, num_microbatches: int, microbatch_samples: int) -> None:
+        """Cut mini-batches so from the next one on, as the run did that a checkpoint is of."""
+        self._num_microbatches, self._microbatch_samples = num_microbatches, microbatch_samples
+        for stage in self.stages:
+            stage.num_microbatches = num_microbatches
+
     def num_parts(self, samples: int) -> int:
-        """The number of micro-batches that a mini-batch of so many samples is cut into."""
-        return min(self._num_microbatches, samples)
+        """The number of micro-batches that so many samples make."""
+        return num_parts(samples, self._num_microbatches, self._microbatch_samples)
+
+    def cut(self, value: Tree) -> Sequence[Tree]:
+        """The micro-batches of a mini-batch's inputs or targets."""
+        return split(value, self.num_parts(num_samples(value)))
 
     @abstractmethod
     def flush(self) -> None:

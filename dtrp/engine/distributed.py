@@ -53,14 +53,22 @@ class DistributedEngine(Engine):
         transport: the connections to the other ranks.
         tracer: records every action.
         loss_on: ``"last"``, or ``"all"``: every rank waits for the last one's loss in every step.
+        microbatch_samples: as in `Engine`.
     """
 
     alone = False
 
     def __init__(
-        self, stage: Stage, method: Method, num_microbatches: int, transport: Transport, tracer: Tracer, loss_on: str
+        self,
+        stage: Stage,
+        method: Method,
+        num_microbatches: int,
+        transport: Transport,
+        tracer: Tracer,
+        loss_on: str,
+        microbatch_samples: int = 1,
     ) -> None:
-        super().__init__((stage,), method, num_microbatches, tracer)
+        super().__init__((stage,), method, num_microbatches, tracer, microbatch_samples)
         keep_heap()
         ranks = transport.ranks
         self.takes_x, self.takes_y = ranks.before is None, ranks.after is None
@@ -107,7 +115,7 @@ class DistributedEngine(Engine):
                 note = note._replace(total_weight=sum(weights))
         elif self.takes_y and y is not None:
             check_targets(note, y, waits=self._checksums_left > 0)
-        if self._has_replicas and note.total < note.parts:
+        if self._has_replicas and self.num_parts(note.total) < note.parts:
             self._check_empty_microbatches(note)
         self._minibatch_note = note
         self.proposals.agreed = note.word
@@ -127,22 +135,24 @@ class DistributedEngine(Engine):
 
     def _first_note(self, x: Tree, y: Tree) -> Note:
         """Cut the input of a mini-batch, and make the note of its messages."""
-        samples = num_samples(x)
-        parts = self.num_parts(samples)
-        self._inputs.extend(split(x, parts))
+        samples, inputs = num_samples(x), self.cut(x)
+        self._inputs.extend(inputs)
         checksum = checksum_of(y, waits=self._checksums_left > 0) if y is not None and not self.takes_y else -1
         word = self._agreed_at_update if self._has_replicas else self.proposals.take()
         self._agreed_at_update = 0
-        return Note(-1, self.num_updates, parts, 0, samples, checksum, word)
+        return Note(-1, self.num_updates, len(inputs), 0, samples, checksum, word)
 
-    def num_parts(self, samples: int) -> int:
-        # Replicas work in step, so all cut into as many parts, whatever their shards; a part may be empty.
-        return self._num_microbatches if self._has_replicas else super().num_parts(samples)
+    def cut(self, value: Tree) -> Sequence[Tree]:
+        if not self._has_replicas:
+            return super().cut(value)
+        # Replicas work in step, so all cut into as many parts, whatever their shards; the last parts may be empty.
+        filled = self.num_parts(num_samples(value))
+        return split(value, filled, self._num_microbatches - filled)
 
     def _cut_targets(self, note: Note, y: Tree) -> Sequence[Tree]:
         if not self.takes_x:
             check_targets(note, y, waits=self._checksums_left > 0)
-        return split(y, note.parts)
+        return self.cut(y) if self._has_replicas else split(y, note.parts)
 
     def _samples_in(self, part: Tree) -> int:
         """The weight of a micro-batch in its mini-batch."""
@@ -161,7 +171,7 @@ class DistributedEngine(Engine):
             raise ValueError(
                 f"a replica has {note.total} samples of mini-batch {note.minibatch} for {note.parts} micro-batches, and in each of "
                 f"them SyncBatchNorm in stage {self._stage.index} waits for all replicas; pass each replica at least "
-                f"{note.parts} samples, or num_microbatches<={note.total}"
+                f"{note.parts * self._microbatch_samples} samples, or num_microbatches<={self.num_parts(note.total)}"
             )
 
     def flush(self) -> None:

@@ -35,8 +35,15 @@ class LocalEngine(Engine):
     alone = is_first = takes_x = takes_y = True
     name = "all stages, in one process"
 
-    def __init__(self, stages: Sequence[Stage], method: Method, num_microbatches: int, tracer: Tracer) -> None:
-        super().__init__(stages, method, num_microbatches, tracer)
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        method: Method,
+        num_microbatches: int,
+        tracer: Tracer,
+        microbatch_samples: int = 1,
+    ) -> None:
+        super().__init__(stages, method, num_microbatches, tracer, microbatch_samples)
         self.ranks = [0]
         self._queues: list[deque[deque[Action]]] = [deque() for _ in stages]  # the slots of each stage
         # By stage and micro-batch; micro-batches and targets are the same for all stages.
@@ -55,11 +62,11 @@ class LocalEngine(Engine):
         self._ready_to_update.clear()
         for working_time in self.working_times:
             working_time.begin()
-        samples = num_samples(x)
-        parts = self.num_parts(samples)
+        samples, inputs = num_samples(x), self.cut(x)
+        parts = len(inputs)
         shares = [None] * parts if weights is None else [part_of_loss(weight, sum(weights)) for weight in weights]
         numbers = range(self._next_microbatch, self._next_microbatch + parts)
-        for m, part, target, share in zip(numbers, split(x, parts), split(y, parts), shares, strict=True):
+        for m, part, target, share in zip(numbers, inputs, split(y, parts), shares, strict=True):
             self._micros[m] = MicroBatch(m, self.num_updates, num_samples(part) / samples, share)
             self._inputs[0][m], self._targets[m] = part, target
         self._next_microbatch += parts

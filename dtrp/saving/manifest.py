@@ -55,6 +55,7 @@ class Checkpoint:
         num_updates: number of mini-batches stepped.
         extra: value that the caller added.
         manifest: the whole manifest.
+        microbatch_samples: the least samples of a micro-batch in that pipeline, where the mini-batch has them.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class Checkpoint:
     num_updates: int
     extra: Json
     manifest: dict[str, Json]
+    microbatch_samples: int = 1
 
 
 _COUNTS = {"num_stages": 1, "num_replicas": 1, "num_microbatches": 1, "num_updates": 0, "next_microbatch": 0,
@@ -113,6 +115,7 @@ def glance(folder: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
     names = ("kind", "num_stages", "num_replicas", "num_microbatches", "num_updates", "extra")
     entries = {name: manifest[name] for name in names}
+    entries["microbatch_samples"] = manifest.get("microbatch_samples", 1)  # which older ones lack
     return Checkpoint(path, method=str(manifest["method"]["name"]), manifest=manifest, **entries)
 
 
@@ -201,6 +204,7 @@ def _read(folder: Path) -> dict[str, Json]:
         wrong = ["method"]
     wrong += [] if manifest.get("kind") in ("exact", "portable") else ["kind"]
     wrong += [] if "extra" in manifest else ["extra"]
+    wrong += [] if is_count(manifest.get("microbatch_samples", 1), 1) else ["microbatch_samples"]
     if wrong:
         raise CheckpointError(f"{path}: {wrong[0]!r} is missing or not of its type; use another checkpoint")
     return manifest

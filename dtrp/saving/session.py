@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
@@ -143,7 +143,8 @@ def load(
     shapes: state_dict.Shapes,
     *,
     scheduler: bool,
-) -> Callable[[], tuple[Json, int]]:
+    left_open: Collection[str] = (),
+) -> Callable[[], tuple[Json, dict[str, int]]]:
     """Check a checkpoint against the pipeline, and read what this process needs of it.
 
     Args:
@@ -152,9 +153,11 @@ def load(
         settings: settings of the pipeline, from `settings_of`.
         shapes: shapes of the whole model's entries, from `state_dict.shapes_of`.
         scheduler: whether the pipeline has a learning-rate scheduler.
+        left_open: which of the ``settings`` an exact checkpoint decides, since the caller has not.
 
     Returns:
-        A function that puts it in place, and returns the value that the caller had added, and the seed.
+        A function that puts it in place, and returns the value that the caller had added, and what the pipeline has from
+        the checkpoint now: ``seed``, ``num_microbatches`` and ``microbatch_samples``.
 
     Raises:
         CheckpointError: damaged, or another pipeline's; nothing has changed.
@@ -162,13 +165,21 @@ def load(
     found = manifest.inspect(path)
     with portable.reading(found):
         is_exact = found.kind == "exact"
-        put = _load_exact(engine, found, settings) if is_exact else _load_portable(engine, found, shapes, scheduler)
+        if is_exact:
+            taken = {name: found.manifest.get(name, 1) for name in _PARTS if name in left_open}
+            settings = settings | taken
+            put = _load_exact(engine, found, settings)
+        else:
+            put = _load_portable(engine, found, shapes, scheduler)
     num_infers = found.manifest.get("num_infers", 0)
     checks.expect_counts([num_infers], "the number of infer calls", 1)
 
-    def commit() -> tuple[Json, int]:
+    decided = {"seed": found.manifest["seed"], **{name: settings[name] for name in _PARTS}}
+
+    def commit() -> tuple[Json, dict[str, int]]:
         try:
             put()
+            engine.divide_by(*(decided[name] for name in _PARTS))
             for stage in engine.stages:
                 stage.num_infers = num_infers
         except StageError:
@@ -178,7 +189,7 @@ def load(
                 f"{found.folder} cannot be put in place ({type(error).__name__}: {first_line(error)}); this pipeline is of no use "
                 "now: make a new one, and use another checkpoint"
             ) from error
-        return found.extra, found.manifest["seed"]
+        return found.extra, decided
 
     return commit
 
@@ -226,6 +237,7 @@ def _check_options(stage: Stage, saved_groups: list[StateDict]) -> None:
 
 
 _COUNTED = {"num_stages": "stages", "num_replicas": "replicas", "num_microbatches": "micro-batches"}
+_PARTS = ("num_microbatches", "microbatch_samples")  # how mini-batches are cut; checkpoints without the last have 1
 _CHANGES_RESULTS = ("keep", "max_grad_norm", "clip", "loss_weight")
 _CHANGES_BITS = {
     "threads": "torch.set_num_threads() sets it",
@@ -284,9 +296,10 @@ def _differences(found: Checkpoint, settings: dict[str, Json]) -> Iterator[str]:
         if theirs != ours:
             layers = f"{', '.join(theirs)} there and {', '.join(ours)} here"
             yield f"is another model's, or cut elsewhere: stage {k} has the layers {layers}"
-    for name in _CHANGES_RESULTS:
-        if saved.get(name) != settings[name]:
-            yield f"was saved with {name}={saved.get(name)}, and this pipeline has {name}={settings[name]}"
+    values = {name: saved.get(name) for name in _CHANGES_RESULTS} | {_PARTS[1]: saved.get(_PARTS[1], 1)}
+    for name, value in values.items():
+        if value != settings[name]:
+            yield f"was saved with {name}={value}, and this pipeline has {name}={settings[name]}"
 
 
 def _warn_of_settings(saved: dict[str, Json], settings: dict[str, Json]) -> None:

@@ -124,25 +124,30 @@ def num_samples(value: Tree) -> int:
     return next(iter(lengths - {1}), len(lengths))
 
 
-def split(value: Tree, parts: int) -> Sequence[Tree]:
+def split(value: Tree, parts: int, num_empty: int = 0) -> Sequence[Tree]:
     """A mini-batch cut into micro-batches, as `torch.tensor_split` cuts each of its tensors.
 
     Constants, tensors without a dimension and, in a tree, tensors of length 1 beside longer ones go to every part
     whole.
+
+    Args:
+        value: the mini-batch.
+        parts: the number of micro-batches.
+        num_empty: the number of micro-batches without samples that come after them.
     """
     if isinstance(value, Tensor):
-        return _cut(value, parts)
+        return _cut(value, parts, num_empty)
     tensors, form = flatten(value)
-    samples = num_samples(value)
-    cut = [_cut(t, parts) if t.dim() and len(t) == samples else (t,) * parts for t in tensors]
-    return [unflatten(form, iter([parts_of_t[part] for parts_of_t in cut])) for part in range(parts)]
+    samples, total = num_samples(value), parts + num_empty
+    cut = [_cut(t, parts, num_empty) if t.dim() and len(t) == samples else (t,) * total for t in tensors]
+    return [unflatten(form, iter([parts_of_t[part] for parts_of_t in cut])) for part in range(total)]
 
 
-def _cut(t: Tensor, parts: int) -> Sequence[Tensor]:
-    """`torch.tensor_split`, also for sparse tensors, whose parts are no views."""
+def _cut(t: Tensor, parts: int, num_empty: int) -> Sequence[Tensor]:
+    """`torch.tensor_split`, also for sparse tensors, whose parts are no views; then ``num_empty`` empty ones."""
     if t.layout is torch.strided:
-        return torch.tensor_split(t, parts)
-    lengths = [len(rows) for rows in torch.arange(len(t)).tensor_split(parts)]
+        return (*torch.tensor_split(t, parts), *(t.narrow(0, len(t), 0) for _ in range(num_empty)))
+    lengths = [len(rows) for rows in torch.arange(len(t)).tensor_split(parts)] + [0] * num_empty
     starts = itertools.accumulate(lengths, initial=0)
     return [torch.narrow_copy(t, 0, start, length) for start, length in zip(starts, lengths, strict=False)]
 

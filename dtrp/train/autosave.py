@@ -163,10 +163,11 @@ class Saves:
             CheckpointError: no save fits.
         """
         notes: list[str] = []
-        shape = (pipe.method.name, pipe.num_stages, pipe.num_microbatches, num_replicas)
+        shape = (pipe.method.name, pipe.num_stages, pipe.num_microbatches, pipe.microbatch_samples, num_replicas)
         options = list(map(state_dict.options_of, pipe.optimizers))
         for path, save, position in self._readable(notes, check):
-            saved_shape = (save.method, save.num_stages, save.num_microbatches, save.num_replicas)
+            counts = save.num_stages, save.num_microbatches, save.microbatch_samples, save.num_replicas
+            saved_shape = (save.method, *counts)
             if save.kind == "exact" and saved_shape != shape:
                 notes.append(
                     f"{path.name} holds what was in flight in another pipeline; the last portable save is taken"

@@ -114,6 +114,7 @@ def open_source(
 def _supplied(config: TrainConfig, device: torch.device | str, *, reads: tuple[bool, bool]) -> Source:
     """The data sets that a function of the user's makes."""
     arguments = parse_arguments("--data-arg", config.data_arg)
+    number = config.num_microbatches
     return open_supplied(
         partial(call_function, "--data", config.data, arguments),
         name=config.data,
@@ -123,7 +124,7 @@ def _supplied(config: TrainConfig, device: torch.device | str, *, reads: tuple[b
         num_workers=config.loader_workers,
         limits=(config.limit_train, config.limit_test),
         test_batch_size=config.batch_size,
-        num_microbatches=config.num_microbatches,
+        num_microbatches=number if isinstance(number, int) else config.fixed_stages or 2,  # matters if it is 1
         reads=reads,
         share=partial(told_by_first_rank, timeout_s=TIMEOUT_S),
         explain=partial(explained, reference=config.data),

@@ -28,7 +28,7 @@ from ..measure.memory import held_at_most
 from ..methods import get_method
 from ..typing import Json
 from .build import LISTING, check_stages
-from .config import CELL_SETTINGS, COMPARISON, METRICS, TrainConfig, config_text, read_settings, score_name
+from .config import AUTO, CELL_SETTINGS, COMPARISON, METRICS, TrainConfig, config_text, read_settings, score_name
 from .config_checks import check_settings
 
 # Contents of a run's ``summary.json``.
@@ -75,27 +75,36 @@ def grid(
     Args:
         methods: names of methods.
         stages: numbers of stages K.
-        microbatches: numbers of micro-batches A, as text; ``"K"`` stands for the number of stages.
+        microbatches: numbers of micro-batches A, as text; ``"K"`` and ``"auto"`` stand for the number of stages.
         seeds: random seeds of the runs.
         predictions: predictions for the methods that predict, in place of the method's default.
-        once: run a method that flushes at only one K for each A. Its accuracy is the same at every K, its time and
-            memory are not.
+        once: run a method that flushes at only one K for each A, of which ``"auto"`` is one. Its accuracy is the same at
+            every K, its time and memory are not.
 
     Raises:
         ValueError: a number of micro-batches that is not a number.
     """
     cells: dict[Cell, None] = {}
-    flushing: dict[tuple[int, str, int], int] = {}  # the K at which (seed, method, A) runs
+    flushing: dict[tuple[int, str, int | str], int] = {}  # the K at which (seed, method, A) runs
     for seed, num_stages, word, method in itertools.product(seeds, stages, microbatches, methods):
         row = get_method(method)
-        if not (word == "K" or (word.isdecimal() and int(word) >= 1)):
+        if not (word in ("K", AUTO) or (word.isdecimal() and int(word) >= 1)):
             raise ValueError(f"--num-microbatches {word}: whole numbers of at least 1, or K for as many as stages")
-        count = num_stages if word == "K" else int(word)
-        if once and row.flush and flushing.setdefault((seed, method, count), num_stages) != num_stages:
+        count = int(word) if word.isdecimal() else max(1, num_stages)
+        key = seed, method, word if word == AUTO else count
+        if once and row.flush and flushing.setdefault(key, num_stages) != num_stages:
             continue
         for prediction in predictions if predictions and row.predict is not None else (None,):
             cells[Cell(method, num_stages, count, seed, prediction)] = None
     return list(cells)
+
+
+def begun_with(folder: str) -> dict[str, Json] | None:
+    """The settings that the runs of a comparison share; None where there is none, or none that can be read."""
+    try:
+        return read_settings((Path(folder).expanduser() / COMPARISON).read_text())
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 class Comparison:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ DATA_AND_MODEL = (
     "context", "channels_last", "loss",
 )  # fmt: skip
 CELL_SETTINGS = ("method", "prediction", "stages", "num_microbatches", "seed")  # of a run in a comparison
+AUTO = "auto"  # --num-microbatches: as many as stages; in the config of a run the number stands
+AUTO_SAMPLES = 2  # the --microbatch-samples of that
 SAVE_SETTINGS = ("save_every", "keep_last")
 SETTINGS_WITHOUT_EFFECT = (  # on what a run learns
     "data_dir", "listing", "loader_workers", "trace", "tensorboard", *SAVE_SETTINGS, "prediction_error_every", "plan",
@@ -71,7 +73,8 @@ class TrainConfig:
     max_restarts: int | None = None
     replicas: int = 1
     cuts: tuple[int, ...] | None = None
-    num_microbatches: int = 1
+    num_microbatches: int | str = "auto"
+    microbatch_samples: int | None = None
     ahead: float | None = None
     order: str | None = None
     keep: str | None = None
@@ -116,6 +119,12 @@ class TrainConfig:
     def elastic(self) -> bool:
         """Whether the number of stages follows the number of workers, which may change at a restart."""
         return self.stages == "auto" or isinstance(self.workers, str)
+
+    def divided(self, num_stages: int) -> TrainConfig:
+        """The settings with numbers in the place of ``num_microbatches`` auto."""
+        if self.num_microbatches != AUTO:
+            return self
+        return replace(self, num_microbatches=num_stages, microbatch_samples=self.microbatch_samples or AUTO_SAMPLES)
 
     @property
     def fixed_stages(self) -> int | None:

@@ -8,15 +8,16 @@ from collections.abc import Iterator
 
 from ..launch.join import launched
 from ..models import has_convolutions, has_stem, takes_text
+from ..schedule import num_parts
 from ..validation import unknown
 from .autosave import SaveEvery
-from .config import CHOICES, FOLDER_SETTINGS, METRICS, TrainConfig, option_name
+from .config import AUTO, CHOICES, FOLDER_SETTINGS, METRICS, TrainConfig, option_name
 from .tensorboard import check_tensorboard
 from .user_code import is_reference, parse_arguments
 
 _LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "num_microbatches", "stages", "workers", "replicas", "threads"), 1),
-    **dict.fromkeys(("max_updates", "limit_train", "limit_test"), 1),
+    **dict.fromkeys(("max_updates", "limit_train", "limit_test", "microbatch_samples"), 1),
     **dict.fromkeys(("image_size", "layers", "width", "heads", "context"), 1),
     **dict.fromkeys(("warmup_updates", "max_restarts", "keep_last", "prediction_error_every", "loader_workers"), 0),
 }
@@ -53,6 +54,8 @@ def _wrong_values(config: TrainConfig) -> Iterator[str]:
             yield f"{option_name(field)} {value}: a finite number of at least 0"
     if isinstance(every := config.prediction_error_every, str) and every != "auto":
         yield f"--prediction-error-every {every}: a whole number of at least 0, or auto"
+    if isinstance(number := config.num_microbatches, str) and number != AUTO:
+        yield f"--num-microbatches {number}: a whole number of at least 1, or {AUTO}: as many as stages"
     if config.memory_limit is not None and config.memory_limit < 1:
         yield f"--memory-limit {config.memory_limit}: a number of bytes of at least 1"
     if config.max_grad_norm is not None and not 0 < config.max_grad_norm < math.inf:
@@ -152,7 +155,7 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
             yield f"{option_name(field)} without --out: {what} to the run's folder; name one"
     if config.save_every is not None and not config.keep_last:
         yield "--save-every with --keep-last 0, which keeps no save; leave one of them out"
-    if config.batch_size < config.num_microbatches:
+    if isinstance(config.num_microbatches, int) and config.batch_size < config.num_microbatches:
         sizes = f"--batch-size {config.batch_size} is smaller than --num-microbatches {config.num_microbatches}"
         yield f"{sizes}; every micro-batch needs a sample: raise the one or lower the other"
     if config.batch_size < config.replicas:
@@ -234,7 +237,7 @@ def check_last_minibatch(num_samples: int, config: TrainConfig, *, auxiliary: bo
 
     Args:
         num_samples: number of training samples.
-        config: settings.
+        config: settings, with a number of micro-batches.
         auxiliary: whether stages have auxiliary networks. Those of images have a BatchNorm, which needs two samples.
 
     Raises:
@@ -246,7 +249,9 @@ def check_last_minibatch(num_samples: int, config: TrainConfig, *, auxiliary: bo
             f"an epoch's last mini-batch has {last} of the {num_samples} samples, and each of the {config.replicas} "
             "replicas needs at least one; choose another --batch-size or --limit-train"
         )
-    if auxiliary and not takes_text(config.model) and last // config.replicas // config.num_microbatches < 2:
+    share = last // config.replicas
+    parts = num_parts(share, int(config.num_microbatches), config.microbatch_samples or 1)
+    if auxiliary and not takes_text(config.model) and share // parts < 2:
         raise ValueError(
             f"an epoch's last mini-batch has {last} samples, and its micro-batches one; the auxiliary networks of {config.method} "
             "train on at least two: choose another --batch-size, --num-microbatches or --limit-train"

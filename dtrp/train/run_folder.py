@@ -16,10 +16,11 @@ from ..atomic_file import whole_file
 from ..launch.join import launch_name
 from ..saving import state_dict
 from ..typing import Json
-from .config import SAVE_SETTINGS, TrainConfig, config_text, read_settings
+from .config import AUTO, AUTO_SAMPLES, SAVE_SETTINGS, TrainConfig, config_text, read_settings
 from .user_code import digest, digests
 
 _CODE = "code.json"  # digests of the user's files, by what the settings call them
+_LEAST = "microbatch-samples"
 
 
 def left_by(path: str, config: str, *, overwrite: bool) -> str | None:
@@ -39,7 +40,7 @@ def left_by(path: str, config: str, *, overwrite: bool) -> str | None:
     same_launch = (name := launch_name()) is not None and _text(folder / "launch") == name
     if (folder / "summary.json").exists():
         return "finished" if same_launch else None
-    if (overwrite and not same_launch) or _settings(_text(folder / "config")) != _settings(config):
+    if (overwrite and not same_launch) or not _same(_settings(_text(folder / "config")), _settings(config)):
         return None
     if any(folder.glob("saves/update-*")):
         return "unfinished"
@@ -57,6 +58,13 @@ def _settings(config: str) -> dict[str, Json] | None:
     """The settings in a text, but for those of saves; None where it has none."""
     values = read_settings(config)
     return values and {key: value for key, value in values.items() if key.replace("-", "_") not in SAVE_SETTINGS}
+
+
+def _same(begun: dict[str, Json] | None, given: dict[str, Json] | None) -> bool:
+    """Whether a run has been begun by these settings; it has a number where they leave the micro-batches open."""
+    if begun is not None and given is not None and given["num-microbatches"] == AUTO and _LEAST in begun:
+        given = {_LEAST: AUTO_SAMPLES, **given, "num-microbatches": begun["num-microbatches"]}
+    return begun == given
 
 
 def changed_code(folder: Path) -> list[str]:
@@ -110,6 +118,14 @@ class RunFolder:
         path = str(config.out)
         left = left_by(path, config_text(config), overwrite=config.overwrite)
         return cls(path, overwrite=config.overwrite or left == "begun", resume=config.resume or left == "unfinished")
+
+    def division(self, config: TrainConfig) -> dict[str, Json]:
+        """The fields of `TrainConfig` that say how mini-batches are cut: of the run that goes on, else of ``config``."""
+        fields = ("num_microbatches", "microbatch_samples")
+        begun = _settings(_text(self.path / "config")) if self.resumes and config.num_microbatches == AUTO else None
+        if begun is None:
+            return {field: getattr(config, field) for field in fields}
+        return {field: begun.get(field.replace("_", "-")) for field in fields}
 
     def write(self, config: str, metrics: dict[str, Json], model: dict[str, Tensor]) -> None:
         """Write the line of a finished epoch, and the model."""

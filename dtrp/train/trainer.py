@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..data import InMemory, Part, SuppliedData
 from ..launch.heap import keep_heap
-from ..launch.join import join, launched
+from ..launch.join import join, launched, told_by_first_rank
 from ..launch.process_end import watch_launcher
 from ..launch.signals import StopRequest, stop_on_signal
 from ..measure.prediction_error import look_every
@@ -42,7 +42,15 @@ from .run_folder import RunFolder, changed_code
 from .scores.criterion import Sums, means
 from .tensorboard import Events, StageScalars
 
-_PIPELINE_SETTINGS = ("num_microbatches", "seed", "max_grad_norm", "clip", "on_nonfinite", "trace")
+_PIPELINE_SETTINGS = (
+    "num_microbatches",
+    "microbatch_samples",
+    "seed",
+    "max_grad_norm",
+    "clip",
+    "on_nonfinite",
+    "trace",
+)
 _SAVE, _STOP = 1, 2  # proposals to all ranks: to save, and to save and stop
 
 
@@ -108,7 +116,7 @@ class Trainer:
         config: settings of the run.
 
     Attributes:
-        config: settings, completed by the plan if there is one.
+        config: settings, completed by the plan if there is one, and with a number of micro-batches.
         source: training and test data, as mini-batches on the device of the first stage of this process.
         criterion: what the run is trained by, and judged by.
         dataset: the data itself where it is in memory; else None.
@@ -131,6 +139,11 @@ class Trainer:
         num_workers = workers_per_replica(config, world_size) if ranks else None
         self.replica, stage = divmod(rank, num_workers or 1)
         self.run_folder = RunFolder.open(config) if config.out and rank == 0 else None
+        if (
+            config.elastic and config.out
+        ):  # the number of micro-batches stays that of the run when it goes on with another K
+            kept = None if self.run_folder is None else self.run_folder.division(config)
+            config = self.config = dataclasses.replace(config, **told_by_first_rank(kept, None, build.TIMEOUT_S))
         method = build.make_method(config)
         devices = build.find_devices(config.device)
         device = devices[stage if stage < len(devices) else 0]
@@ -161,6 +174,7 @@ class Trainer:
             )
             if plan is not None and cuts is not None:
                 plan.check_model(model)
+            self.config = config.divided(len(cuts) + 1 if cuts is not None else num_stages or len(model))
             self.pipe = self._make_pipeline(method, model, num_stages, cuts, devices, num_workers)
             if launched() and world_size == 1:
                 watch_launcher(lambda: None, lambda: False)  # on ranks, the engine does
@@ -205,7 +219,7 @@ class Trainer:
         )
         every = config.prediction_error_every
         if isinstance(every, str):
-            every = look_every(self.total_updates * config.num_microbatches, config.num_microbatches)
+            every = look_every(self.total_updates * pipe.num_microbatches, pipe.num_microbatches)
         if every:
             pipe.watch_prediction(every)
         return pipe

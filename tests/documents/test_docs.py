@@ -64,7 +64,7 @@ def test_every_command_and_option_is_on_the_page_of_commands() -> None:
     text = pages.commands()
     for name in ("train", "compare", "report", "demo", "plan", "simulate", "schedule", "methods"):
         assert f"## dtrp {name}" in text
-    assert "`--num-microbatches INTEGER`\n: " in text
+    assert "`--num-microbatches NUMBER|AUTO`\n: " in text
     assert "One of `digits`, `cifar10`" in text
 
 

@@ -219,13 +219,18 @@ def test_a_number_of_numpy_is_a_weight() -> None:
 )
 def test_a_sum_is_refused(loss_fn: Any) -> None:
     with pytest.raises(ValueError, match="reduction='sum'; a loss is the mean over the samples"):
-        dtrp.Pipeline(network(), lambda params: torch.optim.SGD(params, lr=0.1), loss_fn, cuts=CUTS)
+        dtrp.Pipeline(network(), lambda params: torch.optim.SGD(params, lr=0.1), loss_fn, cuts=CUTS, num_microbatches=1)
 
 
 def test_a_weight_is_a_function() -> None:
     with pytest.raises(TypeError, match="loss_weight is a int; pass a function of the targets"):
         dtrp.Pipeline(
-            network(), lambda params: torch.optim.SGD(params, lr=0.1), cross_entropy, cuts=CUTS, loss_weight=3
+            network(),
+            lambda params: torch.optim.SGD(params, lr=0.1),
+            cross_entropy,
+            cuts=CUTS,
+            loss_weight=3,
+            num_microbatches=1,
         )
 
 

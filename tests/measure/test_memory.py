@@ -62,7 +62,7 @@ class Box:
 def measure(name: str, num_stages: int, batch: int, *, depth: int = 110, cuts: list[int] | None = None) -> Any:
     """Run past the steady state; (meter of stage 0, the pipeline's own memory(), bytes of its input)."""
     model = cifar_resnet(depth, num_classes=10)
-    size = {"num_stages": num_stages} if cuts is None else {"cuts": cuts}
+    size = {"num_microbatches": 1, **({"num_stages": num_stages} if cuts is None else {"cuts": cuts})}
     pipe = dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, method=name, seed=0, **size)  # type: ignore[arg-type]
     meter = GraphMeter(pipe.stages[0])
     # From a line's beginning: copies keep the distance from it, and have room for it.
@@ -196,7 +196,7 @@ def test_closing_drops_what_is_in_flight() -> None:
 def test_models_of_the_zoo_run_at_every_kind_of_cut() -> None:
     for name, num_stages in [("resnet20", 5), ("vgg11", 3), ("mlp", 2)]:
         model = get_model(name, 3, 10)
-        pipe = dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, num_stages=num_stages)
+        pipe = dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, num_stages=num_stages, num_microbatches=1)
         for _ in range(3):
             pipe.step(torch.randn(2, 3, 32, 32), torch.randint(10, (2,)))
         pipe.flush()

@@ -898,7 +898,7 @@ def test_layers_that_write_their_input_and_tied_ones() -> None:
     for workers in (2, 3):
         cuts = quick(tied, num_workers=workers).cuts
         assert all(cut > 2 for cut in cuts)
-        dtrp.Pipeline(tied, sgd, nn.functional.cross_entropy, cuts=cuts)
+        dtrp.Pipeline(tied, sgd, nn.functional.cross_entropy, cuts=cuts, num_microbatches=1)
     with pytest.raises(PlanError, match="layers share tensors"):
         quick(tied, num_workers=4)
 
@@ -1173,7 +1173,7 @@ def test_the_command_line_simulates(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_busy_time_adds_up() -> None:
     model = nn.Sequential(*(Slow(0.003) for _ in range(2)))
-    pipe = dtrp.Pipeline(model, sgd, nn.functional.mse_loss, num_stages=2, method="dtrp")
+    pipe = dtrp.Pipeline(model, sgd, nn.functional.mse_loss, num_stages=2, method="dtrp", num_microbatches=1)
     assert pipe.busy()[0]["elapsed"] == 0.0
     for _ in range(10):
         pipe.step(torch.randn(8, 5), torch.randn(8, 5))

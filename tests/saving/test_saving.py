@@ -298,7 +298,7 @@ def test_a_cycled_momentum_is_no_other_option(tmp_path: Path) -> None:
     def make() -> dtrp.Pipeline:
         return dtrp.Pipeline(
             network(), sgd, nn.functional.cross_entropy, num_stages=2, seed=7,
-            lr_scheduler=lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
+            lr_scheduler=lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20), num_microbatches=1,
         )  # fmt: skip
 
     pipe = make()

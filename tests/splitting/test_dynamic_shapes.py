@@ -78,7 +78,7 @@ def test_hugging_face_batches_padded_to_the_longest(kind: str) -> None:
     def loss(out: Any, y: Tensor) -> Tensor:
         return out["loss"] if "loss" in out else out["logits"].square().mean()
 
-    pipe = dtrp.Pipeline(stages, sgd, loss, method="bp", seed=SEED)
+    pipe = dtrp.Pipeline(stages, sgd, loss, method="bp", seed=SEED, num_microbatches=1)
     optimizer = sgd(list(plain.parameters()))
     for num, size in ((5, 7), (3, 4), (4, 16), (2, 3)):
         x = data(num, size)
@@ -327,7 +327,7 @@ def test_a_copy_and_a_wrong_batch_at_the_door() -> None:
     for stage in (*stages, *copied):
         stage.eval()
     assert torch.equal(chain(stages, x)["logits"], chain(copied, x)["logits"])
-    pipe = dtrp.Pipeline(stages, sgd, loss_fn, method="dtrp")
+    pipe = dtrp.Pipeline(stages, sgd, loss_fn, method="dtrp", num_microbatches=1)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"has size 9 along .* and x\['mask'\] has size 8"):
         pipe.step({"ids": x["ids"], "mask": x["mask"][:, :8]}, torch.zeros(3, dtype=torch.int64))

@@ -176,7 +176,7 @@ def test_a_shared_buffer_that_a_stage_writes(method: str, write: Callable[[Any],
     table = torch.randn(6)
     layers = [Reader(table), Reader(table, write), nn.Linear(6, 6)]
     before = copy.deepcopy([layer.layer.state_dict() for layer in layers[:2]])  # type: ignore[union-attr]
-    pipe = dtrp.Pipeline(layers, sgd, F.cross_entropy, method=method)
+    pipe = dtrp.Pipeline(layers, sgd, F.cross_entropy, method=method, num_microbatches=1)
     with pytest.raises(
         dtrp.StageError, match="stage 1, .*0.table of stage 0 and 1.table of stage 1 are one tensor, and a buffer"
     ):
@@ -334,7 +334,7 @@ def test_draws_are_those_of_the_stage_that_uses_them() -> None:
     model, x, y = Twice(), rows(6), torch.randint(3, (6,))
     plain = copy.deepcopy(model)
     stages = dtrp.split(model, points=["middle", "last"], example=x)
-    pipe = dtrp.Pipeline(stages, sgd, F.cross_entropy, method="bp", seed=SEED)
+    pipe = dtrp.Pipeline(stages, sgd, F.cross_entropy, method="bp", seed=SEED, num_microbatches=1)
     optimizer = sgd(list(plain.parameters()))
     for m in range(3):
         with ExitStack() as stack:

@@ -200,7 +200,7 @@ def test_the_models_mode_is_the_stages() -> None:
     """A model that comes in eval mode, as from a hub, and is put into train mode in the loop."""
     model = Residual().eval()
     stages = dtrp.split(model, num_stages=2, example=rows())
-    pipe = dtrp.Pipeline(stages, sgd, F.cross_entropy, method="bp")
+    pipe = dtrp.Pipeline(stages, sgd, F.cross_entropy, method="bp", num_microbatches=1)
     y = torch.zeros(5, dtype=torch.int64)
     seen = []
     for mode in (None, True, None, False, True):
@@ -429,7 +429,7 @@ def test_casts_are_the_models_under_autocast(forward: Callable[[Any, Tensor], Te
     x, y = rows(), torch.randint(3, (5,))
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         F.cross_entropy(plain(x), y).backward()
-        pipe = dtrp.Pipeline(stages, still, F.cross_entropy, method=method)
+        pipe = dtrp.Pipeline(stages, still, F.cross_entropy, method=method, num_microbatches=1)
         for _ in range(3):
             pipe.step(x, y)
         pipe.flush()
@@ -468,7 +468,7 @@ def test_dtypes_that_the_forward_asks_for(forward: Callable[[Any, Tensor], Tenso
             plain = copy.deepcopy(model)
             with torch.autocast("cpu", torch.bfloat16, enabled=split_in):
                 stages = dtrp.split(model, num_stages=2, example=x)
-            pipe = dtrp.Pipeline(stages, sgd, F.cross_entropy, method="bp")
+            pipe = dtrp.Pipeline(stages, sgd, F.cross_entropy, method="bp", num_microbatches=1)
             with torch.autocast("cpu", torch.bfloat16, enabled=step_in, cache_enabled=False):
                 if split_in == step_in or forward is unmoved:
                     assert torch.equal(pipe.step(x, y), F.cross_entropy(plain(x), y).detach())
@@ -663,7 +663,7 @@ def test_what_cannot_be_run_is_not_compared() -> None:
 def test_hooks_registered_after_the_split_are_warned_of() -> None:
     model = Around(several_outputs)
     stages = dtrp.split(model, points=["last"], example=rows())
-    pipe = dtrp.Pipeline(stages, sgd, F.cross_entropy)
+    pipe = dtrp.Pipeline(stages, sgd, F.cross_entropy, num_microbatches=1)
     x, y = rows(), torch.randint(3, (5,))
     stages[0].register_forward_hook(lambda *_: None)
     model.last.weight.register_hook(lambda g: g)
@@ -719,7 +719,7 @@ def test_a_sequential_is_cut_between_its_layers() -> None:
         assert stages[1][0] is model[3]
         assert stages.points == ("3",)
         assert all(type(stage) is nn.Sequential for stage in stages)
-    pipe = dtrp.Pipeline(dtrp.split(model, cuts=[1, 2]), sgd, F.mse_loss)
+    pipe = dtrp.Pipeline(dtrp.split(model, cuts=[1, 2]), sgd, F.mse_loss, num_microbatches=1)
     assert pipe.num_stages == 3
     pipe.step(rows(), rows())
     pipe.flush()
@@ -820,7 +820,7 @@ def test_modules_of_several_arguments_are_given_the_entries(given: str, method: 
 
 
 def test_too_few_values_are_named_by_the_engine_too() -> None:
-    pipe = dtrp.Pipeline([nn.Linear(6, 6), Joins(), nn.Linear(6, 3)], sgd, loss_fn)
+    pipe = dtrp.Pipeline([nn.Linear(6, 6), Joins(), nn.Linear(6, 3)], sgd, loss_fn, num_microbatches=1)
     with pytest.raises(
         dtrp.StageError,
         match=r"stage 1, forward .*layer 1 \(Joins\) takes 2 values \(x, skip\) but what comes before it gives 1",
@@ -927,7 +927,7 @@ def test_inputs_that_are_not_like_the_example() -> None:
     with pytest.raises(
         ValueError, match="num_stages=3 with 2 stages that dtrp.split has made; leave it out, or split again"
     ):
-        dtrp.Pipeline(stages, sgd, F.cross_entropy, num_stages=3)
+        dtrp.Pipeline(stages, sgd, F.cross_entropy, num_stages=3, num_microbatches=1)
 
 
 def test_a_torch_that_cannot_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,7 +265,11 @@ def test_compiled_stages_add_their_terms() -> None:
     losses, batches = [], minibatches(inputs(), 6)[:1] * 4
     for options in ({}, {"compile": {"backend": "eager"}}):
         pipe = dtrp.Pipeline(
-            make("twins")[1], lambda params: torch.optim.SGD(params, lr=0.05), cross_entropy, method="dtrp", **options
+            make("twins")[1],
+            lambda params: torch.optim.SGD(params, lr=0.05),
+            cross_entropy,
+            num_microbatches=1,
+            **options,
         )
         losses.append(torch.stack([pipe.step(*batch) for batch in batches]))
     torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-10)

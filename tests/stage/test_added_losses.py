@@ -181,7 +181,11 @@ def test_what_is_no_term(value: Any, message: str) -> None:
             return x
 
     pipe = dtrp.Pipeline(
-        [nn.Linear(5, 5), Wrong()], lambda params: torch.optim.SGD(params, lr=0.1), cross_entropy, method="bp"
+        [nn.Linear(5, 5), Wrong()],
+        lambda params: torch.optim.SGD(params, lr=0.1),
+        cross_entropy,
+        method="bp",
+        num_microbatches=1,
     )
     with pytest.raises(dtrp.StageError, match=message):
         pipe.step(torch.randn(4, 5), torch.randint(5, (4,)))
@@ -200,6 +204,7 @@ def test_a_term_of_another_stage_is_refused() -> None:
         lambda params: torch.optim.SGD(params, lr=0.1),
         cross_entropy,
         method="dtrp",
+        num_microbatches=1,
     )
     with pytest.raises(dtrp.StageError, match=r"stage 1 reads 0.weight of stage 0"):
         pipe.step(torch.randn(4, 5), torch.randint(5, (4,)))
@@ -214,7 +219,11 @@ def test_a_term_that_is_not_finite_counts_as_such_a_loss(method: str) -> None:
             return out
 
     pipe = dtrp.Pipeline(
-        [Spoiled(5, 5), nn.Linear(5, 5)], lambda params: torch.optim.SGD(params, lr=0.1), cross_entropy, method=method
+        [Spoiled(5, 5), nn.Linear(5, 5)],
+        lambda params: torch.optim.SGD(params, lr=0.1),
+        cross_entropy,
+        method=method,
+        num_microbatches=1,
     )
     with pytest.raises(dtrp.StageError, match=r"loss of mini-batch 0 is (inf|-inf|nan)"):
         pipe.step(torch.randn(4, 5), torch.randint(5, (4,)))
@@ -326,7 +335,7 @@ def test_terms_in_half_precision_are_not_rounded_again(method: str) -> None:
             layer.add = add  # type: ignore[method-assign]
     pipe = dtrp.Pipeline(
         model, lambda params: torch.optim.SGD(params, lr=0.1), lambda out, y: out.float().sum() * 0, cuts=CUTS,
-        method=method, keep="graph",
+        method=method, keep="graph", num_microbatches=1,
     )  # fmt: skip
     for x, y in batches(2):
         with torch.autocast("cpu", dtype=torch.bfloat16):

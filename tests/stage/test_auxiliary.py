@@ -322,6 +322,18 @@ def test_images_and_text_too(tmp_path: Path) -> None:
 
 def test_it_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = [word for word in SMALL if word not in ("--method", "dgl")]
-    command = ["compare", *small, "--model", "mlp", "--methods", "bp,dgl", "--stages", "2", "--seeds", "1"]
+    command = [
+        "compare",
+        *small,
+        "--model",
+        "mlp",
+        "--methods",
+        "bp,dgl",
+        "--stages",
+        "2",
+        "--seeds",
+        "1",
+        "--one-process",
+    ]
     assert run([*command, "--epochs", "1", "--out", str(tmp_path / "grid")]) == 0
     assert "dgl" in capsys.readouterr().out

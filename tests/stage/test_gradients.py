@@ -23,7 +23,7 @@ from dtrp.splitting.stages import equal_cuts
 from dtrp.stage.gradients import PendingNorms, gradient_norm
 
 SMALL = ["train", "--data", "digits", "--model", "mlp", "--limit-train", "100", "--limit-test", "50", "--batch-size", "32",
-         "--epochs", "1", "--threads", "1", "--lr", "0.01", "--stages", "2"]  # fmt: skip
+         "--epochs", "1", "--threads", "1", "--lr", "0.01", "--stages", "2", "--num-microbatches", "1"]  # fmt: skip
 
 
 def tanh_network(layers: int = 4) -> nn.Sequential:
@@ -123,7 +123,7 @@ def test_sparse_gradients_are_clipped_too() -> None:
 
     x, y = torch.tensor([1, 1, 3, 6]), torch.tensor([0, 1, 2, 0])
     one, two = model(), model()
-    pipe = Pipeline(one, plain_sgd, cross_entropy, num_stages=1, method="bp", max_grad_norm=0.1)
+    pipe = Pipeline(one, plain_sgd, cross_entropy, num_stages=1, method="bp", max_grad_norm=0.1, num_microbatches=1)
     pipe.step(x, y)
     two[0].sparse = False
     optimizer = plain_sgd(list(two.parameters()))

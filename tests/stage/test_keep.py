@@ -223,7 +223,9 @@ def test_a_graph_that_saves_nothing_is_weighed_once_too(method: str, monkeypatch
     weighed = []
     hooks = torch.autograd.graph.saved_tensors_hooks
     monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", lambda *args: weighed.append(1) or hooks(*args))
-    pipe = dtrp.Pipeline([Shift(), Shift(), Shift()], sgd, nn.functional.mse_loss, num_stages=3, method=method)
+    pipe = dtrp.Pipeline(
+        [Shift(), Shift(), Shift()], sgd, nn.functional.mse_loss, num_stages=3, method=method, num_microbatches=1
+    )
     x = torch.ones(2, 4)
     for step in range(8):
         pipe.step(x, x)

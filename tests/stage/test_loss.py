@@ -29,7 +29,7 @@ METHODS = ["bp", "gpipe", "ddg", "fr", "fdg", "dtrp", "spectrain"]
 def refused(model: nn.Sequential, loss_fn: Any, why: str, **options: Any) -> None:
     """At the first mini-batch, and nothing has been trained then."""
     before = copy.deepcopy(model.state_dict())
-    pipe = dtrp.Pipeline(model, sgd, loss_fn, num_stages=3, seed=0, **options)
+    pipe = dtrp.Pipeline(model, sgd, loss_fn, num_stages=3, seed=0, **{"num_microbatches": 1, **options})
     with pytest.raises(dtrp.StageError, match=why):
         pipe.step(*batches_of(1)[0])
     after = model.state_dict()
@@ -130,7 +130,7 @@ def temperature() -> Any:
 def test_a_loss_that_would_learn(make: Any, name: str, num_stages: int) -> None:
     for method in ("bp", "dtrp"):
         model = model_of()
-        pipe = dtrp.Pipeline(model, sgd, make(), num_stages=num_stages, method=method)
+        pipe = dtrp.Pipeline(model, sgd, make(), num_stages=num_stages, method=method, num_microbatches=1)
         why = rf"loss_fn would train {name}, which no stage has .* freeze it \(requires_grad_\(False\)\)"
         with pytest.raises(dtrp.StageError, match=why):
             pipe.step(*batches_of(1)[0])
@@ -140,19 +140,21 @@ def test_a_mini_batch_that_requires_a_gradient() -> None:
     x, y = batches_of(1)[0]
     made = nn.Linear(6, 6).double()(x)
     for value in (x.clone().requires_grad_(), made, {"input": made}):
-        pipe = dtrp.Pipeline(model_of(), sgd, cross_entropy, num_stages=3)
+        pipe = dtrp.Pipeline(model_of(), sgd, cross_entropy, num_stages=3, num_microbatches=1)
         with pytest.raises(ValueError, match=r"x requires a gradient, .* pass x.detach\(\), or put what has made it"):
             pipe.step(value, y)
         pipe.step(x, y)
     target = torch.randn(8, 3).double().requires_grad_()
     with pytest.raises(ValueError, match=r"y requires a gradient, .* pass y.detach\(\), or put what has made it"):
-        dtrp.Pipeline(model_of(), sgd, mse_loss, num_stages=3).step(x, {"target": target})
+        dtrp.Pipeline(model_of(), sgd, mse_loss, num_stages=3, num_microbatches=1).step(x, {"target": target})
 
 
 def test_an_optimizer_of_the_loss_too() -> None:
     loss_fn = Learned()
     with pytest.raises(ValueError, match="holds others; use only those it is called with"):
-        dtrp.Pipeline(model_of(), lambda params: sgd([*params, *loss_fn.parameters()]), loss_fn, num_stages=3)
+        dtrp.Pipeline(
+            model_of(), lambda params: sgd([*params, *loss_fn.parameters()]), loss_fn, num_stages=3, num_microbatches=1
+        )
 
 
 def penalty(model: nn.Sequential, criterion: Any) -> Any:
@@ -222,7 +224,7 @@ def test_a_module_that_would_learn_what_no_stage_has(kind: str, name: str, metho
     for frozen in (False, True):
         model = model_of()
         model.insert(2, Prompted(kind, frozen))
-        pipe = dtrp.Pipeline(model, sgd, cross_entropy, cuts=[2, 4], method=method)
+        pipe = dtrp.Pipeline(model, sgd, cross_entropy, cuts=[2, 4], method=method, num_microbatches=1)
         run = [*batches_of(4)]
         if frozen:
             for batch in run:
@@ -305,7 +307,7 @@ def gradients(model: nn.Sequential, loss_fn: Any, batches: list[Batch], **option
         optimizer.register_step_pre_hook(look)
         return optimizer
 
-    with dtrp.Pipeline(model, make, loss_fn, num_stages=3, seed=0, **options) as pipe:
+    with dtrp.Pipeline(model, make, loss_fn, num_stages=3, seed=0, **{"num_microbatches": 1, **options}) as pipe:
         for x, y in batches:
             pipe.step(x, y)
     return seen
@@ -470,6 +472,7 @@ def test_while_batches_are_in_flight_and_through_a_save(method: str, tmp_path: P
 def test_local_losses() -> None:
     """The third call is stage 0's, of mini-batch 1: it alone leaves it out, or stops there."""
     options: dict[str, Any] = {"num_stages": 3, "method": "dgl", "aux": functools.partial(means, num_classes=3)}
+    options["num_microbatches"] = 1
     pipe = dtrp.Pipeline(model_of(), sgd, constant(math.nan, 3), on_nonfinite="skip", **options)
     for batch in batches_of(3):
         pipe.step(*batch)
@@ -495,7 +498,7 @@ def test_a_loss_that_is_not_waited_for() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stop_names_the_same(method: str) -> None:
-    pipe = dtrp.Pipeline(model_of(), sgd, cross_entropy, num_stages=3, method=method)
+    pipe = dtrp.Pipeline(model_of(), sgd, cross_entropy, num_stages=3, method=method, num_microbatches=1)
     first, second = batches_of(2)
     pipe.step(*first)
     with pytest.raises(dtrp.StageError, match="the loss of mini-batch 1 is nan"):

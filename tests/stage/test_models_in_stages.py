@@ -137,7 +137,9 @@ def test_a_submodule_that_the_first_forward_makes(method: str) -> None:
 
 
 def test_infer_inside_the_callers_autocast_sees_the_weights_of_now() -> None:
-    pipe = dtrp.Pipeline([nn.Linear(16, 16), nn.Linear(16, 16)], sgd, nn.functional.mse_loss, method="bp")
+    pipe = dtrp.Pipeline(
+        [nn.Linear(16, 16), nn.Linear(16, 16)], sgd, nn.functional.mse_loss, method="bp", num_microbatches=1
+    )
     x = torch.randn(8, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         before = pipe.infer(x)
@@ -159,7 +161,9 @@ def test_under_autocast_a_recomputed_forward_is_the_first_one_to_the_bit(kind: s
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_of_half_precision(dtype: torch.dtype) -> None:
-    pipe = dtrp.Pipeline([nn.Linear(6, 6, dtype=dtype), nn.Linear(6, 6, dtype=dtype)], sgd, nn.functional.mse_loss)
+    pipe = dtrp.Pipeline(
+        [nn.Linear(6, 6, dtype=dtype), nn.Linear(6, 6, dtype=dtype)], sgd, nn.functional.mse_loss, num_microbatches=1
+    )
     x = torch.randn(4, 6, dtype=dtype)
     loss: Any = None
     for _ in range(4):

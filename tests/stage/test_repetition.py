@@ -61,7 +61,9 @@ def refused(model: nn.Module, match: str, where: str = "forward", **options: Any
 def test_state_that_a_repetition_does_not_know_is_refused_before_any_update(make: Any, method: str) -> None:
     model = model_of(make)
     is_unchanged = unchanged(model)
-    pipe = dtrp.Pipeline(model, lambda p: torch.optim.SGD(p, lr=0.1), cross_entropy, num_stages=3, method=method)
+    pipe = dtrp.Pipeline(
+        model, lambda p: torch.optim.SGD(p, lr=0.1), cross_entropy, num_stages=3, method=method, num_microbatches=1
+    )
     with pytest.raises(dtrp.StageError, match=rf"stage 0, forward of micro-batch 0 .*{OTHER_OUTPUT}"):
         pipe.step(*batches(size=4)[0])
     assert is_unchanged()
@@ -189,7 +191,13 @@ def test_forces(method: str) -> None:
     model = model_of(models.Forces)
     model[0].requires_grad_(False)
     pipe = dtrp.Pipeline(
-        model, lambda p: torch.optim.SGD(p, lr=0.0), cross_entropy, num_stages=2, cuts=[1], method=method
+        model,
+        lambda p: torch.optim.SGD(p, lr=0.0),
+        cross_entropy,
+        num_stages=2,
+        cuts=[1],
+        method=method,
+        num_microbatches=1,
     )
     x, y = batches()[0]
     assert torch.equal(pipe.step(x, y), cross_entropy(model(x), y).detach())
@@ -295,7 +303,9 @@ def test_a_frozen_encoder_takes_the_path_that_it_takes_in_a_plain_loop(below: bo
     got = pipeline_gradients([model[0], model[1]], data, mse_loss, method=method)
     check_gradients(got, [{name: g for name, g in here.items() if g is not None} for here in want])
     model[0].requires_grad_(False)
-    pipe = dtrp.Pipeline([model[0], model[1]], lambda p: torch.optim.SGD(p, lr=0.0), mse_loss, method=method)
+    pipe = dtrp.Pipeline(
+        [model[0], model[1]], lambda p: torch.optim.SGD(p, lr=0.0), mse_loss, method=method, num_microbatches=1
+    )
     x, y = data[0]
     assert torch.equal(pipe.step(x, y), mse_loss(model(x), y).detach())
     pipe.flush()
@@ -362,7 +372,7 @@ def test_in_half_precision_the_tolerance_is_wider() -> None:
     def run(by: float, dtype: torch.dtype, autocast: bool = False) -> None:
         pipe = dtrp.Pipeline(
             nn.Sequential(Shaky(by), nn.Linear(5, 3)).to(dtype), lambda p: torch.optim.SGD(p, lr=0.1), cross_entropy,
-            num_stages=2, method="dtr",
+            num_stages=2, method="dtr", num_microbatches=1,
         )  # fmt: skip
         with torch.autocast("cpu", enabled=autocast):
             for x, y in batches():
@@ -397,7 +407,9 @@ def test_trees_with_whole_numbers_are_compared_exactly() -> None:
             return out
 
     x, y = batches()[0]
-    pipe = dtrp.Pipeline([Ids().double(), Last().double()], lambda p: torch.optim.SGD(p, lr=0.1), cross_entropy)
+    pipe = dtrp.Pipeline(
+        [Ids().double(), Last().double()], lambda p: torch.optim.SGD(p, lr=0.1), cross_entropy, num_microbatches=1
+    )
     with pytest.raises(dtrp.StageError, match=f"stage 0, forward .*{OTHER_OUTPUT}"):
         pipe.step(x, y)
 

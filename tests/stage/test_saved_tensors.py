@@ -76,7 +76,7 @@ def test_graphs_that_are_weighed_are_freed(modules: Callable[[], list[nn.Module]
     x, y = torch.randn(80_000, 8), torch.randn(80_000, 4)
 
     def run(kind: dict[str, Any]) -> None:
-        pipe = dtrp.Pipeline(modules(), sgd, nn.functional.mse_loss, **kind)
+        pipe = dtrp.Pipeline(modules(), sgd, nn.functional.mse_loss, num_microbatches=1, **kind)
         for _ in range(2):
             pipe.step(x, y)
         if flushes:
@@ -130,7 +130,7 @@ def test_a_saved_tensor_that_is_overwritten_is_refused_at_the_first_minibatch(na
         modules: list[nn.Module] = [nn.Linear(WIDTH, WIDTH) for _ in range(3)]
         modules[place] = Overwrites(how)
         before = copy.deepcopy(modules[place].state_dict())
-        pipe = dtrp.Pipeline(modules, sgd, nn.functional.cross_entropy, method=name)
+        pipe = dtrp.Pipeline(modules, sgd, nn.functional.cross_entropy, method=name, num_microbatches=1)
         x, y = torch.randn(4, WIDTH), torch.randint(WIDTH, (4,))
         with pytest.raises(
             dtrp.StageError, match=f"stage {place}, backward .* has been modified by an inplace operation"
@@ -143,7 +143,7 @@ def test_a_saved_tensor_that_is_overwritten_is_refused_at_the_first_minibatch(na
 @pytest.mark.parametrize("name", ["bp", "fdg", "dtrp"])
 def test_so_it_is_at_an_input_of_a_new_shape(name: str) -> None:
     modules = [Overwrites("result", at_least=6), nn.Linear(WIDTH, WIDTH)]
-    pipe = dtrp.Pipeline(modules, sgd, nn.functional.cross_entropy, method=name)
+    pipe = dtrp.Pipeline(modules, sgd, nn.functional.cross_entropy, method=name, num_microbatches=1)
     for samples in (4, 5, 5):
         pipe.step(torch.randn(samples, WIDTH), torch.randint(WIDTH, (samples,)))
     with pytest.raises(dtrp.StageError, match=r"inplace operation: \[torch.FloatTensor \[6, 6\]\] is at version 1"):
@@ -246,7 +246,9 @@ def test_the_first_minibatch_equals_a_plain_loop(make: Callable[[], nn.Module], 
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *stages)
     plain = copy.deepcopy(model)
     optimizer = sgd(list(plain.parameters()))
-    pipe = dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, num_stages=3, method=method, keep="graph")
+    pipe = dtrp.Pipeline(
+        model, sgd, nn.functional.cross_entropy, num_stages=3, method=method, keep="graph", num_microbatches=1
+    )
     for samples in (4, 4, 5):  # a new shape too
         x, y = torch.randn(samples, WIDTH), torch.randint(WIDTH, (samples,))
         nn.functional.cross_entropy(plain(x), y).backward()
@@ -268,7 +270,7 @@ def test_the_callers_hooks_stay_in_charge(around: str) -> None:
         return t.detach().clone()
 
     model = [nn.Linear(WIDTH, WIDTH), nn.Sequential(Overwrites("given"), nn.Linear(WIDTH, 3))]
-    pipe = dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, method="bp")
+    pipe = dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, method="bp", num_microbatches=1)
     x, y = torch.randn(4, WIDTH), torch.randint(3, (4,))
     before = model[0].weight.detach().clone()
     graph = torch.autograd.graph
@@ -285,7 +287,7 @@ def test_the_callers_hooks_stay_in_charge(around: str) -> None:
 @pytest.mark.parametrize("hooked", [True, False])
 def test_what_cannot_be_weighed_is_no_ground_to_decide_by(hooked: bool) -> None:
     model = [nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)] if hooked else [Forces(), nn.Linear(WIDTH, WIDTH)]
-    pipe = dtrp.Pipeline(model, sgd, nn.functional.mse_loss, keep="auto", memory_limit_bytes=10**9)
+    pipe = dtrp.Pipeline(model, sgd, nn.functional.mse_loss, keep="auto", memory_limit_bytes=10**9, num_microbatches=1)
     x = torch.randn(4, WIDTH)
     region = torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t) if hooked else nullcontext()
     with (

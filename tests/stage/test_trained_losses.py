@@ -163,19 +163,27 @@ def test_what_a_loss_cannot_hold() -> None:
     with pytest.raises(
         ValueError, match=r"held\.weight of loss_fn is 2\.weight of stage 1; a loss has parameters of its own"
     ):
-        dtrp.Pipeline(model, sgd, Holds(model[2]), num_stages=3)
+        dtrp.Pipeline(model, sgd, Holds(model[2]), num_stages=3, num_microbatches=1)
     named = nn.Sequential()
     named.add_module("first", nn.Linear(5, 4))
     named.add_module("loss", nn.Linear(4, 4))
     with pytest.raises(ValueError, match="a layer named 'loss'"):
-        dtrp.Pipeline(named, sgd, Centers(), num_stages=2)
+        dtrp.Pipeline(named, sgd, Centers(), num_stages=2, num_microbatches=1)
     with pytest.raises(ValueError, match="by method 'dgl' every stage calls it"):
-        dtrp.Pipeline(network(), sgd, Centers(), num_stages=3, method="dgl", aux=[nn.Linear(6, 4) for _ in range(2)])
+        dtrp.Pipeline(
+            network(),
+            sgd,
+            Centers(),
+            num_stages=3,
+            method="dgl",
+            aux=[nn.Linear(6, 4) for _ in range(2)],
+            num_microbatches=1,
+        )
 
 
 def test_frozen_it_is_a_constant() -> None:
     loss = Centers().requires_grad_(False).eval()
-    pipe = dtrp.Pipeline(network(), sgd, loss, num_stages=3)
+    pipe = dtrp.Pipeline(network(), sgd, loss, num_stages=3, num_microbatches=1)
     for x, y in batches():
         pipe.step(x, y)
     pipe.flush()
@@ -227,4 +235,4 @@ def test_constant_buffers_are_no_part_of_a_state() -> None:
     """Class weights, and a teacher in eval mode."""
     teacher = Holds(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).requires_grad_(False).eval())
     for loss_fn in (nn.CrossEntropyLoss(weight=torch.ones(4)), teacher):
-        assert "loss" not in dtrp.Pipeline(network(), sgd, loss_fn, num_stages=3).state_dict()
+        assert "loss" not in dtrp.Pipeline(network(), sgd, loss_fn, num_stages=3, num_microbatches=1).state_dict()

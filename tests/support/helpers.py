@@ -179,6 +179,8 @@ def with_aux(method: Any, num_classes: int = 5) -> dict[str, Any]:
 def pipeline(model: Any, make_optimizer: Any = sgd, **options: Any) -> dtrp.Pipeline:
     if "aux" not in options:
         options.update(with_aux(options.get("method", "dtrp")))
+    if "plan" not in options:
+        options.setdefault("num_microbatches", 1)
     if DEVICE_VARIABLE in os.environ:
         options.setdefault("devices", device_under_test())
         options["timeout_s"] = max(60.0, options.get("timeout_s", 0.0))  # a device takes its time to wake up

@@ -53,6 +53,20 @@ MUTANTS = [
         "tests/test_schedule.py::test_golden_bp",
     ),
     Mutant(
+        "a micro-batch may have one sample",
+        "schedule.py",
+        "num_samples // microbatch_samples",
+        "num_samples",
+        "tests/engine/test_default_parts.py::test_bp_is_a_plain_loop_over_the_same_parts",
+    ),
+    Mutant(
+        "a checkpoint's rule for small mini-batches is read and not followed",
+        "engine/base.py",
+        "self._num_microbatches, self._microbatch_samples = num_microbatches, microbatch_samples",
+        "self._num_microbatches = num_microbatches",
+        "tests/engine/test_default_parts.py::test_a_run_that_goes_on_cuts_small_minibatches_as_before",
+    ),
+    Mutant(
         "the formula of the delay forgets the place in the mini-batch",
         "schedule.py",
         "math.ceil((ahead - position) / num_microbatches)",

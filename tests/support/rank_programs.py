@@ -355,6 +355,15 @@ def _fewer_samples_than_microbatches(method: str) -> Result:
 
 
 @special(3, *dtrp.list_methods())
+def _as_many_microbatches_as_stages(method: str) -> Result:
+    batches = [(torch.randn(n, WIDTH), torch.randint(3, (n,))) for n in (8, 5, 1, 3, 12, 6, 4, 2, 1, 5)]
+    done = train(without_noise(), [batches], num_stages=3, method=method, num_microbatches="auto")
+    (counts,) = {sum(counts.values()) for counts in done["delays"].values()}
+    assert counts == 3 + 2 + 1 + 1 + 3 + 3 + 2 + 1 + 1 + 2
+    return done
+
+
+@special(3, *dtrp.list_methods())
 def _each_stage_keeps_what_it_is_told(method: str) -> Result:
     return train(
         network(), [minibatches(8), minibatches(4)], num_stages=3, method=method, num_microbatches=2,
@@ -506,7 +515,7 @@ def _models_made_from_different_seeds_and_no_seed_given(method: str) -> Result:
     torch.manual_seed(100 + rank())
     model = network()
     with dtrp.Pipeline(
-        model, sgd, nn.functional.cross_entropy, num_stages=3, method=method, lr_scheduler=scheduler
+        model, sgd, nn.functional.cross_entropy, num_stages=3, method=method, lr_scheduler=scheduler, num_microbatches=1
     ) as pipe:
         batches = minibatches(6)
         losses = [pipe.step(x if rank() == 0 else None, y if rank() == world_size() - 1 else None) for x, y in batches]
@@ -686,7 +695,7 @@ def _saved(
                 make_optimizer,
                 nn.functional.cross_entropy,
                 lr_scheduler=scheduler,
-                **options,
+                **{"num_microbatches": 1, **options},
                 **with_aux(method),
             )
             assert pipe.load(folder) == {"next": i}
@@ -763,11 +772,17 @@ SHARDS = {
     "equal": [(8, 8)] * 6 + [(4, 4)],
     "unequal": [(6, 4), (7, 4), (2, 8), (6, 4), (12, 4), (7, 4), (4, 2)],
     "fewer than A": [(6, 4), (1, 2), (2, 4), (1, 2), (1, 2), (6, 4), (4, 2)],
+    "fewer than A of two": [(6, 4), (1, 4), (1, 2), (2, 1), (6, 4), (1, 8), (4, 1)],
 }
 
 
 def replicas(
-    method: str, num_microbatches: int, shards: str, optimizer: str = "sgd", tied: bool = False, synced: bool = False
+    method: str,
+    num_microbatches: int | str,
+    shards: str,
+    optimizer: str = "sgd",
+    tied: bool = False,
+    synced: bool = False,
 ) -> Result:
     """Two replicas of two stages, or one process whose micro-batches are the replicas' ones put together."""
     torch.set_default_dtype(torch.float64)
@@ -781,7 +796,7 @@ def replicas(
         parts = []
         for n in sizes:
             x, y = torch.randn(n, WIDTH), torch.randint(3, (n,))
-            cut = min(n, num_microbatches)
+            cut = max(1, min(2, n // 2)) if num_microbatches == "auto" else min(n, int(num_microbatches))
             parts.append(list(zip(torch.tensor_split(x, cut), torch.tensor_split(y, cut), strict=True)))
         if world_size() == 1:
             mine = [part for together in itertools.zip_longest(*parts) for part in together if part is not None]
@@ -838,6 +853,7 @@ REPLICAS: dict[str, tuple[Any, ...]] = {
         *itertools.product(("bp", "dtrp"), (1, 2), ("equal", "unequal"), ("sgd",)),
         *itertools.product(("fdg", "dtrp"), (2,), ("unequal",), ("adamw",)),
         *itertools.product(("bp", "dtrp", "fdg", "dgl"), (2,), ("fewer than A",), ("sgd",)),
+        *itertools.product(("bp", "dtrp", "dgl"), ("auto",), ("fewer than A of two",), ("sgd",)),
     ]
 }
 REPLICAS |= {
@@ -978,7 +994,9 @@ def repeats_otherwise(folder: str, name: str) -> None:
     del folder
     made = stateful_models.model_of(getattr(stateful_models, name))
     stages = [nn.Linear(4, 4).double(), made[:2], made[2:]]
-    with dtrp.Pipeline(stages, sgd, nn.functional.cross_entropy, method="dtrp", timeout_s=10) as pipe:
+    with dtrp.Pipeline(
+        stages, sgd, nn.functional.cross_entropy, method="dtrp", timeout_s=10, num_microbatches=1
+    ) as pipe:
         for x, y in stateful_models.batches():
             pipe.step(x, y)
 

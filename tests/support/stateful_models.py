@@ -292,7 +292,7 @@ def pipeline_gradients(
         optimizer.register_step_pre_hook(look)
         return optimizer
 
-    pipe = dtrp.Pipeline(model, make_optimizer, loss_fn, seed=0, **options)
+    pipe = dtrp.Pipeline(model, make_optimizer, loss_fn, seed=0, **{"num_microbatches": 1, **options})
     names = {id(p): name for stage in pipe.stages for name, p in stage.named_parameters()}
     for x, y in data:
         pipe.step(x, y)

@@ -88,7 +88,9 @@ def test_each_of_many_stages_is_compiled() -> None:
     """The compiler keeps 8 variants of a function and runs others as they are; a stage has one with gradients and one without."""
     torch._dynamo.reset()
     model = torch.nn.Sequential(*(Watched(4, 4) for _ in range(10)))
-    pipe = dtrp.Pipeline(model, sgd, torch.nn.functional.cross_entropy, num_stages=10, compile={"backend": "eager"})
+    pipe = dtrp.Pipeline(
+        model, sgd, torch.nn.functional.cross_entropy, num_stages=10, compile={"backend": "eager"}, num_microbatches=1
+    )
     for _ in range(30):
         pipe.step(torch.randn(8, 4), torch.randint(4, (8,)))
     pipe.flush()
@@ -103,7 +105,13 @@ def test_a_stage_is_compiled_in_every_mode_and_for_every_size() -> None:
     torch._dynamo.reset()
     model = torch.nn.Sequential(Watched(4, 4), torch.nn.Dropout(0.5), Watched(4, 4))
     pipe = dtrp.Pipeline(
-        model, sgd, torch.nn.functional.cross_entropy, cuts=[2], method="fr", compile={"backend": "eager"}
+        model,
+        sgd,
+        torch.nn.functional.cross_entropy,
+        cuts=[2],
+        method="fr",
+        compile={"backend": "eager"},
+        num_microbatches=1,
     )
     for dtype, size in itertools.product((torch.float32, torch.bfloat16, torch.float16), (8, 5, 3)):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
@@ -116,4 +124,10 @@ def test_a_stage_is_compiled_in_every_mode_and_for_every_size() -> None:
 
 def test_what_compile_takes() -> None:
     with pytest.raises(TypeError, match="compile='yes': pass True, False, or a dict"):
-        dtrp.Pipeline(network(), lambda p: torch.optim.SGD(p, lr=0.1), torch.nn.functional.cross_entropy, compile="yes")  # type: ignore[arg-type]
+        dtrp.Pipeline(
+            network(),
+            lambda p: torch.optim.SGD(p, lr=0.1),
+            torch.nn.functional.cross_entropy,
+            compile="yes",
+            num_microbatches=1,
+        )  # type: ignore[arg-type]

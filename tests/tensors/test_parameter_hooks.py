@@ -415,7 +415,9 @@ def test_and_where_inputs_are_kept_for_the_weights_of_then(write: Callable[[nn.M
 
 
 def test_copies_are_shared_while_nobody_writes_the_weights() -> None:
-    pipe = dtrp.Pipeline(plain(), lambda p: torch.optim.SGD(p, lr=0.1), cross_entropy, num_stages=4, method="fdg")
+    pipe = dtrp.Pipeline(
+        plain(), lambda p: torch.optim.SGD(p, lr=0.1), cross_entropy, num_stages=4, method="fdg", num_microbatches=1
+    )
     for x, y in batches()[:4]:
         pipe.step(x, y)
     first = pipe._engine.stages[0]
@@ -426,7 +428,9 @@ def test_copies_are_shared_while_nobody_writes_the_weights() -> None:
 
 
 def test_parameters_that_are_replaced_are_refused() -> None:
-    pipe = dtrp.Pipeline(model := plain(), lambda p: torch.optim.SGD(p, lr=0.1), cross_entropy, num_stages=2)
+    pipe = dtrp.Pipeline(
+        model := plain(), lambda p: torch.optim.SGD(p, lr=0.1), cross_entropy, num_stages=2, num_microbatches=1
+    )
     pipe.step(*batches()[0])
     model.load_state_dict(plain().state_dict(), assign=True)
     match = re.escape("0.weight is another tensor than when the pipeline was made")

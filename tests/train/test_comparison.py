@@ -75,7 +75,8 @@ def test_a_grid_is_every_combination_once() -> None:
 
 
 def command(out: Path, *options: str) -> list[str]:
-    return ["compare", *SMALL, "--methods", "bp,dtrp", "--stages", "2", "--seeds", "2", "--out", str(out), *options]
+    grid = ["--methods", "bp,dtrp", "--stages", "2", "--num-microbatches", "1", "--seeds", "2", "--one-process"]
+    return ["compare", *SMALL, *grid, "--out", str(out), *options]
 
 
 def test_the_command_runs_the_grid_and_repeats_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +107,58 @@ def test_what_it_does_unless_it_is_told_otherwise(tmp_path: Path, monkeypatch: p
     flushing = [[cell.stages for cell in comparison.cells if cell.method == "bp"] for comparison in seen]
     assert flushing == [[2, 4], [2, 4], [2], [2]], "all of the grid: time and memory are those of a K"
     assert seen[0].base.prediction_error_every == "auto"
+    assert {(cell.stages, cell.num_microbatches) for cell in seen[0].cells} == {(2, 2), (4, 4)}
+    assert seen[0].base.microbatch_samples == 2
+    assert run([*arguments, "--num-microbatches", "1,K"]) == 0
+    assert {(cell.stages, cell.num_microbatches) for cell in seen[-1].cells} == {(2, 1), (2, 2), (4, 1), (4, 4)}
+    assert seen[-1].base.microbatch_samples is None
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="counts the cores of Linux")
+@pytest.mark.parametrize(
+    ("cores", "words", "in_workers"),
+    [
+        (5, [], True),
+        (4, [], False),
+        (4, ["--workers"], True),
+        (5, ["--one-process"], False),
+        (5, ["--device", "meta"], False),
+        (2, ["--stages", "1"], False),
+    ],
+)
+def test_a_process_for_each_stage_where_it_shows_the_time(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cores: int,
+    words: list[str],
+    in_workers: bool,
+) -> None:
+    """And what is said of times; a comparison that is gone on with stays what it was."""
+    seen: list[Comparison] = []
+    monkeypatch.setattr(Comparison, "run", lambda self, work, say: seen.append(self) or [])
+    monkeypatch.setattr(Comparison, "groups", lambda self: [True])
+    monkeypatch.setattr("dtrp.cli.console.show_comparison", lambda groups: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    out = tmp_path / "grid"
+    command = ["compare", "--methods", "dtrp", "--stages", "4", "--out", str(out), *words]
+    assert run(command) == 0
+    assert (seen[0].base.workers is not None) == in_workers
+    said = capsys.readouterr().out.strip()
+    if in_workers:
+        assert said.startswith("times are of workers")
+    elif words:
+        assert said.startswith("times are of one process")
+    else:
+        assert said.endswith(
+            "4 workers need a core each and one more, and this machine has 4; --workers measures it all the same"
+        )
+    out.mkdir()
+    (out / "compare.yaml").write_text(seen[0]._settings)
+    for now in (1, 64):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, now=now: set(range(now)))
+        assert run(command) == 0
+        assert seen[-1].base.workers == seen[0].base.workers
 
 
 def test_where_predictions_are_looked_at() -> None:
@@ -235,7 +288,8 @@ def test_notes_and_settings_are_there_whole_or_not_at_all(tmp_path: Path, monkey
 
 def test_a_cell_is_the_run_of_dtrp_train(tmp_path: Path) -> None:
     assert run(command(tmp_path / "grid")) == 0
-    train = ["train", *SMALL, "--method", "dtrp", "--stages", "2", "--seed", "1", "--out", str(tmp_path / "run")]
+    train = ["train", *SMALL, "--method", "dtrp", "--stages", "2", "--num-microbatches", "1", "--seed", "1",
+             "--out", str(tmp_path / "run")]  # fmt: skip
     assert run(train) == 0
     a, b = (read_summary(tmp_path / name) for name in ("grid/dtrp-K2-A1-seed1", "run"))
     assert a is not None
@@ -251,8 +305,8 @@ def test_in_workers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["compare", *SMALL, "--methods", "dtrp", "--stages", "2", "--seeds", "1", "--out", str(out)]
     assert run([*arguments, "--workers"]) == 0
     local = tmp_path / "local"
-    assert run([*arguments[:-1], str(local)]) == 0
-    a, b = (read_summary(folder / "dtrp-K2-A1-seed0") for folder in (out, local))
+    assert run([*arguments[:-1], str(local), "--one-process"]) == 0
+    a, b = (read_summary(folder / "dtrp-K2-A2-seed0") for folder in (out, local))
     assert a is not None
     assert b is not None
     assert a["test_loss"] == b["test_loss"]
@@ -436,7 +490,9 @@ def test_numbers_of_a_summary() -> None:
 def test_watching_changes_nothing() -> None:
     def losses(*, watch: bool) -> list[float]:
         torch.manual_seed(0)
-        pipe = dtrp.Pipeline(network(), sgd, torch.nn.functional.cross_entropy, num_stages=4, seed=0)
+        pipe = dtrp.Pipeline(
+            network(), sgd, torch.nn.functional.cross_entropy, num_stages=4, seed=0, num_microbatches=1
+        )
         if watch:
             pipe.watch_prediction()
         return [float(pipe.step(x, y)) for x, y in minibatches(8)]  # type: ignore[arg-type]

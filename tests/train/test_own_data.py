@@ -94,7 +94,7 @@ def fails(out, target):
 """
 DATA = "mine_of_a_test.py"
 TRAIN = ["train", "--model", f"{DATA}:net", "--threads", "1", "--quiet", "--batch-size", "8", "--epochs", "2", "--stages", "2",
-         "--loader-workers", "0", "--lr", "0.05"]  # fmt: skip
+         "--loader-workers", "0", "--lr", "0.05", "--num-microbatches", "1"]  # fmt: skip
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def dtrp(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_bp_trains_on_it_as_a_plain_loop_does(folder: Path, data: str) -> None:
     config = TrainConfig(
         data=f"{DATA}:{data}", model=f"{DATA}:net", method="bp", stages=2, batch_size=8, epochs=2, dtype="float64",
-        lr_schedule="constant", lr=0.05, loader_workers=0, threads=1,
+        lr_schedule="constant", lr=0.05, loader_workers=0, threads=1, num_microbatches=1,
     )  # fmt: skip
     trainer = Trainer(config)
     layers = [layer for stage in trainer.pipe.stages for layer in stage]
@@ -179,7 +179,7 @@ def test_a_loss_and_metrics_of_the_users(folder: Path, capsys: pytest.CaptureFix
     assert {f"update-{update:08d}" for update in (best, 36)} == {path.name for path in Path("run/saves").iterdir()}
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["scores"] == lines[-1]["scores"]
-    grid = ["--methods", "bp,dtrp", "--stages", "2", "--seeds", "1", "--out", "grid"]
+    grid = ["--methods", "bp,dtrp", "--stages", "2", "--seeds", "1", "--one-process", "--out", "grid"]
     shared = [word for word in words[1:] if word not in ("--quiet",)]
     shared = [word for i, word in enumerate(shared) if "--stages" not in shared[max(0, i - 1) : i + 1]]
     assert run(["compare", *shared, *grid]) == 0

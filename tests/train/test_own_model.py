@@ -171,9 +171,9 @@ SHORT = ["--epochs", "1", "--limit-train", "100", "--limit-test", "20", "--threa
 
 
 def test_it_is_compared(folder: Path) -> None:
-    grid = ["--methods", "bp,dtrp", "--stages", "2", "--seeds", "1", "--out", "grid"]
+    grid = ["--methods", "bp,dtrp", "--stages", "2", "--seeds", "1", "--one-process", "--out", "grid"]
     assert run(["compare", "--model", "nets_of_a_test.py:any_module", *SHORT, *grid]) == 0
-    assert (Path("grid") / "dtrp-K2-A1-seed0" / "summary.json").is_file()
+    assert (Path("grid") / "dtrp-K2-A2-seed0" / "summary.json").is_file()
 
 
 @pytest.mark.full

@@ -186,13 +186,16 @@ def test_the_launcher_killed_leaves_no_orphan(whole: Path, tmp_path: Path) -> No
 
 @pytest.mark.full
 def test_the_one_worker_that_is_left_goes_on(tmp_path: Path) -> None:
+    """With the number of micro-batches that two workers have begun with."""
     out = tmp_path / "run"
-    command = [*SMALL[:-1], "--workers", "1:2", "--save-every", "2s", "--epochs", "30", "--out", str(out)]
+    command = [*SMALL[:-1], "--num-microbatches", "auto", "--workers", "1:2", "--save-every", "2s", "--epochs", "30"]
+    command += ["--out", str(out)]
     result = restarts.fewer_and_more(command, out, [2, 1])
     assert [step["workers"] for step in result["steps"]] == [2, 1], result
     assert result["code"] == 0, result
     assert result["went_on_after"]
     assert [line["epoch"] for line in restarts.lines_of(out)] == list(range(1, 31))
+    assert {"num-microbatches: 2", "microbatch-samples: 2"} <= set((out / "config").read_text().splitlines())
 
 
 # -- the checks as they were asked for: many kills ---------------------------------------------------------------

@@ -204,7 +204,8 @@ def test_few_images_are_held_in_memory_unless_it_is_asked(images: Path, monkeypa
 def test_bp_is_a_plain_loop_over_the_same_batches(images: Path) -> None:
     config = TrainConfig(
         data="folder", data_dir=str(images), stream=True, image_size=16, model="resnet14-8", method="bp", stages=2,
-        batch_size=8, max_updates=5, epochs=1, dtype="float64", lr_schedule="constant", lr=0.05, loader_workers=1,
+        num_microbatches=1, batch_size=8, max_updates=5, epochs=1, dtype="float64", lr_schedule="constant", lr=0.05,
+        loader_workers=1,
     )  # fmt: skip
     trainer = Trainer(config)
     plain = copy.deepcopy(torch.nn.Sequential(*(layer for stage in trainer.pipe.stages for layer in stage)))
@@ -252,7 +253,7 @@ def test_options_come_back_from_a_run(tmp_path: Path) -> None:
 
 
 def test_a_comparison_lists_the_folder_once(images: Path, tmp_path: Path) -> None:
-    words = ["compare", *command(images)[1:], "--methods", "bp,dtrp", "--seeds", "1", "--epochs", "1"]
+    words = ["compare", *command(images)[1:], "--methods", "bp,dtrp", "--seeds", "1", "--epochs", "1", "--one-process"]
     words.remove("--quiet")
     folder = tmp_path / "compared"
     assert run([*words, "--loader-workers", "0", "--out", str(folder)]) == 0

@@ -110,6 +110,7 @@ def test_cells_of_a_comparison_have_theirs(tmp_path: Path) -> None:
     arguments = [
         "compare",
         *options,
+        "--one-process",
         "--methods",
         "bp,dtr",
         "--stages",
@@ -122,7 +123,7 @@ def test_cells_of_a_comparison_have_theirs(tmp_path: Path) -> None:
         str(out),
     ]
     assert run(arguments) == 0
-    for cell in ("bp-K2-A1-seed0", "dtr-K2-A1-seed0"):
+    for cell in ("bp-K2-A2-seed0", "dtr-K2-A2-seed0"):
         assert list(scalars(out / cell)["accuracy/test"]) == [8]
 
 
