@@ -19,8 +19,8 @@ Three directives put an SVG into the page itself, so that it follows the page's 
     ```{prediction}                    where the weights will be, and what the predictors say
     ```
 
-F is light with dark letters, B dark with light letters, an update a bar at the end of its cell, and every cell says what it
-is: colour adds nothing that is not there without it.
+F is light with dark letters, B and I dark with light letters, R and W between the two, an update a bar at the end of its
+cell, and every cell says what it is: colour adds nothing that is not there without it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from sphinx.application import Sphinx
 import dtrp
 
 LEFT, CELL, ROW, SCALE = 56, 26, 40, 13  # px: labels; an action; a stage; a forward's time
+KINDS = {"F": "forward", "B": "backward", "I": "backward", "R": "again", "W": "weights"}
 
 
 class Drawing:
@@ -89,10 +90,8 @@ def draw_grid(schedule: dtrp.Schedule, *, show: str = "", follow: int | None = N
                     drawing.box(at - 4, y + 1, 3, 30, "update")
                     updates += 1
                     continue
-                held += 1 if action[0] == "F" else -1
-                kind = ("forward" if action[0] == "F" else "backward") + (
-                    " aside" if follow not in (None, int(action[1:])) else ""
-                )
+                held += {"F": 1, "B": -1, "W": -1}.get(action[0], 0)
+                kind = KINDS[action[0]] + (" aside" if follow not in (None, int(action[1:])) else "")
                 drawing.box(at + 1, y + 1, CELL - 2, 30, kind)
                 drawing.text(at + CELL / 2 - 1, y + 21, action, kind)
                 if show == "versions":
@@ -126,7 +125,7 @@ def draw_timeline(runs: list[tuple[str, int]], num_stages: int, num_minibatches:
                 continue
             x, top = LEFT + SCALE * span.start_s, y + 26 * span.stage
             width = SCALE * (span.end_s - span.start_s)
-            kind = "forward" if span.kind == "F" else "backward"
+            kind = KINDS[span.kind]
             if span.kind == "B" and recomputing[span.stage]:
                 again = SCALE / parts
                 waited = width - SCALE * 3 / parts

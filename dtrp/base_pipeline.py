@@ -22,6 +22,8 @@ from .measure.prediction_error import PredictionError, PredictionErrorGauge
 from .measure.trace import Tracer, write_chrome_trace
 from .methods import Keep, Method, as_method, keeping
 from .saving import CheckpointError, session, state_dict
+from .schedule import check_orders
+from .stage.deferral import Share
 from .stage.gradients import Clip, GradientRule, OnNonfinite, overall
 from .stage.optimizer_step import checked_scheduler
 from .stage.specs import StageTraining
@@ -121,6 +123,7 @@ class Settings:
         self, num_stages: int, optimizer: OptimizerFactory, lr_scheduler: SchedulerFactory | None
     ) -> list[StageTraining]:
         """How each stage is trained."""
+        check_orders(self.method, num_stages)
         rows, limit = keeping(self.method, num_stages, self.keep, self.memory_limit_bytes)
         factories = optimizer, checked_scheduler(lr_scheduler)
         return [StageTraining(row, *factories, self.num_microbatches, limit, self.rule) for row in rows]
@@ -200,6 +203,15 @@ class BasePipeline:
     def delays(self) -> dict[int, Counter[int]]:
         """``{stage: Counter({delay: micro-batches})}``, in updates, of the micro-batches that are through."""
         return {stage.index: Counter(stage.delays) for stage in self._engine.stages}
+
+    def deferred(self) -> dict[int, Share]:
+        """``{stage: what of its backward is deferred}``, of the stages of this process; empty where backwards are whole.
+
+        `dtrp.stage.deferral.Share` has the names of the parameters whose gradients wait for the second part, those of
+        the others with the reason, and how large their part is; it is known after the first micro-batch.
+        """
+        divided = {stage.index: stage.division for stage in self._engine.stages if stage.division is not None}
+        return {index: division.share() for index, division in divided.items()}
 
     def skipped_updates(self) -> dict[int, list[int]]:
         """``{stage: mini-batches}`` whose update was left out for a gradient that is not finite."""

@@ -30,6 +30,9 @@ class StageError(RuntimeError):
         doing = {
             "F": f"forward of micro-batch {action.index}",
             "B": f"backward of micro-batch {action.index}",
+            "R": f"backward of micro-batch {action.index}, its forward repeated",
+            "I": f"backward of micro-batch {action.index}, first part",
+            "W": f"backward of micro-batch {action.index}, second part",
             "U": "update",
         }[action.kind]
         super().__init__(

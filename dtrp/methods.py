@@ -1,8 +1,8 @@
-"""The family of methods: each is a row of ten values over one engine.
+"""The family of methods: each is a row of values over one engine.
 
-A `Method` says in which order a stage works (``ahead``, ``backward_first``, ``flush``,
-``forward_all``), whether all stages learn from one loss or each from its own (``local``), what a stage
-keeps between the two passes of a micro-batch (``keep``), at which weights those passes run
+A `Method` says in which order a stage works (``ahead``, ``backward_first``, ``flush``, ``forward_all``,
+``split_backward``, ``leads``, ``orders``), whether all stages learn from one loss or each from its own (``local``),
+what a stage keeps between the two passes of a micro-batch (``keep``), at which weights those passes run
 (``backward_at``, ``predict``), and how updates are shrunk with the distance ``d = K-1-k`` to the last
 stage (``grad_shrink``, ``lr_shrink``). `get_method` gives the row of a name with any of the values
 changed; a combination that means nothing is refused.
@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from .schedule import lead
-from .validation import is_number, unknown, whole
+from .validation import is_number, is_whole, unknown, whole
 
 Keep = Literal["graph", "input"]
 
@@ -33,7 +34,7 @@ class Method:
     Args:
         name: what it is called in tables and errors.
         ahead: forwards a stage runs ahead of its first backward, per stage after it: ``lead =
-            ceil(ahead * d)``. At least 1.
+            ceil(ahead * d)``. At least 1; at least 0.5 with ``split_backward``.
         backward_first: in a slot, B then F (else F then B); the last stage always runs F then B.
         keep: what a stage keeps from F to B: the ``"graph"``, or the ``"input"``, to recompute the graph.
         backward_at: B at the weights its forward read (``"stashed"``) or at the ``"current"`` ones.
@@ -45,6 +46,12 @@ class Method:
         forward_all: run all forwards of a mini-batch before its backwards (GPipe).
         local: every stage learns from a local loss, that of an auxiliary network on its output; no gradient is passed
             between stages, so B follows F at once.
+        split_backward: B in two parts: I, the gradient of the stage's input, which is sent on at once, and W, the
+            gradients of its weights, for which nobody waits. With ``flush`` a W waits until the stage would hold more
+            graphs than there are stages (ZB-H1), unless ``orders`` say otherwise.
+        leads: the forwards ahead of each stage's first backward; None: from ``ahead``.
+        orders: each stage's order, a cycle of one slot or several, as ``"RFIW"`` (`dtrp.schedule`; ``"FB"`` of whole
+            backwards); a single string is that of all stages; None: from ``ahead`` and ``backward_first``.
 
     Raises:
         ValueError: a value out of range, or a combination that means nothing, with the reason.
@@ -61,6 +68,9 @@ class Method:
     flush: bool = False
     forward_all: bool = False
     local: bool = False
+    split_backward: bool = False
+    leads: tuple[int, ...] | None = None
+    orders: tuple[str, ...] | str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.predict, str) and self.predict == "none":
@@ -70,12 +80,13 @@ class Method:
         for field, choices in (("keep", ("graph", "input")), ("backward_at", ("stashed", "current"))):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(map(repr, choices))}")
-        for field in ("backward_first", "flush", "forward_all", "local"):
+        for field in ("backward_first", "flush", "forward_all", "local", "split_backward"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}={getattr(self, field)!r}: pass True or False")
-        if not (is_number(self.ahead, 1)):
+        if not is_number(self.ahead, 0.5 if self.split_backward else 1):
             raise ValueError(
-                f"ahead={self.ahead!r}: a gradient takes at least one slot a stage to come back; pass a number >= 1"
+                f"ahead={self.ahead!r}: a gradient takes at least one slot a stage to come back; pass a number >= 1, or with "
+                "split_backward=True, where it takes half of one, >= 0.5"
             )
         for field in ("grad_shrink", "lr_shrink"):
             value = getattr(self, field)
@@ -119,6 +130,31 @@ class Method:
                 "forward_all=True runs every forward before any backward, so neither ahead nor backward_first has a "
                 "meaning; leave them at ahead=1, backward_first=False"
             )
+        self._check_orders()
+
+    def _check_orders(self) -> None:
+        """Refuse leads and orders that mean nothing; whether the stages' orders fit together is another question."""
+        if self.forward_all and (self.split_backward or self.leads is not None or self.orders is not None):
+            raise ValueError(
+                "forward_all=True runs every forward before any backward, so split_backward, leads and orders have no meaning; "
+                "leave them at False, None and None"
+            )
+        if self.leads is not None:
+            leads = tuple(self.leads) if isinstance(self.leads, Iterable) else ()
+            if not leads or not all(is_whole(value, 0) for value in leads) or leads[-1] != 0:
+                raise ValueError(
+                    f"leads={self.leads!r}: pass a whole number for each stage, the forwards ahead of its first backward; the "
+                    "last has 0"
+                )
+            object.__setattr__(self, "leads", leads)
+        if self.orders is None:
+            return
+        orders = tuple(self.orders) if isinstance(self.orders, Iterable) else (self.orders,)
+        if not isinstance(self.orders, str):
+            object.__setattr__(self, "orders", orders)
+        for letters in [self.orders] if isinstance(self.orders, str) else orders:
+            if reason := _broken_cycle(letters, "IW" if self.split_backward else "B", flushes=self.flush):
+                raise ValueError(f"orders={self.orders!r}: {reason}")
 
     def keeping(self, keep: Keep) -> Method:
         """The row of a stage that keeps something else than this method says, in the same order of work.
@@ -156,7 +192,33 @@ _IDLE_IF_LOCAL: dict[str, tuple[Any, str]] = {
     "grad_shrink": (1.0, "no gradient is received to be shrunk"),
     "flush": (False, "nothing is ever left to flush"),
     "forward_all": (False, "forwards do not wait for others"),
+    "split_backward": (False, "no stage waits for a gradient"),
+    "leads": (None, "no forward runs ahead"),
+    "orders": (None, "there is one order"),
 }
+
+
+def _broken_cycle(letters: Any, parts: str, *, flushes: bool) -> str | None:
+    """Why the letters are no cycle of slots; ``parts``: the letters of a backward that each slot has."""
+    whole_or_not = "F, I and W, and R or none" if parts == "IW" else "F and B"
+    counts = Counter(letters) if isinstance(letters, str) else Counter()
+    again = counts.pop("R", 0) if parts == "IW" else 0
+    if set(counts) != {"F", *parts} or len(set(counts.values())) != 1 or again not in (0, counts["F"]):
+        return f"{letters!r} is no cycle of slots, which have one each of {whole_or_not}"
+    done = Counter[str]()
+    for letter in letters:
+        ends = {"R": done["R"] > done["I"], "I": again and done["R"] <= done["I"], "W": done["W"] >= done["I"]}
+        if ends.get(letter):
+            return (
+                f"in {letters!r} {'an I comes before the next R' if letter == 'R' else f'its {letter} comes too early'}"
+            )
+        if letter in "RI" and not flushes and done["W"] < done["I"]:
+            return f"in {letters!r} a W, and the update that may follow it, comes after the next backward has begun"
+        if letter in "BI" and done[letter] > done["F"]:
+            return f"in {letters!r} a backward is more than one slot ahead of its forward; make the lead smaller"
+        done[letter] += 1
+    return None
+
 
 # -- the rows: a function each, whose docstring is the method's documentation ---------------------------
 
@@ -321,13 +383,56 @@ def dgl() -> Method:
     return Method("dgl", 1, False, "graph", "stashed", local=True)
 
 
+def dtrp_split() -> Method:
+    """dtrp with backwards in two parts: half the delay of dtrp-1f1b in the same slot, for fast links.
+
+    Update: as dtrp.
+    Delay: ``ceil(d/2)``, predicted over. A stage sends the gradient of its input before it computes those of its
+    weights, so that a gradient is back from d stages in half the time.
+    Memory: ``ceil(d/2) + 1`` inputs, one graph, one predicted copy, and of one micro-batch what its weight gradients
+    are made from, about a graph.
+    A message is hidden only as far as the parts of the backward leave room: a link that takes more than a twentieth of a
+    forward costs time (dtrp hides a whole slot).
+    Source: ours; the division of a backward is that of bp-zb's paper.
+    """
+    return Method("dtrp-split", 0.5, False, "input", "current", "rollout", split_backward=True)
+
+
+def spectrain_split() -> Method:
+    """spectrain with backwards in two parts, which hides messages of up to half a forward.
+
+    Update and delay: as spectrain. Memory: as spectrain, and of one micro-batch what its weight gradients are made from.
+    Source: Chen et al., arXiv:1809.02839 (see spectrain); the division is ours.
+    """
+    return Method("spectrain-split", 1, False, "graph", "stashed", "linear", split_backward=True)
+
+
+def bp_zb() -> Method:
+    """Backpropagation, pipelined with hardly a bubble: ZB-H1, whose second parts of backwards fill it.
+
+    Update: as bp, bit for bit.
+    Delay: 0. Memory: the graphs of min(A, K) micro-batches at every stage, of which up to min(A, k+1) wait for their
+    second part; with ``orders="FIW"`` those of 1F1B, min(A, d+1), and a larger bubble.
+    Time: the bubble of a flush is K-1 times F + I - W, the parts of a micro-batch, where 1F1B's is K-1 times F + B; for
+    A >= K. It is the smallest of the synchronous orders with one stage a worker; interleaved ones, with several stages
+    a worker, have a smaller one.
+    Source: Qi et al., Zero bubble (almost) pipeline parallelism, ICLR 2024; arXiv:2401.10241: its handcrafted order H1.
+    Differences: the paper keeps 1F1B's memory on its first worker; here all workers may hold what the first one holds.
+    No post-validation: an update waits for its gradient.
+    """
+    return Method("bp-zb", 1, False, "graph", "current", flush=True, split_backward=True)
+
+
 _ROWS: dict[str, Callable[[], Method]] = {
-    row().name: row for row in (bp, gpipe, ddg, fr, fdg, adl, dtr, dtrp, dtrp_1f1b, pipedream, spectrain, dgl)
-}
+    row().name: row
+    for row in (
+        bp, gpipe, ddg, fr, fdg, adl, dtr, dtrp, dtrp_1f1b, pipedream, spectrain, dgl, dtrp_split, spectrain_split, bp_zb,
+    )
+}  # fmt: skip
 
 
 def list_methods() -> list[str]:
-    """The names of all methods, synchronous ones first."""
+    """The names of all methods."""
     return list(_ROWS)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from .methods import get_method
-from .schedule import Action, Order, Slot, StageOrder, lead
+from .schedule import Action, Order, Slot, StageOrder, cycle, lead
 from .validation import whole
 
 
@@ -26,9 +26,9 @@ class Schedule:
     """A whole run: for each stage its actions in order, start-up and flush included.
 
     ``str(schedule)`` is a grid, stage by slot, and `Schedule.parse` reads it back. A column of the grid
-    is one slot long (a forward and a backward, together or either alone); what is sent in one column
-    is there in the next; an empty cell is a worker that waits. A schedule is the order in each row: in which
-    column a cell stands is how it is shown, and not checked.
+    is one slot long (a forward and a backward, together or either alone), and one action where backwards are in two
+    parts; what is sent in one column is there in the next; an empty cell is a worker that waits. A schedule is the
+    order in each row: in which column a cell stands is how it is shown, and not checked.
 
     >>> print(Schedule.build("dtrp", num_stages=2, num_minibatches=4))
     dtrp: stages 2, mini-batches 4, micro-batches in each 1
@@ -43,6 +43,8 @@ class Schedule:
     stages: tuple[tuple[Action, ...], ...]
     declared: tuple[tuple[int, ...], ...] = field(default=())  # the delays it claims, by stage and micro-batch
     local: bool = False  # whether each stage has a loss of its own, so that its B waits for no other
+    # Of a method with leads and orders of its own, or with backwards in two parts: by stage its lead and its cycle.
+    orders: tuple[tuple[int, str], ...] = field(default=())
 
     @classmethod
     def build(
@@ -79,7 +81,12 @@ class Schedule:
             slots = [slot for size in sizes for slot in order.minibatch(size)] + order.flush()
             stages.append(tuple(action for slot in slots for action in slot))
             declared.append(_closed_form_delays(method, num_stages, stage, sizes))
-        return cls(method.name, sizes, tuple(stages), tuple(declared), method.local)
+        shows_orders = method.leads is not None or method.orders is not None
+        shows_orders = shows_orders or (method.split_backward and not method.flush)
+        orders = [(lead(method, num_stages, k), cycle(method, num_stages, k)) for k in range(num_stages)]
+        return cls(
+            method.name, sizes, tuple(stages), tuple(declared), method.local, tuple(orders) if shows_orders else ()
+        )
 
     @property
     def num_stages(self) -> int:
@@ -95,9 +102,9 @@ class Schedule:
         return {stage: self._count_delays(actions) for stage, actions in enumerate(self.stages)}
 
     def peak_stash(self) -> dict[int, int]:
-        """``{stage: n}``: the most micro-batches that have had their F and not finished their B."""
-        change = {"F": 1, "B": -1, "U": 0}
-        held = (itertools.accumulate(change[action.kind] for action in actions) for actions in self.stages)
+        """``{stage: n}``: the most micro-batches that have had their F and not finished their B, both its parts."""
+        change = {"F": 1, "B": -1, "W": -1}
+        held = (itertools.accumulate(change.get(action.kind, 0) for action in actions) for actions in self.stages)
         return {stage: max([0, *counts]) for stage, counts in enumerate(held)}
 
     def validate(self) -> None:
@@ -151,27 +158,33 @@ class Schedule:
                 raise self._error(stage, place, rule)
             done[action.kind] += 1
         total = self.num_microbatches
-        if (done["F"], done["B"], done["U"]) != (total, total, len(ends)):
+        parts = ("F", "I", "W") if done["I"] or done["W"] else ("F", "B")
+        if any(done[part] != total for part in parts) or done["U"] != len(ends):
             raise self._error(
                 stage,
                 len(self.stages[stage]),
-                f"stage {stage} ends after {done['F']} F, {done['B']} B and {done['U']} U; "
-                f"the run has {total}, {total} and {len(ends)}",
+                f"stage {stage} ends after {', '.join(f'{done[part]} {part}' for part in parts)} and {done['U']} U; "
+                f"the run has {', '.join([str(total)] * len(parts))} and {len(ends)}",
             )
 
     def _broken_rule(self, stage: int, action: Action, done: Counter[str], ends: list[int]) -> str | None:
         """The rule that an action breaks after the actions ``done``; ``ends``: micro-batches up to the end of each mini-batch."""
-        due = done["U"] < len(ends) and done["B"] == ends[done["U"]]  # a mini-batch's last B is through, its U is not
+        # A mini-batch's last B, or last W, is through, and its U is not.
+        due = done["U"] < len(ends) and done["B"] + done["W"] == ends[done["U"]]
         if action.kind == "U":
             return None if due else f"stage {stage} updates before a mini-batch's last backward"
         if due:
             return f"stage {stage} runs {action} where U of mini-batch {done['U']} is due"
         if action.index >= self.num_microbatches:
             return f"{action} is beyond the last of {self.num_microbatches} micro-batches"
-        if action.index != done[action.kind]:
-            return f"stage {stage} runs {action} where {action.kind}{done[action.kind]} is next"
-        if action.kind == "B" and action.index >= done["F"]:
-            return f"stage {stage} runs {action} before F{action.index}"
+        following = done["I" if action.kind == "R" else action.kind]
+        if action.index != following:
+            return f"stage {stage} runs {action} where {action.kind}{following} is next"
+        if (action.kind == "B" and done["I"]) or (action.kind == "I" and done["B"]):
+            return f"stage {stage} runs {action} where its backwards are {'in two parts' if done['I'] else 'whole'}"
+        before = "I" if action.kind == "W" else "F"
+        if action.kind in "BRIW" and action.index >= done[before]:
+            return f"stage {stage} runs {action} before {before}{action.index}"
         return None
 
     # -- the grid -----------------------------------------------------------------------------------
@@ -188,7 +201,7 @@ class Schedule:
         done = _Progress(self.stages, self.local)
         while not done.finished:
             if not done.column(hop):
-                return [_pack(actions) for actions in self.stages]  # a deadlock: show the bare order
+                return self._bare()  # a deadlock: show the bare order
         return done.cells
 
     def _render(self, cells: list[list[Slot]], marked: tuple[int, int] | None = None) -> str:
@@ -216,11 +229,26 @@ class Schedule:
             lines.append(f"stage {stage} | " + " | ".join(padded))
         for stage, declared in enumerate(self.declared):
             lines.append(f"delay {stage} | " + " ".join(map(str, declared)))
+        for stage, (ahead, letters) in enumerate(self.orders):
+            lines.append(f"order {stage} | lead {ahead} {letters}")
         return "\n".join(line.rstrip() for line in lines)
 
     def _error(self, stage: int, place: int, rule: str) -> ScheduleError:
         """``place``: of the offending action in its stage's row, or one past the last."""
-        return ScheduleError(f"{rule}\n{self._render([_pack(actions) for actions in self.stages], (stage, place))}")
+        return ScheduleError(f"{rule}\n{self._render(self._bare(), (stage, place))}")
+
+    def _bare(self) -> list[list[Slot]]:
+        """The cells of each stage, without regard to the others."""
+        fits = _cell(self.stages)
+        rows: list[list[Slot]] = []
+        for actions in self.stages:
+            cells: list[list[Action]] = [[]]
+            for action in actions:
+                if not fits(cells[-1], action):
+                    cells.append([])
+                cells[-1].append(action)
+            rows.append([tuple(cell) for cell in cells])
+        return rows
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
@@ -248,32 +276,35 @@ class Schedule:
             raise ScheduleError(f"one number of micro-batches, at least 1, for each mini-batch; got {first!r}")
         stages: list[tuple[Action, ...]] = []
         declared: list[tuple[int, ...]] = []
+        orders: list[tuple[int, str]] = []
         for line in lines[1:]:
-            row = re.fullmatch(r"(stage|delay) (\d+) \|(.*)", line.strip())
-            rows: list[tuple[Action, ...]] | list[tuple[int, ...]]
-            rows = stages if row and row[1] == "stage" else declared
-            if not row or int(row[2]) != len(rows):
+            row = re.fullmatch(r"(stage|delay|order) (\d+) \|(.*)", line.strip())
+            rows = {"stage": len(stages), "delay": len(declared), "order": len(orders)}
+            if not row or int(row[2]) != rows[row[1]]:
                 raise ScheduleError(f"expected a line 'stage {len(stages)} | ...' or 'delay ...'; got {line!r}")
             words = row[3].replace("|", " ").split()
-            if row[1] == "stage":
+            if row[1] == "order":
+                orders.append(_parse_order(words, line))
+            elif row[1] == "stage":
                 stages.append(tuple(_parse_actions(words, len(stages))))
             elif not all(word.isdecimal() for word in words):
                 raise ScheduleError(f"delays are whole numbers; got {line!r}")
             else:
                 declared.append(tuple(map(int, words)))
-        if len(stages) != int(header[2]) or len(declared) not in (0, len(stages)):
+        if len(stages) != int(header[2]) or any(len(rows) not in (0, len(stages)) for rows in (declared, orders)):
             raise ScheduleError(
                 f"the first line says {header[2]} stages; the grid has {len(stages)} stage lines "
-                f"and {len(declared)} delay lines"
+                f"and {len(declared)} delay lines{f' and {len(orders)} order lines' if orders else ''}"
             )
-        return cls(header[1], sizes, tuple(stages), tuple(declared), header[5] is not None)
+        return cls(header[1], sizes, tuple(stages), tuple(declared), header[5] is not None, tuple(orders))
 
 
 class _Progress:
-    """A run in lock step: in each column a stage runs at most one F and one B, as soon as their inputs are there."""
+    """A run in lock step: in each column a stage runs at most one action of a kind, as soon as their inputs are there."""
 
     def __init__(self, stages: Sequence[Sequence[Action]], local: bool) -> None:
         self.stages, self.local = stages, local
+        self.fits = _cell(stages)
         self.next = [0] * len(stages)  # place of each stage's next action
         self.cells: list[list[Slot]] = [[] for _ in stages]
         self._when: dict[tuple[int, Action], int] = {}  # (stage, action) -> its column
@@ -292,8 +323,7 @@ class _Progress:
             for stage, actions in enumerate(self.stages):
                 while self.next[stage] < len(actions):
                     action = actions[self.next[stage]]
-                    full = any(done.kind == action.kind != "U" for done in cells[stage])
-                    if full or not self._ready(stage, action, now - hop):
+                    if not self.fits(cells[stage], action) or not self._ready(stage, action, now - hop):
                         break
                     cells[stage].append(action)
                     self._when[stage, action] = now
@@ -307,21 +337,21 @@ class _Progress:
         """Whether what the action needs from a neighbour was sent in column ``latest`` or before."""
         if action.kind == "F" and stage > 0:
             source = stage - 1
-        elif action.kind == "B" and stage < len(self.stages) - 1 and not self.local:
+        elif action.kind in "BI" and stage < len(self.stages) - 1 and not self.local:
             source = stage + 1
         else:
             return True
         return self._when.get((source, action), latest + 1) <= latest
 
 
-def _pack(actions: Iterable[Action]) -> list[Slot]:
-    """Cut a stage's actions into cells of at most one F and one B, without regard to its neighbours."""
-    cells: list[list[Action]] = [[]]
-    for action in actions:
-        if action.kind != "U" and any(action.kind == other.kind for other in cells[-1]):
-            cells.append([])
-        cells[-1].append(action)
-    return [tuple(cell) for cell in cells]
+def _cell(stages: Iterable[Iterable[Action]]) -> Callable[[Sequence[Action], Action], bool]:
+    """Whether an action has room in a cell: beside another kind; alone, but for U, where backwards are in two parts."""
+    parts = any(action.kind in "RIW" for actions in stages for action in actions)
+
+    def fits(cell: Sequence[Action], action: Action) -> bool:
+        return action.kind == "U" or not any(parts or other.kind == action.kind for other in cell)
+
+    return fits
 
 
 def _parse_actions(words: Sequence[str], stage: int) -> Iterator[Action]:
@@ -330,23 +360,34 @@ def _parse_actions(words: Sequence[str], stage: int) -> Iterator[Action]:
         if word == "U":
             yield Action("U", updates)
             updates += 1
-        elif re.fullmatch(r"[FB]\d+", word):
-            yield Action("F" if word[0] == "F" else "B", int(word[1:]))
+        elif re.fullmatch(r"[FBRIW]\d+", word):
+            yield Action(cast(Literal["F", "B", "R", "I", "W"], word[0]), int(word[1:]))
         else:
             shown = " ".join([*words[:place], f">{word}<", *words[place + 1 :]])
-            raise ScheduleError(f"a cell holds F<n>, B<n> and U; got {word!r}\nstage {stage} | {shown}")
+            raise ScheduleError(
+                f"a cell holds F<n>, B<n> and U (in two parts R<n>, I<n>, W<n>); got {word!r}\nstage {stage} | {shown}"
+            )
+
+
+def _parse_order(words: Sequence[str], line: str) -> tuple[int, str]:
+    if len(words) != 3 or words[0] != "lead" or not words[1].isdecimal() or not set(words[2]) <= set("FBRIW"):
+        raise ScheduleError(f"an order is written 'lead 2 RFIW'; got {line!r}")
+    return int(words[1]), words[2]
 
 
 def _closed_form_delays(order: Order, num_stages: int, stage: int, sizes: Sequence[int]) -> tuple[int, ...]:
     """The delays from start-up on, from the formula rather than from the actions."""
     ends = list(itertools.accumulate(sizes))
-    ahead = lead(order, num_stages, stage)
-    backward_first = order.backward_first and ahead > 0
+    ahead, letters = lead(order, num_stages, stage), cycle(order, num_stages, stage)
+    # What U comes after, before each forward of the cycle.
+    before = [letters[:place] for place, letter in enumerate(letters) if letter == "F"]
+    through = [part.count("B") + part.count("W") for part in before]
     delays = []
     updates = 0
     for minibatch, (end, size) in enumerate(zip(ends, sizes, strict=True)):
         for micro in range(end - size, end):
-            backwards = micro - ahead + backward_first  # done when F(micro) runs
+            cycles, place = divmod(micro, len(through))
+            backwards = cycles * len(through) + through[place] - ahead  # done when F(micro) runs
             while updates < minibatch and ends[updates] <= backwards:
                 updates += 1
             delays.append(0 if order.flush else minibatch - updates)

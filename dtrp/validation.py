@@ -61,7 +61,7 @@ def nearest(name: object, names: Iterable[str]) -> str | None:
         return difflib.SequenceMatcher(None, known.lower(), text).ratio()
 
     return min(
-        (known for known in names if likeness(known) >= 0.4),
+        (known for known in names if likeness(known) > 0.4),
         # Among equally near ones, the one that begins alike: resnet20 for resnet21, not resnet32.
         key=lambda known: (
             sorted(known.lower()) != sorted(text),

@@ -47,6 +47,9 @@ class Row:
     flush: bool = False
     forward_all: bool = False
     local: bool = False
+    split_backward: bool = False  # W is added to the gradient before the update, as a whole backward's would be
+    leads: Sequence[int] | None = None
+    orders: Sequence[str] | None = None
 
 
 ROWS = {
@@ -62,6 +65,9 @@ ROWS = {
     "pipedream": Row(1, False, "graph", "stashed"),
     "spectrain": Row(1, False, "graph", "stashed", "linear"),
     "dgl": Row(1, False, "graph", "stashed", local=True),
+    "dtrp-split": Row(0.5, False, "input", "current", "rollout", split_backward=True),
+    "spectrain-split": Row(1, False, "graph", "stashed", "linear", split_backward=True),
+    "bp-zb": Row(1, False, "graph", "current", flush=True, split_backward=True),
 }
 
 

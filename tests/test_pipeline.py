@@ -100,7 +100,8 @@ def test_flush_in_the_middle(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("num_microbatches", [1, 4])
 @pytest.mark.parametrize(
-    ("name", "num_stages"), [*((name, 1) for name in dtrp.list_methods()), ("bp", 4), ("gpipe", 3), ("bp", 8)]
+    ("name", "num_stages"),
+    [*((name, 1) for name in dtrp.list_methods()), ("bp", 4), ("gpipe", 3), ("bp", 8), ("bp-zb", 4)],
 )
 def test_without_delay_it_is_a_plain_loop_to_the_bit(
     name: str, num_stages: int, num_microbatches: int, dtype: torch.dtype
@@ -123,7 +124,7 @@ def test_without_delay_it_is_a_plain_loop_to_the_bit(
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", ["dtrp", "dtrp-1f1b"])
+@pytest.mark.parametrize("name", ["dtrp", "dtrp-1f1b", "dtrp-split"])
 @pytest.mark.parametrize(("num_stages", "num_microbatches"), [(2, 1), (4, 1), (4, 4), (3, 2)])
 def test_with_perfect_prediction_it_is_backpropagation_to_the_bit(
     name: str, num_stages: int, num_microbatches: int, dtype: torch.dtype
@@ -136,13 +137,14 @@ def test_with_perfect_prediction_it_is_backpropagation_to_the_bit(
     assert len(prophet.asked) == len(set(prophet.asked)) == late > 0, "asked once per F(m) with a delay"
 
 
-def test_a_prophet_who_is_off_by_one_is_noticed() -> None:
+@pytest.mark.parametrize("name", ["dtrp", "dtrp-split"])
+def test_a_prophet_who_is_off_by_one_is_noticed(name: str) -> None:
     """The theorem's test can fail: one version too many breaks it."""
     model = network()
     plain, batches = clone(model), minibatches(10)
     stages = into_stages(plain, 2)
     history: list[list[list[Tensor]]] = [[] for _ in stages]
-    pipe = pipeline(model, sgd, num_stages=2, method=dtrp.get_method("dtrp", predict=Prophet(history)))
+    pipe = pipeline(model, sgd, num_stages=2, method=dtrp.get_method(name, predict=Prophet(history)))
 
     def record() -> None:
         for versions, stage in zip(history, stages, strict=True):

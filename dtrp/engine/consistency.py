@@ -86,6 +86,7 @@ def _described(module: nn.Module) -> dict[str, str]:
 def method_values(method: Method) -> dict[str, Any]:
     """The fields of a method as values that can be compared; a predictor object by its name or its type."""
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
     if not isinstance(method.predict, (str, NoneType)):
         built_in = isinstance(method.predict, BuiltInPredictor)
         values["predict"] = method.predict.name if built_in else type(method.predict).__name__

@@ -10,6 +10,7 @@ slot m of a method that recomputes, backward first::
       5. wait for the input of m              sent by the stage before, in its last slot
       6. forward; send the output
 
+Where backwards are in two parts, 3 differentiates down to the input alone, and the weights' gradients come later.
 Where every stage has a loss there is no 2, and in 6 the micro-batch's targets go along with the output. No gradient
 then holds up a stage that is faster than the next, so it waits before it sends until there is room.
 """
@@ -276,7 +277,7 @@ class DistributedEngine(Engine):
         for slot in slots:
             for action in slot:
                 minibatch = self.num_updates if action.kind == "F" else stage.version
-                if action.kind == "B":
+                if action.kind in "BIR":
                     minibatch = self._notes[0].minibatch
                 with (
                     naming(stage.index, action, minibatch),
@@ -285,10 +286,14 @@ class DistributedEngine(Engine):
                 ):
                     if action.kind == "F":
                         self._forward(action)
-                    elif action.kind == "B":
-                        self._backward(action)
-                    else:
+                    elif action.kind == "U":
                         self._update()
+                    elif action.kind == "R":
+                        self._recompute(action)
+                    elif action.kind == "W":
+                        stage.weight_backward(action.index)
+                    else:
+                        self._backward(action)
 
     def _forward(self, action: Action) -> None:
         assert self._minibatch_note is not None
@@ -339,6 +344,10 @@ class DistributedEngine(Engine):
         if added is not None:
             out = out, added
         self._send(link, note._replace(added=int(added is not None)), out)
+
+    def _recompute(self, action: Action) -> None:
+        if self._notes[0].samples:
+            self._stage.recompute()
 
     def _backward(self, action: Action) -> None:
         note, gradient = self._notes.popleft(), None

@@ -158,7 +158,7 @@ class LocalEngine(Engine):
     def _is_ready(self, stage: int, action: Action) -> bool:
         if action.kind == "F":
             return action.index in self._inputs[stage]
-        if action.kind == "B" and stage < len(self.stages) - 1 and not self._has_local_losses:
+        if action.kind in "BI" and stage < len(self.stages) - 1 and not self._has_local_losses:
             return action.index in self._gradients[stage]
         return action.kind != "U" or self._may_update(stage, action)
 
@@ -179,7 +179,7 @@ class LocalEngine(Engine):
 
     def _do(self, index: int, action: Action) -> None:
         stage, m = self.stages[index], action.index
-        minibatch = stage.version if action.kind == "U" else self._micros[m].minibatch
+        minibatch = stage.version if action.kind in "WU" else self._micros[m].minibatch
         with (
             naming(index, action, minibatch),
             self.working_times[index].working(),
@@ -187,10 +187,14 @@ class LocalEngine(Engine):
         ):
             if action.kind == "F":
                 self._forward(index, m)
-            elif action.kind == "B":
-                self._backward(index, m)
-            else:
+            elif action.kind == "U":
                 stage.update(self._norms)
+            elif action.kind == "R":
+                stage.recompute()
+            elif action.kind == "W":
+                stage.weight_backward(m)
+            else:
+                self._backward(index, m)
 
     def _forward(self, index: int, m: int) -> None:
         stage, micro, is_last = self.stages[index], self._micros[m], index == len(self.stages) - 1

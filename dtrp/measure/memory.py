@@ -36,6 +36,7 @@ class StageSizes:
         graph: what its autograd graph saves.
         output: the stage's output.
         trains: whether the stage, or one before it, has something to train; else it keeps nothing.
+        deferred: what the second part of a divided backward waits with; None: as ``graph``, about which it is.
     """
 
     weights: float
@@ -45,6 +46,7 @@ class StageSizes:
     graph: float
     output: float = 0.0
     trains: bool = True
+    deferred: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Footprint:
     Attributes:
         weights, optimizer, gradients: as in `Pipeline.memory`.
         predicted: the predicted copy that a forward reads.
-        stash: inputs, kept graphs, and the copies of weights on which these are built.
+        stash: inputs, kept graphs, and the copies of weights on which these are built; and what the second parts of
+            divided backwards wait with, about a graph each.
         graph: the graph that a backward recomputes.
         messages: an input and a gradient received ahead, and what is being sent; no gradients where stages have their
             own loss.
@@ -88,16 +91,20 @@ def footprint(method: Method, num_stages: int, stage: int, num_microbatches: int
     recomputes = sizes.trains and method.recomputes(num_stages, stage)
     kept = (sizes.input if recomputes else sizes.input + sizes.graph) if sizes.trains else 0.0  # of a micro-batch
     graph = sizes.graph if recomputes else 0.0
+    deferred = 0.0 if not sizes.trains else sizes.graph if sizes.deferred is None else sizes.deferred
     predicts = method.predict is not None and not last
     copies = not recomputes or method.backward_at == "stashed"
-    order = _Order(method.ahead, method.backward_first, method.flush, method.forward_all, method.local)
+    order = _Order(*(getattr(method, field) for field in _Order._fields[:-1]))
     # What dtrp predicts is the same for micro-batches of one version and horizon; another predictor may differ.
     shared = not predicts or isinstance(method.predict, str)
     moments, delayed = _moments(order, num_stages, stage, num_microbatches, predicts, shared)
     stash, added = max(
         (
-            (held * kept + (versions if copies else 0) * sizes.trained, graph if backward else 0.0)
-            for held, versions, backward in moments
+            (
+                held * kept + (versions if copies else 0) * sizes.trained + waiting * deferred,
+                graph if backward else 0.0,
+            )
+            for held, versions, backward, waiting in moments
         ),
         key=sum,
     )
@@ -138,17 +145,21 @@ class _Order(NamedTuple):
 
     ahead: float
     backward_first: bool
+    keep: Keep
     flush: bool
     forward_all: bool
     local: bool
+    split_backward: bool
+    leads: tuple[int, ...] | None
+    orders: tuple[str, ...] | str | None
     name: str = "any"
 
 
 @functools.lru_cache(maxsize=1024)
 def _moments(
     order: _Order, num_stages: int, stage: int, num_microbatches: int, predicts: bool, shared: bool
-) -> tuple[frozenset[tuple[int, int, bool]], bool]:
-    """What a stage holds at some time: (micro-batches, versions of the weights, whether a B runs).
+) -> tuple[frozenset[tuple[int, int, bool, int]], bool]:
+    """What a stage holds at some time: (micro-batches, versions of the weights, whether a B is on, second parts of B).
 
     And whether any forward has a delay.
     """
@@ -156,8 +167,9 @@ def _moments(
     # Up to the lead, and until every micro-batch in the stash may have read another version.
     minibatches = 2 * math.ceil((work.lead + 1) / num_microbatches) + 2
     held: deque[tuple[int, int] | None] = deque()  # the version that each micro-batch in the stash has read
-    moments: set[tuple[int, int, bool]] = set()
-    delayed, version = False, 0
+    waiting: deque[tuple[int, int] | None] = deque()  # and those whose W is to come
+    moments: set[tuple[int, int, bool, int]] = set()
+    delayed, version, repeated = False, 0, False
     for minibatch in range(minibatches + 1):
         slots = work.minibatch(num_microbatches) if minibatch < minibatches else work.flush()
         for action in itertools.chain.from_iterable(slots):
@@ -169,9 +181,14 @@ def _moments(
                 held.append((version, horizon if predicts else 0) if copied else None)
             elif action.kind == "U":
                 version += 1
-            moments.add((len(held), len(set(held) - {None}), action.kind == "B"))
-            if action.kind == "B":
-                held.popleft()
+            repeated = repeated or action.kind in "RBI"
+            moments.add((len(held), len({*held, *waiting} - {None}), repeated, len(waiting)))
+            if action.kind in "BI":
+                first, repeated = held.popleft(), False
+                if action.kind == "I":
+                    waiting.append(first)
+            elif action.kind == "W":
+                waiting.popleft()
     return frozenset(moments), delayed
 
 

@@ -136,6 +136,11 @@ class StageEngine(DistributedEngine):
         terms = self._stage.added_loss(added)
         self._outcomes.append((output if self._keeps_outputs else None, loss if terms is None else loss + terms))
 
+    def _recompute(self, action: Action) -> None:
+        self._call.keywords = self._keywords[action.index]
+        super()._recompute(action)
+        self._call.keywords = {}
+
     def _backward(self, action: Action) -> None:
         self._call.keywords = self._keywords.pop(action.index)
         super()._backward(action)

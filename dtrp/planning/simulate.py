@@ -5,6 +5,7 @@ before and its message has arrived; a message leaves when the action ends, and b
 
     F(m)    wait for the input; forward                     (what it predicts, it predicts before it waits)
     B(m)    repeat the forward, if the stage recomputes; wait for the gradient; backward
+    R(m), I(m), W(m)    of a backward in two parts: repeat the forward; wait for the gradient, first part; second part
     U       update
 
     message    waits until the link has sent those before it (bytes / bandwidth each), then takes the latency
@@ -30,11 +31,13 @@ from ..validation import is_number, whole
 
 Seconds = float | Callable[[Random], float]
 PerStage = Seconds | Sequence[Seconds]
-_StageTimes = tuple[Seconds, ...]  # of the forward, its recompute, the backward, the update and the prediction
+# Of the forward, its recompute, the backward or its first part, the second part, the update and the prediction.
+_StageTimes = tuple[Seconds, ...]
+_PLACES = {"F": 0, "R": 1, "B": 2, "I": 2, "W": 3, "U": 4}  # among them, of an action's own
 
 
 class SimulatedSpan(NamedTuple):
-    """One action: ``F``, ``B`` or ``U``, of a micro-batch (of a mini-batch for U); seconds from the start.
+    """One action, as `dtrp.schedule.Action`, of a micro-batch (U: of a mini-batch); seconds from the start.
 
     A B that recomputes starts when it begins to recompute, and may wait for its gradient in between.
     """
@@ -92,6 +95,7 @@ def simulate(
     num_microbatches: int | Sequence[int] = 1,
     forward_s: PerStage,
     backward_s: PerStage,
+    weight_s: PerStage | None = None,
     nograd_forward_s: PerStage | None = None,
     update_s: PerStage = 0.0,
     predict_s: PerStage = 0.0,
@@ -112,6 +116,8 @@ def simulate(
     4.0
     >>> simulate("bp", num_stages=4, num_minibatches=8, num_microbatches=4, forward_s=1, backward_s=2).minibatch_s
     21.0
+    >>> simulate("bp-zb", num_stages=4, num_minibatches=8, num_microbatches=4, forward_s=1, backward_s=2).minibatch_s
+    15.0
 
     A time is a number of seconds, or a function of a `random.Random` that draws a new time at every use. Times and
     speeds hold for all stages, or are a sequence with a value for every stage; latencies, bandwidths and message sizes
@@ -125,6 +131,8 @@ def simulate(
         forward_s: seconds of F(m), the forward of **one micro-batch**, with a graph; a recompute takes as long. The
             time of an auxiliary network is a part of it, and of the times below.
         backward_s: seconds of B(m), without its recompute.
+        weight_s: seconds of W(m), the part of ``backward_s`` that waits where the method has its backwards in two parts;
+            None: half of it.
         nograd_forward_s: seconds of F(m) where no graph is made; None: as ``forward_s``.
         update_s: seconds of U.
         predict_s: seconds of the prediction before an F, where the method predicts and there is a delay.
@@ -151,6 +159,7 @@ def simulate(
     forward = _times("forward_s", forward_s, speeds)
     nograd = forward if nograd_forward_s is None else _times("nograd_forward_s", nograd_forward_s, speeds)
     backward = _times("backward_s", backward_s, speeds)
+    first_part, second_part = _divided(method, backward, weight_s, speeds)
     update = _times("update_s", update_s, speeds)
     predict = _times("predict_s", predict_s, speeds)
     latency = _times("latency_s", latency_s, [1.0] * hops, "hop")
@@ -169,9 +178,29 @@ def simulate(
     first = [nograd[k] if kept == "input" else forward[k] for k, kept in enumerate(keeps)]
     again = [forward[k] if kept == "input" else 0.0 for k, kept in enumerate(keeps)]
     predict = [predict[k] if method.predict is not None and k < hops else 0.0 for k in range(num_stages)]
-    stages = list(zip(first, again, backward, update, predict, strict=True))
+    stages = list(zip(first, again, first_part, second_part, update, predict, strict=True))
     links = [(size / rate, time) for size, rate, time in zip(sent, bandwidth, latency, strict=True)]
     return _Run(method, sizes, stages, links, seed).simulation(peak_bytes)
+
+
+def _divided(
+    method: Method, backward: list[Seconds], weight_s: PerStage | None, speeds: Sequence[float]
+) -> tuple[list[Seconds], list[Seconds]]:
+    """The times of I and W, by stage; those of B and none, where the method has its backwards whole."""
+    if not method.split_backward:
+        return backward, [0.0] * len(backward)
+    if weight_s is None:
+        return [_scaled(time, 2) for time in backward], [_scaled(time, 2) for time in backward]
+    weights = _times("weight_s", weight_s, speeds)
+    if any(callable(time) for time in (*backward, *weights)):
+        raise PlanError(
+            "weight_s: leave it out where a time of backward_s or weight_s is drawn; W is half of each then"
+        )
+    parts = [(cast(float, whole), cast(float, part)) for whole, part in zip(backward, weights, strict=True)]
+    for whole_s, part_s in parts:
+        if part_s > whole_s:
+            raise PlanError(f"weight_s={part_s:g}: W is a part of the backward, which takes {whole_s:g}")
+    return [whole_s - part_s for whole_s, part_s in parts], weights
 
 
 def keeps_of(method: Method, num_stages: int, keep: Keep | Sequence[Keep] | None = None) -> list[Keep]:
@@ -220,6 +249,9 @@ class _Link:
             self.arrivals.append(now + latency)
 
 
+_Wires = tuple[
+    deque[float] | None, Callable[[float], None] | None
+]  # what brings an action's input, and takes its output
 _Links = tuple[_Link | None, _Link | None]
 
 
@@ -292,16 +324,33 @@ class _Run:
             random = Random(f"{self.seed} stage {k}")
             workers.append(_work(traces[k], times, random, received=(down[k], up[k + 1]), sent=(down[k + 1], up[k])))
         while not all(trace.finished for trace in traces):
-            for worker in itertools.chain(workers, reversed(workers)):
-                next(worker, None)  # as far as it can go
+            ended = sum(trace.finished for trace in traces)
+            moved = [
+                next(worker, False) for worker in itertools.chain(workers, reversed(workers))
+            ]  # as far as each can go
+            if not any(moved) and ended == sum(trace.finished for trace in traces):
+                raise PlanError(
+                    f"the orders of method {self.method.name!r} deadlock: each stage waits for what another one sends later; "
+                    "change leads and orders (a stage's lead is at least that of the next one)"
+                )
         return traces
 
     def _links(self, direction: str) -> list[_Link]:
         return [_Link(*link, Random(f"{self.seed} {direction} {k}")) for k, link in enumerate(self.links)]
 
 
-def _work(trace: _Trace, times: _StageTimes, random: Random, received: _Links, sent: _Links) -> Iterator[None]:
-    """A stage at work; yields where it has to wait for what has not been sent yet.
+def _wires(received: _Links, sent: _Links, updated: Callable[[float], None]) -> dict[str, _Wires]:
+    """By kind of action what brings its input, and what is told of its end."""
+    inputs, gradients = (None if link is None else link.arrivals for link in received)
+    send_output, send_gradient = (None if link is None else link.send for link in sent)
+    backward: _Wires = (gradients, send_gradient)
+    return {
+        "F": (inputs, send_output), "B": backward, "I": backward, "R": (None, None), "W": (None, None), "U": (None, updated)
+    }  # fmt: skip
+
+
+def _work(trace: _Trace, times: _StageTimes, random: Random, received: _Links, sent: _Links) -> Iterator[bool]:
+    """A stage at work; where it has to wait for what has not been sent yet, it yields whether it has moved since.
 
     Args:
         trace: what happens is written into it.
@@ -311,55 +360,52 @@ def _work(trace: _Trace, times: _StageTimes, random: Random, received: _Links, s
         sent: links that take the outputs and the gradients of the inputs.
     """
     # The loop runs once an action: what it reads lies in local names.
-    inputs, gradients = (None if link is None else link.arrivals for link in received)
-    send_output, send_gradient = (None if link is None else link.send for link in sent)
     remember, starts, ends, updated = trace.remember, trace.starts.append, trace.ends.append, trace.update_ends.append
-    arrivals: deque[float] | None
-    send: Callable[[float], None] | None
+    wires = _wires(received, sent, updated)
     drawn = any(map(callable, times))
-    f, r, b, u, p = (0.0 if callable(time) else time for time in times)
+    now = [0.0 if callable(time) else time for time in times]
     clock = busy = 0.0
     held = peak = version = 0
     predicted = -1, -1
+    moved = False
     delays: dict[int, int] = {}
     for minibatch, slots in enumerate(trace.slots()):
         for action in itertools.chain.from_iterable(slots):
             start = clock
             if drawn:
-                f, r, b, u, p = (time(random) if callable(time) else time for time in times)
-            if action.kind == "F":
-                before, work = 0.0, f
-                arrivals, send = inputs, send_output
+                now = [time(random) if callable(time) else time for time in times]
+            kind = action.kind
+            before, work = 0.0, now[_PLACES[kind]]
+            arrivals, send = wires[kind]
+            if kind == "F":
                 delay = minibatch - version
                 delays[delay] = delays.get(delay, 0) + 1
-                if delay and p and predicted != (version, delay):
+                if delay and predicted != (version, delay):
                     predicted = version, delay
-                    before = p
-                    busy += p
-                busy += f
+                    before = now[-1]
                 held += 1
                 if held > peak:
                     peak = held
-            elif action.kind == "B":
-                before, work = r, b
-                arrivals, send = gradients, send_gradient
-                busy += r + b
+            elif kind == "B":
+                before = now[_PLACES["R"]]
                 held -= 1
-            else:
-                before, work = 0.0, u
-                arrivals, send = None, updated
-                busy += u
+            elif kind == "W":
+                held -= 1
+            elif kind == "U":
                 version += 1
+            busy += before + work
             clock += before
             if arrivals is not None:
                 while not arrivals:
-                    yield
+                    yield moved
+                    moved = False
                 arrived = arrivals.popleft()
                 if arrived > clock:
                     clock = arrived
                     if not before:
                         start = clock
             clock += work
+            moved = True
             if send is not None:
                 send(clock)
             if remember:

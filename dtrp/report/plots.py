@@ -275,6 +275,12 @@ def _timelines(groups: Groups) -> list[Plot]:
     return [_timeline(label, run) for label, run in traced[:_MOST_TIMELINES]]
 
 
+_SPANS = {
+    "F": "forward", "R": "forward, repeated", "B": "backward", "I": "backward, of the input", "W": "backward, of the weights",
+    "U": "update", "wait": "waits for a message",
+}  # fmt: skip
+
+
 def _timeline(label: str, run: Run) -> Plot:
     """What ran when in milliseconds, for some mini-batches from the middle of the run, in the first replica."""
     lanes: dict[tuple[int, int], str] = {}
@@ -289,7 +295,7 @@ def _timeline(label: str, run: Run) -> Plot:
     length = 1e6 * MINIBATCHES_SHOWN * float(summary_of(run)["minibatch_s"])
     begin = float(spans[len(spans) // 2]["ts"]) if spans else 0.0
     series: Series = {}
-    for kind, words in (("F", "forward"), ("B", "backward"), ("U", "update"), ("wait", "waits for a message")):
+    for kind, words in _SPANS.items():
         shown = [span for span in spans if span["cat"] == kind and begin <= float(span["ts"]) < begin + length]
         if shown:
             series[words] = {

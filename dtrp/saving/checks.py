@@ -107,16 +107,18 @@ def expect_one_run(manifest: dict[str, Json], leads: list[int]) -> None:
 
 
 def _expect_in_flight(manifest: dict[str, Json], part: dict[str, Json], what: str, lead: int) -> None:
-    forward, backward, update, left = part["position"]
+    forward, backward, update, left, *second = part["position"]
+    through = second[1] if second else backward  # micro-batches whose backward is through, both its parts
     notes = [tuple(note) for note in part["notes"]]
     counted = (part["num_updates"], part["next_microbatch"], part["version"])
     expect(counted == (manifest["num_updates"], manifest["next_microbatch"], update), f"{what} is of another run")
     expect(forward == part["next_microbatch"] and forward - backward <= lead, f"{what} is more than its lead")
-    fits = sum(left) == len(notes) == forward - backward and 0 not in left
+    fits = len(notes) == forward - backward and sum(left) == forward - through and 0 not in left
+    fits = fits and through <= backward
     fits = fits and len(left) == len(part["samples"]) == part["num_updates"] - update
     expect(fits, f"{what} is not what is left")
     minibatches = [update + i for i, count in enumerate(left) for _ in range(count)]
-    in_order = list(zip(range(backward, forward), minibatches, strict=True))
+    in_order = list(zip(range(backward, forward), minibatches[backward - through :], strict=True))
     expect([note[:2] for note in notes] == in_order, f"{what} is out of order")
     kept = [tuple(entry["micro"][:2]) for entry in part["stash"]]
     expect(kept == [note[:2] for note in notes if note[3]], f"{what} is not what is kept")

@@ -48,6 +48,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
     def encode(value: Any, name: str) -> Json:
         return encoder.encode(value, f"stage{stage.index}.replica{stage.replica}.{name}")
 
+    stage.finish_weights()  # the same bits as later, and no graph's leavings to write down
     versions = list({id(held.weights): held.weights for held in stage.stash if held.weights is not None}.values())
     numbers = {id(version): i for i, version in enumerate(versions)}
     shared = {id(version): list(key) for key, version in stage.versions.shared.items()}
@@ -73,7 +74,7 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
         "predictor": encode(_predictor_state(stage), "predictor"),
         "num_updates": progress.num_updates,
         "next_microbatch": progress.next_microbatch,
-        "position": [*progress.position[:3], list(progress.position.left)],
+        "position": _encode_position(progress.position),
         "notes": [list(note) for note in progress.notes],
         "samples": progress.samples,
         "arrived": encode(progress.gradients, "arrived"),
@@ -86,6 +87,12 @@ def encode_stage(encoder: Encoder, stage: Stage, progress: Progress) -> dict[str
         part["optimizer_type"] = type(stage.optimizer).__name__
         part["scheduler"] = encode(stage.lr_scheduler.state_dict() if stage.lr_scheduler else None, "scheduler")
     return part
+
+
+def _encode_position(position: Position) -> list[Json]:
+    """Of whole backwards as older checkpoints have it; of those in two parts with the place in the cycle and the next W."""
+    counts: list[Json] = [*position[:3], list(position.left)]
+    return counts if position.next_weights is None else [*counts, position.place, position.next_weights]
 
 
 def _named_buffers(module: nn.Module) -> dict[str, Tensor | None]:
@@ -163,8 +170,10 @@ def _predictor_state(stage: Stage) -> Any:
 
 def check_form(where: str, part: dict[str, Json]) -> None:
     """Check that the numbers of a stage's part have the right types."""
-    counts = [part["version"], part["num_updates"], part["next_microbatch"], *part["position"][:3]]
-    checks.expect_counts(counts, f"the counters of {where}", 6)
+    position = part["position"]
+    checks.expect(isinstance(position, list) and len(position) in (4, 6), f"the position of {where}")
+    counts = [part["version"], part["num_updates"], part["next_microbatch"], *position[:3], *position[4:]]
+    checks.expect_counts(counts, f"the counters of {where}", len(counts))
     for name, length in (("peaks", 2), ("skipped", None), ("samples", None)):
         checks.expect_counts(part[name], f"{name!r} of {where}", length)
     checks.expect_counts(part["position"][3], f"the position of {where}")
@@ -321,14 +330,17 @@ class SavedStage:
 
     def _read_progress(self) -> Progress:
         part = self._part
-        forward, backward, update, left = part["position"]
+        forward, backward, update, left, *place = part["position"]
         arrived, keywords = self._decode(part["arrived"]), self._decode(part["keywords"])
         fits = isinstance(arrived, list) and all(map(_is_gradient, arrived))
         checks.expect(fits, f"what has arrived at {self._where} are no gradients")
         fits = isinstance(keywords, list) and len(keywords) in (0, len(part["notes"]))
         fits = fits and all(type(k) is dict for k in keywords)
         checks.expect(fits, f"the keyword arguments of {self._where} are none")
-        notes, position = [Note(*note) for note in part["notes"]], Position(forward, backward, update, tuple(left))
+        notes, position = (
+            [Note(*note) for note in part["notes"]],
+            Position(forward, backward, update, tuple(left), *place),
+        )
         counted = part["num_updates"], part["next_microbatch"]
         return Progress(*counted, position, notes, list(part["samples"]), arrived, keywords)
 

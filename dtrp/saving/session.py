@@ -12,6 +12,7 @@ If a rank fails in 1 to 3, all ranks raise, nothing has changed, and the run goe
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -23,7 +24,8 @@ import torch
 from ..atomic_file import whole_file
 from ..engine.base import Engine
 from ..errors import StageError
-from ..schedule import lead
+from ..methods import Method
+from ..schedule import most_in_flight
 from ..stage.stage import Stage
 from ..typing import Json, StateDict
 from . import checks, exact, folder, manifest, portable, state_dict
@@ -258,7 +260,7 @@ def _load_exact(engine: Engine, found: Checkpoint, settings: dict[str, Json]) ->
     for name, part in sorted(saved["state"].items()):
         exact.check_form(f"stage {name}", part)
     method = engine.stages[0].method
-    checks.expect_one_run(saved, [lead(method, found.num_stages, k) for k in range(found.num_stages)])
+    checks.expect_one_run(saved, [most_in_flight(method, found.num_stages, k) for k in range(found.num_stages)])
     stages = []
     for stage in engine.stages:
         part, common = saved["state"][f"{stage.index}.{stage.replica}"], saved["state"][f"{stage.index}.0"]
@@ -286,10 +288,12 @@ def _differences(found: Checkpoint, settings: dict[str, Json]) -> Iterator[str]:
     for name, word in _COUNTED.items():
         if saved[name] != settings[name]:
             yield f"was saved with {saved[name]} {word}, and this pipeline has {settings[name]}"
+    defaults = {field.name: field.default for field in dataclasses.fields(Method)}  # of fields that older ones lack
     for name, value in settings["method"].items():
-        if saved["method"].get(name) != value:
+        theirs = saved["method"].get(name, defaults[name])
+        if theirs != value:
             yield (
-                f"was saved by method {found.method!r} with {name}={saved['method'].get(name)!r}, and this pipeline has "
+                f"was saved by method {found.method!r} with {name}={theirs!r}, and this pipeline has "
                 f"{settings['method']['name']!r} with {name}={value!r}"
             )
     for k, (theirs, ours) in enumerate(zip(saved["layers"], settings["layers"], strict=True)):

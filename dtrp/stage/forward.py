@@ -92,7 +92,9 @@ class RepeatableForward:
         """Within it the module has these weights, by parameter name, in the places of its parameters."""
         return self._places.hold(weights)
 
-    def run(self, held: StashEntry, weights: dict[str, Tensor], moves: Moves = "current") -> tuple[Tree, Tensor | None]:
+    def run(
+        self, held: StashEntry, weights: dict[str, Tensor], moves: Moves = "current", *, judges: bool = True
+    ) -> tuple[Tree, Tensor | None]:
         """The module's forward and the loss, where there is one.
 
         Args:
@@ -103,9 +105,10 @@ class RepeatableForward:
                 ``ahead`` of them; or on copies: of what a graph or the next first forward reads, ``discarded``
                 afterwards; of the current ones, ``tried`` and discarded; or of the current ones, ``returned`` to the
                 module afterwards, so that nothing writes what a kept graph has saved.
+            judges: whether to call the loss.
 
         Returns:
-            The output, and the loss or None. At the last stage the loss is the output too.
+            The output, and the loss or None. At the last stage the loss is the output too, if it was called.
         """
         current = buffers_of(self._whole) if moves != "current" or self.ahead is not None else {}
         state = self._state(held, current, moves)
@@ -121,7 +124,9 @@ class RepeatableForward:
         with self._draws.region(held.micro.index), held.autocast.region(), repeating() if is_trial else nullcontext():
             within = self._entered_state(state, current, moves)
             with self._shared_unwritten(state):
-                out, loss = self._compute(held, weights, unflatten(form, iter(entered)), inputs, entered, within)
+                out, loss = self._compute(
+                    held, weights, unflatten(form, iter(entered)), inputs, entered, within, judges
+                )
         made = {} if state is None else dict(state.buffers)
         if check_unshared is not None:
             check_unshared(made)
@@ -148,6 +153,7 @@ class RepeatableForward:
         inputs: list[Tensor],
         entered: list[Tensor],
         state: AbstractContextManager[None],
+        judges: bool,
     ) -> tuple[Tree, Tensor | None]:
         """Call the module, the auxiliary network and the loss, and check what they have read.
 
@@ -158,6 +164,7 @@ class RepeatableForward:
             inputs: the tensors of the stage's input.
             entered: the same as the module is given them, the tensors of x.
             state: within it the module has the buffers that it is to move.
+            judges: whether to call the loss.
         """
         stage, reach = self._draws.stage, self._reach
         watched = reach if reach is not None and reach.covers(held.micro.minibatch) else None
@@ -167,7 +174,7 @@ class RepeatableForward:
                 out = self._call(x)
                 judged = out if self._call_aux is None else self._judged(out)
             with watch:
-                loss = None if self._loss_fn is None else self._loss(judged, held, terms)
+                loss = None if self._loss_fn is None or not judges else self._loss(judged, held, terms)
         held.added = functools.reduce(torch.add, terms) if terms else None
 
         def inside() -> list[Tensor]:
@@ -179,7 +186,7 @@ class RepeatableForward:
             reach.check_leaves(stage, terms, inside)
         if reach is not None and loss is not None:
             reach.check_loss(stage, judged, loss, inside, self._loss_fn)
-        if self._is_last:
+        if self._is_last and judges:
             return loss, loss
         flatten(out)  # raises where the output cannot be passed on
         return out, loss

@@ -13,6 +13,9 @@ For micro-batch m of mini-batch b, at a stage whose weights have had v updates (
                                                                 (or at the copy); buffers move now
              5. differentiate, add to the stage's gradients  5. the same
 
+             In two parts: I differentiates down to the input, and leaves for W what the weights' gradients are made of
+             (`dtrp.stage.deferral`); R is 4.
+
     U        6. is the gradient finite? clip it
              7. gradients into p.grad, optimizer.step(), lr_scheduler.step()
 
@@ -50,14 +53,18 @@ from ..tensors.module_mode import in_modes, modes_of
 from ..tensors.nbytes import states_bytes, tensor_bytes, value_bytes
 from ..tensors.parameter_hooks import attach
 from ..tensors.pytree import flatten, map_tensors, tensors_of, unflatten
+from ..tensors.rng import generator
+from ..tensors.torch_private import has_gradient_hooks
 from ..typing import Tree
+from .deferral import Division, receiving
+from .deferral.trying import Tried
 from .forward import Moves, RepeatableForward
 from .gradients import gradient_norm, mark_nonfinite, shows_nonfinite
 from .optimizer_step import OptimizerSteps
 from .reach import Reach, strange_leaves
 from .repetition import Repetition, repeating, sizes_of
 from .specs import StageNetwork, StagePosition, StageTraining
-from .stash import MicroBatch, StashEntry, stash_bytes
+from .stash import MicroBatch, StashEntry, WaitingWeights, stash_bytes
 from .tied import Tie
 from .weight_versions import WeightVersion, WeightVersions, weight_marks
 
@@ -96,6 +103,10 @@ class Stage:
         for p in self.parameters:
             p.grad = None
         self.repeatable = RepeatableForward(network, self.draws, reach, is_last=position.is_last)
+        divides = self.method.split_backward and not self.compiles and bool(self.parameters)
+        self.division = Division(self.whole, self.parameters) if divides else None
+        self._division_tried = False
+        self._deferred_bytes = 0  # what the weights' gradients of one micro-batch wait with
         self.repetition = Repetition(self.repeatable, self.whole, self.parameters)
         self._note_ties(network.ties)
         # A frozen front part has nothing to differentiate, so nothing to keep and nothing to repeat.
@@ -114,6 +125,7 @@ class Stage:
         self.stash_peak = self.activations_peak = self.gradients_peak = 0  # bytes
         self.gauge: PredictionErrorGauge | None = None  # of the distance from the weights read to the true ones
         self.stash: deque[StashEntry] = deque()  # the micro-batches between their F and their B, the oldest first
+        self._waiting: deque[WaitingWeights] = deque()  # those between the two parts of their B
         self._spoiled: list[Tensor] = []  # for each micro-batch of the mini-batch, whether its loss was not finite
         self._spent: list[Tensor | None] = []  # the gradients of the last update
         self._prepared: WeightVersion | None = None  # made ahead of its F, which finds it among the shared ones
@@ -255,6 +267,7 @@ class Stage:
             input=value_bytes(leaf),
             graph=graph_bytes,
             output=value_bytes(out),
+            deferred=self._deferred_bytes if self.division is not None else None,
         )
         del trial, out
         self.keep_as(
@@ -292,7 +305,8 @@ class Stage:
     def _known_gradients(self) -> dict[str, Any]:
         """The keyword arguments of a predictor that uses gradients."""
         # A forward with a delay is of a later mini-batch than this version's, so all of its forwards are through.
-        waiting = sum(held.micro.share for held in self.stash if held.micro.minibatch == self.version)
+        micros = [held.micro for held in self.stash] + [held.micro for held in self._waiting]
+        waiting = sum(micro.share for micro in micros if micro.minibatch == self.version)
         known = any(gradient is not None for gradient in self.gradients)
         return {"gradients": self.gradients, "share": max(0.0, 1.0 - waiting) if known else 0.0}
 
@@ -317,8 +331,20 @@ class Stage:
         if weight is not None:
             self.stash[0].micro = dataclasses.replace(self.stash[0].micro, weight=weight)
 
+    def weight_backward(self, microbatch: int) -> None:
+        """W: add the gradients that the I of ``microbatch`` has left, if it has left any."""
+        if self._waiting and self._waiting[0].micro.index == microbatch:
+            waiting = self._waiting.popleft()
+            with self._gradients_at(waiting.leaves):
+                waiting.queue.run()
+
+    def finish_weights(self) -> None:
+        """Add all gradients that wait, now; their W find nothing to do."""
+        while self._waiting:
+            self.weight_backward(self._waiting[0].micro.index)
+
     def backward(self, grad: Gradients) -> Gradients:
-        """B of the oldest micro-batch in the stash.
+        """B of the oldest micro-batch in the stash; I, where backwards are in two parts.
 
         Args:
             grad: the gradient of its output, from the next stage: a tensor, or where the output was a tree a list with
@@ -362,15 +388,75 @@ class Stage:
         self, held: StashEntry, roots: Sequence[Tensor | GradientEdge], starts: Sequence[Tensor | None]
     ) -> None:
         """Differentiate from ``roots``, with the gradients ``starts``, and add to the stage's gradients."""
-        leaves = self.parameters if held.weights is None else held.weights.leaves
+        leaves = self._leaves(held.weights)
+        # An activation checkpoint inside the module runs a part of it again: at the same weights.
+        weights, no_autocast = self._tensors(held.weights), held.autocast._replace(enabled=False)
+        with self._gradients_at(leaves), self.repeatable.at(weights), no_autocast.region(), repeating():
+            if self.division is None:
+                with nullcontext() if held.weights is None else receiving(self.parameters, leaves):
+                    torch.autograd.backward(roots, starts)  # type: ignore[arg-type]
+                return
+            queue = self.division.input_backward(roots, starts, leaves)
+        self._waiting.append(waiting := WaitingWeights(held.micro, queue, leaves, held.weights))
+        self._deferred_bytes = max(self._deferred_bytes, waiting.nbytes)
+        self._note_peak(0)
+
+    def _try_division(self, held: StashEntry) -> None:
+        assert self.division is not None
+        modes = in_modes(self.module, held.modes) if held.modes else nullcontext()
+        try:
+            with modes:
+                self.division.trial(functools.partial(self._try, held))
+        except Exception as error:  # of the stage itself, which will say so at its place
+            self.division.whole = dict.fromkeys(range(len(self.parameters)), f"raises {type(error).__name__}")
+        # The trial is without the loss, which the caller has written to be called once for a micro-batch.
+        of_loss = {id(p) for p in self.section[1].parameters()} if self.section and self.section[0] == "loss" else set()
+        self.division.whole |= {i: "of the loss" for i, p in enumerate(self.parameters) if id(p) in of_loss}
+
+    def _try(self, held: StashEntry, divided: bool) -> Tried:
+        """Run a micro-batch forward and backward, from gradients of our own, as `Division.trial` asks; nothing is kept."""
+        assert self.division is not None
+        weights = held.weights
+        if weights is None and any(map(has_gradient_hooks, self.parameters)):
+            weights = WeightVersion(self.parameters)
+            weights.copy_from(self.parameters)
+        leaves = self._leaves(weights)
+        trial = StashEntry(held.micro, self.version, held.autocast, held.leaf, 0, held.target, weights)
+        with torch.enable_grad(), self.division.recording(leaves) if divided else nullcontext():
+            out, _ = self.repeatable.run(trial, self._tensors(weights), "discarded", judges=False)
+        made = [t for t in (*tensors_of(out), trial.added) if t is not None and t.requires_grad]
+        random = generator("trial", self.index)
+        starts = [torch.randn(t.shape, generator=random, dtype=torch.float64).to(t.device, t.dtype) for t in made]
+        before = [leaf.grad for leaf in leaves]
+        no_autocast = held.autocast._replace(enabled=False)
+        try:
+            for leaf in leaves:
+                leaf.grad = None
+            with self.repeatable.at(self._tensors(weights)), no_autocast.region(), repeating():
+                if divided:
+                    queue = self.division.input_backward(made, starts, leaves)
+                    self._deferred_bytes = queue.nbytes
+                    queue.run()
+                else:
+                    torch.autograd.backward(made, starts)
+            gradients = [leaf.grad for leaf in leaves]
+        finally:
+            for leaf, gradient in zip(leaves, before, strict=True):
+                leaf.grad = gradient
+        inputs = [received[0] if received else None for received in trial.input_gradients]
+        return Tried([*map(Tensor.detach, made), *inputs], gradients)
+
+    def _leaves(self, weights: WeightVersion | None) -> Sequence[Tensor]:
+        return self.parameters if weights is None else weights.leaves
+
+    @contextmanager
+    def _gradients_at(self, leaves: Sequence[Tensor]) -> Iterator[None]:
+        """The context in which the stage's gradients are at ``leaves``, with the parameters' hooks, to be added to."""
         hooks = attach(self._named, leaves, self._tied)
         try:
             for leaf, gradient in zip(leaves, self.gradients, strict=True):
                 leaf.grad = gradient
-            # An activation checkpoint inside the module runs a part of it again: at the same weights.
-            weights, no_autocast = self._tensors(held.weights), held.autocast._replace(enabled=False)
-            with self.repeatable.at(weights), no_autocast.region(), repeating():
-                torch.autograd.backward(roots, starts)  # type: ignore[arg-type]
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -421,6 +507,9 @@ class Stage:
 
     def _graph(self, held: StashEntry, moves: Moves = "current") -> tuple[Tree, int]:
         """Run with a graph and remember where its differentiation starts; (output, bytes of the graph)."""
+        if self.division is not None and not self._division_tried and held.micro.factor:
+            self._division_tried = True
+            self._try_division(held)
         out, loss, nbytes = self._run_with_graph(held, moves)
         held.has_graph = True
         if held.weights is not None and not self._read_copies:
@@ -449,7 +538,8 @@ class Stage:
         key = (*((t.shape, t.dtype) for t in inputs), held.autocast, held.modes)
         nbytes, is_first = self._graph_bytes.get(key), self.repeatable.changes_input is None
         run = functools.partial(self.repeatable.run, held, self._tensors(held.weights), moves)
-        with torch.enable_grad():
+        recording = self.division.recording(self._leaves(held.weights)) if self.division else nullcontext()
+        with torch.enable_grad(), recording:
             if nbytes is not None:
                 return *run(), nbytes
             (out, loss), sizes = weigh_graph(run, self.whole, [*inputs, *(held.weights.leaves if held.weights else [])])
@@ -594,6 +684,7 @@ class Stage:
         self._spoiled = []
         self.updates.drop()
         self.stash.clear()
+        self._waiting.clear()
         self.repeatable.ahead = None
         if self.gauge is not None:
             self.gauge.drop()
@@ -602,7 +693,7 @@ class Stage:
         self.gradients = [None] * len(self.parameters)
 
     def _note_peak(self, graph_bytes: int) -> None:
-        stash = stash_bytes(self.stash)
+        stash = stash_bytes((*self.stash, *self._waiting))
         self.stash_peak = max(self.stash_peak, stash)
         self.activations_peak = max(self.activations_peak, stash + graph_bytes)
 
@@ -622,7 +713,7 @@ class Stage:
             "optimizer": states_bytes(states),
             "gradients": self._gradients_bytes(),
             "gradients_peak": self.gradients_peak,
-            "stash": stash_bytes(self.stash),
+            "stash": stash_bytes((*self.stash, *self._waiting)),
             "stash_peak": self.stash_peak,
         }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from ..tensors.autocast import AutocastState
 from ..typing import Tree
 from .buffers import BuffersRead
+from .deferral import Queue
 from .weight_versions import WeightVersion
 
 
@@ -62,7 +64,28 @@ class StashEntry:
     input_gradients: list[list[Tensor]] = field(default_factory=list)
 
 
-def stash_bytes(stash: Iterable[StashEntry]) -> int:
+@dataclass(frozen=True)
+class WaitingWeights:
+    """What a micro-batch has left between the two parts of its backward.
+
+    Args:
+        micro: the micro-batch.
+        queue: what its weights' gradients are made of.
+        leaves: where they go.
+        weights: the copy that its forward read; None: the parameters themselves.
+    """
+
+    micro: MicroBatch
+    queue: Queue
+    leaves: Sequence[Tensor]
+    weights: WeightVersion | None
+
+    @cached_property
+    def nbytes(self) -> int:
+        return self.queue.nbytes
+
+
+def stash_bytes(stash: Iterable[StashEntry | WaitingWeights]) -> int:
     """Bytes of the entries together; entries may share a copy of the weights."""
     versions = {id(held.weights): held.weights.nbytes for held in stash if held.weights is not None}
     return sum(held.nbytes for held in stash) + sum(versions.values())

@@ -122,9 +122,13 @@ def test_declared_stash_is_measured_stash(name: str, num_microbatches: int) -> N
     micro_bytes = x.nbytes // num_microbatches
     for k, meter in enumerate(meters):
         recomputes = method.recomputes(num_stages, k)
-        assert meter.peak_graphs == (1 if recomputes else peak[k]), f"stage {k}"
         memory = pipe.memory()[k]
-        if recomputes:
+        if method.split_backward:  # the graph is gone after I, and what W needs of it stays
+            assert meter.peak_graphs <= (1 if recomputes else peak[k]), f"stage {k}"
+            assert memory["stash_peak"] > peak[k] * micro_bytes, "between I and W"
+        else:
+            assert meter.peak_graphs == (1 if recomputes else peak[k]), f"stage {k}"
+        if recomputes and not method.split_backward:
             assert memory["stash_peak"] == peak[k] * micro_bytes, f"stage {k}"
             assert pipe.activations_peak()[k] >= memory["stash_peak"], "the graph under B comes on top"
         if not method.flush:

@@ -64,7 +64,8 @@ def sizes_of(stage: Any) -> StageSizes:
     graph = max(stage._graph_bytes.values(), default=0)
     inputs = 16 * 5 * torch.empty(0).element_size()
     trained = sum(p.nbytes for p in stage.parameters)
-    return StageSizes(memory["weights"], trained, optimizer_bytes(stage.optimizer), inputs, graph, inputs)
+    return StageSizes(memory["weights"], trained, optimizer_bytes(stage.optimizer), inputs, graph, inputs,
+                      deferred=stage._deferred_bytes)  # fmt: skip
 
 
 @pytest.mark.sampled(4)
