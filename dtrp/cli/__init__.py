@@ -14,6 +14,7 @@ from .endings import Stopped, lost_terminal_ignored
 from .planning import plan
 from .schedules import methods, schedule, simulate
 from .training import demo, train
+from .using import evaluate, export, predict
 
 __all__ = ["Stopped", "cli", "run"]
 
@@ -51,5 +52,5 @@ def cli() -> None:
     """Train a network that is spread over several workers, without waiting."""
 
 
-for command in (train, compare, report, demo, schedule, plan, simulate, methods):
+for command in (train, compare, report, evaluate, predict, export, demo, schedule, plan, simulate, methods):
     cli.add_command(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -55,15 +56,16 @@ def load_folder(data_dir: Path, seed: int, image_size: int) -> Dataset:
 
 def _read(images: Images, image_size: int) -> Split:
     """Images and their classes."""
-
-    def fit(image: Image) -> bytes:
-        from PIL import Image, ImageOps
-
-        return ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR).tobytes()
-
-    shape = (image_size, image_size, 3)
+    shape, fit = (image_size, image_size, 3), partial(fitted, size=image_size)
     pixels = (torch.frombuffer(bytearray(decoded(images.path(i), fit)), dtype=torch.uint8) for i in range(len(images)))
     return torch.stack([image.view(shape).permute(2, 0, 1) for image in pixels]), images.labels.long()
+
+
+def fitted(image: Image, size: int) -> bytes:
+    """The largest square in the middle of an image, resized: its pixels, (size, size, channels)."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR).tobytes()
 
 
 class UnreadableImageError(ValueError):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..typing import Json
 from .dataset import Dataset
 from .loader import batches
 from .text import TextDataset
@@ -48,6 +49,24 @@ class Part:
 
 
 WHOLE = Part()
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """`Source.facts`: what a network is made by, and what its inputs and outputs mean."""
+
+    name: str
+    num_classes: int
+    sample_shape: tuple[int, ...]
+    is_text: bool
+    class_names: tuple[str, ...] = ()
+    reading: Mapping[str, Json] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Json]) -> DataFacts:
+        """The facts as JSON has them."""
+        tuples: dict[str, Json] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**tuples)
 
 
 class Source(ABC):
@@ -103,6 +122,21 @@ class Source(ABC):
     def example(self, num: int) -> tuple[Tensor, Tensor]:
         """A mini-batch of ``num`` training samples, which repeat where there are fewer; of one shape and dtype on all ranks."""
 
+    def facts(self) -> dict[str, Json]:
+        """What a network is made by, and what its inputs and outputs mean, as values that JSON can hold.
+
+        ``reading`` says how a file becomes an input: ``mean`` and ``std`` of the channels, and how images are fitted, or
+        ``characters``, whose places are the tokens.
+        """
+        return {
+            "name": self.name,
+            "num_classes": self.num_classes,
+            "sample_shape": list(self.sample_shape),
+            "is_text": self.is_text,
+            "class_names": list(self.class_names),
+            "reading": {},
+        }
+
     def keep(self, path: Path) -> None:
         """Write what need not be found out again to a file in the folder of the run; most have nothing."""
         return
@@ -154,3 +188,9 @@ class InMemory(Source):
         assert x is not None
         indices = torch.arange(num, device=x.device) % len(x)
         return x[indices], y[indices]
+
+    def facts(self) -> dict[str, Json]:
+        data = self.dataset
+        if isinstance(data, TextDataset):
+            return {**super().facts(), "reading": {"characters": data.characters}}
+        return {**super().facts(), "reading": {"mean": data.mean.tolist(), "std": data.std.tolist(), "fit": "whole"}}

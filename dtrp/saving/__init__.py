@@ -1,7 +1,8 @@
 """Checkpoints: folders with a manifest and tensors, which appear complete or not at all, and are safe to read.
 
 `Pipeline.save` and `Pipeline.load` are the interface. `inspect` reads the manifest of a checkpoint without a pipeline,
-and `read_state` turns a portable checkpoint into state dicts for a plain model and a plain optimizer.
+and `read_state` turns a portable checkpoint into state dicts for a plain model and a plain optimizer; `read_model` reads the
+model's of any.
 
 ::
 
@@ -11,6 +12,6 @@ and `read_state` turns a portable checkpoint into state dicts for a plain model 
 """
 
 from .manifest import Checkpoint, CheckpointError, inspect
-from .portable import read_state
+from .portable import read_model, read_state
 
-__all__ = ["Checkpoint", "CheckpointError", "inspect", "read_state"]
+__all__ = ["Checkpoint", "CheckpointError", "inspect", "read_model", "read_state"]

@@ -147,6 +147,30 @@ def read_state(folder: str | os.PathLike[str]) -> StateDict:
         return decode(found)
 
 
+def read_model(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The model's state dict, on the CPU, of a checkpoint of either kind.
+
+    In an exact one stages have made as many updates as they had then, a parameter that is tied within a stage has its first
+    name alone, and buffers that are not persistent are there too.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+    """
+    found = inspect(folder)
+    with reading(found):
+        if found.kind == "portable":
+            model: dict[str, Any] = decode(found)["model"]
+            return model
+        from .tensors import read_tensors  # torch may have been built without torch.distributed
+
+        parts = [found.manifest["state"][f"{stage}.0"] for stage in range(found.num_stages)]
+        coded = [part[name] for part in parts for name in ("parameters", "buffers", "extra_state")]
+        specs = {key: TensorSpec(key, found.manifest["tensors"][key]) for key in tensor_keys(coded)}
+        decoder = Decoder(read_tensors(found.folder, found.manifest["files"], specs), specs)
+        values = [decoder.decode(entry, torch.device("cpu")) for entry in coded]
+        return {name: value for entry in values for name, value in entry.items() if value is not None}
+
+
 @contextmanager
 def reading(found: Checkpoint) -> Iterator[None]:
     """Context in which errors caused by a manifest's values of the wrong type become CheckpointErrors."""

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..data import Dataset, InMemory, Source, TextDataset, check_request, load_data, open_supplied, stream_folder
+from ..data.source import DataFacts
 from ..launch.join import told_by_first_rank
 from ..methods import Method, get_method
 from ..models import auxiliary, get_model, has_stem, takes_text
@@ -173,7 +174,7 @@ def _streamed(
     return source
 
 
-def make_model(config: TrainConfig, data: Source | Dataset | TextDataset) -> nn.Module | list[nn.Module]:
+def make_model(config: TrainConfig, data: Source | DataFacts | Dataset | TextDataset) -> nn.Module | list[nn.Module]:
     """The network of a run, for its data, in the dtype of its weights: an `nn.Sequential`, a list, or any module.
 
     Raises:
@@ -196,7 +197,7 @@ def make_model(config: TrainConfig, data: Source | Dataset | TextDataset) -> nn.
     return model  # type: ignore[no-any-return]
 
 
-def _built_in(config: TrainConfig, data: Source | Dataset | TextDataset) -> nn.Sequential:
+def _built_in(config: TrainConfig, data: Source | DataFacts | Dataset | TextDataset) -> nn.Sequential:
     make = partial(get_model, config.model, layers=config.layers, width=config.width, heads=config.heads)
     if is_reference(config.data):
         _check_samples_suit(config.model, data)
@@ -209,7 +210,7 @@ def _built_in(config: TrainConfig, data: Source | Dataset | TextDataset) -> nn.S
     return make(in_channels, data.num_classes, image_size=image_size, context=config.context, stem=stem)
 
 
-def _check_samples_suit(name: str, data: Source | Dataset | TextDataset) -> None:
+def _check_samples_suit(name: str, data: Source | DataFacts | Dataset | TextDataset) -> None:
     """Refuse a built-in network for samples of a user's that it cannot take.
 
     Raises:

@@ -19,6 +19,7 @@ from ..typing import Json
 from .config import AUTO, AUTO_SAMPLES, SAVE_SETTINGS, TrainConfig, config_text, read_settings
 from .user_code import digest, digests
 
+DATA_FACTS = "data.json"  # what a network is made by, and what its inputs and outputs mean
 _CODE = "code.json"  # digests of the user's files, by what the settings call them
 _LEAST = "microbatch-samples"
 
@@ -79,7 +80,8 @@ def changed_code(folder: Path) -> list[str]:
 class RunFolder:
     """The folder of ``--out``: ``config``, ``metrics.jsonl`` and ``model.pt`` after the last finished epoch.
 
-    Where settings name functions of the user's, ``code.json`` has digests of their files.
+    ``data.json`` has the facts of the run's data that its model needs. Where settings name functions of the user's,
+    ``code.json`` has digests of their files.
 
     A finished run also has ``summary.json``. ``saves`` holds checkpoints (`dtrp.train.autosave`), and ``launch`` names
     the torchrun that has started the ranks, if any. The folder appears, whole, after the first epoch or with the first
@@ -92,6 +94,7 @@ class RunFolder:
 
     Attributes:
         resumes: whether a run continues.
+        facts: `dtrp.data.Source.facts` of the run's data; None: they are not written.
 
     Raises:
         ValueError: no run to resume, a folder that may not be replaced, or a place that cannot be written.
@@ -100,6 +103,7 @@ class RunFolder:
     def __init__(self, path: str, *, overwrite: bool, resume: bool = False) -> None:
         self.path = Path(path).expanduser().absolute()
         self.resumes = self._exists = resume
+        self.facts: dict[str, Json] | None = None
         if resume:
             if not (self.path / "config").is_file():
                 raise ValueError(f"--resume {path} is no run of dtrp train; name the folder of one")
@@ -151,6 +155,8 @@ class RunFolder:
             (folder / "config").write_text(config)
             if code := digests(read_settings(config) or {}):
                 (folder / _CODE).write_text(json.dumps(code, indent=1))
+            if self.facts is not None:
+                (folder / DATA_FACTS).write_text(json.dumps(self.facts))
             (folder / "metrics.jsonl").touch()
             _sign(folder)
             yield folder
@@ -172,6 +178,9 @@ class RunFolder:
             file.write(config.encode())
         with whole_file(self.path / "metrics.jsonl") as file:
             file.write("".join(json.dumps(line) + "\n" for line in metrics).encode())
+        if self.facts is not None and not (self.path / DATA_FACTS).exists():
+            with whole_file(self.path / DATA_FACTS) as file:
+                file.write(json.dumps(self.facts).encode())
         (self.path / "summary.json").unlink(missing_ok=True)
         _sign(self.path)
 

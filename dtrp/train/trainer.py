@@ -159,6 +159,8 @@ class Trainer:
         with ExitStack() as failing:
             failing.callback(self.source.close)
             self.dataset = self.source.dataset if isinstance(self.source, InMemory) else None
+            if self.run_folder is not None:
+                self.run_folder.facts = self.source.facts()
             self.criterion = build.criterion_of(config, self.source)
             if isinstance(self.source, SuppliedData) and device.type != "cpu":
                 self.source.check_targets = self.criterion.check_labels

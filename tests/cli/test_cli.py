@@ -36,7 +36,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a" / "run"
     assert run([*SMALL, "--stages", "3", "--out", str(out)]) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["config", "metrics.jsonl", "model.pt", "saves", "summary.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config",
+        "data.json",
+        "metrics.jsonl",
+        "model.pt",
+        "saves",
+        "summary.json",
+    ]
     assert [p.name for p in out.parent.iterdir()] == ["run"], "nothing temporary is left"
     metrics = lines(out / "metrics.jsonl")
     assert [list(m) for m in metrics] == [

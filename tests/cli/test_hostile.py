@@ -31,7 +31,7 @@ from dtrp.methods import list_methods
 
 SMALL = {"data": "digits", "model": "mlp", "limit-train": 40, "limit-test": 20, "batch-size": 16, "epochs": 2,
          "max-updates": 4, "threads": 1}  # fmt: skip
-FILES = ["config", "metrics.jsonl", "model.pt", "saves", "summary.json"]
+FILES = ["config", "data.json", "metrics.jsonl", "model.pt", "saves", "summary.json"]
 
 JUNK = st.sampled_from(
     [

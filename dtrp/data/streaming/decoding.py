@@ -141,6 +141,11 @@ def _augmented(image: Image, size: int, draws: random.Random) -> bytes:
     return _resized(image, size, box, Transpose.FLIP_LEFT_RIGHT if flipped else None)
 
 
+def centred(image: Image, size: int) -> bytes:
+    """The middle of an image as in a test: its pixels, (size, size, channels)."""
+    return _resized(image, size, middle(*image.size))
+
+
 def _resized(image: Image, size: int, box: Box, transpose: Transpose | None = None) -> bytes:
     from PIL.Image import Resampling
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...tensors.rng import epoch_order, generator
+from ...typing import Json
 from ..dataset import level_stats, required
 from ..loader import check_start, normalize
 from ..source import WHOLE, Batch, Part, Source
@@ -195,6 +196,12 @@ class StreamedImages(Source):
             self._listing = self._listing.with_stats(key, *level_stats(counts))
         mean, std = self._listing.stats[key]
         return mean, std
+
+    def facts(self) -> dict[str, Json]:
+        if self._workers is None:
+            return super().facts()
+        stats = {"mean": self._mean.tolist(), "std": self._std.tolist()}
+        return {**super().facts(), "reading": {**stats, "fit": "middle"}}
 
     def keep(self, path: Path) -> None:
         """Write the listing, with what was measured, to a file, unless the same is there."""

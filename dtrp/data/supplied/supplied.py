@@ -55,6 +55,7 @@ class SuppliedData(Source):
         device: where the mini-batches are to be.
         test_batch_size: largest number of samples in a mini-batch of the test.
         how: text about how it is read, for the first line of a run.
+        from_file: function from a file to the inputs of a sample; None: the data has none.
 
     Attributes:
         check_targets: function that refuses targets, before they go to the device; None: none does.
@@ -62,7 +63,7 @@ class SuppliedData(Source):
 
     def __init__(
         self, facts: Facts, workers: Workers[Wanted, Samples] | None, *, name: str, seed: int, device: torch.device | str,
-        test_batch_size: int, how: str,
+        test_batch_size: int, how: str, from_file: Callable[[str], Any] | None = None,
     ) -> None:  # fmt: skip
         assert facts.example is not None
         self._example: tuple[Tree, Tree] = facts.example
@@ -87,6 +88,7 @@ class SuppliedData(Source):
         classes = f" in {self.num_classes} classes" if self.num_classes else ""
         self.details = f" of {shape}{classes}, {how}"
         bytes_each = max(1, sum(t.nbytes for t in tensors_of(x)) // _NUM_EXAMPLES)
+        self.from_file = from_file
         self.check_targets: Callable[[Any], None] | None = None
         self._test_batch = max(1, min(test_batch_size, _TEST_BATCH_BYTES // bytes_each))
 
@@ -162,11 +164,13 @@ def open_supplied(
     facts: Facts | None = None
     error: Exception | None = None
     workers: Workers[Wanted, Samples] | None = None
+    from_file: Callable[[str], Any] | None = None
     try:
         if any(reads):
             with seeded_generators(seed):
                 made = make()
             splits = _splits(made, limits)
+            from_file = splits[1].attribute("from_file")
             iterates = any(split.iterates for split in splits)
             reading = 0 if sys.platform != "linux" else min(num_workers, 1) if iterates else num_workers
             # Before this process joins the others: those that read are to hold none of its connections.
@@ -194,7 +198,7 @@ def open_supplied(
     how = f"read by {num} loader worker{'s' if num > 1 else ''}" if num else "read as they are needed"
     return SuppliedData(
         told, workers, name=name, seed=seed, device=device, test_batch_size=test_batch_size,
-        how=("in the order of the data, " if told.iterates[0] else "") + how,
+        from_file=from_file, how=("in the order of the data, " if told.iterates[0] else "") + how,
     )  # fmt: skip
 
 
