@@ -158,7 +158,7 @@ def check(arguments: list[str], folder: Path) -> int:
         assert not list(folder.iterdir()), "nothing is written"
         return code
     files = sorted(path.name for path in out.iterdir())
-    whole = [name for name in files if name != "trace.json"]
+    whole = [name for name in files if name not in ("trace.json", "code.json")]
     assert whole == FILES or whole == [name for name in FILES if name != "saves"]
     assert [path.name for path in folder.iterdir()] == ["run"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
