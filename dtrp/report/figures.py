@@ -22,8 +22,9 @@ from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-MARKERS = "osD^vPX*<>hd"
-HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--", "||", "**", "OO", "/.")
+MARKERS = "osD^vPX*<>hdp8H1234"
+HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--", "||", "**", "OO", "/.", "x.", "\\.", "+/", "o-", "|.", "*/",
+           "O|")  # fmt: skip
 _INK = "#123456"  # placeholder in an SVG for the colour of the page's text
 # A label may contain dollar signs; ticks show whole numbers, not differences from an offset.
 _PLAIN_TEXT: Any = {"text.parse_math": False, "axes.formatter.useoffset": False}

@@ -83,8 +83,7 @@ def summary_of(run: Run) -> Summary:
 def _facets(collection: Collection, groups: Groups, *, backprop: bool = False) -> list[Facet]:
     """The groups by figure: all in one, or those of each number of stages and micro-batches.
 
-    ``backprop``: a facet without a synchronous method gets a synchronous group of another K, as its numbers are the
-    same there.
+    ``backprop``: a facet without bp or gpipe gets a synchronous group of another K, as its numbers are the same there.
     """
     by_size: dict[tuple[int, int], Groups] = {}
     for runs in groups.values():
@@ -95,7 +94,7 @@ def _facets(collection: Collection, groups: Groups, *, backprop: bool = False) -
     facets = []
     synchronous = {label: runs for label, runs in groups.items() if _flushes(runs[0])}
     for (stages, parts), shown in by_size.items():
-        if backprop and synchronous and not any(_flushes(runs[0]) for runs in shown.values()):
+        if backprop and synchronous and not any(_flushes(runs[0], whole=True) for runs in shown.values()):
             label = min(synchronous, key=lambda label: synchronous[label][0].cell.num_microbatches != parts)
             shown = {label: synchronous[label], **shown}
         facets.append((f"-K{stages or 'unknown'}-A{parts}", f", K={stages or '?'}, A={parts}", shown))
@@ -126,9 +125,11 @@ def one_scale(plots: Iterable[Plot], *, from_zero: bool = False) -> list[Plot]:
     return [dataclasses.replace(plot, limits=(low, high if high > low else low + 1)) for plot in plots]
 
 
-def _flushes(run: Run) -> bool:
+def _flushes(run: Run, *, whole: bool = False) -> bool:
+    """Whether the run's method is synchronous; ``whole``: with whole backwards."""
     try:
-        return get_method(run.cell.method).flush
+        row = get_method(run.cell.method)
+        return row.flush and not (whole and row.split_backward)
     except ValueError:  # a method that this version does not know
         return False
 
