@@ -35,7 +35,7 @@ from .events import write_events
 from .figures import Plot, on_white, png, svg
 from .plots import MINIBATCHES_SHOWN, SECTIONS, make_plots, score_heading
 
-_SCHEDULES_OPEN = 16  # the reader unfolds the others
+_SCHEDULES_OPEN = 15  # the reader unfolds the others
 
 
 def write_report(folders: list[str], out: str, figures: str | None = None, *, tensorboard: bool = False) -> Collection:
