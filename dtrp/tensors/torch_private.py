@@ -73,6 +73,10 @@ def is_wrapped_by_functorch(t: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))
 
 
+# Within it functions of torch call neither modes nor subclasses of tensors.
+without_torch_functions = torch._C.DisableTorchFunction
+
+
 def has_gradient_hooks(t: Tensor) -> bool:
     """Whether the tensor has hooks of either of the two kinds below."""
     return bool(t._backward_hooks or t._post_accumulate_grad_hooks)

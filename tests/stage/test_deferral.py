@@ -255,6 +255,7 @@ def test_a_first_stage_has_an_input_without_a_gradient(dtype: torch.dtype) -> No
 MODELS = ("resnet14-8", "resnet18", "wrn28-10", "vgg11", "mlp", "gpt")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_networks_of_the_library(name: str, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
     if name == "wrn28-10":
@@ -301,6 +302,15 @@ def test_traced_stages(float64: None) -> None:
     convolutions = nn.Sequential(_convolutions(), nn.Flatten(), nn.Linear(72, 4))
     stages = dtrp.split(convolutions, num_stages=1, example=torch.randn(4, 3, 7, 7))
     assert _check(stages[0], torch.randn(4, 3, 7, 7)).division.share().elements > 0.9
+
+
+def test_gradients_are_laid_out_as_autograd_lays_them() -> None:
+    layer = nn.Embedding(9, 4)
+    layer.weight = nn.Parameter(torch.randn(4, 9).t())  # by columns, and a gradient by rows comes
+    stage = _check(layer, torch.randint(9, (3, 5)), share=1.0)
+    stage.results(divided=True)
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.stride() == layer.weight.stride() == (1, 9)
 
 
 # -- what stays whole -----------------------------------------------------------------------------

@@ -227,4 +227,25 @@ MUTANTS = [
         '"next_microbatch": 0,',
         "tests/saving/test_saving.py::test_an_exact_checkpoint_goes_on_to_the_bit",
     ),
+    Mutant(
+        "W adds up the uses of a weight one by one",
+        "stage/deferral/division.py",
+        "    sums[index] = gradient if before is None else before + gradient",
+        "    sums[index] = gradient",
+        "tests/stage/test_deferral.py::test_both_parts_are_one_backward_to_the_bit",
+    ),
+    Mutant(
+        "what autograd gives a weight beside the queue is lost",
+        "stage/deferral/division.py",
+        "        queue.parts = {i: part for i, part in parts.items() if part is not None}",
+        "        queue.parts = {}",
+        "tests/stage/test_deferral.py::test_a_later_use_in_another_way_is_right_or_refused",
+    ),
+    Mutant(
+        "the first gradient is laid out as it came",
+        "stage/deferral/accumulation.py",
+        "    elif _laid_out_alike(gradient, leaf):",
+        "    elif leaf.shape:",
+        "tests/stage/test_deferral.py::test_gradients_are_laid_out_as_autograd_lays_them",
+    ),
 ]

@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from ...tensors.torch_private import is_wrapped_by_functorch
+from ...tensors.torch_private import is_wrapped_by_functorch, without_torch_functions
 from .operations import Convolution, Lookup, Operation, Product
 
 _aten = torch.ops.aten
@@ -84,8 +85,10 @@ class _Divided(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor | None, None, None]:
         use: Use = ctx.use
         x, w = ctx.saved_tensors
-        use.owner.defer(use, x, w, g)
-        return None, None, use.operation.input_gradient(g, x, w) if ctx.needs_input_grad[2] else None, None, None
+        with without_torch_functions():  # but not the line before, where a checkpoint recomputes
+            use.owner.defer(use, x, w, g)
+            gradient = use.operation.input_gradient(g, x, w) if ctx.needs_input_grad[2] else None
+        return None, None, gradient, None, None
 
 
 class Recorder(TorchFunctionMode):
@@ -106,24 +109,22 @@ class Recorder(TorchFunctionMode):
         self._anchor = free[0] if free else torch.zeros((), requires_grad=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        shown = _SHOWN.get(func)
-        if shown is not None:
-            with self:
-                return shown(*args, **kwargs)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return func(*args, **kwargs)
-        divide = _DIVIDED.get(func)
-        if divide is not None:
-            out = divide(self, *args, **kwargs)
-            if out is not None:
-                return out
+        # Every function of torch that the stage calls comes by here: the less is done for the others the better.
+        handle = _HANDLERS.get(func)
+        if handle is not None:
+            return handle(self, func, args, kwargs or {})
         known = self.known
-        if not any(id(a) in known for a in args) and (not kwargs or not any(id(a) in known for a in kwargs.values())):
-            return func(*args, **kwargs)
-        return self._follow(func, args, kwargs)
+        for a in args:
+            if id(a) in known:
+                return self.follow(func, args, kwargs or {})
+        if not kwargs:
+            return func(*args)
+        for a in kwargs.values():
+            if id(a) in known:
+                return self.follow(func, args, kwargs)
+        return func(*args, **kwargs)
 
-    def _follow(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def follow(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a function of a known tensor; what it returns is known if nothing else in it requires a gradient."""
         out = func(*args, **kwargs)
         made = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
@@ -198,7 +199,7 @@ def _tensors_in(values: Any) -> Iterator[Tensor]:
 
 
 # -- how each function calls its arguments ----------------------------------------------------------
-# These are called with the recorder and the arguments; they return None where the call is not divided.
+# The divided ones are called with the recorder and the arguments, and return None where the call is not divided.
 
 
 def _linear(recorder: Recorder, input: Any = None, weight: Any = None, bias: Any = None, **more: Any) -> Tensor | None:
@@ -360,8 +361,23 @@ def _show(function: Any) -> Any:
     return shown
 
 
-# Attention, for its linear maps; and backwards within a backward, in which a checkpoint recomputes a part of the forward.
-_SHOWN: dict[Any, Any] = {
-    function: _show(function)
-    for function in (F.multi_head_attention_forward, torch.autograd.backward, torch.autograd.grad, Tensor.backward)
+def _run_shown(shown: Any, recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    with recorder:
+        return shown(*args, **kwargs)
+
+
+def _run_divided(divide: Callable[..., Tensor | None], recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return func(*args, **kwargs)
+    out = divide(recorder, *args, **kwargs)
+    return recorder.follow(func, args, kwargs) if out is None else out
+
+
+# Shown are attention, for its linear maps, and backwards within a backward, in which a checkpoint recomputes a part.
+_HANDLERS: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = {
+    **{function: partial(_run_divided, divide) for function, divide in _DIVIDED.items()},
+    **{
+        function: partial(_run_shown, _show(function))
+        for function in (F.multi_head_attention_forward, torch.autograd.backward, torch.autograd.grad, Tensor.backward)
+    },
 }
