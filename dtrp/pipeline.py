@@ -29,7 +29,8 @@ from .stage.specs import StageNetwork, StagePosition, StageTraining
 from .stage.stage import Stage
 from .stage.tied import check_ties, find_shared_buffers, find_ties
 from .tensors.module_mode import check_input, follow
-from .tensors.pytree import check_samples, flatten, num_samples
+from .tensors.pytree import check_samples, flatten, num_samples, targets_fit
+from .tensors.rng import drawn_seed
 from .typing import Json, LossFn, LossWeight, OptimizerFactory, SchedulerFactory, Tree
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class Pipeline(BasePipeline):
             bring the delay down; a mini-batch of fewer samples has one part a sample. ``"auto"``: as many as stages, and
             at least two samples in each where the mini-batch has two: one of n < 2 A samples has max(1, n // 2) parts.
         lr_scheduler: optimizer -> scheduler, stepped once an update.
-        seed: of the stages' random draws (dropout); None: drawn once from the global generator.
+        seed: of the stages' random draws (dropout); None: drawn from the global generator, which is left
+            as it was.
         devices: one device for all stages or one for each; None: where the model is.
         group: the process group whose ranks host the stages, in order; None: all ranks.
         mesh: a `torch.distributed.device_mesh.DeviceMesh` with the dimensions ``("replica", "stage")``. Each replica
@@ -188,7 +190,7 @@ class Pipeline(BasePipeline):
         networks = _networks(modules, loss_fn, aux, settings.method, compile)
         trainings = settings.trainings(len(modules), checked_optimizer(optimizer), lr_scheduler)
         self._configure(settings, len(modules), schedules_lr=lr_scheduler is not None, trace=trace)
-        self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else int(seed)
+        self.seed = drawn_seed() if seed is None else int(seed)
         if ranks is None:
             self._engine = self._local_engine(networks, trainings, devices)
             self._watches = [optimizer_watch.watch(self._engine)]
@@ -283,12 +285,10 @@ class Pipeline(BasePipeline):
                 follow(stage.module)
             refuse_gradient("x", x, "put what has made it into the first stage's module")
             refuse_gradient("y", y, "put what has made it into the last stage's module")
-            if x is not None and y is not None and num_samples(x) != num_samples(y):
-                raise ValueError(
-                    f"x has {num_samples(x)} samples and y has {num_samples(y)}; a mini-batch needs as many targets as inputs"
-                )
+            if x is not None and y is not None:
+                _check_numbers(num_samples(x), num_samples(y), self.num_microbatches)
             if engine.takes_x:
-                check_input(engine.stages[0].module, x)
+                check_input(engine.stages[0].module, x, whole=engine.num_parts(num_samples(x)) > 1)
             weights = None
             if self._loss_weight is not None and needs_y:
                 assert y is not None
@@ -319,6 +319,21 @@ class Pipeline(BasePipeline):
             f"Pipeline(method={self.method.name!r}, num_stages={self.num_stages}, {rank}layers=[{sizes}], "
             f"num_microbatches={self.num_microbatches}, num_updates={self.num_updates}, in_flight={self.in_flight})"
         )
+
+
+def _check_numbers(inputs: int, targets: int, num_microbatches: int) -> None:
+    """Refuse another number of targets than of inputs."""
+    if targets_fit(inputs, targets, num_microbatches):
+        return
+    advice = ""
+    if targets_fit(inputs, targets, 1):
+        advice = (
+            f", to be cut into {num_microbatches} micro-batches; pass y with a row a sample, as y.view({inputs}, -1), and flatten "
+            "it in loss_fn, or num_microbatches=1"
+        )
+    raise ValueError(
+        f"x has {inputs} samples and y has {targets}; a mini-batch needs as many targets as inputs{advice}"
+    )
 
 
 def _cut_by_plan(model: nn.Module | Sequence[nn.Module], plan: Plan) -> tuple[Any, Sequence[int] | None]:

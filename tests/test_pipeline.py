@@ -27,6 +27,8 @@ from oracle_checks import OPTIMIZERS, check_against_oracle
 from torch import Tensor, nn
 
 import dtrp
+from dtrp.comm.message import Note
+from dtrp.engine.consistency import check_targets
 from dtrp.schedule import steady_delay
 from dtrp.splitting.stages import equal_cuts, into_stages
 
@@ -263,10 +265,9 @@ def test_the_global_generator_is_left_alone_and_seeds_the_pipeline() -> None:
     results = []
     for _ in range(2):
         torch.manual_seed(3)
-        pipe = dtrp.Pipeline(
-            network(), sgd, nn.functional.cross_entropy, num_stages=3, method="dtrp", num_microbatches=1
-        )
+        model = network()
         before = torch.get_rng_state()
+        pipe = dtrp.Pipeline(model, sgd, nn.functional.cross_entropy, num_stages=3, method="dtrp", num_microbatches=1)
         losses = [pipe.step(x, y) for x, y in minibatches(6)]
         pipe.flush()
         pipe.infer(minibatches(1)[0][0])
@@ -275,6 +276,39 @@ def test_the_global_generator_is_left_alone_and_seeds_the_pipeline() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     other = dtrp.Pipeline(network(), sgd, nn.functional.cross_entropy, num_stages=3, method="dtrp", num_microbatches=1)
     assert other.seed != pipe.seed, "drawn anew from the global generator"
+
+
+def test_a_whole_minibatch_may_have_several_targets_a_sample() -> None:
+    """The tokens of all samples one behind another, as language models flatten them; they cannot be cut."""
+    x, y = torch.randint(9, (6, 5)), torch.randint(9, (30,))
+
+    def loss_fn(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(out.flatten(0, 1), y)
+
+    def tokens() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(9, 8), nn.Tanh(), nn.Linear(8, 9))
+
+    model = tokens()
+    loss = loss_fn(model(x), y)
+    loss.backward()
+    sgd(list(model.parameters())).step()
+    pipe = dtrp.Pipeline(tokens(), sgd, loss_fn, num_stages=2, method="bp", num_microbatches=1)
+    assert torch.equal(pipe.step(x, y), loss.detach())
+    assert all(torch.equal(model.state_dict()[name], t) for name, t in pipe.model_state_dict().items())
+    with pytest.raises(
+        ValueError, match=r"x has 6 samples and y has 29; a mini-batch needs as many targets as inputs$"
+    ):
+        pipe.step(x, y[:29])
+    pipe = dtrp.Pipeline(tokens(), sgd, loss_fn, num_stages=2, num_microbatches=2)
+    with pytest.raises(
+        ValueError, match=r"into 2 micro-batches; pass y with a row a sample, as y.view\(6, -1\), and flatten"
+    ):
+        pipe.step(x, y)
+    note = Note(total=6)
+    check_targets(note, y, 1, waits=True)
+    with pytest.raises(ValueError, match="the first rank was given 6 samples and the last rank 30 targets"):
+        check_targets(note, y, 2, waits=True)
 
 
 def test_dropout_draws_by_stage_and_microbatch() -> None:

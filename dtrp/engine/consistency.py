@@ -23,7 +23,7 @@ from ..methods import Method
 from ..predict import BuiltInPredictor
 from ..stage.tied import Tie
 from ..tensors.layout import parts_of
-from ..tensors.pytree import flatten, num_samples, on_cpu
+from ..tensors.pytree import flatten, num_samples, on_cpu, targets_fit
 from ..typing import Tree
 
 _CHECKED_BYTES = 4 * 2**20  # of a mini-batch's targets; of larger ones every n-th value
@@ -130,19 +130,20 @@ def checksum_of(y: Tree, *, waits: bool) -> int:
     return checksum
 
 
-def check_targets(note: Note, y: Tree, *, waits: bool) -> None:
+def check_targets(note: Note, y: Tree, num_microbatches: int, *, waits: bool) -> None:
     """Refuse targets on the last rank that differ from the first rank's.
 
     Args:
         note: what the first rank's message says of the mini-batch.
         y: the targets that the last rank was given.
+        num_microbatches: A.
         waits: as in `checksum_of`.
     """
     advice = (
         "seed the sampler, so that all ranks of a pipeline see the same mini-batches; a DistributedSampler deals samples out to "
         "ranks, which is for replicas alone: num_replicas=the number of replicas (1 without a mesh), rank=the replica (0)"
     )
-    if num_samples(y) != note.total:
+    if not targets_fit(note.total, num_samples(y), num_microbatches):
         raise ValueError(
             f"the first rank was given {note.total} samples and the last rank {num_samples(y)} targets; {advice}"
         )

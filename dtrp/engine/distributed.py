@@ -115,7 +115,7 @@ class DistributedEngine(Engine):
                 self._weights.extend(weights)
                 note = note._replace(total_weight=sum(weights))
         elif self.takes_y and y is not None:
-            check_targets(note, y, waits=self._checksums_left > 0)
+            check_targets(note, y, self._num_microbatches, waits=self._checksums_left > 0)
         if self._has_replicas and self.num_parts(note.total) < note.parts:
             self._check_empty_microbatches(note)
         self._minibatch_note = note
@@ -152,7 +152,7 @@ class DistributedEngine(Engine):
 
     def _cut_targets(self, note: Note, y: Tree) -> Sequence[Tree]:
         if not self.takes_x:
-            check_targets(note, y, waits=self._checksums_left > 0)
+            check_targets(note, y, self._num_microbatches, waits=self._checksums_left > 0)
         return self.cut(y) if self._has_replicas else split(y, note.parts)
 
     def _samples_in(self, part: Tree) -> int:

@@ -28,6 +28,7 @@ from ..stage.stage import Stage
 from ..stage.tied import Tie, check_ties
 from ..tensors.layout import aligned_clone
 from ..tensors.pytree import flatten
+from ..tensors.rng import drawn_seed
 from ..tensors.torch_private import pytree
 from ..typing import Json
 from .cutting import Arguments, MiniBatch
@@ -159,7 +160,7 @@ class ScheduleDTRP(BasePipeline):
             place_of(device),
             trains,
             list(module.state_dict()),
-            _drawn_seed() if seed is None else seed,
+            drawn_seed() if seed is None else seed,
             Traced.of(module) if self._is_traced else None,
         )
         everyone = transport.collectives.all_gather("ScheduleDTRP", facts)
@@ -426,15 +427,6 @@ def _check_functions(optimizer: Any, loss_fn: Any, lr_scheduler: Any) -> None:
 def _never_stepped(parameters: list[nn.Parameter]) -> Optimizer:
     """The optimizer of a schedule that trains nothing."""
     return torch.optim.SGD(parameters)
-
-
-def _drawn_seed() -> int:
-    """A seed from the global generator, which does not notice: the script's own draws stay what they are."""
-    before = torch.default_generator.get_state()
-    try:
-        return int(torch.randint(2**63 - 1, ()))
-    finally:
-        torch.default_generator.set_state(before)
 
 
 def _shared_name(names: Sequence[Sequence[str]]) -> str | None:

@@ -258,7 +258,7 @@ class Sizes:
 
         Args:
             leaves: the input's leaves, with as many dimensions as the example's.
-            whole: whether it is a mini-batch that may be cut before the model runs on it.
+            whole: whether it is a mini-batch that will be cut before the model runs on it.
 
         Raises:
             ValueError: a size that is not the example's, lies out of bounds, or does not fit another, with what to
@@ -271,11 +271,15 @@ class Sizes:
         for symbol, (value, where) in values.items():
             least, most = self._ranges.get(symbol, (0, math.inf))
             least = max(least, 2)
-            if symbol != self._samples and not least <= value <= most:
+            if symbol == self._samples:  # a mini-batch may be cut, and torch's minimum is a matter of the trace
+                least, most = 0, math.inf if whole else most
+            if not least <= value <= most:
                 bounds = f"at least {least}" + (f" and at most {most}" if most != math.inf else "")
+                traced = f"{where}, and the model was traced for"
+                if symbol == self._samples:
+                    raise ValueError(f"{traced} at most {most} samples at once; pass fewer, or more micro-batches")
                 raise ValueError(
-                    f"{where}, and the model was traced for {self._names.get(symbol, 'a size')} of {bounds}; pad or cut it, or "
-                    "split with other dynamic_shapes"
+                    f"{traced} {self._names.get(symbol, 'a size')} of {bounds}; pad or cut it, or split with other dynamic_shapes"
                 )
         for condition in self._conditions:
             known = all(symbol.name in values for symbol in condition.free_symbols)

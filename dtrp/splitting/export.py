@@ -6,6 +6,7 @@ ran; parameters and buffers are attributes of it, under the model's names.
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import io
 import math
@@ -30,7 +31,7 @@ from ..typing import Tree
 from .example import Example, Sizes
 from .regions import apply_in_stages, functions_kept, marked, record_regions, replaced
 from .side_effects import as_it_was, noting_stores
-from .untraceable import untraceable, with_higher_minima
+from .untraceable import untraceable, with_other_bounds
 
 _CASTS = {getattr(Tensor, name) for name in ("to", "type", "type_as", "float", "double", "half", "bfloat16")}
 _ALIAS = torch.ops.aten.alias.default
@@ -48,7 +49,7 @@ class Traced:
         stored: attributes that the forward stored on the model's modules, and whether as tensors that require a
             gradient.
         sizes: sizes that tensors of an input may have.
-        varying: the dimensions of each leaf of the example that vary, with higher minima where torch needed them.
+        varying: the dimensions of each leaf of the example that vary, with other bounds where torch needed them.
         called_again: modules without weights that are called several times (one activation for all blocks).
     """
 
@@ -95,9 +96,9 @@ def export(model: nn.Module, example: Example, varying: Sequence[dict[int, Any]]
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             graph = program.module()
     except Exception as error:
-        higher = with_higher_minima(str(error), varying)
-        if higher is not None:
-            return export(model, example, higher, training=training)
+        other = with_other_bounds(str(error), example, varying)
+        if other is not None:
+            return export(model, example, other, training=training)
         raise untraceable(model, error, example, varying) from error
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     assert in_spec is not None
@@ -340,13 +341,29 @@ class _DtypeRecorder(TorchFunctionMode):
         return result
 
 
+_len = len
+
+
+def _length(x: Any) -> Any:
+    """``len``, which makes a constant of the first size of a tensor, so that it may vary."""
+    varies = isinstance(x, Tensor) and type(x).__len__ is Tensor.__len__ and x.dim() > 0
+    return x.shape[0] if varies else _len(x)
+
+
 @contextmanager
 def _plainly() -> Iterator[None]:
     """Context for a trace, with gradients and without torch's warnings about its tracing."""
     hidden = redirect_stderr(io.StringIO())  # a failed trace prints its graph
-    with warnings.catch_warnings(), torch.enable_grad(), hidden, marked():
+    any_mask = replaced(nn.modules.transformer, **{torch_private.CAUSAL_MASK_DETECTION: _causal_if_told})
+    with warnings.catch_warnings(), torch.enable_grad(), hidden, any_mask, marked():
         warnings.simplefilter("ignore")
         yield
+
+
+def _causal_if_told(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """Whether torch's transformers may leave a mask out for a kernel that knows it. They look at its values, which a
+    trace does not know; to apply the mask is right whatever it is."""
+    return is_causal is True
 
 
 @contextmanager
@@ -387,6 +404,7 @@ def _watched(model: nn.Module, recorder: _DtypeRecorder) -> Iterator[dict[str, b
         during_forward.enter_context(collecting(terms))
         during_forward.enter_context(noting_stores(model, stored))
         during_forward.enter_context(replaced(torch, **asking))
+        during_forward.enter_context(replaced(builtins, len=_length))
         during_forward.enter_context(recorder)
 
     with (

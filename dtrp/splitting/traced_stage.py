@@ -80,19 +80,20 @@ class TracedStage(Follower):
             return pytree.tree_map(outputs.__getitem__, part.returns)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _check_input(self, value: Tree) -> None:
+    def _check_input(self, value: Tree, *, whole: bool) -> None:
         """Refuse an input of another form, shape or dtype than the example's.
 
         Args:
             value: the input of the model, with any number of samples.
+            whole: whether it is a mini-batch that will be cut.
 
         Raises:
             TypeError, ValueError: it does not fit, with what to change.
         """
-        self._entered(value, whole=True)
+        self._entered(value, whole=whole)
 
     def _entered(self, value: Tree, *, whole: bool = False) -> list[Any]:
-        """The values that come in, checked against the example in the first stage; a ``whole`` mini-batch may be cut."""
+        """The values that come in, checked against the example in the first stage; a ``whole`` mini-batch is cut yet."""
         example = self._example
         if example is None:
             return list(value) if isinstance(value, (tuple, list)) else [value]

@@ -23,8 +23,7 @@ def untraceable(model: nn.Module, error: Exception, example: Example, varying: S
     text = str(error).strip()
     violated = re.match(r"Constraints violated \((.*?)\)!", text)
     if violated is not None:
-        samples = next(dims[0] for leaf, dims in zip(example.leaves, varying, strict=True) if example.has_samples(leaf))
-        if violated[1] == samples.__name__:
+        if violated[1] == _samples(example, varying).__name__:
             return ValueError(
                 "the model cannot be traced for any number of samples: its forward works with that of the example alone (a "
                 "view or a loop of that size?); take it from the input as x.shape[0], not len(x), or as -1 in a view. torch says: "
@@ -98,8 +97,6 @@ def _hint(error: BaseException, where: str, text: str) -> str:
     """What to do where the forward looks at values, which a trace does not know; empty where nothing is known."""
     functions = [(Path(frame.f_code.co_filename).name, frame.f_code.co_name, frame) for frame in _frames(error)]
     for file, name, frame in reversed(functions):
-        if (file, name) == ("transformer.py", "_detect_is_causal_mask"):
-            return _causal_hint([other for f, n, other in functions if (f, n) == ("transformer.py", "forward")])
         if (file, name) == ("regions.py", "_forward") and "output" not in frame.f_locals:
             return (
                 f"the forward of {frame.f_locals['cls'].__name__}, a torch.autograd.Function, runs on tensors without data; make "
@@ -114,18 +111,6 @@ def _hint(error: BaseException, where: str, text: str) -> str:
         if hint:
             return hint
     return ""
-
-
-def _causal_hint(frames: list[FrameType]) -> str:
-    """Which argument keeps torch's transformers from looking at a mask; ``frames`` are of their forwards."""
-    outer, inner = frames[0].f_locals.get("self"), frames[-1].f_locals.get("self")
-    name = "tgt_is_causal" if isinstance(inner, nn.TransformerDecoder) else "is_causal"
-    if isinstance(outer, nn.Transformer) and name == "is_causal":
-        name = "src_is_causal"
-    return (
-        f"nn.{type(outer).__name__} looks whether its mask is causal, which the values decide; pass {name}=True to it with a "
-        f"causal mask, or {name}=False with another one"
-    )
 
 
 def _lines(error: BaseException) -> list[str]:
@@ -170,37 +155,49 @@ def _place(model: nn.Module, error: BaseException) -> str:
     return ""
 
 
-def with_higher_minima(text: str, varying: Sequence[dict[int, Any]]) -> list[dict[int, Any]] | None:
-    """What varies, with higher minima, if torch.export asks for nothing else: it takes 0 and 1 for constants, and so
-    traces a size apart for which a tensor has one entry or none. A step refuses smaller sizes.
+def with_other_bounds(text: str, example: Example, varying: Sequence[dict[int, Any]]) -> list[dict[int, Any]] | None:
+    """What varies, within other bounds, if torch.export asks for nothing else: it takes 0 and 1 for constants, and so
+    traces a size apart for which a tensor has one entry or none; and a forward may have room for so many samples (a
+    table that it cuts to their number). A step refuses sizes out of bounds.
 
     Args:
         text: the message of torch.export.
+        example: what the model was called with.
         varying: what was to vary.
     """
-    dims = {getattr(dim, "__name__", None): dim for dims in varying for dim in dims.values()}
+    dims = {size.__name__: size for dims in varying for size in dims.values() if is_named(size)}
+    least, most = {name: dim.min for name, dim in dims.items()}, {name: dim.max for name, dim in dims.items()}
+    samples = _samples(example, varying).__name__
     reasons, _, fixes = text.partition("Suggested fixes:")
-    found = []
     for line in [line.strip(" -") for line in reasons.splitlines() if line.startswith("  - ")]:
-        name = re.match(r"Not all values of (\w+) = ", line)
-        entries = re.search(r"guard \(\(-(\d+)\) \+ L\[\S+\]\.size\(\)\[\d+\]\) != ([01])\.?$", line)
-        fix = re.search(rf"(?m)^  {name[1]} = Dim\('\w+', min=([23])(?:, max=(\d+))?\)$", fixes) if name else None
-        if name is None or name[1] not in dims:
+        found = re.match(r"Not all values of (\w+) = ", line)
+        if found is None or found[1] not in dims:
             return None
+        name = found[1]
+        entries = re.search(r"guard \(\(-(\d+)\) \+ L\[\S+\]\.size\(\)\[\d+\]\) != ([01])\.?$", line)
+        fix = re.search(rf"(?m)^  {name} = Dim\('\w+'(?:, min=([23]))?(?:, max=(\d+))?\)$", fixes)
         if entries is not None:
-            found.append((name[1], int(entries[1]) + int(entries[2]) + 1))
-        elif fix is not None and (not fix[2] or int(fix[2]) >= dims[name[1]].max):
-            found.append((name[1], int(fix[1])))
+            least[name] = max(least[name], int(entries[1]) + int(entries[2]) + 1)
+        elif fix is not None and (name == samples or not fix[2] or int(fix[2]) >= dims[name].max):
+            least[name] = max(least[name], int(fix[1] or 0))
+            most[name] = min(most[name], int(fix[2] or most[name]))
         else:
             return None
-    higher = {}
-    for asking, least in sorted(found):
-        known = dims[asking]
-        if known.min < least < known.max:
-            higher[asking] = torch.export.Dim(asking, min=least, max=int(known.max) if known.max < 2**62 else None)
-    if not higher:
+    bounds = {
+        name: (least[name], most[name]) for name, dim in dims.items() if (least[name], most[name]) != (dim.min, dim.max)
+    }
+    if not bounds or any(low >= high for low, high in bounds.values()):
         return None
-    return [{dim: higher.get(getattr(size, "__name__", None), size) for dim, size in dims.items()} for dims in varying]
+    other = {
+        name: torch.export.Dim(name, min=int(low), max=int(high) if high < 2**62 else None)
+        for name, (low, high) in bounds.items()
+    }
+    return [{dim: other.get(getattr(size, "__name__", ""), size) for dim, size in dims.items()} for dims in varying]
+
+
+def _samples(example: Example, varying: Sequence[dict[int, Any]]) -> Any:
+    """The Dim of the samples."""
+    return next(dims[0] for leaf, dims in zip(example.leaves, varying, strict=True) if example.has_samples(leaf))
 
 
 def fixed_sizes(text: str, names: str, example: Example, varying: Sequence[dict[int, Any]]) -> str:

@@ -102,7 +102,7 @@ class Follower(nn.Module):
     _known_hooks: set[tuple[str, int]]  # of the leader when this was made, and those that were warned of
     _num_handles = -1  # the number of hooks ever registered in the process, when these were last looked at
 
-    def _check_input(self, value: Tree) -> None:
+    def _check_input(self, value: Tree, *, whole: bool) -> None:
         """Refuse an input that the module cannot take; any, as far as is known."""
 
 
@@ -111,14 +111,15 @@ def writes_buffer(module: nn.Module, name: str) -> bool:
     return name.rpartition(".")[2] in _STATISTICS or (isinstance(module, Follower) and name in module._written)
 
 
-def check_input(module: nn.Module, value: Tree) -> None:
-    """Refuse the input of a mini-batch that a traced stage cannot take, before anything is done with it.
+def check_input(module: nn.Module, value: Tree, *, whole: bool) -> None:
+    """Refuse the input of a mini-batch that a traced stage cannot take, before anything is done with it; a ``whole``
+    one will be cut.
 
     Raises:
         TypeError, ValueError: it does not fit, with what to change.
     """
     if isinstance(module, Follower):
-        module._check_input(value)
+        module._check_input(value, whole=whole)
 
 
 def let_follow(modules: Sequence[Follower], leader: nn.Module) -> None:

@@ -187,6 +187,12 @@ def check_samples(label: str, value: Tree, num_microbatches: int = 1) -> Tree:
     return map_tensors(lambda t: t.clone() if t.is_inference() else t, value)
 
 
+def targets_fit(inputs: int, targets: int, num_microbatches: int) -> bool:
+    """Whether a mini-batch of so many samples may have so many targets: as many, or, where it stays whole, several a
+    sample (the tokens of all samples one behind another)."""
+    return targets == inputs or (num_microbatches == 1 and targets % inputs == 0)
+
+
 def _uncut_lists(form: Form, place: str, samples: int) -> Iterator[str]:
     """Where a tree has a list of text or numbers, or a tuple of text, with as many entries as there are samples."""
     kind, entries = form[0], form[1] if len(form) > 1 else []

@@ -24,6 +24,13 @@ def microbatch_seed(seed: int, replica: int, stage: int, microbatch: int) -> int
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
+def drawn_seed() -> int:
+    """A seed from the global generator, which does not notice: the program's own draws stay what they are."""
+    copied = torch.Generator()
+    copied.set_state(torch.default_generator.get_state())
+    return int(torch.randint(2**63 - 1, (), generator=copied, device="cpu"))
+
+
 def generator(*key: int | str) -> torch.Generator:
     """A generator on the CPU whose draws depend on ``key`` only."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()

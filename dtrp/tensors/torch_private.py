@@ -30,6 +30,8 @@ pytree = torch.utils._pytree
 # `uncompiled` keeps torch.compile out of a function. `torch.compiler.disable`, which is public, imports the compiler at
 # once.
 uncompiled = torch._compile._disable_dynamo
+# By this function of `torch.nn.modules.transformer` encoders and decoders look whether a mask is causal where nobody says.
+CAUSAL_MASK_DETECTION = "_detect_is_causal_mask"
 # `TorchDispatchMode` sees every operator that runs; torch documents it, under this private path alone.
 
 # -- tensors --------------------------------------------------------------------------------------

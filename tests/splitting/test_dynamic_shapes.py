@@ -319,6 +319,37 @@ def test_minima_that_torch_needs_are_raised_by_themselves() -> None:
         stages[0](pair(5, 2))
 
 
+class Rows(nn.Module):
+    """Tokens along dimension 0, with a table of as many rows and a mask of a size that ``len`` tells."""
+
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+        self.register_buffer("table", torch.randn(longest, 1, 4))
+        self.mask: Tensor | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.mask is None or self.mask.shape[0] != len(tokens):
+            self.mask = torch.ones(len(tokens), len(tokens)).tril()
+        h = self.embedding(tokens) + self.table[: tokens.size(0)]
+        return self.head(torch.einsum("st,tnd->snd", self.mask, h))
+
+
+def test_len_varies_and_a_forward_has_room_for_so_many_samples() -> None:
+    model = Rows(longest=12)
+    stages = dtrp.split(model, num_stages=2, example=torch.randint(9, (6, 3)), dynamic_shapes=({1: "columns"},))
+    for shape in ((6, 3), (12, 2), (2, 5), (9, 4)):
+        x = torch.randint(9, shape)
+        torch.testing.assert_close(chain(stages, x), model(x), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"has size 13 .* traced for at most 12 samples at once; pass fewer"):
+        stages[0](torch.randint(9, (13, 3)))
+    x, y = torch.randint(9, (13, 3)), torch.randint(9, (39,))
+    pipe = dtrp.Pipeline(stages, sgd, lambda out, y: nn.functional.cross_entropy(out.flatten(0, 1), y), method="bp", num_microbatches=1)
+    with pytest.raises(ValueError, match=r"has size 13 .* at most 12 samples"):
+        pipe.step(x, y)
+    pipe.step(x[:7], y[:21])
+
+
 def test_a_copy_and_a_wrong_batch_at_the_door() -> None:
     model = Classifier()
     stages = dtrp.split(model, num_stages=2, example=texts(5, 7), dynamic_shapes=VARYING)

@@ -92,30 +92,6 @@ def by_its_formula(m: Any, h: Tensor, lengths: Tensor) -> Tensor:
 
 CASES: list[tuple[Callable[..., Tensor], dict[str, Callable[[], nn.Module]], str, Callable[..., Tensor] | None]] = [
     (
-        lambda m, h, _: m.inner(h, mask=causal(h)),
-        {"inner": encoder},
-        "nn.TransformerEncoder looks whether its mask is causal, .* pass is_causal=True to it with a causal mask, or",
-        lambda m, h, _: m.inner(h, mask=causal(h), is_causal=True),
-    ),
-    (
-        lambda m, h, _: m.inner(h, h, tgt_mask=causal(h)),
-        {"inner": decoder},
-        "nn.TransformerDecoder looks .* pass tgt_is_causal=True",
-        lambda m, h, _: m.inner(h, h, tgt_mask=causal(h), tgt_is_causal=True),
-    ),
-    (
-        lambda m, h, _: m.inner(h, h, src_mask=causal(h)),
-        {"inner": transformer},
-        "nn.Transformer looks .* pass src_is_causal=True",
-        lambda m, h, _: m.inner(h, h, src_mask=causal(h), src_is_causal=True),
-    ),
-    (
-        lambda m, h, _: m.inner(h, h, tgt_mask=causal(h)),
-        {"inner": transformer},
-        "nn.Transformer looks .* pass tgt_is_causal=True",
-        lambda m, h, _: m.inner(h, h, tgt_mask=causal(h), tgt_is_causal=False),
-    ),
-    (
         packed,
         {"rnn": lambda: nn.LSTM(8, 8, batch_first=True)},
         "a packed sequence has sizes that the data decide; run the module on the padded tensor",
@@ -171,6 +147,30 @@ def test_what_to_do_is_told_and_works(
     model.way = works
     stages = dtrp.split(model, points=["last"], example=x)
     torch.testing.assert_close(chain(stages, x), want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("inner", "way"),
+    [
+        (encoder, lambda m, h, _: m.inner(h, mask=causal(h))),
+        (encoder, lambda m, h, _: m.inner(h, mask=causal(h).roll(1, 1))),
+        (decoder, lambda m, h, _: m.inner(h, h, tgt_mask=causal(h))),
+        (transformer, lambda m, h, _: m.inner(h, h, src_mask=causal(h), tgt_mask=causal(h))),
+    ],
+)
+def test_torchs_transformers_take_any_mask(inner: Callable[[], nn.Module], way: Callable[..., Tensor]) -> None:
+    """They look whether it is causal where nobody says, which a trace cannot."""
+    model, x = Looks(way, inner=inner()), data()
+    stages = dtrp.split(model, points=["last"], example=x)
+    for training in (True, False):
+        model.train(training)
+        for stage in stages:
+            stage.train(training)
+        out = chain(stages, x)
+        torch.testing.assert_close(out, model(*x), rtol=1e-10, atol=1e-10)
+        got = torch.autograd.grad(out.square().sum(), [*model.parameters()])
+        for a, b in zip(got, torch.autograd.grad(model(*x).square().sum(), [*model.parameters()]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_padding_in_eval_mode_of_torchs_encoder() -> None:
