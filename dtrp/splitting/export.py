@@ -313,11 +313,14 @@ class _DtypeRecorder(TorchFunctionMode):
     Attributes:
         reads_dtypes: whether the forward has asked for autocast settings, or for the dtype of something else than a
             parameter.
+        has_grad: whether the forward has gradients on. (A trace of torch 2.8 marks where that changes, and changes
+            nothing, so that a region which ends there would leave the mode in which the trace runs.)
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.reads_dtypes = False
+        self.has_grad = True
 
     def recording(self, ask: Callable[..., Any]) -> Callable[..., Any]:
         """The function ``ask``, which reads autocast settings, with a note of its calls."""
@@ -334,6 +337,8 @@ class _DtypeRecorder(TorchFunctionMode):
         if func in _CASTS:
             args = (_ALIAS(args[0]), *args[1:])
         result = func(*args, **(kwargs or {}))
+        if func is torch_private.SET_GRAD_ENABLED:
+            self.has_grad = bool(args[0])
         if func is multi_head_attention_forward:  # whose float masks are of the query's dtype
             self.reads_dtypes = True
         if isinstance(result, torch.dtype) and not (args and isinstance(args[0], nn.Parameter)):
@@ -400,6 +405,8 @@ def _watched(model: nn.Module, recorder: _DtypeRecorder) -> Iterator[dict[str, b
         asking = {
             name: recorder.recording(getattr(torch, name)) for name in ("is_autocast_enabled", "get_autocast_dtype")
         }
+        asking["is_grad_enabled"] = lambda: recorder.has_grad
+        recorder.has_grad = torch.is_grad_enabled()
         terms.clear()
         during_forward.enter_context(collecting(terms))
         during_forward.enter_context(noting_stores(model, stored))
