@@ -39,7 +39,9 @@ def run(selection: list[str]) -> dict[str, object]:
     for case in cases:
         problem = next((case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None)
         if problem is not None:
-            failed[f"{case.get('classname', '')}::{case.get('name', '')}"] = (problem.get("message") or "").split("\n")[0][:200]
+            failed[f"{case.get('classname', '')}::{case.get('name', '')}"] = (problem.get("message") or "").split("\n")[
+                0
+            ][:200]
     skipped = sum(case.find("skipped") is not None for case in cases)
     return {
         "torch": torch.__version__,
