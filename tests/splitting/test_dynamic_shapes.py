@@ -344,7 +344,9 @@ def test_len_varies_and_a_forward_has_room_for_so_many_samples() -> None:
     with pytest.raises(ValueError, match=r"has size 13 .* traced for at most 12 samples at once; pass fewer"):
         stages[0](torch.randint(9, (13, 3)))
     x, y = torch.randint(9, (13, 3)), torch.randint(9, (39,))
-    pipe = dtrp.Pipeline(stages, sgd, lambda out, y: nn.functional.cross_entropy(out.flatten(0, 1), y), method="bp", num_microbatches=1)
+    pipe = dtrp.Pipeline(
+        stages, sgd, lambda out, y: nn.functional.cross_entropy(out.flatten(0, 1), y), method="bp", num_microbatches=1
+    )
     with pytest.raises(ValueError, match=r"has size 13 .* at most 12 samples"):
         pipe.step(x, y)
     pipe.step(x[:7], y[:21])
