@@ -19,7 +19,7 @@ from rich.text import Text
 
 from ..methods import Method
 from ..planning import Choice, Plan, Simulation
-from ..schedule import num_parts, steady_delay
+from ..schedule import cycle, lead, num_parts, steady_delay
 from ..train import comparison
 from ..train.comparison import (
     mean_score,
@@ -308,16 +308,20 @@ def show_side_by_side(results: Sequence[TrainResult]) -> None:
 def show_plan(plan: Plan) -> None:
     """Show the choices of a plan, and the alternatives."""
     console = _wide_console()
+    row = plan.row
+    splits = row.split_backward
     headings = ("stage", "layers", "keeps", "slot", "at work", "memory, at most")
-    stages = _table(f"{plan.method}: the stages", headings, left=("layers", "keeps"))
+    more = ("W of the backward", "lead", "order") if splits else ()
+    stages = _table(f"{plan.method}: the stages", (*headings, *more), left=("layers", "keeps", "order"))
     for k, stage in enumerate(plan.stages):
         numbers = _seconds([stage.slot_s]), f"{stage.utilization:.0%}", decimal(stage.memory_bytes)
-        stages.add_row(str(k), describe_layers(stage.layers), stage.keep, *numbers)
+        order = lead(row, plan.num_workers, k), cycle(row, plan.num_workers, k)
+        parts = (_known(stage.weight_share, ".0%"), *map(str, order)) if splits else ()
+        stages.add_row(str(k), describe_layers(stage.layers), stage.keep, *numbers, *parts)
     console.print(stages)
-    row = plan.row
     console.print(
-        f"{_minibatches(plan.batch_size, plan.num_microbatches)}; ahead {row.ahead:g}, "
-        f"{'backward' if row.backward_first else 'forward'} first; learning rate times {plan.lr_scale:g}"
+        f"{_minibatches(plan.batch_size, plan.num_microbatches)}; {_order_text(plan.choice)}; "
+        f"learning rate times {plan.lr_scale:g}"
         + (f", {plan.warmup_updates} updates of warm-up" if plan.warmup_updates else ""),
         highlight=False,
     )
@@ -341,6 +345,12 @@ def show_plan(plan: Plan) -> None:
     console.print(plan.advice, highlight=False)
 
 
+def _order_text(row: Choice) -> str:
+    if row.orders is not None:
+        return "the orders of the table"
+    return f"ahead {row.ahead:g}, {row.order.replace('-', ' ')}"
+
+
 def _choices_table(title: str, choices: Sequence[Choice]) -> Table:
     headings = (
         "ahead", "order", "A", "mini-batch", "time", "spread", "samples/s", "memory, at most", "delay", "at work, each",
@@ -348,11 +358,19 @@ def _choices_table(title: str, choices: Sequence[Choice]) -> Table:
     table = _table(title, ("method", *headings), left=("method", "order"))
     for choice in choices:
         table.add_row(
-            choice.method, f"{choice.ahead:g}", choice.order, str(choice.num_microbatches), str(choice.batch_size),
+            choice.method, *_ahead_and_order(choice), str(choice.num_microbatches), str(choice.batch_size),
             _seconds([choice.minibatch_s]), _known(choice.spread, ".0%"), _known(choice.samples_per_s, ".0f"),
             decimal(choice.memory_bytes), str(choice.delay), _shares(choice.utilization),
         )  # fmt: skip
     return table
+
+
+def _ahead_and_order(choice: Choice) -> tuple[str, str]:
+    """The cells of a row; of leads and orders of its own those of the first stage, which has the largest delay."""
+    if choice.leads is None or choice.orders is None:
+        return f"{choice.ahead:g}", choice.order
+    letters = choice.orders if isinstance(choice.orders, str) else choice.orders[0]
+    return f"lead {choice.leads[0]}", letters
 
 
 def show_simulations(rows: Sequence[tuple[str, Simulation]]) -> None:

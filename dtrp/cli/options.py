@@ -21,7 +21,17 @@ from .option_types import INTERVAL, SIZE, Name, NameOrReference, Parsed, count, 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULTS = TrainConfig()
-_LISTS = ("cuts", "points", "model_arg", "data_arg", "metric", "mean", "std")  # options that may be lists in a file
+_LISTS = (
+    "cuts",
+    "leads",
+    "orders",
+    "points",
+    "model_arg",
+    "data_arg",
+    "metric",
+    "mean",
+    "std",
+)  # that may be lists in a file
 _NAMES = {**CHOICES, "data": list_data(), "model": list_models(), "method": list_methods()}
 NAME_TYPES: dict[str, Parsed] = {field: Name(field.replace("_", " "), names) for field, names in _NAMES.items()}
 NAME_TYPES |= {field: NameOrReference(field, _NAMES[field]) for field in ("model", "data")}
@@ -33,6 +43,8 @@ _TYPES = {
     **dict.fromkeys(("stages", "num_microbatches", "prediction_error_every"), count("auto")),
     "workers": count("2:4"),
     "cuts": numbers("layer numbers", "3,6,9"),
+    "leads": numbers("forwards ahead", "3,2,1,0"),
+    "orders": words("RFIW,RIFW,FIW"),
     "points": words("blocks.2,blocks.4"),
     **dict.fromkeys(("model_arg", "data_arg"), click.STRING),
     "metric": NameOrReference("metric", METRICS),
@@ -73,6 +85,8 @@ _HELP = {
     "--microbatch-samples": "Least samples of a part, where a mini-batch is small (2 with --num-microbatches auto, else 1).",
     "--ahead": "Forwards ahead of the first backward, for each stage behind (the method's).",
     "--order": "Order of the forward and the backward in a slot (the method's).",
+    "--leads": "Forwards ahead of the first backward of each stage, instead of --ahead: 4,3,3,2,2,1,1,0.",
+    "--orders": "Order of work of all stages, or of each: RFIW, or FB of whole backwards; a cycle of one slot or several.",
     "--keep": "What stages keep: auto (graphs within --memory-limit), graph or input, or a list by stage: input,graph.",
     "--memory-limit": "Memory limit of a stage, for --keep auto: 800MB, 2GiB.",
     "--plan": "File of 'dtrp plan': method, cuts, batch size and learning rate scale.",

@@ -33,7 +33,16 @@ _search_options = together(
     ),
     click.option("--compensate", is_flag=True, help="Choose the mini-batch too, and what is kept."),
     click.option("--max-batch-size", type=_AT_LEAST_1, help="Largest mini-batch to try (32 times the base)."),
-    click.option("--max-delay", type=click.IntRange(min=0), help="In updates; met by more micro-batches."),
+    click.option(
+        "--max-delay",
+        type=click.IntRange(min=0),
+        help="In updates; met by more micro-batches, or by an order with less delay.",
+    ),
+    click.option(
+        "--max-slowdown",
+        type=click.FloatRange(min=0),
+        help="Take the order with the least delay that is slower than the fastest by no more than this share (0.02).",
+    ),
     click.option(
         "--lr-scaling",
         type=Name("lr scaling", ("linear", "sqrt", "none")),

@@ -23,7 +23,7 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--stages", type=_AT_LEAST_1, default=4, help="K.")
 @click.option("--minibatches", type=_AT_LEAST_1, default=8, help="Mini-batches in the run.")
 @click.option("--num-microbatches", type=_AT_LEAST_1, default=1, help="Micro-batches in each.")
-@train_options("ahead", "order")
+@train_options("ahead", "order", "leads", "orders")
 @click.option("--check", type=click.File(), help="Read a grid from a file ('-': standard input) and check it instead.")
 def schedule(stages: int, minibatches: int, num_microbatches: int, check: IO[str] | None, **row: Any) -> None:
     """Print who does what and when, and the delays that follow.
@@ -53,6 +53,10 @@ _time_options = together(
         "--forward", "forward_s", type=TIMES, default=1.0, help="Seconds of a micro-batch's forward; one, or one a stage."
     ),
     click.option("--backward", "backward_s", type=TIMES, default=2.0, help="Seconds of its backward; one, or one a stage."),
+    click.option(
+        "--weight-share", type=TIMES, default=0.5,
+        help="Of a backward in two parts, the share of the second, from 0 to 1; one, or one a stage.",
+    ),
     click.option("--nograd-forward", "nograd_forward_s", type=TIMES, help="Seconds of a forward without a graph (as --forward)."),
     click.option("--update", "update_s", type=TIMES, default=0.0, help="Seconds of an update; one, or one a stage."),
     click.option("--latency", "latency_s", type=TIMES, default=0.0, help="Seconds a message takes; one, or one a hop."),
@@ -76,7 +80,7 @@ _time_options = together(
 @click.option("--stages", "num_stages", type=_AT_LEAST_1, default=4, help="K.")
 @click.option("--minibatches", type=_AT_LEAST_1, help="Mini-batches in the run (long enough for a steady state).")
 @click.option("--num-microbatches", type=_AT_LEAST_1, default=1, help="Micro-batches in each.")
-@train_options("ahead", "order")
+@train_options("ahead", "order", "leads", "orders")
 @click.option("--keep", type=Name("keep", ("graph", "input")), help="What stages keep (the method's).")
 @_time_options
 @click.option("--timeline", is_flag=True, help="List every action too.")
@@ -85,6 +89,8 @@ def simulate(
     minibatches: int | None,
     ahead: float | None,
     order: str | None,
+    leads: tuple[int, ...] | None,
+    orders: tuple[str, ...] | None,
     *,
     timeline: bool,
     **options: Any,
@@ -102,8 +108,9 @@ def simulate(
     rows = []
     with mistakes(ValueError):
         for name in names:
-            method = make_method(TrainConfig(method=name, ahead=ahead, order=order))
-            lead = math.ceil(method.ahead * options["num_stages"])
+            row = TrainConfig(method=name, ahead=ahead, order=order, leads=leads, orders=orders)
+            method = make_method(row)
+            lead = max(method.leads or [math.ceil(method.ahead * options["num_stages"])])
             length = minibatches or 4 * math.ceil(lead / options["num_microbatches"]) + 20
             rows.append((name, run_simulation(method, num_minibatches=length, **options)))
     show_simulations(rows)

@@ -4,14 +4,17 @@ from ..errors import PlanError
 from .balance import balance
 from .choose import plan
 from .link_probe import LinkSpeed, measure_link
+from .orders import FoundOrder, Parts, find_orders
 from .plan_file import Choice, Plan, StagePlan
 from .profile import LayerProfile, Profile, Profiler
 from .simulate import SimulatedSpan, Simulation, simulate
 
 __all__ = [
     "Choice",
+    "FoundOrder",
     "LayerProfile",
     "LinkSpeed",
+    "Parts",
     "Plan",
     "PlanError",
     "Profile",
@@ -20,6 +23,7 @@ __all__ = [
     "Simulation",
     "StagePlan",
     "balance",
+    "find_orders",
     "measure_link",
     "plan",
     "simulate",

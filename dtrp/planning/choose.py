@@ -42,6 +42,7 @@ LR_SCALING: dict[str, Callable[[float], float]] = {"linear": float, "sqrt": math
 OTHERS = ("gpipe", "bp", "pipedream", "fdg", "dtrp")  # methods that a plan is compared with, beside one worker
 _SATURATED = 0.95  # of the best throughput
 _WARMUP_MINIBATCHES = 20  # for a doubling of the learning rate
+_ABOUT_FASTEST = 0.02  # the share by which an order of work may be slower than the fastest
 
 
 def plan(
@@ -61,6 +62,7 @@ def plan(
     compensate: bool = False,
     max_batch_size: int | None = None,
     max_delay: int | None = None,
+    max_slowdown: float | None = None,
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear",
     alternatives: bool = True,
     device: torch.device | str | None = None,
@@ -92,7 +94,10 @@ def plan(
         compensate: choose the mini-batch too (batch compensation), and which stages keep their graphs: with no
             ``memory_limit_bytes``, within the memory that fdg needs at the base mini-batch.
         max_batch_size: samples in the largest mini-batch to try; None: 32 times the base.
-        max_delay: largest delay, in updates; met by more micro-batches.
+        max_delay: largest delay, in updates; met by more micro-batches, or with backwards in two parts by an order of
+            work with less delay, whichever is faster.
+        max_slowdown: of the orders of work, take the one with the least delay whose mini-batch takes no more than this
+            share longer than the fastest order's; None: 0.02.
         lr_scaling: how the learning rate grows with the mini-batch.
         alternatives: evaluate the other methods too, and cuts into equal numbers of layers.
         device: device to measure on; None: where the model is.
@@ -115,9 +120,12 @@ def plan(
     _check_number("latency_s", latency_s)
     _check_number("bandwidth_bytes_s", bandwidth_bytes_s, above=True)
     whole("repeats", repeats, error=PlanError)
-    _check_count("neighbours", neighbours, 0)
-    _check_sizes(base, len(layers), num_workers, max_batch_size)
-    _check_microbatches(row, base, num_workers, num_microbatches, max_delay)
+    _check_sizes(base, len(layers), num_workers, max_batch_size, neighbours)
+    chooses_lead = (
+        num_workers > 1 and not row.flush and (isinstance(method, str) if choose_lead is None else choose_lead)
+    )
+    _check_slowdown(max_slowdown, chooses_lead=chooses_lead)
+    _check_microbatches(row, base, num_workers, num_microbatches, max_delay, chooses_lead=chooses_lead)
     method_options(row)  # refuses what no file holds
     if neighbours is None:
         on_cpu = (device_of(layer for _, layer in layers) if device is None else torch.device(device)).type == "cpu"
@@ -136,8 +144,8 @@ def plan(
         builder.choose_batch(max_batch_size or 32 * base)
     builder.choose_cuts()
     builder.compare(alternatives=alternatives)
-    if (isinstance(method, str) if choose_lead is None else choose_lead) and num_workers > 1 and not row.flush:
-        builder.choose_lead()
+    if chooses_lead:
+        builder.choose_lead(_ABOUT_FASTEST if max_slowdown is None else max_slowdown)
     return builder.plan(model, LR_SCALING[lr_scaling](builder.chosen.batch_size / base))
 
 
@@ -174,13 +182,18 @@ class _PlanBuilder:
         else:
             first = self.search.evaluate(self.method, self.base)
         self.chosen = self.search.best_of_tried(first)
-        self.search = dataclasses.replace(self.search, slower=statistics.mean(self.chosen.ratios))
+        self.search = dataclasses.replace(
+            self.search,
+            slower=statistics.mean(self.chosen.ratios),
+            weight_share=statistics.mean(self.chosen.weight_shares),
+        )
 
     def compare(self, *, alternatives: bool) -> None:
         """The same job by one worker, and by ``alternatives``: other methods, and other ways of the chosen method."""
         if alternatives and self.search.num_workers > 1:
             self._add_alternatives()
         self.chosen, self.others, self.one_worker = self.search.in_turns(self.chosen, self.others)
+        self.chosen = self.search.with_shares(self.chosen)
         size = self.chosen.batch_size, self.chosen.num_microbatches
         self.batches = [self.chosen if (b.batch_size, b.num_microbatches) == size else b for b in self.batches]
 
@@ -200,13 +213,19 @@ class _PlanBuilder:
         self.variants = [f"{chosen.method.name}, {way}" for way in variants]
         self.others |= dict(zip(self.variants, variants.values(), strict=True))
 
-    def choose_lead(self) -> None:
+    def choose_lead(self, max_slowdown: float) -> None:
         """The order of work with the least delay among those that are about as fast as the fastest."""
         self.search.say("orders of work")
         self.leads = self.search.leads(self.chosen)
         max_delay = math.inf if self.search.max_delay is None else self.search.max_delay
-        allowed = [lead for lead in self.leads if lead.delay <= max_delay] or [self.chosen]
-        self.chosen = min(about_fastest(allowed), key=lambda lead: (lead.delay, lead.method.ahead))
+        allowed = [lead for lead in self.leads if lead.delay <= max_delay]
+        if not allowed and self.chosen.method.split_backward:
+            raise PlanError(
+                f"max_delay={max_delay} with num_microbatches={self.chosen.num_microbatches}: the least delay of the orders of "
+                f"work is {self.leads[0].delay}; raise it, or pass more micro-batches"
+            )
+        fastest = about_fastest(allowed or [self.chosen], max_slowdown)
+        self.chosen = min(fastest, key=lambda lead: (lead.delay, lead.method.ahead, lead.minibatch_s))
         for name, other in self.others.items():
             if name in self.variants:
                 self.others[name] = self.search.reordered(other, self.chosen.method)
@@ -296,7 +315,10 @@ def _check_choices(method: Method, keep: object, lr_scaling: str) -> None:
         raise PlanError(f"keep={keep!r}: pass 'auto', 'graph' or 'input', or leave it out")
 
 
-def _check_sizes(base: int, num_layers: int, num_workers: int, max_batch_size: int | None) -> None:
+def _check_sizes(
+    base: int, num_layers: int, num_workers: int, max_batch_size: int | None, neighbours: int | None
+) -> None:
+    _check_count("neighbours", neighbours, 0)
     if not is_whole(num_workers) or num_workers > num_layers:
         raise PlanError(
             f"num_workers={num_workers!r}: the model has {num_layers} layers; pass a number from 1 to {num_layers}"
@@ -307,15 +329,27 @@ def _check_sizes(base: int, num_layers: int, num_workers: int, max_batch_size: i
         )
 
 
-def _check_microbatches(method: Method, base: int, num_workers: int, count: int | None, max_delay: int | None) -> None:
+def _check_microbatches(
+    method: Method, base: int, num_workers: int, count: int | None, max_delay: int | None, *, chooses_lead: bool
+) -> None:
     _check_count("num_microbatches", count)
     _check_count("max_delay", max_delay, 0)
     if count is not None and count > base:
         raise PlanError(f"num_microbatches={count} with an example of {base} samples; each needs one")
     delay = 0 if count is None else steady_delay(method, num_workers, 0, count, 0)
-    if max_delay is not None and delay > max_delay:
+    by_order = chooses_lead and method.split_backward  # an order of work may keep the delay within the bound
+    if max_delay is not None and delay > max_delay and not by_order:
         raise PlanError(
             f"num_microbatches={count} leaves a delay of {delay}, and max_delay={max_delay}; pass one of the two"
+        )
+
+
+def _check_slowdown(value: float | None, *, chooses_lead: bool) -> None:
+    _check_number("max_slowdown", value)
+    if value is not None and not chooses_lead:
+        raise PlanError(
+            f"max_slowdown={value!r} is for the choice of an order of work, and there is none to make: pass several "
+            "workers, the name of a method that does not flush, and not choose_lead=False; or leave it out"
         )
 
 

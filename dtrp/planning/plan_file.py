@@ -36,6 +36,8 @@ class StagePlan:
         slot_s: seconds for a mini-batch, of its work or of its slower link.
         memory_bytes: bytes that it holds at most.
         utilization: share of the time in which it works.
+        weight_share: share of its backward that is the gradients of its weights, for which nobody waits; None: the
+            backward is whole.
     """
 
     layers: tuple[str, ...]
@@ -43,6 +45,7 @@ class StagePlan:
     slot_s: float
     memory_bytes: int
     utilization: float
+    weight_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Choice:
         utilization: by worker, the share of the time in which it works.
         spread: interquartile range, over the rounds, of the measured time of the slowest stage, over its median; None:
             not measurable, as in fewer than four rounds, or in a plan of an older version.
+        leads, orders: the method's fields of these names; None: from ``ahead`` and ``order``.
     """
 
     method: str
@@ -77,6 +81,8 @@ class Choice:
     delay: int
     utilization: tuple[float, ...]
     spread: float | None = None
+    leads: tuple[int, ...] | None = None
+    orders: tuple[str, ...] | str | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,8 @@ class Plan:
             delay=steady_delay(row, self.num_workers, 0, self.num_microbatches, 0),
             utilization=tuple(stage.utilization for stage in self.stages),
             spread=self.spread,
+            leads=row.leads,
+            orders=row.orders,
         )
 
     @property

@@ -23,6 +23,7 @@ from ..schedule import lead, steady_delay
 from ..splitting.stages import equal_cuts
 from .balance import cuts_within
 from .link_probe import LinkSpeed
+from .orders import Parts, find_orders
 from .plan_file import Choice, StagePlan, samples_per_s
 from .profile import Profiler, StageProfile
 from .simulate import Seconds, Simulation, simulate
@@ -35,6 +36,7 @@ _LEAST_SCATTER = 0.04  # no stage takes the same time twice
 _MOST_SCATTER = 0.25
 _QUARTILE = statistics.NormalDist().inv_cdf(0.75)
 _MOST_TRIED = 5  # cuts
+_FEWER = (1, 2, 4, 8)  # micro-batches than those that meet a bound on the delay
 _WORTH_TRYING = 1.12  # of the time of the fastest, by the sums of layers
 _MINIBATCH_S = operator.attrgetter("minibatch_s")
 
@@ -72,6 +74,19 @@ class StageOption:
         work_s = self.num_microbatches * (forward_s + self.layers.backward_s) + self.layers.update_s
         return work_s + self.layers.predict_s if predicts else work_s
 
+    def parts(self, ratio: float, weight_share: float) -> Parts:
+        """Seconds of the parts of a micro-batch; its share of an update is counted to W, of a prediction to F."""
+        layers, count = self.layers, self.num_microbatches
+        predicts = self.method.predict is not None and self.index < self.num_stages - 1
+        repeats = self.keep == "input"
+        forward_s = layers.nograd_forward_s if repeats else layers.forward_s
+        return Parts(
+            forward_s=ratio * (forward_s + (layers.predict_s / count if predicts else 0.0)),
+            repeat_s=ratio * layers.forward_s if repeats else 0.0,
+            input_s=ratio * (1 - weight_share) * layers.backward_s,
+            weight_s=ratio * (weight_share * layers.backward_s + layers.update_s / count),
+        )
+
     def slot_s(self, ratio: float = 1.0) -> float:
         """Seconds for a mini-batch: of its work, ``ratio`` times the sum of the layers, or of its slower link."""
         received = self.layers.sizes.input if self.index else 0.0
@@ -97,6 +112,7 @@ class Evaluated:
         spread: interquartile range of the slowest stage's time, over its median; None: not measurable.
         scatter: as ``spread``, of single steps.
         simulation: the schedule, with times that scatter so.
+        weight_shares: by stage, the share of its backward that is its second part, where backwards are in two.
     """
 
     method: Method
@@ -108,6 +124,7 @@ class Evaluated:
     spread: float | None
     scatter: float | None
     simulation: Simulation
+    weight_shares: list[float]
 
     @property
     def keeps(self) -> list[Keep]:
@@ -142,7 +159,12 @@ class Evaluated:
         used = self.simulation.utilization
         return tuple(
             StagePlan(
-                tuple(names[bounds[k] : bounds[k + 1]]), option.keep, slot_s, math.ceil(option.memory_bytes), used[k]
+                tuple(names[bounds[k] : bounds[k + 1]]),
+                option.keep,
+                slot_s,
+                math.ceil(option.memory_bytes),
+                used[k],
+                self.weight_shares[k] if self.method.split_backward else None,
             )
             for k, (option, slot_s) in enumerate(zip(self.options, self.slots_s, strict=True))
         )
@@ -163,6 +185,8 @@ class Evaluated:
             memory_bytes=self.memory,
             delay=self.delay,
             utilization=tuple(self.simulation.utilization.values()),
+            leads=self.method.leads,
+            orders=self.method.orders,
         )
 
 
@@ -181,6 +205,7 @@ class Search:
         forbidden: cuts that would part a tensor from itself.
         say: called with a line before a longer part.
         slower: time that a stage takes over the sum of its layers.
+        weight_share: share of a backward that is its second part, where that has not been measured.
     """
 
     profiler: Profiler
@@ -193,6 +218,7 @@ class Search:
     forbidden: frozenset[int]
     say: Callable[[str], None]
     slower: float = 1.0
+    weight_share: float = 0.5
 
     def evaluate(
         self, method: Method, batch_size: int, *, cuts: list[int] | None = None, like: Evaluated | None = None
@@ -262,9 +288,12 @@ class Search:
         if max(option.memory_bytes for option in options) > self.limit:  # at cuts that were given
             return self._evaluate_with(method, batch_size, num_microbatches)
         ratios = [self.slower] * num_stages if like is None else like.ratios
+        shares = [self.weight_share] * num_stages if like is None else like.weight_shares
         spread, scatter = (profile.spread, profile.spread) if like is None else (like.spread, like.scatter)
-        simulation = self._simulate(method, options, ratios, scatter)
-        return Evaluated(method, num_microbatches, batch_size, cuts, options, ratios, spread, scatter, simulation)
+        simulation = self._simulate(method, options, ratios, scatter, shares)
+        return Evaluated(
+            method, num_microbatches, batch_size, cuts, options, ratios, spread, scatter, simulation, shares
+        )
 
     def _fastest(self, options: Sequence[StageOption]) -> StageOption:
         """The fastest option that fits the memory, else the smallest; of equals the first."""
@@ -276,7 +305,12 @@ class Search:
         return min(fitting, key=lambda option: (option.slot_s(), option.memory_bytes))
 
     def _simulate(
-        self, method: Method, options: Sequence[StageOption], ratios: Sequence[float], scatter: float | None
+        self,
+        method: Method,
+        options: Sequence[StageOption],
+        ratios: Sequence[float],
+        scatter: float | None,
+        weight_shares: Sequence[float],
     ) -> Simulation:
         def times(name: str) -> list[Seconds]:
             medians = [ratio * getattr(option.layers, name) for ratio, option in zip(ratios, options, strict=True)]
@@ -291,6 +325,7 @@ class Search:
             num_microbatches=num_microbatches,
             forward_s=times("forward_s"),
             backward_s=times("backward_s"),
+            weight_share=weight_shares,
             nograd_forward_s=times("nograd_forward_s"),
             update_s=times("update_s"),
             predict_s=times("predict_s"),
@@ -315,17 +350,31 @@ class Search:
         if not self._tries:
             return untried
         self.say(f"trying the stages on mini-batches of {untried.batch_size}")
-        return self._corrected(untried, try_stages(self.profiler, _settings(untried), untried.batch_size))
+        return self._corrected(untried, self._trials(untried))
+
+    def _trials(self, untried: Evaluated) -> list[StageTrial]:
+        return try_stages(self.profiler, _settings(untried), untried.batch_size)
+
+    def with_shares(self, chosen: Evaluated) -> Evaluated:
+        """With the measured shares of its backwards' second parts, where trials have not measured them yet."""
+        if self._tries or not chosen.method.split_backward:
+            return chosen
+        self.say("the two parts of the stages' backwards")
+        shares = _weight_shares(chosen, self._trials(chosen))
+        simulation = self._simulate(chosen.method, chosen.options, chosen.ratios, chosen.scatter, shares)
+        return dataclasses.replace(chosen, weight_shares=shares, simulation=simulation)
 
     def _corrected(self, untried: Evaluated, trials: Sequence[StageTrial]) -> Evaluated:
         """With the times of its stages as in these trials."""
         pairs = zip(trials, untried.options, strict=True)
         ratios = [trial.minibatch_s / option.work_s if option.work_s else 1.0 for trial, option in pairs]
-        slowest = max(trials)
-        simulation = self._simulate(untried.method, untried.options, ratios, slowest.scatter)
+        slowest = max(trials, key=lambda trial: trial.minibatch_s)
+        shares = _weight_shares(untried, trials)
+        simulation = self._simulate(untried.method, untried.options, ratios, slowest.scatter, shares)
         return dataclasses.replace(
-            untried, ratios=ratios, spread=slowest.spread, scatter=slowest.scatter, simulation=simulation
-        )
+            untried, ratios=ratios, spread=slowest.spread, scatter=slowest.scatter, simulation=simulation,
+            weight_shares=shares,
+        )  # fmt: skip
 
     def in_turns(
         self, chosen: Evaluated, others: Mapping[str, Evaluated]
@@ -363,7 +412,7 @@ class Search:
     def reordered(self, row: Evaluated, method: Method) -> Evaluated:
         """The same stages in another order of work of their method."""
         options = [dataclasses.replace(o, method=method.keeping(o.method.keep)) for o in row.options]
-        simulation = self._simulate(method, options, row.ratios, row.scatter)
+        simulation = self._simulate(method, options, row.ratios, row.scatter, row.weight_shares)
         return dataclasses.replace(row, method=method, options=options, simulation=simulation)
 
     def best_of_tried(self, first: Evaluated) -> Evaluated:
@@ -401,6 +450,8 @@ class Search:
 
     def leads(self, chosen: Evaluated) -> list[Evaluated]:
         """The same method in other orders of work, at the same cuts."""
+        if chosen.method.split_backward:
+            return self._found_orders(chosen)
 
         def order(method: Method) -> tuple[tuple[int, ...], bool]:
             return tuple(lead(method, self.num_workers, k) for k in range(self.num_workers)), method.backward_first
@@ -420,6 +471,30 @@ class Search:
                 break
         return sorted(known.values(), key=lambda evaluated: (evaluated.delay, evaluated.method.ahead))
 
+    def _found_orders(self, chosen: Evaluated) -> list[Evaluated]:
+        """The same method in the orders that a search finds for the stages' parts; also with fewer micro-batches.
+
+        A bound on the delay is met by more micro-batches, or by an order with less delay, whichever is faster.
+        """
+        counts = [chosen.num_microbatches]
+        if self.max_delay is not None and self.num_microbatches is None:
+            counts += [count for count in _FEWER if count < chosen.num_microbatches]
+        known = [chosen]
+        for count in counts:
+            search = dataclasses.replace(self, num_microbatches=count)
+            same = chosen
+            if count != chosen.num_microbatches:
+                same = search.evaluate(chosen.method, chosen.batch_size, cuts=chosen.cuts, like=chosen)
+            times = zip(same.options, same.ratios, same.weight_shares, strict=True)
+            parts = [option.parts(ratio, share) for option, ratio, share in times]
+            sent = [option.layers.sizes.output / self.bandwidth_bytes_s for option in same.options[:-1]]
+            links_s = [self.link.latency_s + seconds for seconds in sent]
+            for found in find_orders(parts, links_s, repeats=chosen.method.keep == "input"):
+                method = dataclasses.replace(chosen.method, leads=found.leads, orders=found.orders)
+                with suppress(PlanError):  # it does not fit the memory
+                    known.append(search.evaluate(method, chosen.batch_size, cuts=same.cuts, like=same))
+        return sorted(known, key=lambda evaluated: (evaluated.delay, evaluated.minibatch_s))
+
     def recomputing(self, chosen: Evaluated) -> Evaluated | None:
         """The same job at the same cuts, where stages recompute as their method says; None: that is what was chosen."""
         usual = dataclasses.replace(self, num_microbatches=chosen.num_microbatches, keep=None, limit=math.inf)
@@ -436,10 +511,17 @@ def _work(row: Evaluated) -> Hashable:
     """The same for rows that do the same work, whatever its order and the method's name."""
     method = row.method
     if not method.flush:
+        method = dataclasses.replace(method, leads=None, orders=None)
         # A stage may predict, and repeat its forward, only where its forwards run ahead.
         ahead = 2.0 if lead(method, len(row.options), 0) else 1.0
         method = dataclasses.replace(method, name="any", ahead=ahead, backward_first=False)
     return method, tuple(row.cuts), tuple(row.keeps), row.num_microbatches
+
+
+def _weight_shares(row: Evaluated, trials: Sequence[StageTrial]) -> list[float]:
+    """By stage, the share that its trial has shown; as before, where it shows none."""
+    shares = zip(trials, row.weight_shares, strict=True)
+    return [before if trial.weight_share is None else trial.weight_share for trial, before in shares]
 
 
 def _one_worker(batch_size: int, minibatch_s: float, spread: float | None, sizes: StageSizes) -> Choice:
@@ -485,9 +567,9 @@ def larger_batches(search: Search, method: Method, base: int, most: int) -> list
     return evaluated
 
 
-def about_fastest(evaluated: Sequence[Evaluated]) -> list[Evaluated]:
-    """The fastest evaluation, and those that are within 2 % of it."""
-    limit = 1.02 * min(map(_MINIBATCH_S, evaluated))
+def about_fastest(evaluated: Sequence[Evaluated], slower: float = 0.02) -> list[Evaluated]:
+    """The fastest evaluation, and those that take no more than a share of ``slower`` longer."""
+    limit = (1 + slower) * min(map(_MINIBATCH_S, evaluated))
     return [option for option in evaluated if option.minibatch_s <= limit]
 
 

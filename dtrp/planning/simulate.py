@@ -109,6 +109,7 @@ def simulate(
     input_bytes: float | Sequence[float] = 0.0,
     graph_bytes: float | Sequence[float] = 0.0,
     seed: int = 0,
+    weight_share: float | Sequence[float] = 0.5,
 ) -> Simulation:
     """Run a method's schedule without the network.
 
@@ -132,7 +133,7 @@ def simulate(
             time of an auxiliary network is a part of it, and of the times below.
         backward_s: seconds of B(m), without its recompute.
         weight_s: seconds of W(m), the part of ``backward_s`` that waits where the method has its backwards in two parts;
-            None: half of it.
+            None: ``weight_share`` of it.
         nograd_forward_s: seconds of F(m) where no graph is made; None: as ``forward_s``.
         update_s: seconds of U.
         predict_s: seconds of the prediction before an F, where the method predicts and there is a delay.
@@ -146,6 +147,7 @@ def simulate(
         input_bytes: bytes of its input, a micro-batch.
         graph_bytes: bytes of its activation graph, a micro-batch.
         seed: seed of the draws.
+        weight_share: the share of ``backward_s`` that is W(m), from 0 to 1; of every stage, or one for each.
 
     Raises:
         ValueError: a number out of range, or as many as there are no stages or hops.
@@ -159,7 +161,7 @@ def simulate(
     forward = _times("forward_s", forward_s, speeds)
     nograd = forward if nograd_forward_s is None else _times("nograd_forward_s", nograd_forward_s, speeds)
     backward = _times("backward_s", backward_s, speeds)
-    first_part, second_part = _divided(method, backward, weight_s, speeds)
+    first_part, second_part = _divided(method, backward, weight_s, weight_share, speeds)
     update = _times("update_s", update_s, speeds)
     predict = _times("predict_s", predict_s, speeds)
     latency = _times("latency_s", latency_s, [1.0] * hops, "hop")
@@ -184,18 +186,22 @@ def simulate(
 
 
 def _divided(
-    method: Method, backward: list[Seconds], weight_s: PerStage | None, speeds: Sequence[float]
+    method: Method,
+    backward: list[Seconds],
+    weight_s: PerStage | None,
+    weight_share: float | Sequence[float],
+    speeds: Sequence[float],
 ) -> tuple[list[Seconds], list[Seconds]]:
     """The times of I and W, by stage; those of B and none, where the method has its backwards whole."""
     if not method.split_backward:
         return backward, [0.0] * len(backward)
     if weight_s is None:
-        return [_scaled(time, 2) for time in backward], [_scaled(time, 2) for time in backward]
+        shares = _shares(weight_share, len(backward))
+        first = [_portion(time, 1 - share) for time, share in zip(backward, shares, strict=True)]
+        return first, list(map(_portion, backward, shares))
     weights = _times("weight_s", weight_s, speeds)
     if any(callable(time) for time in (*backward, *weights)):
-        raise PlanError(
-            "weight_s: leave it out where a time of backward_s or weight_s is drawn; W is half of each then"
-        )
+        raise PlanError("weight_s: leave it out where a time of backward_s or weight_s is drawn, and pass weight_share")
     parts = [(cast(float, whole), cast(float, part)) for whole, part in zip(backward, weights, strict=True)]
     for whole_s, part_s in parts:
         if part_s > whole_s:
@@ -455,6 +461,17 @@ def _numbers(
 
     rule = f"a number {'above' if above else 'of at least'} 0"
     return cast(list[float], _values(name, value, count, place, valid, rule))
+
+
+def _shares(value: float | Sequence[float], count: int) -> list[float]:
+    def valid(share: Seconds) -> bool:
+        return is_number(share, 0) and cast(float, share) <= 1
+
+    return cast(list[float], _values("weight_share", value, count, "stage", valid, "a number from 0 to 1"))
+
+
+def _portion(time: Seconds, share: float) -> Seconds:
+    return (lambda random: share * time(random)) if callable(time) else share * time
 
 
 def _scaled(time: Seconds, speed: float) -> Seconds:

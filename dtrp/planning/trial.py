@@ -15,8 +15,9 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from ..engine.local import LocalEngine
 from ..errors import StageError
 from ..measure.trace import Tracer
 from ..methods import Keep, Method
-from ..schedule import lead
+from ..schedule import Action, lead
 from ..splitting.stages import stage_of
 from ..stage.specs import StageNetwork, StagePosition, StageTraining
 from ..stage.stage import Stage
@@ -49,11 +50,13 @@ class StageTrial(NamedTuple):
         spread: interquartile range over the median, of the rounds' medians where trials took turns; None: not
             measurable, for which there were too few.
         scatter: interquartile range of single steps, over the median; None: not measurable.
+        weight_share: share of its backwards' time that their second parts take; None where backwards are whole.
     """
 
     minibatch_s: float
     spread: float | None
     scatter: float | None
+    weight_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,11 @@ def try_stages(profiler: Profiler, settings: TrialSettings, batch_size: int) -> 
     batch = profiler.batch(batch_size)
     with profiler.measuring(batch[0], 0 if settings.alone else None):
         by_stage = _stage_times(profiler, settings, batch, _STEPS)
-    spreads = list(map(relative_spread, by_stage))
-    return list(map(StageTrial, map(statistics.median, by_stage), spreads, spreads))
+    trials = []
+    for times in by_stage:
+        spread = relative_spread(times.steps_s)
+        trials.append(StageTrial(statistics.median(times.steps_s), spread, spread, times.weight_share))
+    return trials
 
 
 def try_in_turns(
@@ -104,7 +110,7 @@ def try_in_turns(
         By settings, a trial for every stage; None: they cannot train.
     """
     batch = profiler.batch(batch_size)
-    turns: list[list[list[list[float]]]] = [[] for _ in settings]  # by settings, round and stage, the steps' seconds
+    turns: list[list[list[_StageTimes]]] = [[] for _ in settings]  # by settings, round and stage
     failed: set[int] = set()
     with profiler.measuring(batch[0]) as neighbours:
         for _, place in itertools.product(range(profiler.repeats), range(len(settings))):
@@ -124,30 +130,73 @@ def try_in_turns(
     ]
 
 
-def _trial_of_rounds(rounds_s: Sequence[Sequence[float]]) -> StageTrial:
-    """The trial of a stage whose steps took ``rounds_s`` seconds, by round."""
-    steps_s = list(itertools.chain.from_iterable(rounds_s))
-    spread = relative_spread(list(map(statistics.median, rounds_s)))
-    return StageTrial(statistics.median(steps_s), spread, relative_spread(steps_s))
+class _StageTimes(NamedTuple):
+    """The seconds of a stage's work in each step, and the share of its backwards that their second parts take."""
+
+    steps_s: list[float]
+    weight_share: float | None
+
+
+def _trial_of_rounds(rounds: Sequence[_StageTimes]) -> StageTrial:
+    """The trial of a stage, of which there are times by round."""
+    steps_s = [seconds for times in rounds for seconds in times.steps_s]
+    spread = relative_spread([statistics.median(times.steps_s) for times in rounds])
+    shares = [times.weight_share for times in rounds if times.weight_share is not None]
+    share = statistics.median(shares) if shares else None
+    return StageTrial(statistics.median(steps_s), spread, relative_spread(steps_s), share)
+
+
+class _PartTimes(Tracer):
+    """Takes the time of the two parts of every backward, by stage.
+
+    Args:
+        device: device of the stages; another one than the CPU is waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(False)
+        self.seconds: dict[tuple[int, str], list[float]] = defaultdict(list)
+        self._device = device
+
+    @contextmanager
+    def action(self, action: Action, stage: int) -> Iterator[None]:
+        start = self._now()
+        yield
+        if action.kind in "IW":
+            self.seconds[stage, action.kind].append(self._now() - start)
+
+    def _now(self) -> float:
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).synchronize(self._device)
+        return time.perf_counter()
+
+    def share(self, stage: int) -> float | None:
+        """The share of the second parts; None: not measurable."""
+        first, second = (statistics.median(self.seconds[stage, kind] or [0.0]) for kind in "IW")
+        return second / (first + second) if first + second else None
 
 
 def _stage_times(
     profiler: Profiler, settings: TrialSettings, batch: tuple[Tree, Tree], steps: int, least_s: float = 0.0
-) -> list[list[float]]:
+) -> list[_StageTimes]:
     """By stage, the seconds of work of ``steps`` steps, or more within ``least_s`` s; after those of the start-up."""
-    stages = _stages(profiler, settings, tensors_of(batch[0])[0].device)
-    engine = LocalEngine(stages, settings.method, settings.num_microbatches, Tracer(False))
+    device = tensors_of(batch[0])[0].device
+    stages = _stages(profiler, settings, device)
+    parts = _PartTimes(device) if settings.method.split_backward else None
+    engine = LocalEngine(stages, settings.method, settings.num_microbatches, parts or Tracer(False))
     startup = math.ceil(lead(settings.method, len(stages), 0) / settings.num_microbatches) + 3
     busy_s: list[list[float]] = []  # by step and stage, since the beginning
     until = time.perf_counter() + least_s
     while len(busy_s) < startup + steps or time.perf_counter() < until:
+        if parts is not None and len(busy_s) == startup:
+            parts.seconds.clear()  # those of the start-up
         with profiler.autocast():
             engine.step(*batch)
         busy_s.append([spent.seconds()["busy"] for spent in engine.working_times])
     engine.close()
     return [
-        [after - before for before, after in itertools.pairwise(busy)]
-        for busy in zip(*busy_s[startup - 1 :], strict=True)
+        _StageTimes([b - a for a, b in itertools.pairwise(busy)], None if parts is None else parts.share(stage))
+        for stage, busy in enumerate(zip(*busy_s[startup - 1 :], strict=True))
     ]
 
 

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import jinja2
 import yaml
@@ -35,6 +35,7 @@ from .events import write_events
 from .figures import Plot, on_white, png, svg
 from .plots import MINIBATCHES_SHOWN, SECTIONS, make_plots, score_heading
 
+_ORDER = ("ahead", "order", "leads", "orders")  # settings of the order of work
 _SCHEDULES_OPEN = 15  # the reader unfolds the others
 
 
@@ -163,15 +164,20 @@ def _schedules(collection: Collection) -> list[tuple[str, str]]:
     for run in collection.runs:
         stages, parts = run.cell.stages, run.cell.num_microbatches
         try:
-            options = {key: run.config[key] for key in ("ahead", "order") if run.config.get(key) is not None}
+            options = {key: run.config[key] for key in _ORDER if run.config.get(key) is not None}
+            options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
             method = make_method(TrainConfig(method=run.cell.method, **options))
             if (method, stages, parts) not in grids:
                 length = 2 if parts > 1 or method.flush else MINIBATCHES_SHOWN
-                words = " ".join(f"--{key} {value}" for key, value in options.items())
+                words = " ".join(f"--{key} {_option_text(value)}" for key, value in options.items())
                 grids[method, stages, parts] = (words, str(Schedule.build(method, stages, length, parts)))
         except ValueError:  # a method that this version does not know, or a number of stages that nobody knows
             continue
     return list(grids.values())
+
+
+def _option_text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _command(run: Run) -> str:

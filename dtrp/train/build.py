@@ -20,6 +20,7 @@ from ..data.source import DataFacts
 from ..launch.join import told_by_first_rank
 from ..methods import Method, get_method
 from ..models import auxiliary, get_model, has_stem, takes_text
+from ..schedule import check_orders
 from ..splitting.stages import Stages, into_stages, split
 from ..stage.losses import Auxiliary
 from ..typing import OptimizerFactory
@@ -56,9 +57,11 @@ def weights_dtype(config: TrainConfig) -> torch.dtype:
 
 def make_method(config: TrainConfig) -> Method:
     """The method of a run, with its options."""
-    options = {field: getattr(config, field) for field in ("grad_shrink", "lr_shrink", "ahead")}
+    options = {field: getattr(config, field) for field in ("grad_shrink", "lr_shrink", "ahead", "leads")}
     options["predict"] = config.prediction
     options["backward_first"] = None if config.order is None else config.order == "backward-first"
+    if config.orders is not None:
+        options["orders"] = config.orders[0] if len(config.orders) == 1 else config.orders
     return get_method(config.method, **{key: value for key, value in options.items() if value is not None})
 
 
@@ -288,8 +291,10 @@ def check_stages(config: TrainConfig, num_stages: int) -> None:
     """Check what a run has by stage against its network, without data and without weights.
 
     Raises:
-        ValueError: fewer layers than stages, cuts out of range, or another number of devices or of kept things.
+        ValueError: fewer layers than stages, cuts out of range, another number of devices or of kept things, or orders of
+            work with which the stages wait for each other.
     """
+    check_orders(make_method(config), num_stages)
     sizes = {field: getattr(config, field) for field in ("layers", "width", "heads", "context")}
     if not is_reference(config.model) and config.points is None:
         with torch.device("meta"):

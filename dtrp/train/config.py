@@ -77,6 +77,8 @@ class TrainConfig:
     microbatch_samples: int | None = None
     ahead: float | None = None
     order: str | None = None
+    leads: tuple[int, ...] | None = None
+    orders: tuple[str, ...] | None = None
     keep: str | None = None
     memory_limit: int | None = None
     plan: str | None = None

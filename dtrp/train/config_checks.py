@@ -87,6 +87,8 @@ def _wrong_workers(config: TrainConfig) -> Iterator[str]:
         ("--cuts", config.cuts is not None),
         ("--points", config.points is not None),
         ("--plan", config.plan is not None),
+        ("--leads", config.leads is not None),
+        ("--orders", config.orders is not None and len(config.orders) > 1),
         (f"--keep {config.keep}", config.keep is not None and "," in config.keep),
         (f"--replicas {config.replicas}", config.replicas > 1),
     ):

@@ -63,6 +63,8 @@ def resolved(config: TrainConfig) -> tuple[TrainConfig, Plan | None]:
         "batch_size": plan.batch_size,
         "ahead": row.ahead,
         "order": "backward-first" if row.backward_first else "forward-first",
+        "leads": row.leads,
+        "orders": (row.orders,) if isinstance(row.orders, str) else row.orders,
         "keep": ",".join(plan.keep),
         "prediction": row.predict or "none",
         "grad_shrink": row.grad_shrink,

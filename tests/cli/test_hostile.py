@@ -71,6 +71,8 @@ VALUES: dict[str, st.SearchStrategy[str]] = {
     "microbatch-samples": COUNTS,
     "ahead": REALS,
     "order": one_of("backward-first", "forward-first"),
+    "leads": st.sampled_from(["1,0", "0,0", "2,1,0", "0", "-1,0", "0,1", "9,0", "1,0.5", "", ","]),
+    "orders": st.sampled_from(["FB", "BF,FB", "RFIW", "FIW,FIW", "FFBB", "BBFF,FB", "W", "", ",", "F" * 99]),
     "keep": st.sampled_from(["auto", "graph", "input", "input,graph", "graph,graph,graph", ",", "keep"]),
     "memory-limit": st.sampled_from(["1", "0", "-1", "1MB", "2GiB", "1e9", "9" * 40, "3 bananas"]),
     "grad-shrink": REALS,
