@@ -328,8 +328,8 @@ def _check_numbers(inputs: int, targets: int, num_microbatches: int) -> None:
     advice = ""
     if targets_fit(inputs, targets, 1):
         advice = (
-            f", to be cut into {num_microbatches} micro-batches; pass num_microbatches=1, or, if dimension 0 of x counts samples and "
-            f"not tokens, y with a row a sample, as y.view({inputs}, -1), and flatten it in loss_fn"
+            f", to be cut into {num_microbatches} micro-batches; pass num_microbatches=1, or, if dimension 0 of x counts "
+            f"samples and not tokens, y with a row a sample, as y.view({inputs}, -1), and flatten it in loss_fn"
         )
     raise ValueError(
         f"x has {inputs} samples and y has {targets}; a mini-batch needs as many targets as inputs{advice}"
