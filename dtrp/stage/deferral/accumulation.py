@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,7 +13,7 @@ def accumulate(leaf: Tensor, gradient: Tensor) -> None:
     are summed in the order of memory.
     """
     if leaf.grad is not None:
-        leaf.grad += gradient
+        leaf.grad.add_(gradient)
     elif _laid_out_alike(gradient, leaf):
         leaf.grad = gradient
     else:
@@ -24,6 +21,8 @@ def accumulate(leaf: Tensor, gradient: Tensor) -> None:
 
 
 def _laid_out_alike(gradient: Tensor, leaf: Tensor) -> bool:
+    if gradient.stride() == leaf.stride() and leaf.is_contiguous():
+        return True
     if not is_dense(leaf):
         return gradient.is_contiguous()
     sizes = zip(leaf.shape, leaf.stride(), gradient.stride(), strict=True)
@@ -38,18 +37,3 @@ def is_dense(t: Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def leaves_below(tensors: Sequence[Tensor]) -> set[int]:
-    """The identities of the leaves that the tensors are computed of."""
-    found: set[int] = set()
-    seen: set[Any] = set()
-    left: list[Any] = [t.grad_fn for t in tensors]
-    while left:
-        node = left.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            if isinstance(leaf := getattr(node, "variable", None), Tensor):
-                found.add(id(leaf))
-            left.extend(before for before, _ in node.next_functions)
-    return found

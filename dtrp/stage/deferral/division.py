@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.autograd.graph import GradientEdge
 
 from ...tensors.layout import edge_of
 from ...tensors.torch_private import has_gradient_hooks, write_count
-from .accumulation import accumulate, leaves_below
+from .accumulation import accumulate
 from .deferring import computed, receiving
 from .recorder import Known, Recorder, Use
 from .trying import Run, Share, Trial
@@ -28,7 +29,20 @@ class Deferred:
     x: Tensor
     w: Tensor
     g: Tensor
-    counts: tuple[int, int]  # of writes of x and g
+    x_count: int  # of writes of x
+    g_count: int
+
+    def gradients(self) -> Iterator[tuple[Known, Tensor]]:
+        """The gradients, and what they belong to."""
+        if write_count(self.x) != self.x_count or write_count(self.g) != self.g_count:
+            raise RuntimeError(
+                "what the gradient of a weight is computed of was written in place after the gradient of the stage's input "
+                "was made; make the operation that writes it (a hook on a gradient, often) out of place"
+            )
+        weight, bias = self.use.operation.weight_gradients(self.g, self.x, self.w)
+        for known, gradient in ((self.use.weight, weight), (self.use.bias, bias)):
+            if known is not None and gradient is not None:
+                yield known, gradient if gradient.dtype is known.tensor.dtype else gradient.to(known.tensor.dtype)
 
 
 @dataclass(slots=True)
@@ -54,22 +68,34 @@ class Queue:
         self.leaves, self.hooked = leaves, hooked
         self.parts: dict[int, Tensor] = {}
         self._entries: deque[Deferred | Computed] = deque()
+        self._counts: Counter[int] = Counter()  # of the gradients to compute, by leaf
+        # Leaves whose gradient the engine adds: what is computed of them is in the queue, or what a caller returns is.
+        self._by_engine: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, entry: Deferred | Computed) -> None:
-        """Queue an entry; in the order in which the backward meets them."""
-        self._entries.append(entry)
+    def add_use(self, use: Use, x: Tensor, w: Tensor, g: Tensor) -> None:
+        """Queue the gradients of a use's weight and bias; in the order in which the backward meets uses."""
+        self._entries.append(Deferred(use, x, w, g, write_count(x), write_count(g)))
+        for known in (use.weight, use.bias):
+            if known is None:
+                continue
+            if known.leaf is None:
+                self._by_engine |= known.roots
+            else:
+                self._counts[known.leaf] += 1
+
+    def add_computed(self, index: int, compute: Callable[[], Tensor]) -> None:
+        """Queue the gradient of a leaf that ``compute`` returns."""
+        self._entries.append(Computed(index, compute))
+        self._counts[index] += 1
+        self._by_engine.add(index)
 
     @property
     def indices(self) -> set[int]:
         """The leaves that have something in the queue."""
-        found: set[int] = set()
-        for entry in self._entries:
-            for known in _targets(entry):
-                found |= known
-        return found
+        return self._counts.keys() | self._by_engine
 
     def tensors(self) -> list[Tensor]:
         """What the queue holds, which must not be written before W."""
@@ -95,59 +121,38 @@ class Queue:
         Raises:
             RuntimeError: what they are computed of has been written since I.
         """
-        sums = dict(self.parts)
+        sums: dict[int, Tensor] = {}
         further: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: what is computed of leaves, and its gradient
-        lent: set[int] = set()  # leaves whose sum may be somebody else's tensor
+        for index, part in self.parts.items():
+            self._add(sums, index, part, more=self._counts[index])
         while self._entries:
             entry = self._entries.popleft()
             if isinstance(entry, Computed):
-                _add(sums, entry.index, computed(self.leaves[entry.index], entry.compute))
-                lent.add(entry.index)
+                self._counts[entry.index] -= 1
+                gradient = computed(self.leaves[entry.index], entry.compute)
+                self._add(sums, entry.index, gradient, more=self._counts[entry.index])
                 continue
-            if (write_count(entry.x), write_count(entry.g)) != entry.counts:
-                raise RuntimeError(
-                    "what the gradient of a weight is computed of was written in place after the gradient of the stage's input "
-                    "was made; make the operation that writes it (a hook on a gradient, often) out of place"
-                )
-            gradients = entry.use.operation.weight_gradients(entry.g, entry.x, entry.w)
-            for known, gradient in zip((entry.use.weight, entry.use.bias), gradients, strict=True):
-                if known is None or gradient is None:
-                    continue
-                gradient = gradient.to(known.tensor.dtype)
+            for known, gradient in entry.gradients():
                 if known.leaf is not None:
-                    _add(sums, known.leaf, gradient)
+                    self._counts[known.leaf] -= 1
+                    self._add(sums, known.leaf, gradient, more=self._counts[known.leaf])
                 else:
                     before = further.get(id(known.tensor))
                     further[id(known.tensor)] = (known.tensor, gradient if before is None else before[1] + gradient)
-        self._finish(sums, list(further.values()), lent)
-
-    def _finish(self, sums: dict[int, Tensor], further: list[tuple[Tensor, Tensor]], lent: set[int]) -> None:
-        """Add sums to the leaves; by the engine where there are hooks, or gradients of what is computed of leaves."""
-        below = leaves_below([t for t, _ in further])
-        roots, starts = [t for t, _ in further], [g for _, g in further]
-        for index, total in sums.items():
-            leaf = self.leaves[index]
-            if self.hooked[index] or index in lent or id(leaf) in below or total.layout is not torch.strided:
-                roots.append(leaf)
-                starts.append(total)
-            else:
-                accumulate(leaf, total)
+        roots = [t for t, _ in further.values()] + [self.leaves[index] for index in sums]
         if roots:
+            starts = [gradient for _, gradient in further.values()] + list(sums.values())
             torch.autograd.backward([edge_of(t) for t in roots], starts)
 
-
-def _targets(entry: Deferred | Computed) -> Iterator[frozenset[int]]:
-    if isinstance(entry, Computed):
-        yield frozenset([entry.index])
-        return
-    for known in (entry.use.weight, entry.use.bias):
-        if known is not None:
-            yield known.roots
-
-
-def _add(sums: dict[int, Tensor], index: int, gradient: Tensor) -> None:
-    before = sums.get(index)
-    sums[index] = gradient if before is None else before + gradient
+    def _add(self, sums: dict[int, Tensor], index: int, gradient: Tensor, *, more: int) -> None:
+        """Add to the sum of a leaf; the last one, while it is in the cache, to ``.grad``, unless the engine has to do that."""
+        before = sums.get(index)
+        total = gradient if before is None else before + gradient
+        if more or self.hooked[index] or index in self._by_engine or total.layout is not torch.strided:
+            sums[index] = total
+        else:
+            sums.pop(index, None)
+            accumulate(self.leaves[index], total)
 
 
 class Division:
@@ -305,26 +310,29 @@ class Division:
 
     def defer(self, use: Use, x: Tensor, w: Tensor, g: Tensor) -> None:
         """Queue the gradients of a use's weight and bias."""
-        if self._queue is None and self._deferred is None:
+        if self._queue is not None and not torch.is_grad_enabled():
+            self._queue.add_use(use, x, w, g)
+            return
+        if self._deferred is None:
             raise RuntimeError("the forward differentiates within itself")
-        if self._queue is None:
-            raise RuntimeError(
-                "a part of the stage's forward differentiates within itself, by weights whose gradients are deferred; it did "
-                "not in the first micro-batch: let it always do so, or pass split_backward=False"
-            )
-        self._queue.add(Deferred(use, x, w, g, (write_count(x), write_count(g))))
+        raise RuntimeError(
+            "a part of the stage differentiates within itself, by weights whose gradients are deferred; it did not in the first "
+            "micro-batch: let it always do so, or pass split_backward=False"
+        )
 
     def _defer_computed(self, index: int, compute: Callable[[], Tensor]) -> bool:
         if self._queue is None or index in self.whole:
             return False
-        self._queue.add(Computed(index, compute))
+        self._queue.add_computed(index, compute)
         return True
 
     def leaves_whole(self, known: Known) -> bool:
-        return not self.whole.keys().isdisjoint(known.roots)
+        return bool(self.whole) and not self.whole.keys().isdisjoint(known.roots)
 
-    def note(self, roots: Iterable[int], function: Any) -> None:
-        for root in roots:
+    def note(self, roots: Iterable[frozenset[int]], function: Any) -> None:
+        if self._deferred is not None:  # the trial has told
+            return
+        for root in itertools.chain.from_iterable(roots):
             self._noted.setdefault(root, getattr(function, "__name__", str(function)))
 
 

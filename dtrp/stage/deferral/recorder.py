@@ -9,17 +9,15 @@ nodes keep, the input and the weight, in the same way: hooks on saved tensors se
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from ...tensors.torch_private import is_wrapped_by_functorch, without_torch_functions
@@ -43,7 +41,7 @@ class Known:
     roots: frozenset[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Use:
     """One use of a weight, with the weight and the bias to which its gradients belong."""
 
@@ -64,7 +62,7 @@ class Owner(Protocol):
         """Whether the uses of a tensor are not divided."""
         ...
 
-    def note(self, roots: Iterable[int], function: Any) -> None:
+    def note(self, roots: Iterable[frozenset[int]], function: Any) -> None:
         """Note that weights were used in a function that is not divided."""
         ...
 
@@ -81,7 +79,6 @@ class _Divided(torch.autograd.Function):
         return run(x, *tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor | None, None, None]:
         use: Use = ctx.use
         x, w = ctx.saved_tensors
@@ -127,17 +124,22 @@ class Recorder(TorchFunctionMode):
     def follow(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a function of a known tensor; what it returns is known if nothing else in it requires a gradient."""
         out = func(*args, **kwargs)
-        made = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
-        if not any(t.requires_grad for t in made):
-            return out
-        inputs = list(_tensors_in([*args, *kwargs.values()]))
-        roots = frozenset().union(*(self.known[id(t)].roots for t in inputs if id(t) in self.known))
-        if all(id(t) in self.known or not t.requires_grad for t in inputs):
-            for t in made:
-                if t.requires_grad and id(t) not in self.known:
-                    self.known[id(t)] = Known(t, None, roots)
+        if isinstance(out, Tensor):
+            made = [out] if out.requires_grad else []
         else:
+            made = (
+                [t for t in out if isinstance(t, Tensor) and t.requires_grad] if isinstance(out, (tuple, list)) else []
+            )
+        if not made or not torch.is_grad_enabled():
+            return out
+        known, inputs = self.known, list(_tensors_in([*args, *kwargs.values()]))
+        roots = [known[id(t)].roots for t in inputs if id(t) in known]
+        if any(t.requires_grad and id(t) not in known for t in inputs):
             self.owner.note(roots, func)
+            return out
+        for t in made:
+            if id(t) not in known:
+                known[id(t)] = Known(t, None, frozenset().union(*roots))
         return out
 
     def find(self, x: Any, weight: Any, bias: Any) -> tuple[Known, Known | None] | None:
@@ -169,17 +171,15 @@ class Recorder(TorchFunctionMode):
         known, known_bias = found
         use = Use(self.owner, operation, known, known_bias)
         w = known.tensor if known.leaf is not None else known.tensor.detach().requires_grad_()
-        given: tuple[Tensor, ...] = (w,) if bias is None else (w, bias.detach())
-        kind: str = w.device.type
-        region: AbstractContextManager[Any] = nullcontext()
-        if x.is_floating_point() and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            x, given = _cast(x, dtype), tuple(_cast(t.detach(), dtype).requires_grad_(t.requires_grad) for t in given)
-            region = torch.autocast(kind, enabled=False)
+        given: tuple[Tensor, ...] = (w,) if bias is None else (w, bias)
         anchor = None if x.requires_grad else self._anchor
-        with region:
-            out: Tensor = _Divided.apply(use, run, x, anchor, given)  # type: ignore[no-untyped-call]
-        return out
+        kind: str = w.device.type
+        if not torch.is_autocast_enabled(kind) or not x.is_floating_point():
+            return cast(Tensor, _Divided.apply(use, run, x, anchor, given))  # type: ignore[no-untyped-call]
+        dtype = torch.get_autocast_dtype(kind)
+        given = tuple(_cast(t.detach(), dtype).requires_grad_(t.requires_grad) for t in given)
+        with torch.autocast(kind, enabled=False):
+            return cast(Tensor, _Divided.apply(use, run, _cast(x, dtype), anchor, given))  # type: ignore[no-untyped-call]
 
 
 _PLAIN = {Tensor, nn.Parameter, nn.Buffer}
@@ -202,11 +202,15 @@ def _tensors_in(values: Any) -> Iterator[Tensor]:
 # The divided ones are called with the recorder and the arguments, and return None where the call is not divided.
 
 
+_product = functools.cache(Product)
+_convolution_of = functools.cache(Convolution)
+
+
 def _linear(recorder: Recorder, input: Any = None, weight: Any = None, bias: Any = None, **more: Any) -> Tensor | None:
     found = None if more else recorder.find(input, weight, bias)
     if found is None or input.dim() < 2 or weight.dim() != 2:
         return None
-    operation = Product(True, None if found[1] is None else bias.shape)
+    operation = _product(True, None if found[1] is None else bias.shape)
     return recorder.use(F.linear, operation, found, input, bias)
 
 
@@ -214,7 +218,7 @@ def _matmul(recorder: Recorder, input: Any = None, other: Any = None, **more: An
     found = None if more else recorder.find(input, other, None)
     if found is None or input.dim() < 2 or other.dim() != 2:
         return None
-    return recorder.use(torch.matmul, Product(False, None), found, input, None)
+    return recorder.use(torch.matmul, _product(False, None), found, input, None)
 
 
 def _rmatmul(recorder: Recorder, weight: Any = None, input: Any = None) -> Tensor | None:
@@ -227,7 +231,7 @@ def _addmm(
     found = None if scaled or more else recorder.find(mat1, mat2, input)
     if found is None or mat1.dim() != 2:
         return None
-    operation = Product(False, None if found[1] is None else input.shape)
+    operation = _product(False, None if found[1] is None else input.shape)
     return recorder.use(_added, operation, found, mat1, input)
 
 
@@ -300,7 +304,7 @@ def _convolve(
             return None
         padding = [0] * n if padding == "valid" else [t // 2 for t in twice]
     shape = (_each(stride, n), _each(padding, n), _each(dilation, n), transposed, _each(output_padding, n), groups)
-    operation = Convolution(*shape, None if bias is None else tuple(bias.shape), found[1] is not None)
+    operation = _convolution_of(*shape, None if bias is None else tuple(bias.shape), found[1] is not None)
     return recorder.use(_Convolved(shape), operation, found, x, bias)
 
 
@@ -375,9 +379,9 @@ def _run_divided(divide: Callable[..., Tensor | None], recorder: Recorder, func:
 
 # Shown are attention, for its linear maps, and backwards within a backward, in which a checkpoint recomputes a part.
 _HANDLERS: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = {
-    **{function: partial(_run_divided, divide) for function, divide in _DIVIDED.items()},
+    **{function: functools.partial(_run_divided, divide) for function, divide in _DIVIDED.items()},
     **{
-        function: partial(_run_shown, _show(function))
+        function: functools.partial(_run_shown, _show(function))
         for function in (F.multi_head_attention_forward, torch.autograd.backward, torch.autograd.grad, Tensor.backward)
     },
 }
