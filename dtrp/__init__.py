@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from .stage.deferral import defer
     from .stage.losses import add_loss
     from .stage.repetition import recomputing
+    from .train.callbacks.protocol import Callback
 
 __all__ = [
+    "Callback",
     "CheckpointError",
     "Method",
     "Pipeline",
@@ -58,6 +60,7 @@ __version__ = "0.1.0"
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "Callback": ".train.callbacks.protocol",
         "CheckpointError": ".saving",
         "Method": ".methods",
         "Pipeline": ".pipeline",

@@ -21,17 +21,8 @@ from .option_types import INTERVAL, SIZE, Name, NameOrReference, Parsed, count, 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULTS = TrainConfig()
-_LISTS = (
-    "cuts",
-    "leads",
-    "orders",
-    "points",
-    "model_arg",
-    "data_arg",
-    "metric",
-    "mean",
-    "std",
-)  # that may be lists in a file
+# Options that may be lists in a file.
+_LISTS = ("cuts", "leads", "orders", "points", "model_arg", "data_arg", "metric", "callback", "mean", "std")
 _NAMES = {**CHOICES, "data": list_data(), "model": list_models(), "method": list_methods()}
 NAME_TYPES: dict[str, Parsed] = {field: Name(field.replace("_", " "), names) for field, names in _NAMES.items()}
 NAME_TYPES |= {field: NameOrReference(field, _NAMES[field]) for field in ("model", "data")}
@@ -46,7 +37,7 @@ _TYPES = {
     "leads": numbers("forwards ahead", "3,2,1,0"),
     "orders": words("RFIW,RIFW,FIW"),
     "points": words("blocks.2,blocks.4"),
-    **dict.fromkeys(("model_arg", "data_arg"), click.STRING),
+    **dict.fromkeys(("model_arg", "data_arg", "callback"), click.STRING),
     "metric": NameOrReference("metric", METRICS),
     "memory_limit": SIZE,
     "save_every": INTERVAL,
@@ -114,6 +105,7 @@ _HELP = {
     "--seed": "Random seed of weights, order, augmentation and dropout.",
     "--trace": "Write what ran when to trace.json in --out, for Perfetto and for 'dtrp report'.",
     "--tensorboard": "Write events to tensorboard/ in --out, while it trains (tensorboard --logdir).",
+    "--callback": "Your dtrp.Callback, which is told of updates and epochs; once for each: package.module:name, file.py:name.",
     "--prediction-error-every": "Compare predicted and true weights at every n-th micro-batch (0: never; auto: 17 or less).",
     "--out": "Folder for config, metrics.jsonl, model.pt and, at the end, summary.json.",
     "--overwrite": "Replace the run in --out.",

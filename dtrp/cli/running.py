@@ -60,6 +60,8 @@ def trained(trainer: Trainer, reporter: Reporter) -> TrainResult:
 
 def _resume_hint(config: TrainConfig) -> str:
     """The end of a message about a run that has saves, with the command that goes on with it."""
+    if config.out is not None and read_summary(Path(config.out).expanduser()) is not None:
+        return "; the run itself is finished"
     has_saves = config.out is not None and any(Path(config.out).expanduser().glob("saves/update-*"))
     return f"; go on with: dtrp train --resume {config.out}" if has_saves else ""
 

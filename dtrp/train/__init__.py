@@ -8,18 +8,22 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .build import lr_factor, make_method
+    from .callbacks.protocol import Callback, RunStart, Update
     from .config import TrainConfig
     from .results import EpochMetrics, TrainResult, environment, summarize_delays, summary
     from .scores.criterion import class_loss
     from .trainer import Interrupted, Reporter, Trainer
 
 __all__ = [
+    "Callback",
     "EpochMetrics",
     "Interrupted",
     "Reporter",
+    "RunStart",
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "Update",
     "class_loss",
     "environment",
     "lr_factor",
@@ -31,12 +35,15 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "Callback": ".callbacks.protocol",
         "EpochMetrics": ".results",
         "Interrupted": ".trainer",
         "Reporter": ".trainer",
+        "RunStart": ".callbacks.protocol",
         "TrainConfig": ".config",
         "TrainResult": ".results",
         "Trainer": ".trainer",
+        "Update": ".callbacks.protocol",
         "class_loss": ".scores.criterion",
         "environment": ".results",
         "lr_factor": ".build",

@@ -305,6 +305,7 @@ def check_stages(config: TrainConfig, num_stages: int) -> None:
         ("--data", config.data),
         ("--loss", config.loss or ""),
         *(("--metric", m) for m in config.metric),
+        *(("--callback", name) for name in config.callback),
     ):
         if is_reference(reference):
             load_function(option, reference)

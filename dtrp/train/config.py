@@ -36,9 +36,9 @@ AUTO_SAMPLES = 2  # the --microbatch-samples of that
 SAVE_SETTINGS = ("save_every", "keep_last")
 SETTINGS_WITHOUT_EFFECT = (  # on what a run learns
     "data_dir", "listing", "loader_workers", "trace", "tensorboard", *SAVE_SETTINGS, "prediction_error_every", "plan",
-    "max_restarts", "metric", "best",
+    "max_restarts", "metric", "best", "callback",
 )  # fmt: skip
-REPEATED_OPTIONS = ("model-arg", "data-arg", "metric")
+REPEATED_OPTIONS = ("model-arg", "data-arg", "metric", "callback")
 COMPARISON = "compare.yaml"  # the file that makes a folder a comparison
 _OPPOSITES = {"stream": "in-memory"}  # of switches whose other side is not --no-NAME
 _NOT_WRITTEN = ("out", "overwrite", "resume", "max_restarts")  # to the ``config`` of a run
@@ -116,6 +116,7 @@ class TrainConfig:
     loss: str | None = None
     metric: tuple[str, ...] = ()
     best: str = "highest"
+    callback: tuple[str, ...] = ()
 
     @property
     def elastic(self) -> bool:
@@ -144,13 +145,13 @@ def config_text(config: TrainConfig) -> str:
     """The settings as the text of a YAML file, which ``--config`` reads."""
     import yaml
 
-    text: str = yaml.safe_dump(_written(config), sort_keys=False)
+    text: str = yaml.safe_dump(as_settings(config), sort_keys=False)
     return text
 
 
 def with_defaults(values: Mapping[str, Json]) -> dict[str, Json]:
     """Settings from such a file, with defaults for those that a file of an older version lacks."""
-    return {**_written(TrainConfig()), **values}
+    return {**as_settings(TrainConfig()), **values}
 
 
 def read_settings(text: str) -> dict[str, Json] | None:
@@ -164,7 +165,7 @@ def read_settings(text: str) -> dict[str, Json] | None:
     return with_defaults(values) if isinstance(values, dict) else None
 
 
-def _written(config: TrainConfig) -> dict[str, Json]:
+def as_settings(config: TrainConfig) -> dict[str, Json]:
     """The settings that a file holds, by the name of their option."""
     return {
         field.replace("_", "-"): list(value) if isinstance(value, tuple) else value
@@ -175,7 +176,7 @@ def _written(config: TrainConfig) -> dict[str, Json]:
 
 def option_words(values: Mapping[str, Json]) -> list[str]:
     """The words of a ``dtrp train`` command with these settings, by option name, but for those that are defaults."""
-    defaults, words = _written(TrainConfig()), []
+    defaults, words = as_settings(TrainConfig()), []
     for name, value in values.items():
         if value == defaults.get(name):
             continue

@@ -109,6 +109,9 @@ def _wrong_data(config: TrainConfig) -> Iterator[str]:
         yield f"--no-augment with --data {config.data}: what is done to its samples is its own business; pass it a --data-arg"
     if config.loss is not None and not is_reference(config.loss):
         yield f"--loss {config.loss}: pass package.module:function, or path/file.py:function"
+    for name in config.callback:
+        if not is_reference(name):
+            yield f"--callback {name}: pass package.module:name, or path/file.py:name"
     for name in config.metric:
         if not is_reference(name) and name not in METRICS:
             yield unknown("metric", name, METRICS) + ", or package.module:function, or path/file.py:function"

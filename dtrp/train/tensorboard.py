@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..measure.memory import held_at_most
 from ..pipeline import Pipeline
-from .results import EpochMetrics, mean_delay
+from .callbacks.protocol import Callback, RunStart, Update
+from .results import EpochMetrics, TrainResult, mean_delay
 
 EPOCH_SCALARS = {"loss/train": "train_loss", "loss/test": "test_loss", "accuracy/test": "test_accuracy"}  # name: metric
 _UPDATES_PER_FLUSH = 20  # whose losses are read from the device together
@@ -108,6 +109,39 @@ class Events:
         """Write the pending events, and close the file."""
         self.flush()
         self._writer.close()
+
+
+class TensorBoard(Callback):
+    """Writes the events of a run to a folder.
+
+    Args:
+        folder: folder for the event files.
+        score: what the run is judged by.
+        settings: settings of the run, shown as text.
+    """
+
+    def __init__(self, folder: Path, *, score: str, settings: str) -> None:
+        self._folder, self._score, self._settings = folder, score, settings
+        self._events: Events | None = None
+
+    def start(self, run: RunStart) -> None:
+        self._events = Events(self._folder, after=run.update, settings=self._settings, score=self._score)
+
+    def update(self, update: Update) -> None:
+        assert self._events is not None
+        self._events.update(update.number, update.loss, update.lr, update.samples)
+
+    def epoch(self, metrics: EpochMetrics, stages: Mapping[str, float]) -> None:
+        assert self._events is not None
+        self._events.epoch(metrics, [stages])
+
+    def save(self, update: int) -> None:
+        assert self._events is not None
+        self._events.flush()  # a run that resumes from the save lacks no event
+
+    def finish(self, result: TrainResult | None) -> None:
+        if self._events is not None:
+            self._events.close()
 
 
 class StageScalars:

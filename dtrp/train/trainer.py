@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -34,13 +34,15 @@ from ..pipeline import Pipeline
 from ..tensors.pytree import map_tensors, tensors_in
 from . import build
 from .autosave import Position, SaveEvery, Saves
-from .config import TrainConfig, config_text, score_name
+from .callbacks.protocol import Callback, RunStart, Update
+from .callbacks.told import Told, load_callback
+from .config import TrainConfig, as_settings, config_text, score_name
 from .config_checks import check_last_minibatch, check_settings, workers_per_replica
 from .from_plan import resolved
 from .results import EpochMetrics, TrainResult, summarize_stages, summary
 from .run_folder import RunFolder, changed_code
 from .scores.criterion import Sums, means
-from .tensorboard import Events, StageScalars
+from .tensorboard import StageScalars, TensorBoard
 
 _PIPELINE_SETTINGS = (
     "num_microbatches",
@@ -67,6 +69,30 @@ class Reporter:
     def update(self, epoch: int, update: int, loss: Callable[[], float], samples: int) -> None: ...
     def epoch(self, metrics: EpochMetrics) -> None: ...
     def finish(self, result: TrainResult) -> None: ...
+
+
+class _Shown(Callback):
+    """Lets a reporter show what callbacks are told; it shows an epoch when that is on disk, later than they are told.
+
+    Args:
+        reporter: the reporter.
+        trainer: the run.
+    """
+
+    def __init__(self, reporter: Reporter, trainer: Trainer) -> None:
+        self._reporter, self._trainer = reporter, trainer
+
+    def start(self, run: RunStart) -> None:
+        self._reporter.start(self._trainer)
+        for note in self._trainer.notes:
+            self._reporter.note(note)
+
+    def update(self, update: Update) -> None:
+        self._reporter.update(update.epoch - 1, update.number, update.loss.item, update.samples)
+
+    def finish(self, result: TrainResult | None) -> None:
+        if result is not None:
+            self._reporter.finish(result)
 
 
 class Interrupted(Exception):
@@ -184,7 +210,8 @@ class Trainer:
             self._position = Position()
             self._saves = self._open_saves()
             self._stop_request = StopRequest()
-            self._events: Events | None = None
+            self._callbacks = [load_callback(reference) for reference in config.callback] if self.reports else []
+            self._told = Told(())
             self._stage_scalars = StageScalars()
             failing.pop_all()
 
@@ -269,11 +296,16 @@ class Trainer:
                 f"of {self.config.batch_size}"
             )
 
-    def run(self, reporter: Reporter | None = None) -> TrainResult:
+    def run(self, reporter: Reporter | None = None, *, callbacks: Sequence[Callback] = ()) -> TrainResult:
         """Train, and test after each epoch; the run folder is whole at any time.
+
+        Args:
+            reporter: shows the progress.
+            callbacks: callbacks beside those of the settings; on several ranks they are told by the one that reports.
 
         Raises:
             Interrupted: the run was asked to stop, and has saved.
+            UserCodeError: a function or a callback of the user's has failed.
         """
         reporter = reporter or Reporter()
         config, pipe = self.config, self.pipe
@@ -281,25 +313,36 @@ class Trainer:
             if self._saves is not None:
                 self._stop_request = ending.enter_context(stop_on_signal(lambda: pipe.propose(_STOP)))
             ending.callback(self.source.close)
+            failing.callback(lambda: list(map(reporter.note, self._told.fail())))
             failing.push(pipe)  # other ranks learn of an error at once
-            reporter.start(self)
-            for note in self.notes:
-                reporter.note(note)
+            self._told = self._all_callbacks(reporter, callbacks)
+            folder = self._folder if config.out else None
+            self._told.start(RunStart(as_settings(config), folder, pipe.num_updates, self.total_updates))
             self._start = time.perf_counter() - self._position.elapsed_s
-            if config.tensorboard:
-                self._open_events(ending)
             while self._position.epoch < config.epochs and pipe.num_updates < self.total_updates:
                 self._run_epoch(reporter)
             result = self._finish()
             failing.pop_all()
-        reporter.finish(result)
+        self._told.finish(result)
         return result
+
+    def _all_callbacks(self, reporter: Reporter, callbacks: Sequence[Callback]) -> Told:
+        """The callbacks that this rank tells. For TensorBoard the run's folder is made now."""
+        members: list[Callback] = [_Shown(reporter, self)]
+        if self.config.tensorboard:
+            if self.run_folder is not None:
+                self.run_folder.begin(config_text(self.config))
+            self.pipe.gather(None)  # the folder is there
+            if self.reports:
+                score, settings = score_name(self.config.metric), config_text(self.config)
+                members.append(TensorBoard(self._folder / "tensorboard", score=score, settings=settings))
+        return Told([*members, *(callbacks if self.reports else ()), *self._callbacks])
 
     def _run_epoch(self, reporter: Reporter) -> None:
         """Train for an epoch, or for what is left of it, and test; record the metrics, and save."""
         pipe, position = self.pipe, self._position
         began = time.perf_counter() - position.trained_s
-        losses, samples = self._train(began, reporter)
+        losses, samples = self._train(began)
         pipe.flush()
         loss_sum, learned = losses.values()  # waits for the device, so that the time is that of the epoch
         trained_s = time.perf_counter() - began
@@ -323,10 +366,9 @@ class Trainer:
 
     def _record(self, metrics: EpochMetrics) -> None:
         """Write the metrics of a finished epoch to the run's files, and save."""
-        if self.config.tensorboard:
-            scalars = self.pipe.gather(self._stage_scalars.since(self.pipe) if self.replica == 0 else {})
-            if self._events is not None:
-                self._events.epoch(metrics, scalars)
+        ranks = self.pipe.gather(self._stage_scalars.since(self.pipe) if self.replica == 0 else {})
+        self._told.epoch(metrics, {name: value for scalars in ranks for name, value in scalars.items()})
+        self._told.save(metrics.update)
         if self.config.out:
             model = self.pipe.model_state_dict_on_first()
             if self.run_folder is not None and model is not None:
@@ -353,7 +395,7 @@ class Trainer:
             self.run_folder.finish(summary(result))
         return result
 
-    def _train(self, began: float, reporter: Reporter) -> tuple[_LossSum, int]:
+    def _train(self, began: float) -> tuple[_LossSum, int]:
         """Train on what is left of an epoch, which began at ``began``; its losses, and its number of samples."""
         batch_size, source, pipe, position = self.config.batch_size, self.source, self.pipe, self._position
         losses, samples = _LossSum(position.loss_sum, position.learned), position.samples
@@ -369,9 +411,7 @@ class Trainer:
             samples += size
             if loss is not None:
                 losses.add(loss, size)
-                reporter.update(position.epoch, pipe.num_updates, loss.item, size)
-                if self._events is not None:
-                    self._events.update(pipe.num_updates, loss, lr, size)
+                self._told.update(Update(pipe.num_updates, position.epoch + 1, loss, lr, size))
             if pipe.num_updates == self.total_updates or samples == source.num_train:
                 break  # the end of the epoch saves
             if self._saves is not None and (pipe.agreed or self._saves.due(pipe.num_updates)):
@@ -390,20 +430,8 @@ class Trainer:
         loss_sum, learned = next(values for values in ranks if values is not None)
         position = dataclasses.replace(self._position, samples=samples, loss_sum=loss_sum, learned=learned)
         position.trained_s, position.elapsed_s = (time.perf_counter() - since for since in (began, self._start))
-        if self._events is not None:
-            self._events.flush()  # a run that resumes from the save lacks no event
+        self._told.save(self.pipe.num_updates)
         saves.write(self.pipe, position, portable=self.config.elastic)
-
-    def _open_events(self, ending: ExitStack) -> None:
-        """Make the run's folder now, and the writer of events on the rank that reports; ``ending`` closes it."""
-        if self.run_folder is not None:
-            self.run_folder.begin(config_text(self.config))
-        self.pipe.gather(None)  # the folder is there
-        if self.reports:
-            after, settings = self.pipe.num_updates, config_text(self.config)
-            score = score_name(self.config.metric)
-            self._events = Events(self._folder / "tensorboard", after=after, settings=settings, score=score)
-            ending.callback(self._events.close)
 
     def _stop(self) -> NoReturn:
         """End the run, as all ranks have agreed, after a save."""

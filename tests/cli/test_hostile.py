@@ -104,6 +104,7 @@ VALUES: dict[str, st.SearchStrategy[str]] = {
         ["mse", "torch.nn.functional:cross_entropy", "no.such:loss", "/nowhere.py:loss", ":", "torch:no"]
     ),
     "metric": st.sampled_from(["accuracy", "top5", "top9", "torch.nn.functional:cross_entropy", "no.such:metric", ":"]),
+    "callback": st.sampled_from(["x", "no.such:Log", "torch.nn:Linear", "torch:float32", ":"]),
     "best": one_of("highest", "lowest"),
     "data-dir": st.sampled_from(["", "/nowhere", "/dev/null", "/"]),
     "loader-workers": st.sampled_from(["0", "1", "-1", "x"]),
