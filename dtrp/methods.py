@@ -25,6 +25,8 @@ from .schedule import lead
 from .validation import is_number, is_whole, unknown, whole
 
 Keep = Literal["graph", "input"]
+# The predictors by name, and the copies of the weights that each of them holds beside the predicted ones.
+PREDICTIONS = {"linear": 0, "rollout": 0, "informed": 0, "last": 1, "scaled": 2, "auto": 2}
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Method:
         backward_first: in a slot, B then F (else F then B); the last stage always runs F then B.
         keep: what a stage keeps from F to B: the ``"graph"``, or the ``"input"``, to recompute the graph.
         backward_at: B at the weights its forward read (``"stashed"``) or at the ``"current"`` ones.
-        predict: the weights F reads: ``None``, those of now; ``"linear"``, ``"rollout"``, ``"informed"``
-            or an object as in `dtrp.predict`, those predicted for the time of B.
+        predict: the weights F reads: ``None``, those of now; ``"linear"``, ``"rollout"``, ``"informed"``, ``"last"``,
+            ``"scaled"``, ``"auto"`` or an object as in `dtrp.predict`, those predicted for the time of B.
         grad_shrink: every stage multiplies the gradient it receives by this: ``grad_shrink**d`` in all.
         lr_shrink: stage k trains with ``lr * lr_shrink**d``.
         flush: run every backward of a mini-batch before the next mini-batch (a synchronous method).
@@ -94,9 +96,10 @@ class Method:
                 raise ValueError(
                     f"{field}={value!r}: a shrinking factor lies above 0 and is at most 1 (1: no shrinking)"
                 )
-        if isinstance(self.predict, str) and self.predict not in ("linear", "rollout", "informed"):
+        if isinstance(self.predict, str) and self.predict not in PREDICTIONS:
             raise ValueError(
-                f"predict={self.predict!r}: choose 'linear', 'rollout', 'informed', 'none', or pass a predictor object"
+                f"predict={self.predict!r}: choose 'linear', 'rollout', 'informed', 'none', 'last', 'scaled' or 'auto', or pass "
+                "a predictor object"
             )
         if self.predict is not None and not isinstance(self.predict, str) and not callable(self.predict):
             raise ValueError(
@@ -166,6 +169,11 @@ class Method:
             return self
         at = "stashed" if keep == "graph" and not self.flush else self.backward_at
         return dataclasses.replace(self, keep=keep, backward_at=at)
+
+    @property
+    def predictor_copies(self) -> int:
+        """Copies of a stage's weights that its predictor holds beside the predicted ones."""
+        return PREDICTIONS[self.predict] if isinstance(self.predict, str) else int(getattr(self.predict, "copies", 0))
 
     def recomputes(self, num_stages: int, stage: int) -> bool:
         """Whether ``stage`` runs its forward a second time at B (the last stage has its graph at hand)."""

@@ -20,7 +20,7 @@ from ..comm.message import Note, memory_of
 from ..comm.process_groups import backend_for, place_of
 from ..comm.transport import Transport
 from ..methods import Method
-from ..predict import BuiltInPredictor
+from ..predict import BuiltInPredictor, StatefulPredictor
 from ..stage.tied import Tie
 from ..tensors.layout import parts_of
 from ..tensors.pytree import flatten, num_samples, on_cpu, targets_fit
@@ -88,7 +88,7 @@ def method_values(method: Method) -> dict[str, Any]:
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
     if not isinstance(method.predict, (str, NoneType)):
-        built_in = isinstance(method.predict, BuiltInPredictor)
+        built_in = isinstance(method.predict, (BuiltInPredictor, StatefulPredictor))
         values["predict"] = method.predict.name if built_in else type(method.predict).__name__
     return values
 

@@ -55,7 +55,7 @@ class Footprint:
 
     Attributes:
         weights, optimizer, gradients: as in `Pipeline.memory`.
-        predicted: the predicted copy that a forward reads.
+        predicted: the predicted copy that a forward reads, and the copies that the predictor holds.
         stash: inputs, kept graphs, and the copies of weights on which these are built; and what the second parts of
             divided backwards wait with, about a graph each.
         graph: the graph that a backward recomputes.
@@ -112,7 +112,7 @@ def footprint(method: Method, num_stages: int, stage: int, num_microbatches: int
         weights=sizes.weights,
         optimizer=sizes.optimizer,
         gradients=sizes.trained,
-        predicted=sizes.trained if predicts and delayed and not copies else 0.0,
+        predicted=sizes.trained * ((delayed and not copies) + method.predictor_copies) if predicts else 0.0,
         stash=stash,
         graph=added,
         messages=(1 if method.local else 2) * ((sizes.input if stage else 0.0) + (0.0 if last else sizes.output)),

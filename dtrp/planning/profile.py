@@ -28,7 +28,7 @@ from ..errors import PlanError
 from ..launch.heap import keep_heap
 from ..measure.graph_size import NOT_WEIGHED, weigh_graph
 from ..measure.memory import StageSizes
-from ..predict import BuiltInPredictor, Predictor, as_predictor
+from ..predict import BuiltInPredictor, Predictor, StatefulPredictor, as_predictor, stage_predictor
 from ..splitting.stages import called, check_device, layers_of, stage_device
 from ..tensors.layout import aligned_clone, enter, parts_of
 from ..tensors.nbytes import states_bytes, tensor_bytes
@@ -204,13 +204,12 @@ class Profiler:
         self._profiles: dict[tuple[int, int], Profile] = {}
         self._times: dict[tuple[str, int], list[float]] = defaultdict(list)  # by what runs, and the layer
 
-    def _checked_predictor(self, predict: str | Predictor | None) -> BuiltInPredictor | None:
-        """The predictor, where it is built in and knows the optimizer."""
+    def _checked_predictor(self, predict: str | Predictor | None) -> Any:
+        """The predictor, where it is one of the library's and knows the optimizer."""
         predictor = as_predictor(predict)
-        if isinstance(predictor, BuiltInPredictor) and self._optimizer is not None:
+        if isinstance(predictor, (BuiltInPredictor, StatefulPredictor)) and self._optimizer is not None:
             with suppress(TypeError):
-                predictor.check(self._optimizer)
-                return predictor
+                return stage_predictor(predictor, self._optimizer)
         return None
 
     def at(self, samples: int, *, neighbours: int | None = None) -> Profile:

@@ -366,7 +366,7 @@ class SavedStage:
         stage.stash_peak, stage.activations_peak = part["peaks"]
         stage.repeatable.changes_input = part["changes_input"]
         if self._predictor is not None:
-            stage.versions.predictor.load_state_dict(self._predictor)  # type: ignore[union-attr]
+            stage.versions.predictor.load_state_dict(self._predictor)
         self._put_stash()
 
     def _put_optimizer(self) -> None:

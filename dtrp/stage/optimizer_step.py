@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
@@ -58,13 +58,20 @@ class OptimizerSteps:
         self._at_once = device.type == "cpu" or rule.max_norm is not None or rule.on_nonfinite == "skip"
         self._unseen = PendingNorms()
 
-    def step(self, minibatch: int, gradients: Sequence[Tensor | None], norms: Sequence[float] | None) -> None:
+    def step(
+        self,
+        minibatch: int,
+        gradients: Sequence[Tensor | None],
+        norms: Sequence[float] | None,
+        before: Callable[[], None],
+    ) -> None:
         """One optimizer step.
 
         Args:
             minibatch: the mini-batch of the gradient.
             gradients: the gradients of the parameters, in their order.
             norms: the norms of all stages' gradients, where the rule looks at them together.
+            before: called right before the optimizer steps, with the learning rates of that step.
 
         Raises:
             StageError: a gradient is not finite, and the rule says to stop. Nothing has been updated then, except on an
@@ -77,6 +84,7 @@ class OptimizerSteps:
             applies = self._admit(minibatch, gradients, norms)
             if applies:
                 with nullcontext() if self._lr_factor == 1 else self.shrunk_lr():
+                    before()
                     self._optimizer.step()
             else:
                 self.skipped.append(minibatch)

@@ -587,12 +587,13 @@ class Stage:
             StageError: see `OptimizerSteps.step`.
         """
         if self.optimizer is not None:
-            self.updates.step(self.version, self.gradients, norms)
+            self.updates.step(self.version, self.gradients, norms, self.versions.before_update)
             # Freed at the next forward or backward: freeing here makes malloc trim the heap and fault it in again (10 %
             # of a small network's step).
             self._spent, self.gradients = self.gradients, [None] * len(self.parameters)
             self.gradients_peak = max(self.gradients_peak, self._gradients_bytes())
         self.version += 1
+        self.versions.after_update(self.version)
 
     @property
     def gradient_norms(self) -> dict[int, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..predict import BuiltInPredictor, Predictor
+from ..predict import BuiltInPredictor, Predictor, StatefulPredictor, is_alike, stage_predictor
 from ..tensors.torch_private import write_count
 
 
@@ -58,6 +58,7 @@ class WeightVersions:
         shared: the copies on which graphs are built, by (updates made, horizon), as long as something holds them.
         alike: whether micro-batches of one version and horizon read the same weights, which may then be made in
             advance.
+        has_state: whether the predictor is one of this stage alone, which is told of its updates.
     """
 
     def __init__(
@@ -65,15 +66,15 @@ class WeightVersions:
         stage: int,
         parameters: Sequence[Tensor],
         optimizer: Optimizer | None,
-        predictor: Predictor | None,
+        predictor: Predictor | StatefulPredictor | None,
         lr: Callable[[], AbstractContextManager[None]],
         gradients: Callable[[], dict[str, Any]],
     ) -> None:
-        self.predictor = predictor
-        if isinstance(predictor, BuiltInPredictor) and optimizer is not None:
-            predictor.check(optimizer)
-        self.uses_gradients = bool(getattr(predictor, "uses_gradients", False))
-        self.alike = predictor is None or (isinstance(predictor, BuiltInPredictor) and not self.uses_gradients)
+        self.predictor = stage_predictor(predictor, optimizer)
+        self.has_state = isinstance(predictor, StatefulPredictor)
+        self.uses_gradients = bool(getattr(self.predictor, "uses_gradients", False))
+        known = self.has_state or isinstance(predictor, BuiltInPredictor)
+        self.alike = predictor is None or (known and is_alike(self.predictor))
         self.shared: WeakValueDictionary[tuple[int, int], WeightVersion] = WeakValueDictionary()
         self._stage, self._parameters, self._optimizer = stage, parameters, optimizer
         self._lr, self._gradients = lr, gradients
@@ -82,8 +83,9 @@ class WeightVersions:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffer for predictions."""
-        return self._buffer.nbytes if self._buffer is not None else 0
+        """Bytes of the buffer for predictions, and of the copies that the predictor holds."""
+        held = self.predictor.nbytes if self.has_state else 0
+        return held + (self._buffer.nbytes if self._buffer is not None else 0)
 
     def tensors(self) -> Sequence[Tensor]:
         """The tensors of the buffer, which the next prediction writes."""
@@ -142,15 +144,27 @@ class WeightVersions:
     def _predict(self, out: WeightVersion, microbatch: int, version: int, horizon: int) -> None:
         assert self.predictor is not None
         assert self._optimizer is not None
-        if not isinstance(self.predictor, BuiltInPredictor):
+        if not (self.has_state or isinstance(self.predictor, BuiltInPredictor)):
             out.copy_from(self._parameters)  # a weight that the predictor leaves out is predicted to stay
         more = self._gradients() if self.uses_gradients else {}
         at = {"stage": self._stage, "microbatch": microbatch, "version": version}
         with torch.no_grad(), self._lr():
             self.predictor(self._parameters, self._optimizer, horizon, out.tensors, **at, **more)
 
+    def before_update(self) -> None:
+        """The optimizer is about to step."""
+        if self.has_state:
+            self.predictor.before_update(self._parameters, self._optimizer)
+
+    def after_update(self, version: int) -> None:
+        """The weights have had ``version`` updates."""
+        if self.has_state:
+            self.predictor.after_update(self._parameters, version)
+
     def forget(self) -> None:
         """Forget what was predicted from other weights than the present ones."""
+        if self.has_state:
+            self.predictor.forget()
         self._buffered = None
         self.shared.clear()
 

@@ -16,7 +16,7 @@ CHOICES = {
     "optimizer": ("sgd", "adam", "adamw", "nadam"),
     "lr_schedule": ("constant", "cosine", "multistep"),
     "dtype": tuple(DTYPES),
-    "prediction": ("linear", "rollout", "informed", "none"),
+    "prediction": ("linear", "rollout", "informed", "none", "last", "scaled", "auto"),
     "order": ("backward-first", "forward-first"),
     "clip": ("stage", "global"),
     "on_nonfinite": ("stop", "skip"),

@@ -735,6 +735,13 @@ def _saved_and_loaded_where_gradients_are_predicted_from(method: str) -> Result:
     return _saved(row, 3, 4, adamw, [1, 4, 7])
 
 
+@special(3, "dtrp, auto", "spectrain, scaled", "dtrp-1f1b, last")
+def _saved_and_loaded_with_predictors_that_have_a_state(cell: str) -> Result:
+    method, predict = cell.split(", ")
+    make = functools.partial(torch.optim.RMSprop, lr=0.01) if predict == "auto" else adamw
+    return _saved(dtrp.get_method(method, predict=predict), 3, 2, make, [1, 4, 7])
+
+
 @special(2, 1, 4)
 def _a_predictor_of_the_users(num_microbatches: int) -> Result:
     """A predictor of the user's: called with this stage's parameters, and its answer is read."""

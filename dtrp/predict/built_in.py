@@ -1,43 +1,4 @@
-"""Weight prediction: the weights that an optimizer would reach some updates ahead.
-
-A forward that runs ``delay`` updates before its backward reads, instead of the weights of now, those
-predicted for then. A predictor is any object that is called as ::
-
-    predictor(parameters, optimizer, horizon, out, *, stage, microbatch, version)
-
-and writes into the tensors ``out`` (shapes, dtypes and devices of ``parameters``) the weights that
-``optimizer`` would give ``parameters`` in ``horizon`` updates, gradients unknown. It touches nothing
-else. ``parameters`` are the stage's trainable ones in the order of ``named_parameters()``, ``version``
-the number of their updates so far; the learning rates it finds in ``optimizer.param_groups`` are those
-of the stage's next update, ``lr_shrink`` included. It is called once per micro-batch and never with a
-horizon of 0.
-
-Three are built in. With p a weight, v its momentum buffer, mu the momentum and h the horizon:
-
-``linear``
-    The last update h times over (SpecTrain, arXiv:1809.02839).
-    SGD ``p - h lr v``; Adam ``p - h lr m_hat / (sqrt(v_hat) + eps)``, AdamW with its decay in the step.
-``rollout``
-    The optimizer run h times with a zero gradient, weight decay included (the roll-out of FTPipe's
-    momentum prediction, USENIX ATC 2021). SGD without decay: ``p - lr v (mu + mu^2 + ... + mu^h)``.
-``informed``
-    ``linear``, from a momentum that counts what is known of the next gradient. When a micro-batch's
-    forward runs, some of those of the preceding mini-batch have often had their backward; with s
-    their share of its samples, a their gradient so far, and g the mean gradient that a momentum stands
-    for, the next gradient is taken to be ``a + (1 - s) g``. Ours. It is another prediction for each micro-batch,
-    so it costs a pass each, with scratch of up to five weights. ::
-
-        SGD     v becomes  mu v + (1 - dampening) (a + (1 - s) g),     g = v (1 - mu) / (1 - dampening)
-        Adam    m becomes  beta1 m + (1 - beta1) (a + (1 - s) g),      g = m_hat; v likewise, with its square
-
-All leave a weight as it is while its optimizer holds no state for it: before its first update, and
-for SGD without momentum.
-
-A predictor that the user writes is told the gradient too if it has an attribute ``uses_gradients`` that is
-true: it is then called with ``gradients=`` (those of mini-batch ``version`` so far, summed over its
-micro-batches, each weighted by its share; None where there is none; not to be written) and ``share=``
-(of its samples, from 0 to 1), and on ranks the prediction is not made ahead of its time.
-"""
+"""The predictors that know an optimizer's update rule: ``linear``, ``rollout`` and ``informed``."""
 
 from __future__ import annotations
 
@@ -65,7 +26,7 @@ class Predictor(Protocol):
     ) -> None: ...
 
 
-_Rule = Callable[[Tensor, dict[str, Any], dict[str, Any], int, Tensor], None]  # (p, state, group, horizon, out)
+Rule = Callable[[Tensor, dict[str, Any], dict[str, Any], int, Tensor], None]  # (p, state, group, horizon, out)
 
 
 class BuiltInPredictor:
@@ -75,13 +36,17 @@ class BuiltInPredictor:
     share it.
     """
 
-    def __init__(self, name: str, rules: dict[type[Optimizer], _Rule], *, uses_gradients: bool = False) -> None:
+    def __init__(self, name: str, rules: dict[type[Optimizer], Rule], *, uses_gradients: bool = False) -> None:
         self.name = name
-        self.uses_gradients = uses_gradients
-        self._rules = rules
+        self.uses_gradients, self.alike = uses_gradients, not uses_gradients
+        self.rules = rules
 
     def __repr__(self) -> str:
         return f"<predictor {self.name}>"
+
+    def knows(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer's update rule is known."""
+        return type(optimizer) in self.rules
 
     def check(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer whose update rule is not known here.
@@ -89,12 +54,12 @@ class BuiltInPredictor:
         Raises:
             TypeError: naming the optimizer and the ways out.
         """
-        if type(optimizer) not in self._rules:
-            known = ", ".join(cls.__name__ for cls in self._rules)
+        if not self.knows(optimizer):
+            known = ", ".join(cls.__name__ for cls in self.rules)
             raise TypeError(
                 f"prediction {self.name!r} does not know the update rule of {type(optimizer).__name__} (it knows {known}, "
-                "not their subclasses); use one of these, pass a predictor of your own, "
-                "method=get_method(..., predict=my_predictor), or switch prediction off with predict=None"
+                "not their subclasses); use one of these, pass predict='last' or 'auto', which need no rule, or a predictor of "
+                "your own, method=get_method(..., predict=my_predictor), or switch prediction off with predict=None"
             )
 
     @torch.no_grad()
@@ -112,15 +77,16 @@ class BuiltInPredictor:
         share: float = 0.0,
     ) -> None:
         self.check(optimizer)
-        rule = self._rules[type(optimizer)]
+        rule = self.rules[type(optimizer)]
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for p, o, gradient in zip(parameters, out, gradients or [None] * len(out), strict=True):
             state = optimizer.state.get(p, {})
-            if state.get("momentum_buffer" if type(optimizer) is SGD else "exp_avg") is None:
+            if not _has_begun(state, optimizer):
                 o.copy_(p)
             else:
                 group = groups[id(p)]
-                if p.is_complex() and type(optimizer) is not SGD:  # torch's Adam family sees pairs of reals
+                # torch's Adam family sees pairs of reals.
+                if p.is_complex() and type(optimizer) in _LINEAR_OF_TORCH and type(optimizer) is not SGD:
                     state = {k: torch.view_as_real(t) if torch.is_complex(t) else t for k, t in state.items()
                              if isinstance(t, Tensor)}  # fmt: skip
                     p, o = torch.view_as_real(p), torch.view_as_real(o)
@@ -128,6 +94,13 @@ class BuiltInPredictor:
                 if gradient is not None and self.uses_gradients:
                     state = _informed(p, state, group, gradient, share, decoupled=_is_decoupled(group, optimizer))
                 rule(p, state, group, horizon, o)
+
+
+def _has_begun(state: dict[str, Any], optimizer: Optimizer) -> bool:
+    """Whether there is a state of a weight to predict from."""
+    if type(optimizer) in _LINEAR_OF_TORCH:
+        return state.get("momentum_buffer" if type(optimizer) is SGD else "exp_avg") is not None
+    return bool(state)
 
 
 def _informed(
@@ -279,7 +252,7 @@ def _nadam_linear(p: Tensor, state: dict[str, Any], group: dict[str, Any], horiz
 
 
 def _extrapolate(
-    rule: _Rule, p: Tensor, state: dict[str, Any], group: dict[str, Any], horizon: int, out: Tensor
+    rule: Rule, p: Tensor, state: dict[str, Any], group: dict[str, Any], horizon: int, out: Tensor
 ) -> None:
     """One step with a zero gradient, ``horizon`` times over: p + horizon (p_1 - p)."""
     rule(p, state, group, 1, out)
@@ -302,7 +275,7 @@ def _pieces(
         yield weight, m, v, (maximum[0] if maximum else None), o
 
 
-def _with_flag(rule: _Rule) -> _Rule:
+def _with_flag(rule: Rule) -> Rule:
     """AdamW of a torch whose groups do not carry ``decoupled_weight_decay``."""
 
     def adamw(p: Tensor, state: dict[str, Any], group: dict[str, Any], horizon: int, out: Tensor) -> None:
@@ -311,22 +284,33 @@ def _with_flag(rule: _Rule) -> _Rule:
     return adamw
 
 
-_LINEAR: dict[type[Optimizer], _Rule] = {
+_LINEAR_OF_TORCH: dict[type[Optimizer], Rule] = {
     SGD: _sgd_linear,
     Adam: _adam_linear,
     AdamW: _with_flag(_adam_linear),
     NAdam: _nadam_linear,
 }
-linear = BuiltInPredictor("linear", _LINEAR)
-informed = BuiltInPredictor("informed", _LINEAR, uses_gradients=True)
+linear = BuiltInPredictor("linear", dict(_LINEAR_OF_TORCH))
+informed = BuiltInPredictor("informed", _LINEAR_OF_TORCH, uses_gradients=True)
 rollout = BuiltInPredictor(
     "rollout", {SGD: _sgd_rollout, Adam: _adam_rollout, AdamW: _with_flag(_adam_rollout), NAdam: _nadam_rollout}
 )
 
 
-def as_predictor(predict: Any) -> Predictor | None:
-    """The predictor that a method's ``predict`` names, or is."""
-    if isinstance(predict, str):
-        return {"linear": linear, "rollout": rollout, "informed": informed}[predict]
-    predictor: Predictor | None = predict
-    return predictor
+def register(optimizer: type[Optimizer], rule: Rule) -> None:
+    """Tell ``linear``, and so ``auto``, the update rule of an optimizer.
+
+    Args:
+        optimizer: the class; its subclasses are not meant.
+        rule: called as ``rule(p, state, group, horizon, out)``: writes into ``out`` the weights that the last update,
+            ``horizon`` times over, would make of ``p``, from the optimizer's ``state`` of p and p's parameter
+            ``group``, and touches nothing else. It is not called while there is no state.
+
+    Raises:
+        TypeError: what is no class of optimizers, or cannot be called.
+    """
+    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
+        raise TypeError(f"register was given {optimizer!r}; pass a class of optimizers, and its rule")
+    if not callable(rule):
+        raise TypeError(f"the rule of {optimizer.__name__} is a {type(rule).__name__}; pass a function")
+    linear.rules[optimizer] = rule
