@@ -70,6 +70,11 @@ def without_functorch_wrappers(t: Tensor) -> Tensor:
     return t
 
 
+def without_base(t: Tensor) -> Tensor:
+    """The tensor; not as a view if it is one, which may not be written in place where an ``autograd.Function`` returns it."""
+    return torch.ops.aten._unsafe_view.default(t, t.shape) if t._is_view() else t
+
+
 def is_wrapped_by_functorch(t: Tensor) -> bool:
     """Whether a ``torch.func`` transform has put a wrapper around the tensor."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))

@@ -184,6 +184,7 @@ def _convolutions(**more: Any) -> nn.Sequential:
 CASES: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "linear": lambda: (_mlp(), (torch.randn(5, 4),)),
     "linear, 3 dimensions, strided": lambda: (_mlp(), (torch.randn(4, 3, 5).transpose(0, 2),)),
+    "linear, written in place": lambda: (nn.Sequential(_mlp(), nn.ReLU(inplace=True)), (torch.randn(3, 5, 4),)),
     "linear, by columns": lambda: (_mlp(), (torch.randn(4, 5).t(),)),
     "convolutions": lambda: (_convolutions(), (torch.randn(4, 3, 7, 7),)),
     "convolutions, a single sample": lambda: (nn.Conv2d(3, 4, 3), (torch.randn(3, 7, 7),)),

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...tensors.torch_private import is_wrapped_by_functorch, without_torch_functions
+from ...tensors.torch_private import is_wrapped_by_functorch, without_base, without_torch_functions
 from .operations import Convolution, Lookup, Operation, Product
 
 _aten = torch.ops.aten
@@ -76,7 +76,7 @@ class _Divided(torch.autograd.Function):
     ) -> Tensor:
         ctx.use = use
         ctx.save_for_backward(x, tensors[0])
-        return run(x, *tensors)
+        return without_base(run(x, *tensors))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor | None, None, None]:
