@@ -363,10 +363,18 @@ def check_orders(order: Order, num_stages: int) -> None:
     """Refuse leads and orders of a method's own with which a run would stand still.
 
     Raises:
-        ValueError: they are for another number of stages, or a stage waits for what another one does later.
+        ValueError: they are for another number of stages, a stage waits for what another one does later, or one without a
+            lead has an update between a forward and its backward, which has the graph of that forward.
     """
     if order.leads is None and order.orders is None:
         return
+    for stage in range(num_stages):
+        if not order.flush and not lead(order, num_stages, stage) and lag(order, num_stages, stage):
+            raise ValueError(
+                f"leads={order.leads!r} and orders={order.orders!r}: stage {stage} has no lead, so it repeats no forward, and "
+                f"{cycle(order, num_stages, stage)!r} puts an update between a forward and its backward; pass a lead of at least "
+                "1 there, or an order in which each backward follows its forward"
+            )
     slots = 2 * max(most_in_flight(order, num_stages, k) for k in range(num_stages)) + 2
     rows = []
     for stage in range(num_stages):

@@ -150,6 +150,10 @@ def test_orders_that_mean_nothing_are_refused(name: str, options: dict[str, obje
         ({"orders": ("RFIW", "FIW")}, "are for 2 stages, and there are 4"),
         ({"leads": (1, 2, 1, 0)}, "deadlock: stage 0 with .* wait for each other"),
         ({"orders": "RIFW"}, "deadlock: .*stage 3 with I0"),
+        (
+            {"leads": (1, 1, 0, 0), "orders": ("RFIW", "RFIW", "FFIWIW", "FIW")},
+            "stage 2 has no lead, .*'FFIWIW' puts an update",
+        ),
     ],
 )
 def test_orders_that_do_not_fit_together_are_refused_before_anything_runs(

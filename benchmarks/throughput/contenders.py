@@ -12,7 +12,13 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleavedZeroBubble
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 from torch.optim import Optimizer
 
 import dtrp
@@ -25,6 +31,7 @@ SCHEDULES: dict[str, Any] = {
     "GPipe": ScheduleGPipe,
     "1F1B": Schedule1F1B,
     "InterleavedZeroBubble": ScheduleInterleavedZeroBubble,
+    "ZBVZeroBubble": ScheduleZBVZeroBubble,
 }
 
 
@@ -36,29 +43,42 @@ class Contender:
         engine: ``"dtrp"``, ``"torch"`` (torch.distributed.pipelining), or ``"plain"`` (rank 0 alone, a plain loop).
         method: a row of dtrp or one of `SCHEDULES`; of no meaning to ``"plain"``.
         num_microbatches: A.
+        order: of dtrp's row, in words; empty: the row's own.
+        options: fields of that row, by name, that are changed.
     """
 
     engine: Literal["dtrp", "torch", "plain"]
     method: str = ""
     num_microbatches: int = 1
+    order: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
         if self.engine == "plain":
             return "one worker"
-        return f"torch {self.method}" if self.engine == "torch" else self.method
+        return f"torch {self.method}" if self.engine == "torch" else " ".join([self.method, self.order]).strip()
+
+    @property
+    def row(self) -> dtrp.Method:
+        """The row of dtrp."""
+        return dtrp.get_method(self.method, **dict(self.options))
 
     def stages_per_rank(self) -> int:
-        return 2 if self.method == "InterleavedZeroBubble" else 1
+        return 2 if self.method.endswith("ZeroBubble") else 1
+
+    def host(self, index: int, num_ranks: int) -> int:
+        """The rank of a stage: in turn, or to and fro in the shape of a V."""
+        return min(index, 2 * num_ranks - 1 - index) if self.method == "ZBVZeroBubble" else index % num_ranks
 
     def recomputes(self, num_stages: int, stage: int) -> bool:
-        return self.engine == "dtrp" and dtrp.get_method(self.method).recomputes(num_stages, stage)
+        return self.engine == "dtrp" and self.row.recomputes(num_stages, stage)
 
     def delay(self, num_stages: int) -> int:
-        """The largest delay in steady state, in updates: that of stage 0's first micro-batch."""
+        """The largest delay in steady state, in updates."""
         if self.engine != "dtrp":
             return 0
-        return steady_delay(dtrp.get_method(self.method), num_stages, 0, self.num_microbatches, 0)
+        return max(steady_delay(self.row, num_stages, k, self.num_microbatches, 0) for k in range(num_stages))
 
 
 class Running(Protocol):
@@ -85,7 +105,7 @@ class _Dtrp:
             optimizer,
             loss_fn,
             num_stages=len(stages),
-            method=contender.method,
+            method=contender.row,
             num_microbatches=contender.num_microbatches,
             seed=0,
             timeout_s=120.0,
@@ -127,11 +147,11 @@ class _Torch:
             stages = [_ChannelsLast(stage, is_first=index == 0) for index, stage in enumerate(stages)]
         for index, stage in enumerate(stages):  # what goes between stages, by example
             out = stage(h).detach().requires_grad_()
-            if index % world == rank:
+            if contender.host(index, world) == rank:
                 device = torch.device("cpu")
                 hosted[index] = PipelineStage(stage, index, len(stages), device, input_args=(h,), output_args=(out,))
             h = out
-        self.first, self.last = rank == 0, rank == world - 1
+        self.first, self.last = rank == 0, rank == contender.host(len(stages) - 1, world)
         self.optimizer = optimizer([p for index in hosted for p in stages[index].parameters()])
         own = list(hosted.values())
         schedule = SCHEDULES[contender.method]

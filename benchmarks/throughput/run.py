@@ -2,6 +2,7 @@
 
     python benchmarks/throughput/run.py sleeping     # the order of work alone: dtrp's methods beside torch's schedules
     python benchmarks/throughput/run.py compute      # ResNets on two cores, each contender at its own best cut
+    python benchmarks/throughput/run.py split        # the same of backwards in two parts, and the zero bubbles
     python benchmarks/throughput/run.py links        # what latency costs
     python benchmarks/throughput/run.py tun          # the same on a real delayed link; as root on Linux
 
@@ -21,18 +22,21 @@ import sleeping
 import tun
 from ranks import launch
 
+from dtrp.planning import measure_link
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     for name, contenders, rounds, minibatches in (
         ("sleeping", sleeping.contenders(2), 5, 20),
+        ("split", sleeping.contenders_in_parts(2), 5, 20),
         ("links", sleeping.contenders_on_links(2), 5, 20),
         ("tun", tun.contenders(), 5, 20),
         ("compute", compute.contenders([2]), 5, 12),
     ):
         part = parts.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        if name in ("sleeping", "links"):
+        if name in ("sleeping", "split", "links"):
             default = [4] if name == "links" else [2, 4, 8]
             part.add_argument("--stages", type=int, nargs="+", default=default, help="numbers of stages, K")
         part.add_argument("--rounds", type=int, default=rounds, help="turns of every contender")
@@ -73,7 +77,8 @@ def main() -> None:
                 ),
             )
         return
-    settings = sleeping.Options(options.rounds, options.minibatches, tuple(options.only), options.out, run)
+    link_s = measure_link().latency_s if options.part == "split" else 0.0
+    settings = sleeping.Options(options.rounds, options.minibatches, tuple(options.only), options.out, run, link_s)
     if options.part == "tun":
         tun.run(settings)
         return

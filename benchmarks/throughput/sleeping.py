@@ -20,7 +20,11 @@ import torch.distributed as dist
 from contenders import Contender, chosen, start
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch_schedules import minibatch_s
 from turns import Turns, check, table, take_turn, write
+
+import dtrp
+from dtrp.planning import Parts, find_orders
 
 FORWARD_S, BACKWARD_S = 0.020, 0.040  # of a stage, a mini-batch
 BATCH, WIDTH = 32, 64
@@ -81,6 +85,36 @@ class SleepingStage(nn.Module):
         return out
 
 
+class _Divided(torch.autograd.Function):
+    """x + w, whose backward sleeps for the gradient of x, and for that of w when it is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: nn.Parameter, seconds: float) -> Tensor:
+        ctx.w, ctx.seconds = w, seconds
+        return x + w
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        seconds = ctx.seconds
+
+        def weight_gradient() -> Tensor:
+            _SLEEPER.sleep(seconds)
+            return grad.sum(0)
+
+        _SLEEPER.sleep(seconds)
+        dtrp.defer(ctx.w, weight_gradient)
+        return grad, None, None
+
+
+class DividedStage(SleepingStage):
+    """As `SleepingStage`, with a backward that dtrp divides: an ``autograd.Function`` that defers the gradient of w."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _SLEEPER.sleep(self.forward_s)
+        out: Tensor = _Divided.apply(x, self.w, self.backward_s / 2)
+        return out
+
+
 @dataclass(frozen=True)
 class Options:
     rounds: int
@@ -88,6 +122,7 @@ class Options:
     only: tuple[str, ...]
     out: Path
     run: dict[str, object]  # when, and the load of the machine before
+    link_s: float = 0.0  # of a message on this machine, as measured before
 
 
 def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -122,10 +157,12 @@ def rounds_of(
     set_latency: Callable[[float], None] = latency_in_transport,
     link: str = "loopback",
     measured_s: dict[float, float] | None = None,
+    make_stages: Callable[[Contender, int], list[nn.Module]] = stages_for,
+    more: Callable[[Contender], dict[str, Any]] = lambda contender: {},
 ) -> list[Turns]:
     """Every case in turn, round after round. A case: a contender, and the latency added to its messages.
 
-    ``set_latency`` brings that about; ``measured_s`` is what was measured for each.
+    ``set_latency`` brings that about; ``measured_s`` is what was measured for each. ``more`` gives entries to write down.
     """
     num_ranks = dist.get_world_size()
     warmup = 4 * (num_ranks - 1) + 4  # twice the longest start-up, and some
@@ -149,6 +186,7 @@ def rounds_of(
                 "link": link,
                 "warmup": warmup,
                 "timed": options.minibatches,
+                **more(contender),
             }
         )
         for contender, latency_s in cases
@@ -156,7 +194,9 @@ def rounds_of(
     for number in range(options.rounds):
         for (contender, latency_s), turns in zip(cases, all_turns, strict=True):
             set_latency(latency_s)
-            begin = partial(start, contender, stages_for(contender, num_ranks), optimizer, cross_entropy, batches[0][0])
+            begin = partial(
+                start, contender, make_stages(contender, num_ranks), optimizer, cross_entropy, batches[0][0]
+            )
             turns.turns.append(take_turn(begin, batches, warmup=warmup, timed=options.minibatches))
         if dist.get_rank() == 0:
             print(f"K={num_ranks}: round {number + 1} of {options.rounds}", flush=True)
@@ -215,6 +255,103 @@ def report(num_stages: int, all_turns: Sequence[Turns]) -> None:
         if num_stages in least and name in named:
             speed = synchronous / named[name].median_s
             print(check(f"K={num_stages} {name}, times torch 1F1B's speed", speed, least=least[num_stages]))
+    print(flush=True)
+
+
+# -- part split -------------------------------------------------------------------------------------------
+
+PART_S = 0.020  # F, R, I and W of a micro-batch
+MAX_SLOWDOWN = 0.05
+
+
+def planned(num_stages: int, link_s: float) -> Contender:
+    """dtrp-split in the order that the planner takes for this link."""
+    parts = [Parts(*[PART_S] * 4)] * num_stages
+    found = find_orders(parts, [link_s] * (num_stages - 1), repeats=True)
+    limit = (1 + MAX_SLOWDOWN) * min(order.slot_s for order in found)
+    order = min((order for order in found if order.slot_s <= limit), key=lambda order: order.delay)
+    return Contender("dtrp", "dtrp-split", 1, "planned", (("leads", order.leads), ("orders", order.orders)))
+
+
+def contenders_in_parts(num_stages: int, link_s: float = 0.0) -> list[Contender]:
+    """One micro-batch, with a delay; then as many as stages, without any."""
+    return [
+        Contender("dtrp", "dtrp"),
+        planned(num_stages, link_s),
+        Contender("dtrp", "dtrp-split"),
+        Contender("dtrp", "bp", num_stages),
+        Contender("dtrp", "bp-zb", num_stages),
+        Contender("torch", "1F1B", num_stages),
+        Contender("torch", "InterleavedZeroBubble", num_stages),
+        Contender("torch", "ZBVZeroBubble", num_stages),
+    ]
+
+
+def stages_in_parts(contender: Contender, num_ranks: int) -> list[nn.Module]:
+    """Stages whose F, I and W of a micro-batch each sleep as long; half of it where a rank has two stages."""
+    count = contender.stages_per_rank()
+    kind = DividedStage if contender.engine == "dtrp" else SleepingStage
+    return [kind(PART_S / count, 2 * PART_S / count) for _ in range(num_ranks * count)]
+
+
+def ideal_s(contender: Contender, num_ranks: int) -> float:
+    """Seconds of a mini-batch if messages, updates and the machine took no time; collective."""
+    if contender.stages_per_rank() > 1:
+        running: Any = start(contender, stages_in_parts(contender, num_ranks), optimizer, cross_entropy, data()[0][0])
+        part_s = {
+            "FORWARD": PART_S / 2,
+            "BACKWARD_INPUT": PART_S / 2,
+            "BACKWARD_WEIGHT": PART_S / 2,
+            "FULL_BACKWARD": PART_S,
+        }
+        return minibatch_s(running.schedule.pipeline_order, part_s)
+    row = contender.row if contender.engine == "dtrp" else dtrp.get_method("bp")
+    return dtrp.simulate(
+        row, num_stages=num_ranks, num_minibatches=20 + 8 * num_ranks, num_microbatches=contender.num_microbatches,
+        forward_s=PART_S, backward_s=2 * PART_S, weight_s=PART_S,
+    ).minibatch_s  # fmt: skip
+
+
+def split(options: Options) -> None:
+    """Backwards in two parts, on one K; runs on every rank."""
+    num_stages = dist.get_world_size()
+    cases = chosen(contenders_in_parts(num_stages, options.link_s), options.only)
+    ideals = {contender: ideal_s(contender, num_stages) for contender in cases}
+
+    def more(contender: Contender) -> dict[str, Any]:
+        return {
+            "part_ms": 1e3 * PART_S,
+            "link_ms": 1e3 * options.link_s,
+            "ideal_ms": 1e3 * ideals[contender],
+            "options": dict(contender.options),
+        }
+
+    all_turns = rounds_of(
+        "split", [(contender, 0.0) for contender in cases], options, make_stages=stages_in_parts, more=more
+    )
+    if dist.get_rank() == 0:
+        report_parts(num_stages, all_turns)
+
+
+def report_parts(num_stages: int, all_turns: Sequence[Turns]) -> None:
+    named = {turns.config["contender"]: turns for turns in all_turns}
+    rows = []
+    for name, turns in named.items():
+        ideal_ms, ms = turns.config["ideal_ms"], 1e3 * turns.median_s
+        numbers = [str(turns.config["num_microbatches"]), str(turns.config["delay"]), f"{ms:.1f}", turns.spread()]
+        rows.append([name, *numbers, f"{ideal_ms:.1f}", f"{ms / ideal_ms:.3f}"])
+    print(f"\n{table([f'K={num_stages}', 'A', 'delay', 'ms', 'spread', 'ideal, ms', '/ ideal'], rows)}\n")
+    slot = named["dtrp"].median_s if "dtrp" in named else math.nan
+    for name in ("dtrp-split planned", "dtrp-split"):
+        if name in named:
+            most = 1.06 if name.endswith("planned") else None
+            ratio = named[name].median_s / slot
+            label = f"K={num_stages} {name} / dtrp's slot"
+            print(f"        {label}: {ratio:.3f}" if most is None else check(label, ratio, most=most))
+    least = {4: 1.25, 8: 1.3}.get(num_stages)
+    if least and {"bp-zb", "torch 1F1B"} <= named.keys():
+        speed = named["torch 1F1B"].median_s / named["bp-zb"].median_s
+        print(check(f"K={num_stages} bp-zb, times torch 1F1B's speed", speed, least=least))
     print(flush=True)
 
 

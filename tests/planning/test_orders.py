@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import sgd
+from launching import Outcome, Server, run_ranks
 from torch import Tensor, nn
 
 import dtrp
@@ -170,6 +171,43 @@ def test_the_second_part_is_a_share_of_the_backward() -> None:
         run(backward_s=3, weight_share=1.5)
     with pytest.raises(PlanError, match="pass weight_share"):
         run(backward_s=lambda _: 2.0, weight_s=1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("num_stages", [2, 4])
+@pytest.mark.parametrize(
+    ("method", "num_microbatches"),
+    [("dtrp-split", 1), ("dtrp-split, planned", 1), ("spectrain-split", 2), ("bp-zb", 4)],
+)
+def test_ranks_that_sleep_take_what_the_simulator_says(
+    server: Server, tmp_path: Path, method: str, num_microbatches: int, num_stages: int
+) -> None:
+    """F, I and W of 40, 50 and 30 ms, on links of 8 ms, within five per cent."""
+    forward_s, input_s, weight_s, link_s = 0.040, 0.050, 0.030, 0.008
+    name, _, planned = method.partition(", ")
+    options: dict[str, Any] = {}
+    if planned:
+        found = find_orders(
+            [Parts(forward_s, forward_s, input_s, weight_s)] * num_stages, [link_s] * (num_stages - 1), repeats=True
+        )
+        order = next(o for o in found if o.slot_s <= 1.05 * found[-1].slot_s)
+        options = {"leads": order.leads, "orders": order.orders}
+    steps, warm_up = 40 // num_microbatches, 4 * num_stages
+    arguments = (name, options, [forward_s, input_s, weight_s], steps, warm_up, num_microbatches)
+    environment = {"DTRP_MESSAGE_LATENCY_S": str(link_s)}
+    outcomes = run_ranks(server, tmp_path, num_stages, "sleeping_in_parts", *arguments, timeout_s=100, **environment)
+    assert all(outcome == Outcome(0, "", "") for outcome in outcomes), outcomes
+    row = dtrp.get_method(name, **options)
+    run = simulate(
+        row, num_stages=num_stages, num_minibatches=warm_up + steps, num_microbatches=num_microbatches, forward_s=forward_s,
+        backward_s=input_s + weight_s, weight_s=weight_s, latency_s=link_s,
+    )  # fmt: skip
+    written = [json.loads((tmp_path / f"seconds{rank}.json").read_text()) for rank in range(num_stages)]
+    measured_s = statistics.mean(written[-1]["seconds"])
+    print(method, num_stages, measured_s, run.minibatch_s)
+    assert measured_s == pytest.approx(run.minibatch_s, rel=0.05)
+    for rank, values in enumerate(written):
+        assert values["delays"] == {str(rank): max(run.delays[rank])}
 
 
 # -- plans --------------------------------------------------------------------------------------------------------

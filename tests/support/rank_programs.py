@@ -1410,6 +1410,70 @@ class Sleeps(nn.Module):
         return out
 
 
+class SleepInParts(torch.autograd.Function):
+    """x + w, whose backward sleeps for the gradient of x, and later for that of w."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: nn.Parameter, input_s: float, weight_s: float) -> Tensor:
+        ctx.w, ctx.seconds = w, (input_s, weight_s)
+        return x + w
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        input_s, weight_s = ctx.seconds
+        sleep_until(time.perf_counter() + input_s)
+
+        def weight_gradient() -> Tensor:
+            sleep_until(time.perf_counter() + weight_s)
+            return grad.sum(0)
+
+        dtrp.defer(ctx.w, weight_gradient)
+        return grad, None, None, None
+
+
+class SleepsInParts(nn.Module):
+    """As `Sleeps`, with a backward that is divided."""
+
+    def __init__(self, forward_s: float, input_s: float, weight_s: float) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(WIDTH))
+        self.forward_s, self.parts = forward_s, (input_s, weight_s)
+
+    def forward(self, x: Tensor) -> Tensor:
+        end = time.perf_counter() + self.forward_s
+        out: Tensor = SleepInParts.apply(x, self.w, *self.parts)
+        sleep_until(end)
+        return out
+
+
+def sleeping_in_parts(
+    folder: str,
+    method: str,
+    options: dict[str, Any],
+    parts: list[float],
+    steps: int,
+    warm_up: int,
+    num_microbatches: int,
+) -> None:
+    """Stages whose F, I and W sleep so many seconds; as `sleeping_stages`, and the largest delay of each rank."""
+    model = [SleepsInParts(*parts) for _ in range(world_size())]
+    row = dtrp.get_method(method, **options)
+    make = dtrp.Pipeline(
+        model, sgd, nn.functional.mse_loss, method=row, num_microbatches=num_microbatches, timeout_s=60
+    )
+    overshoot_s()
+    seconds, x = [], torch.randn(32, WIDTH)
+    with make as pipe:
+        for _ in range(warm_up + steps):
+            began = time.perf_counter()
+            pipe.step(x, x)
+            seconds.append(time.perf_counter() - began)
+        pipe.flush()
+        delays = {int(stage): max(counts) for stage, counts in pipe.delays().items()}
+    written = {"seconds": seconds[warm_up:], "delays": delays}
+    Path(folder, f"seconds{rank()}.json").write_text(json.dumps(written))
+
+
 def sleeping_stages(
     folder: str, method: str, steps: int, warm_up: int, forward_s: float, backward_s: float, num_microbatches: int
 ) -> None:
@@ -1535,6 +1599,7 @@ PROGRAMS: dict[str, Callable[..., None]] = {
         told_to_end,
         traced,
         sleeping_stages,
+        sleeping_in_parts,
         agree,
     )
 } | DROP_IN_PROGRAMS
