@@ -125,6 +125,13 @@ def test_a_cycle_that_is_read_is_the_order_of_the_run() -> None:
     assert cycles.orders[0] in played
 
 
+@pytest.mark.parametrize(
+    ("letters", "want"), [("RFIW", 2), ("RIFW", 2), ("RIWF", 1), ("FRFIWRIW", 3), ("FRIWRFIW", 2), ("RIWRIFWF", 1)]
+)
+def test_what_counts_for_the_delay_is_whether_the_update_comes_before_the_forward(letters: str, want: int) -> None:
+    assert Cycles((2, 0), (letters, "FIW" * letters.count("F"))).lags() == [want, 0]
+
+
 def test_a_stage_without_a_lead_has_its_graph_and_repeats_nothing() -> None:
     """Two stages, the first without a lead: F, wait, I, W; a forward with a graph takes as long as R."""
     parts = [Parts(1.0, 1.5, 1.0, 1.0), Parts(1.0, 0.0, 1.0, 1.0)]

@@ -228,6 +228,20 @@ MUTANTS = [
         "tests/planning/test_planning.py::test_what_a_lead_buys",
     ),
     Mutant(
+        "a stage that decides for itself goes one forward past its cap",
+        "planning/orders/greedy.py",
+        "self.forwards - self.weights <= self.cap:",
+        "self.forwards - self.weights <= self.cap + 1:",
+        "tests/planning/test_orders.py::test_a_cycle_that_is_read_is_the_order_of_the_run",
+    ),
+    Mutant(
+        "the delay of an order is counted up to I, before the update",
+        "planning/orders/cycles.py",
+        'done.count("F") - done.count("W")',
+        'done.count("F") - done.count("I")',
+        "tests/planning/test_orders.py::test_what_counts_for_the_delay_is_whether_the_update_comes_before_the_forward",
+    ),
+    Mutant(
         "a sampler forgets where it was",
         "data/sampler.py",
         "yield from order[self.position :]",
