@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .stage.losses import add_loss
     from .stage.repetition import recomputing
     from .train.callbacks.protocol import Callback
+    from .train.own_loop.loop_folder import RunFolder
 
 __all__ = [
     "Callback",
@@ -36,6 +37,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "ResumableSampler",
+    "RunFolder",
     "Schedule",
     "ScheduleError",
     "StageError",
@@ -67,6 +69,7 @@ __getattr__, __dir__ = lazy_names(
         "Plan": ".planning.plan_file",
         "PlanError": ".errors",
         "ResumableSampler": ".data.sampler",
+        "RunFolder": ".train.own_loop.loop_folder",
         "Schedule": ".schedule_grid",
         "ScheduleError": ".schedule_grid",
         "StageError": ".errors",

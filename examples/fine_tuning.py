@@ -36,11 +36,12 @@ before = {name: p.detach().clone() for name, p in model.named_parameters()}
 with dtrp.Pipeline(
     stages, lambda params: torch.optim.AdamW(params, lr=3e-3), cross_entropy, method="dtrp", num_microbatches=2
 ) as pipe:
+    losses = []
     for step in range(1, 101):
         x = torch.randn(64, 20)
-        loss = pipe.step(x, (x.sum(1) > 0).long())
+        losses.append(pipe.step(x, (x.sum(1) > 0).long()))
         if step % 25 == 0:
-            print(f"step {step}: loss {loss:.3f}")
+            print(f"step {step}: loss {torch.stack(losses[-25:]).mean():.3f}")
     for k, sizes in pipe.memory().items():
         print(f"stage {k}: {sizes['stash_peak']:>8,} bytes waited for their backward at most")
 

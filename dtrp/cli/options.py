@@ -15,7 +15,7 @@ import yaml
 from ..data import list_data
 from ..methods import list_methods
 from ..models import list_models
-from ..train.config import CHOICES, COMPARISON, METRICS, REPEATED_OPTIONS, TrainConfig
+from ..train.config import CHOICES, COMPARISON, METRICS, PROGRAM, REPEATED_OPTIONS, TrainConfig
 from ..validation import unknown
 from .option_types import INTERVAL, SIZE, Name, NameOrReference, Parsed, count, numbers, words
 
@@ -132,6 +132,10 @@ def _why_no_run(folder: Path) -> str | None:
             command = f"dtrp compare --out {place}"
             return f"{place} is a comparison, whose runs keep no saves; the command that began it goes on: {command}"
     if (folder / "config").is_file():
+        first = (folder / "config").read_text(errors="replace").partition("\n")[0]
+        if first.startswith(f"{PROGRAM}:"):
+            program = first.removeprefix(f"{PROGRAM}:").strip()
+            return f"{folder} is a run of a training loop of its own, which goes on with it: {program}"
         return None
     if run := next((place for place in folder.parents if (place / "metrics.jsonl").is_file()), None):
         return f"{folder} is no run, but lies in one; pass --resume {run}"

@@ -22,7 +22,7 @@ from ..train.comparison import (
     read_failure,
     read_summary,
 )
-from ..train.config import CELL_SETTINGS, SETTINGS_WITHOUT_EFFECT, with_defaults
+from ..train.config import CELL_SETTINGS, PROGRAM, SETTINGS_WITHOUT_EFFECT, with_defaults
 from ..typing import Json
 
 
@@ -60,7 +60,7 @@ class Run:
 Groups: TypeAlias = dict[str, list[Run]]
 
 _NEEDED_METRICS = {"epoch", "update", "samples_per_s", "train_loss", "test_loss", "test_accuracy"}
-_NOT_COMPARED = {field.replace("_", "-") for field in (*CELL_SETTINGS, *SETTINGS_WITHOUT_EFFECT)}
+_NOT_COMPARED = {PROGRAM, *(field.replace("_", "-") for field in (*CELL_SETTINGS, *SETTINGS_WITHOUT_EFFECT))}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -25,6 +26,7 @@ DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)),
 MARKERS = "osD^vPX*<>hdp8H1234"
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--", "||", "**", "OO", "/.", "x.", "\\.", "+/", "o-", "|.", "*/",
            "O|")  # fmt: skip
+_LEGEND_WIDTH, _ROW_WIDTH = 60, 30  # characters in a line of a label
 _INK = "#123456"  # placeholder in an SVG for the colour of the page's text
 # A label may contain dollar signs; ticks show whole numbers, not differences from an offset.
 _PLAIN_TEXT: Any = {"text.parse_math": False, "axes.formatter.useoffset": False}
@@ -86,10 +88,13 @@ def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
     """Draw a figure as wide as a phone and as high as its legend and rows need, with text in the colour ``ink``."""
     widest = max((len(label) for label in plot.series), default=0)
     columns = max(1, min(3, 54 // (widest + 6)))
-    legend_rows = math.ceil(len(plot.series) / columns) if len(plot.series) > 1 else 0
+    # A long label takes several lines, and is in a column by itself.
+    lines = sum(_num_lines(label, _LEGEND_WIDTH) for label in plot.series)
+    legend_rows = max(math.ceil(len(plot.series) / columns), lines // columns)
+    legend_rows = legend_rows if len(plot.series) > 1 else 0
     height = 3.1
     if plot.kind == "rows" or _in_rows(plot):
-        height = 0.9 + 0.26 * len(_values(plot, "x"))
+        height = 0.9 + 0.26 * sum(_num_lines(str(name), _ROW_WIDTH) for name in _values(plot, "x"))
     elif plot.kind == "timeline":
         height = 1.2 + 0.3 * (1 + max(_values(plot, "y")))
     figure = Figure(figsize=(5.2, height + 0.17 * legend_rows), layout="constrained", facecolor=background)
@@ -107,7 +112,9 @@ def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
         (axes.set_xlim if _in_rows(plot) else axes.set_ylim)(*plot.limits)
     if len(plot.series) > 1:
         style: Any = {"ncols": columns, "handlelength": 3, "fontsize": 9, "frameon": False, "labelcolor": ink}
-        figure.legend(loc="outside lower center", **style)
+        handles, labels = axes.get_legend_handles_labels()
+        wrapped = [textwrap.fill(label, _LEGEND_WIDTH, break_on_hyphens=False) for label in labels]
+        figure.legend(handles, wrapped, loc="outside lower center", **style)
     return figure
 
 
@@ -179,8 +186,14 @@ def _points(axes: Any, plot: Plot, ink: str) -> None:
 
 
 def _name_rows(axes: Any, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_yticks(
+        range(len(names)), [textwrap.fill(name, _ROW_WIDTH, break_on_hyphens=False) for name in names], fontsize=9
+    )
     axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _num_lines(text: str, width: int) -> int:
+    return max(1, len(textwrap.wrap(text, width, break_on_hyphens=False)))
 
 
 def _whole_numbers(axes: Any) -> None:

@@ -29,7 +29,7 @@ from ..train.comparison import (
     shown_delay,
     weight_distance,
 )
-from ..train.config import TrainConfig, option_words
+from ..train.config import PROGRAM, TrainConfig, option_words
 from .collect import Collection, Run, collect
 from .events import write_events
 from .figures import Plot, on_white, png, svg
@@ -182,4 +182,6 @@ def _option_text(value: Any) -> str:
 
 def _command(run: Run) -> str:
     """The command line that trains the run again."""
+    if PROGRAM in run.config:
+        return str(run.config[PROGRAM])
     return shlex.join(["dtrp", "train", *option_words(run.config), "--out", f"again/{run.folder.name}"])

@@ -108,6 +108,9 @@ class Saves:
         keep_last: number of latest saves to keep; that of the best epoch is kept as well.
         tidies: whether this process, of all ranks, makes the folder and removes old saves.
         every: interval of saves within an epoch.
+
+    Attributes:
+        extra: what was given to `write` with the save that the run has been resumed from.
     """
 
     def __init__(self, run: Path, keep_last: int, *, tidies: bool = True, every: SaveEvery | None = None) -> None:
@@ -116,6 +119,7 @@ class Saves:
         self._saved_at = time.monotonic()
         self._folder = run / "saves"
         self._keep_last = keep_last
+        self.extra: Json = None
 
     @property
     def late(self) -> bool:
@@ -126,17 +130,17 @@ class Saves:
         """Whether a save is due after an update; the same on every rank."""
         return self._every.updates is not None and update % self._every.updates == 0
 
-    def write(self, pipe: Pipeline, position: Position, *, portable: bool) -> None:
-        """Save, on all ranks, and remove saves that need not be kept."""
+    def write(self, pipe: Pipeline, position: Position, *, portable: bool, extra: Json = None) -> None:
+        """Save, on all ranks, and remove saves that need not be kept; ``extra`` comes back in the attribute."""
         if self._tidies:
             self._folder.mkdir(exist_ok=True)
         # As text, since a loss may be nan, which the manifest cannot hold.
-        extra = {"position": json.dumps(dataclasses.asdict(position))}
+        content = {"position": json.dumps(dataclasses.asdict(position))}
         path = self._path(pipe.num_updates)
         if self._tidies and (path.is_symlink() or (path.exists() and not is_ours(path))):
             # Not a save; `resume` has passed over it.
             path.rename(path.with_name(f"aside-{path.name}-{time.time_ns()}"))
-        pipe.save(path, portable=portable, extra=extra)
+        pipe.save(path, portable=portable, extra=content if extra is None else {**content, "extra": extra})
         self._saved_at = time.monotonic()
         if self._tidies:
             unfinished = self._folder.glob(".update-*")  # left by a process that died while it saved
@@ -187,6 +191,7 @@ class Saves:
                 state_dict.set_options(optimizer, scheduler, made_with)
             how = "what was in flight included" if save.kind == "exact" else "from a portable save"
             notes.append(f"going on after update {pipe.num_updates}, {how}")
+            self.extra = save.extra.get("extra")
             return position, notes
         raise CheckpointError(
             f"{self._folder.parent} has no save to go on from" + "".join(f"; {note}" for note in notes)

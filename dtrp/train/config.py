@@ -39,6 +39,7 @@ SETTINGS_WITHOUT_EFFECT = (  # on what a run learns
     "max_restarts", "metric", "best", "callback",
 )  # fmt: skip
 REPEATED_OPTIONS = ("model-arg", "data-arg", "metric", "callback")
+PROGRAM = "program"  # in the config of a run of `dtrp.RunFolder`: the command that trains it
 COMPARISON = "compare.yaml"  # the file that makes a folder a comparison
 _OPPOSITES = {"stream": "in-memory"}  # of switches whose other side is not --no-NAME
 _NOT_WRITTEN = ("out", "overwrite", "resume", "max_restarts")  # to the ``config`` of a run

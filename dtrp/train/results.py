@@ -66,7 +66,7 @@ class TrainResult:
     @property
     def samples_per_s(self) -> float:
         """The median over the epochs."""
-        return statistics.median_high(metrics.samples_per_s for metrics in self.epochs)
+        return _median_speed(self.epochs)
 
 
 def summarize_stages(pipe: Pipeline) -> list[StageSummary]:
@@ -92,22 +92,46 @@ def summarize_stages(pipe: Pipeline) -> list[StageSummary]:
 
 def summary(result: TrainResult) -> dict[str, Json]:
     """The contents of ``summary.json``, for `dtrp compare` and `dtrp report`."""
-    last = result.epochs[-1]
+    config, damaged = result.config, {"damaged": list(result.damaged)} if result.damaged else {}
+    return described_run(dict(vars(config)), result.epochs, result.stages, batch_size=config.batch_size, **damaged)
+
+
+def described_run(
+    config: dict[str, Json],
+    epochs: Sequence[EpochMetrics],
+    stages: Sequence[StageSummary],
+    *,
+    batch_size: float,
+    **more: Json,
+) -> dict[str, Json]:
+    """What ``summary.json`` says of a run.
+
+    Args:
+        config: the settings by the names of their fields.
+        epochs: metrics of the epochs, at least one.
+        stages: numbers of the stages.
+        batch_size: samples in a mini-batch.
+        more: other entries.
+    """
+    last, samples_per_s = epochs[-1], _median_speed(epochs)
     return {
-        "config": dict(vars(result.config)),
+        "config": config,
         "epochs": last.epoch,
         "updates": last.update,
         **{name: getattr(last, name) for name in ("test_accuracy", "test_loss", "train_loss", "elapsed_s")},
         **({"scores": last.scores} if last.scores else {}),
-        "samples_per_s": result.samples_per_s,
-        "minibatch_s": result.config.batch_size / result.samples_per_s,
+        "samples_per_s": samples_per_s,
+        "minibatch_s": batch_size / samples_per_s,
         "stages": [
-            {**vars(stage), "prediction_errors": [error[1:] for error in stage.prediction_errors]}
-            for stage in result.stages
+            {**vars(stage), "prediction_errors": [error[1:] for error in stage.prediction_errors]} for stage in stages
         ],
-        **({"damaged": list(result.damaged)} if result.damaged else {}),
+        **more,
         "environment": environment(),
     }
+
+
+def _median_speed(epochs: Sequence[EpochMetrics]) -> float:
+    return statistics.median_high(metrics.samples_per_s for metrics in epochs)
 
 
 def environment() -> dict[str, Json]:
