@@ -55,7 +55,9 @@ class Pipeline(BasePipeline):
             hold (a tied embedding) is updated once, with the sum of their gradients, by methods that flush; the others
             refuse it.
         optimizer: list of parameters -> `torch.optim.Optimizer`; called once for each stage that has
-            trainable parameters.
+            trainable parameters. It is given those of these keywords that it names: ``stage`` and ``num_stages``, k and
+            K; ``delay``, the largest delay of the stage in steady state, in updates; ``named``, its parameters as
+            (name, parameter) pairs, by the model's names: ``lambda params, *, named: configure(named)``.
         loss_fn: (output, target) -> scalar, the mean over the samples. It may depend on these, on constants and on the
             last stage's own tensors. A `torch.nn.Module` with parameters to train is trained with the last stage, and
             saved beside the model. The first mini-batch shows whether it reads another stage's tensors, or would train
@@ -73,7 +75,8 @@ class Pipeline(BasePipeline):
         num_microbatches: A, the parts that `torch.tensor_split` cuts a mini-batch into. More of them
             bring the delay down; a mini-batch of fewer samples has one part a sample. ``"auto"``: as many as stages, and
             at least two samples in each where the mini-batch has two: one of n < 2 A samples has max(1, n // 2) parts.
-        lr_scheduler: optimizer -> scheduler, stepped once an update.
+        lr_scheduler: optimizer -> scheduler, stepped once an update. It is given ``stage``, ``num_stages`` and ``delay``
+            where it names them.
         seed: of the stages' random draws (dropout); None: drawn from the global generator, which is left
             as it was.
         devices: one device for all stages or one for each; None: where the model is.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 Tree: TypeAlias = Any
@@ -18,10 +18,10 @@ LossFn: TypeAlias = Callable[[Tree, Tree], Tensor]
 LossWeight: TypeAlias = Callable[[Tree], Tensor | float]
 """The targets of a micro-batch -> what it counts for in its mini-batch, a number of at least 0."""
 
-OptimizerFactory: TypeAlias = Callable[[list[nn.Parameter]], Optimizer]
+OptimizerFactory: TypeAlias = Callable[..., Optimizer]
 """The trainable parameters of a stage -> their optimizer."""
 
-SchedulerFactory: TypeAlias = Callable[[Optimizer], Any]
+SchedulerFactory: TypeAlias = Callable[..., Any]
 """An optimizer -> its learning-rate scheduler."""
 
 AutocastFactory: TypeAlias = Callable[[], AbstractContextManager[Any]]

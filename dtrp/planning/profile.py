@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..errors import PlanError
 from ..launch.heap import keep_heap
@@ -30,6 +31,7 @@ from ..measure.graph_size import NOT_WEIGHED, weigh_graph
 from ..measure.memory import StageSizes
 from ..predict import BuiltInPredictor, Predictor, StatefulPredictor, as_predictor, stage_predictor
 from ..splitting.stages import called, check_device, layers_of, stage_device
+from ..stage.optimizer_step import with_keywords
 from ..tensors.layout import aligned_clone, enter, parts_of
 from ..tensors.nbytes import states_bytes, tensor_bytes
 from ..tensors.pytree import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
@@ -199,10 +201,16 @@ class Profiler:
         trainable = [any(p.requires_grad for p in layer.parameters()) for layer in self.layers]
         self._trains = list(itertools.accumulate(trainable, operator.or_))  # the layer, or a layer before it
         self._changes: list[bool | None] = [None] * len(self.layers)  # whether it writes its input; None: not seen yet
-        self._optimizer = optimizer(list(self._parameters)) if optimizer is not None and self._parameters else None
+        self._optimizer = self._made(optimizer) if optimizer is not None and self._parameters else None
         self._predictor = self._checked_predictor(predict)
         self._profiles: dict[tuple[int, int], Profile] = {}
         self._times: dict[tuple[str, int], list[float]] = defaultdict(list)  # by what runs, and the layer
+
+    def _made(self, optimizer: OptimizerFactory) -> Optimizer:
+        """The caller's optimizer of the whole model, as of a pipeline of one stage."""
+        names = {id(p): f"{i}.{name}" for i, layer in enumerate(self.layers) for name, p in layer.named_parameters()}
+        named = [(names[id(p)], p) for p in self._parameters]
+        return with_keywords(optimizer, list(self._parameters), stage=0, num_stages=1, delay=0, named=named)
 
     def _checked_predictor(self, predict: str | Predictor | None) -> Any:
         """The predictor, where it is one of the library's and knows the optimizer."""

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from ..measure.trace import Tracer
 from ..methods import Keep, Method
 from ..schedule import Action, lead
 from ..splitting.stages import stage_of
+from ..stage.optimizer_step import with_keywords
 from ..stage.specs import StageNetwork, StagePosition, StageTraining
 from ..stage.stage import Stage
 from ..tensors.pytree import tensors_of
@@ -222,8 +223,12 @@ def _stages(profiler: Profiler, settings: TrialSettings, device: torch.device) -
 def _at_rest(make_optimizer: OptimizerFactory | None) -> OptimizerFactory:
     """The optimizer at a learning rate of 0; None: SGD."""
 
-    def make(parameters: list[nn.Parameter]) -> Optimizer:
-        optimizer = torch.optim.SGD(parameters, lr=0.0) if make_optimizer is None else make_optimizer(parameters)
+    def make(parameters: list[nn.Parameter], *, stage: int, num_stages: int, delay: int, named: Any) -> Optimizer:
+        if make_optimizer is None:
+            return torch.optim.SGD(parameters, lr=0.0)
+        optimizer = with_keywords(
+            make_optimizer, parameters, stage=stage, num_stages=num_stages, delay=delay, named=named
+        )
         for group in optimizer.param_groups:
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
         return optimizer

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NoReturn
+from inspect import Parameter
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from ..errors import StageError
 from ..schedule import Action
 from ..typing import OptimizerFactory, SchedulerFactory
 from .gradients import GradientRule, PendingNorms, clip_, gradient_norm, nonfinite, overall
+
+T = TypeVar("T")
 
 
 class OptimizerSteps:
@@ -161,9 +165,22 @@ def check_callables(optimizer: Any, loss_fn: Any, lr_scheduler: Any) -> None:
             raise TypeError(f"{label} is a {type(value).__name__}; pass a function")
 
 
+def with_keywords(make: Callable[..., T], first: Any, **offered: Any) -> T:
+    """What a factory of the caller's makes of ``first``, and of those of the keywords ``offered`` that it names."""
+    try:
+        parameters = list(inspect.signature(make).parameters.values())
+    except (TypeError, ValueError):  # of a function in C
+        parameters = []
+    if parameters and parameters[0].kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD):
+        del parameters[0]  # takes ``first``
+    kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    names = {parameter.name for parameter in parameters if parameter.kind in kinds}
+    return make(first, **{name: value for name, value in offered.items() if name in names})
+
+
 def checked_optimizer(make: OptimizerFactory) -> OptimizerFactory:
-    def checked(parameters: list[nn.Parameter]) -> Optimizer:
-        optimizer = make(parameters)
+    def checked(parameters: list[nn.Parameter], *, stage: int, num_stages: int, delay: int, named: Any) -> Optimizer:
+        optimizer = with_keywords(make, parameters, stage=stage, num_stages=num_stages, delay=delay, named=named)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer returned a {type(optimizer).__name__}; it returns a torch.optim.Optimizer")
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -185,8 +202,8 @@ def checked_scheduler(make: SchedulerFactory | None) -> SchedulerFactory | None:
     if make is None:
         return None
 
-    def checked(optimizer: Optimizer) -> Any:
-        scheduler = make(optimizer)
+    def checked(optimizer: Optimizer, *, stage: int, num_stages: int, delay: int) -> Any:
+        scheduler = with_keywords(make, optimizer, stage=stage, num_stages=num_stages, delay=delay)
         if isinstance(scheduler, ReduceLROnPlateau):
             raise TypeError(
                 "ReduceLROnPlateau needs a metric at every step; use a scheduler that is a function of the update"

@@ -46,7 +46,7 @@ from ..measure.memory import StageSizes, choose_keep, optimizer_bytes
 from ..measure.prediction_error import PredictionErrorGauge
 from ..methods import Keep
 from ..predict import as_predictor
-from ..schedule import lead
+from ..schedule import lead, steady_delay
 from ..tensors.autocast import AutocastState
 from ..tensors.layout import aligned_clone, edge_of, parts_of
 from ..tensors.module_mode import in_modes, modes_of
@@ -60,7 +60,7 @@ from .deferral import Division, receiving
 from .deferral.trying import Tried
 from .forward import Moves, RepeatableForward
 from .gradients import gradient_norm, mark_nonfinite, shows_nonfinite
-from .optimizer_step import OptimizerSteps
+from .optimizer_step import OptimizerSteps, with_keywords
 from .reach import Reach, strange_leaves
 from .repetition import Repetition, repeating, sizes_of
 from .specs import StageNetwork, StagePosition, StageTraining
@@ -147,10 +147,16 @@ class Stage:
 
     def _make_optimizer(self, training: StageTraining) -> None:
         others = {tie.names[self.index][0] for tie in self.ties if tie.owner != self.index}
-        updated = [p for name, p in self._named.items() if name not in others]
-        self.optimizer = training.optimizer(updated) if updated else None
-        make_scheduler = training.lr_scheduler
-        self.lr_scheduler = make_scheduler(self.optimizer) if make_scheduler and self.optimizer else None
+        named = [(name, p) for name, p in self._named.items() if name not in others]
+        place = {
+            "stage": self.index,
+            "num_stages": self.num_stages,
+            "delay": steady_delay(training.method, self.num_stages, self.index, training.num_microbatches, 0),
+        }
+        updated = [p for _, p in named]
+        self.optimizer = with_keywords(training.optimizer, updated, named=named, **place) if updated else None
+        make_scheduler, optimizer = training.lr_scheduler, self.optimizer
+        self.lr_scheduler = with_keywords(make_scheduler, optimizer, **place) if make_scheduler and optimizer else None
         self.updates = OptimizerSteps(
             self.index, self._named, self.optimizer, self.lr_scheduler, self.rule,
             lr_factor=self.method.lr_shrink**self.distance, device=self.device, num_stages=self.num_stages,
