@@ -35,7 +35,7 @@ from ..validation import is_number, is_whole, whole
 from .link_probe import LinkSpeed, measure_link
 from .plan_file import Plan, describe_model, method_options
 from .profile import Profiler, checked_example, device_of
-from .search import Evaluated, Search, about_fastest, frontier, larger_batches
+from .search import Evaluated, Search, frontier, larger_batches, least_delay
 from .verdict import Comparison
 
 LR_SCALING: dict[str, Callable[[float], float]] = {"linear": float, "sqrt": math.sqrt, "none": lambda factor: 1.0}
@@ -224,10 +224,12 @@ class _PlanBuilder:
                 f"max_delay={max_delay} with num_microbatches={self.chosen.num_microbatches}: the least delay of the orders of "
                 f"work is {self.leads[0].delay}; raise it, or pass more micro-batches"
             )
-        fastest = about_fastest(allowed or [self.chosen], max_slowdown)
-        self.chosen = min(fastest, key=lambda lead: (lead.delay, lead.method.ahead, lead.minibatch_s))
+        self.chosen = least_delay(allowed or [self.chosen], max_slowdown)
         for name, other in self.others.items():
-            if name in self.variants:
+            if name in self.variants and other.method.split_backward:  # other stages have orders of their own
+                found = [lead for lead in self.search.leads(other) if lead.delay <= max_delay]
+                self.others[name] = least_delay(found or [other], max_slowdown)
+            elif name in self.variants:
                 self.others[name] = self.search.reordered(other, self.chosen.method)
 
     def plan(self, model: nn.Module | Sequence[nn.Module], lr_scale: float) -> Plan:

@@ -573,6 +573,11 @@ def about_fastest(evaluated: Sequence[Evaluated], slower: float = 0.02) -> list[
     return [option for option in evaluated if option.minibatch_s <= limit]
 
 
+def least_delay(orders: Sequence[Evaluated], slower: float) -> Evaluated:
+    """The evaluation with the least delay among those that are about as fast as the fastest."""
+    return min(about_fastest(orders, slower), key=lambda order: (order.delay, order.method.ahead, order.minibatch_s))
+
+
 def frontier(leads: Sequence[Evaluated], chosen: Evaluated) -> list[Evaluated]:
     """For each delay the fastest, as long as more delay makes it faster; and the chosen one, which is about as fast."""
     order = operator.attrgetter("delay", "minibatch_s")

@@ -63,7 +63,7 @@ def drawn(seed: int) -> tuple[list[Parts], list[float], bool]:
 # -- the search ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("letters", "link", "want"),
     [
@@ -303,8 +303,26 @@ def test_a_bound_on_the_delay_is_met_by_an_order_too() -> None:
     either = sleepy_plan(4, max_delay=1)
     assert either.choice.delay == 1
     assert {row.num_microbatches for row in either.leads} <= {1, 2}
+
+
+@pytest.mark.full
+def test_a_bound_that_no_order_meets_is_refused() -> None:
     with pytest.raises(PlanError, match="max_delay=0 with num_microbatches=1: the least delay of the orders"):
         sleepy_plan(4, max_delay=0, num_microbatches=1)
+
+
+@pytest.mark.full
+def test_the_rows_of_a_plan_in_other_stages_have_orders_of_their_own() -> None:
+    """One stage takes three times as long as the other, at the cuts into equal numbers of layers."""
+    model = nn.Sequential(*(Sleepy(s, s, s / 2) for s in (0.001, 0.001, 0.001, 0.001, 0.004, 0.004)))
+    made = plan(
+        model, (torch.randn(8, 5), torch.randn(8, 5)), nn.functional.mse_loss, num_workers=2, method="dtrp-split",
+        latency_s=0.0, neighbours=0, repeats=1,
+    )  # fmt: skip
+    (even,) = (row for row in made.alternatives if row.method == "dtrp-split, equal cuts")
+    assert even.cuts == (3,)
+    assert even.minibatch_s >= made.minibatch_s
+    assert even.delay == 1
 
 
 @pytest.mark.parametrize("options", [{"method": "bp"}, {"choose_lead": False}, {"num_workers": 1}])
