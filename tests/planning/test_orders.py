@@ -23,6 +23,7 @@ from dtrp.planning.choose import plan
 from dtrp.planning.orders import FoundOrder, Parts, find_orders
 from dtrp.planning.orders.cycles import Cycles, read_cycles, slot_s
 from dtrp.planning.orders.greedy import Preferences, decide
+from dtrp.planning.search import Search
 from dtrp.schedule import check_orders, lag
 from dtrp.train import TrainConfig
 from dtrp.train.from_plan import resolved
@@ -283,6 +284,17 @@ def test_a_plan_measures_the_parts_and_writes_the_order(tmp_path: Path) -> None:
     assert max(max(counts) for counts in pipe.delays().values()) == made.choice.delay
     with pytest.raises(ValueError, match="leads"):
         dtrp.Pipeline(model, sgd, nn.functional.mse_loss, plan=dataclasses.replace(read, options={"leads": [1, 0]}))
+
+
+def test_where_stages_are_not_tried_their_parts_are_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, where the times of stages are sums of layers."""
+    monkeypatch.setattr(Search, "_tries", False)
+    made = sleepy_plan(2)
+    shares = [stage.weight_share for stage in made.stages]
+    assert 0.5 not in shares, "what counts where nothing has been measured"
+    assert all(share is not None and 0 < share < 0.5 for share in shares), (
+        "1 of 4 ms, on a machine with nothing else to do"
+    )
 
 
 def test_a_plan_of_an_older_version_has_no_leads_and_orders(tmp_path: Path) -> None:
