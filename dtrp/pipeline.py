@@ -15,12 +15,14 @@ from .comm.transport import Transport
 from .engine.consistency import make_consistent
 from .engine.distributed import DistributedEngine
 from .engine.habits import StaleStages, optimizer_watch
+from .engine.independence import has_sequences_first, warn_if_samples_mix
 from .engine.local import LocalEngine
 from .engine.loss_weights import weigh
 from .launch.ranks import Ranks, find_ranks
 from .methods import Keep, Method
 from .planning.plan_file import Plan, as_plan
-from .splitting.stages import Stages, check_device, into_stages, stage_device
+from .splitting.stages import Stages, called, check_device, into_stages, stage_device
+from .splitting.traced_stage import TracedStage
 from .stage.gradients import Clip, OnNonfinite
 from .stage.losses import Auxiliary, aux_of_stages, loss_module
 from .stage.optimizer_step import check_callables, checked_optimizer
@@ -184,11 +186,11 @@ class Pipeline(BasePipeline):
         )  # fmt: skip
         check_callables(optimizer, loss_fn, lr_scheduler)
         _check_loss(loss_fn, loss_weight, loss_on)
-        self._loss_weight = loss_weight
         ranks = find_ranks(group, mesh, timeout_s)
         if num_stages is None and cuts is None and ranks is not None and isinstance(model, nn.Module):
             num_stages = ranks.num_stages
         modules = into_stages(model, num_stages, cuts)
+        self._loss_weight, self._unjudged = loss_weight, () if settings.num_microbatches else _may_mix(modules)
         settings = settings.divided(modules, num_replicas=1 if ranks is None else ranks.num_replicas)
         networks = _networks(modules, loss_fn, aux, settings.method, compile)
         trainings = settings.trainings(len(modules), checked_optimizer(optimizer), lr_scheduler)
@@ -292,6 +294,9 @@ class Pipeline(BasePipeline):
                 _check_numbers(num_samples(x), num_samples(y), self.num_microbatches)
             if engine.takes_x:
                 check_input(engine.stages[0].module, x, whole=engine.num_parts(num_samples(x)) > 1)
+                if self._unjudged and engine.num_parts(num_samples(x)) > 1:
+                    unjudged, self._unjudged = self._unjudged, ()
+                    warn_if_samples_mix(unjudged, called, x)
             weights = None
             if self._loss_weight is not None and needs_y:
                 assert y is not None
@@ -381,6 +386,12 @@ def _networks(
         )
         for index, module in enumerate(modules)
     ]
+
+
+def _may_mix(stages: Sequence[nn.Module]) -> Sequence[nn.Module]:
+    """The stages, if their form leaves open whether dimension 0 is that of the samples; else none."""
+    is_traced = any(isinstance(stage, TracedStage) for stage in stages)
+    return stages if len(stages) > 1 and (is_traced or has_sequences_first(stages)) else ()
 
 
 def _check_loss(loss_fn: LossFn, loss_weight: LossWeight | None, loss_on: str) -> None:
