@@ -258,8 +258,8 @@ MUTANTS = [
     Mutant(
         "W adds up the uses of a weight one by one",
         "stage/deferral/division.py",
-        "    sums[index] = gradient if before is None else before + gradient",
-        "    sums[index] = gradient",
+        "        total = gradient if before is None else before + gradient",
+        "        total = gradient",
         "tests/stage/test_deferral.py::test_both_parts_are_one_backward_to_the_bit",
     ),
     Mutant(
