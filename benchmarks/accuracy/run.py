@@ -62,6 +62,8 @@ GRIDS: dict[str, list[tuple[str, str, str, tuple[str, ...]]]] = {
     "wide": [
         ("bp,spectrain,dtrp,dtrp-1f1b,dtr,fr,fdg,ddg,dgl", "8,4,2", "K,1", ("linear",)),
         ("dtrp", "8,4,2", "K,1", ("rollout",)),
+        ("dtrp-split", "8", "K,1,4", ("linear",)),
+        ("dtrp-1f1b", "8", "4", ("linear",)),
     ],
     "resnet20": [("bp,spectrain,dtrp,fdg", "4", "4", ("linear",))],
     "length": [
