@@ -142,7 +142,7 @@ class Pipeline(BasePipeline):
         ...     loss = pipe.step(torch.randn(16, 4), torch.randint(2, (16,)))
         >>> pipe.flush()
         >>> pipe.delays()
-        {0: Counter({3: 2, 0: 1, 1: 1, 2: 1}), 1: Counter({1: 4, 0: 1}), 2: Counter({0: 5})}
+        {0: Counter({1: 12, 0: 3}), 1: Counter({0: 11, 1: 4}), 2: Counter({0: 15})}
     """
 
     def __init__(

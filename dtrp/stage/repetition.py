@@ -70,7 +70,7 @@ def recomputing() -> bool:
         ...         seen.append(len(out))
         >>> _ = model[0].register_forward_hook(hook)
         >>> pipe = dtrp.Pipeline(model, lambda params: torch.optim.SGD(params, lr=0.1),
-        ...                      torch.nn.functional.cross_entropy, num_stages=2)
+        ...                      torch.nn.functional.cross_entropy, num_stages=2, num_microbatches=1)
         >>> for _ in range(3):
         ...     loss = pipe.step(torch.randn(8, 4), torch.randint(2, (8,)))
         >>> pipe.flush()

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .build import lr_factor, make_method
+    from .build import class_loss, lr_factor, make_method
     from .callbacks.protocol import Callback, RunStart, Update
     from .config import TrainConfig
     from .results import EpochMetrics, TrainResult, environment, summarize_delays, summary
-    from .scores.criterion import class_loss
     from .trainer import Interrupted, Reporter, Trainer
 
 __all__ = [
@@ -44,7 +43,7 @@ __getattr__, __dir__ = lazy_names(
         "TrainResult": ".results",
         "Trainer": ".trainer",
         "Update": ".callbacks.protocol",
-        "class_loss": ".scores.criterion",
+        "class_loss": ".build",
         "environment": ".results",
         "lr_factor": ".build",
         "make_method": ".build",

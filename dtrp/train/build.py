@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from ..data import Dataset, InMemory, Source, TextDataset, check_request, load_data, open_supplied, stream_folder
 from ..data.source import DataFacts
@@ -141,7 +142,12 @@ def criterion_of(config: TrainConfig, source: Source) -> Criterion:
     Raises:
         ValueError: functions that cannot be loaded, or do not take the targets of the data.
     """
-    return make_criterion(config.loss, config.metric, source, supplied=is_reference(config.data))
+    return make_criterion(config.loss, config.metric, source, class_loss, supplied=is_reference(config.data))
+
+
+def class_loss(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """The cross entropy of logits (..., C) and classes (...), where ... is N, or (N, T) for text."""
+    return cross_entropy(out.flatten(0, -2), target.flatten(), reduction=reduction)
 
 
 def _streamed(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dtrp.cli import run
 from dtrp.data import InMemory
-from dtrp.train import TrainConfig, Trainer
+from dtrp.train import TrainConfig, Trainer, class_loss
 from dtrp.train.config import config_text, option_words, read_settings
 from dtrp.train.scores.criterion import ClassLoss, make_criterion, means
 
@@ -200,7 +200,7 @@ def test_top_5_is_told_from_a_hundred_classes_on(folder: Path, capsys: pytest.Ca
     assert run([*words, "--model-arg", "outputs=99", "--out", "fewer"]) == 0
     assert "scores" not in metrics(Path("fewer"))[0]
     criterion = make_criterion(
-        None, ("top5",), Trainer(TrainConfig(data=f"{DATA}:points", model="mlp")).source, supplied=True
+        None, ("top5",), Trainer(TrainConfig(data=f"{DATA}:points", model="mlp")).source, class_loss, supplied=True
     )
     out, y = torch.randn(40, 7), torch.randint(7, (40,))
     best = out.argsort(-1, descending=True)[:, :5]
@@ -209,7 +209,7 @@ def test_top_5_is_told_from_a_hundred_classes_on(folder: Path, capsys: pytest.Ca
 
 
 def test_labels_of_several_forms() -> None:
-    loss = ClassLoss(ignores=True)
+    loss = ClassLoss(class_loss, ignores=True)
     out, y = torch.randn(4, 5, 7), torch.randint(7, (4, 5))
     y[0, 0] = -100
     want = nn.functional.cross_entropy(out.movedim(-1, 1), y)

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from ...data import Source
 from ...errors import message_of
@@ -19,6 +18,7 @@ from ..user_code import UserCodeError, explained, is_reference, load_function
 
 # (output, target) -> the sum over what counts, and the number of what counts.
 Total: TypeAlias = Callable[[Any, Any], tuple[float, float]]
+ClassLossFn: TypeAlias = Callable[..., Tensor]  # (logits, classes, reduction)
 Sums: TypeAlias = dict[str, tuple[float, float]]
 
 IGNORED = -100  # a label that is left out
@@ -61,23 +61,21 @@ def means(parts: Iterable[Sums]) -> dict[str, float]:
     return {name: total / count if count else float("nan") for name, (total, count) in totals.items()}
 
 
-def class_loss(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """The cross entropy of logits (..., C) and classes (...), where ... is N, or (N, T) for text."""
-    return cross_entropy(out.flatten(0, -2), target.flatten(), reduction=reduction)
-
-
 def counted_labels(target: Tensor) -> Tensor:
-    """The number of labels that `class_loss` takes the mean over: it leaves out those of -100."""
+    """The number of labels that cross entropy takes the mean over: it leaves out those of -100."""
     return (target != IGNORED).sum()
 
 
-def make_criterion(loss: str | None, metrics: tuple[str, ...], source: Source, *, supplied: bool) -> Criterion:
+def make_criterion(
+    loss: str | None, metrics: tuple[str, ...], source: Source, class_loss: ClassLossFn, *, supplied: bool
+) -> Criterion:
     """The criterion of a run.
 
     Args:
         loss: reference of a function (output, target) -> mean over the samples; None: cross entropy.
         metrics: names and references of such functions; empty: accuracy, and top5 from 100 classes on.
         source: data of the run.
+        class_loss: cross entropy of logits (..., C) and classes (...).
         supplied: whether the data is the user's, and its labels are checked.
 
     Raises:
@@ -106,7 +104,7 @@ def make_criterion(loss: str | None, metrics: tuple[str, ...], source: Source, *
         return Criterion(
             class_loss, weight, lambda out, y: (float(class_loss(out.float(), y, "sum")), y.numel()), totals
         )
-    checked = ClassLoss(ignores=weight is not None)
+    checked = ClassLoss(class_loss, ignores=weight is not None)
 
     def total(out: Any, target: Any) -> tuple[float, float]:
         return float(checked(out, target, "sum")), float(counted_labels(target))
@@ -118,11 +116,12 @@ class ClassLoss:
     """Cross entropy of a user's model and data: logits (B, ..., C) or (B, C, ...) and classes (B, ...).
 
     Args:
+        class_loss: cross entropy of logits (..., C) and classes (...).
         ignores: whether labels of -100 are left out.
     """
 
-    def __init__(self, *, ignores: bool) -> None:
-        self._ignores = ignores
+    def __init__(self, class_loss: ClassLossFn, *, ignores: bool) -> None:
+        self._class_loss, self._ignores = class_loss, ignores
         self._num_outputs: int | None = None
         self._calls = 0
 
@@ -133,7 +132,7 @@ class ClassLoss:
         # On an accelerator every look would wait for it: those who move targets there look at them before.
         if classes.device.type == "cpu" or self._calls <= _CHECKED_CALLS:
             self.check_labels(classes)
-        return class_loss(logits, classes, reduction)
+        return self._class_loss(logits, classes, reduction)
 
     def check_labels(self, target: Any) -> None:
         """Refuse a label that has no output.
