@@ -209,6 +209,7 @@ def interrupted(fresh: Callable[[], dtrp.Pipeline], folder: Path, batches: list[
         yield pipe
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [*ALL, "Slow"])
 def test_every_optimizer_is_predicted_and_goes_on_from_any_step(name: str, tmp_path: Path) -> None:
     start = network()
@@ -225,6 +226,7 @@ def test_every_optimizer_is_predicted_and_goes_on_from_any_step(name: str, tmp_p
     assert kinds == {"_ScaledOfStage" if known else "_LastOfStage"}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("predict", ["scaled", "last", Scaled("last", decay=0.5), Scaled("informed")])
 def test_what_is_learned_goes_on_from_any_step(predict: Any, tmp_path: Path) -> None:
     start = network()

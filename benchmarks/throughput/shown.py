@@ -7,6 +7,7 @@ from typing import Any
 from shown import Rows, join, pivot, rows, runs, table
 
 PARTS = ("sleeping", "sleeping_fifo", "links", "tun", "compute", "channels_last")
+SPLIT = rows("throughput/results/split.jsonl")
 SLEEPING, FIFO, LINKS, TUN, COMPUTE, FORMATS = (runs(f"throughput/results/{part}.jsonl") for part in PARTS)
 COMPLETE = [run for run in SLEEPING if run.where(contender="torch InterleavedZeroBubble")][-1]
 COMPUTE_20, COMPUTE_56 = ([run for run in COMPUTE if run[0]["model"] == model] for model in ("resnet20", "resnet56"))
@@ -36,6 +37,17 @@ def sleeping(run: Rows, stages: int) -> str:
         over = row["median_ms"] / ideal
         cells.append((f"**{over:.3f}** " if over > TARGET else f"{over:.3f} ") + rounds(row, ".3f", ideal))
     return " | ".join(cells + [faster(run, name, stages) for name in ("dtrp", "fdg", "torch InterleavedZeroBubble")])
+
+
+def in_parts(row: dict[str, Any]) -> str:
+    """A contender whose backward is in two parts, or stands beside such: over its ideal, and times as fast as 1F1B."""
+    ideal, delay = row["ideal_ms"], row["delay"]
+    cells = [str(row["stages"]), row["contender"], str(row["num_microbatches"]), "" if delay is None else str(delay)]
+    cells += [f"{row['median_ms']:.1f}", f"{row['median_ms'] / ideal:.3f} {rounds(row, '.3f', ideal)}"]
+    flushes = row["num_microbatches"] > 1
+    return " | ".join(
+        [*cells, faster(SPLIT.where(stages=row["stages"]), row["contender"], row["stages"]) if flushes else ""]
+    )
 
 
 def lost(run: Rows) -> Callable[[Rows], str]:
@@ -88,6 +100,7 @@ def division(run: Rows) -> str:
 
 WAITING = "K | dtrp / (2F+B) | fdg / (F+B) | spectrain / (F+B) | times 1F1B: dtrp | fdg | zero bubble"
 AIMED = " | ".join(f"{method}, A={sizes[0] if sizes[0] > 1 else 'best'} ({aim})" for method, sizes, aim in AIMS)
+PARTED = "K | contender | A | delay | ms | over the ideal | times 1F1B"
 LAYERS = "F/(F+B) | dtrp's longer stage, % | recomputing nothing, % | even, A=4 | even, A=8"
 TABLES = [
     table(WAITING, [sleeping(COMPLETE, k) for k in (2, 4, 8)]),
@@ -99,6 +112,7 @@ TABLES = [
     *map(compute, ("ResNet-20", "ResNet-56", "channels_last"), (COMPUTE_20[-1], COMPUTE_56[-1], FORMATS[-1])),
     table(f"run | rounds | one worker, ms | {AIMED}", map(aims, [*COMPUTE_20, *COMPUTE_56, *FORMATS])),
     table(f"run | {LAYERS}", map(division, COMPUTE_56)),
+    table(f"in parts: {PARTED}", map(in_parts, SPLIT)),
 ]  # fmt: skip
 LOST = [lost(LINKS[-1])(LINKS[-1].where(contender=method, latency_ms=FORWARD / 2)) for method in ("dtrp", "fdg", "bp")]
 FASTER = [faster(COMPLETE, method, stages) for method in ("dtrp", "fdg") for stages in (2, 4, 8)]
