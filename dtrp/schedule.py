@@ -126,7 +126,7 @@ def cycle(order: Order, num_stages: int, stage: int) -> str:
     again = "R" if waits and order.keep == "input" else ""
     if backward_first:
         return again + "IWF"
-    return again + ("IFW" if order.ahead < 1 and (num_stages - 1 - stage) % 2 else "FIW")
+    return again + ("IFW" if waits and order.ahead < 1 and (num_stages - 1 - stage) % 2 else "FIW")
 
 
 def _own(field: str, values: Sequence[T], num_stages: int) -> Sequence[T]:

@@ -287,6 +287,27 @@ def test_the_copies_are_counted(predict: Any, copies: int) -> None:
     assert dataclasses.replace(row, predict=None).predictor_copies == 0
 
 
+def test_what_a_predictor_of_the_users_leaves_out_stays_when_it_is_scaled() -> None:
+    def silent(parameters: Any, optimizer: Any, horizon: int, out: Any, **at: Any) -> None:
+        pass
+
+    start, losses = network(), []
+    for predict in (None, silent, Scaled(silent)):
+        pipe = pipeline(clone(start), num_stages=3, method=get_method("dtrp", predict=predict), num_microbatches=1)
+        losses.append([float(pipe.step(x, y)) for x, y in minibatches(6)])
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_small_displacements_of_half_precision_are_fitted() -> None:
+    p = [torch.zeros(1000, dtype=torch.float16)]
+    predictor = Scaled(lambda p, o, h, out, **at: [t.fill_(1e-4) for t in out]).for_stage(None)
+    out = [torch.empty_like(p[0])]
+    predictor(p, None, 1, out, version=0)  # type: ignore[arg-type]
+    p[0].fill_(5e-5)
+    predictor.after_update(p, 1)
+    assert predictor.factor == pytest.approx(0.5, abs=0.01)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("base", "options", "rule"),
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import adamw, assert_same, clone, minibatches, network, pipeline, sgd
-from torch import nn
+from torch import Tensor, nn
 
 import dtrp
 from dtrp import Schedule, ScheduleError, get_method
@@ -209,6 +209,51 @@ def test_what_is_deferred_is_told() -> None:
     assert set(told[1].whole) == {"1.weight", "1.bias"}
     assert told[2].flops > 0
     assert pipeline(network(), num_stages=2, method="dtrp").deferred() == {}
+
+
+class Beside(nn.Module):
+    """Adds its input to what a linear map made of it: the gradient of both is one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        a, b = pair
+        return a + self.linear(b), b
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, x + 1
+
+
+class First(nn.Module):
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0]
+
+
+@pytest.mark.parametrize("name", ["dtrp-split", "spectrain-split", "bp-zb"])
+def test_what_waits_is_not_written_where_updates_may_be_left_out(name: str) -> None:
+    start = [nn.Sequential(nn.Linear(6, 6), Twice()), Beside(), First(), nn.Linear(6, 3)]
+    weights = []
+    for on_nonfinite in ("stop", "skip"):
+        stages = [clone(stage) for stage in start]
+        pipe = dtrp.Pipeline(stages, sgd, nn.functional.cross_entropy, method=name, on_nonfinite=on_nonfinite, seed=0)
+        for i in range(6):
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(i))
+            pipe.step(x, torch.arange(8) % 3)
+        pipe.flush()
+        weights.append(pipe.model_state_dict())
+    assert_same(*weights)
+
+
+def test_leads_of_nothing_ahead_are_an_order_too() -> None:
+    pipe = pipeline(network(), num_stages=3, method=get_method("dtrp-split", leads=(0, 0, 0)), num_microbatches=1)
+    for x, y in minibatches(3):
+        pipe.step(x, y)
+    pipe.flush()
+    assert set().union(*pipe.delays().values()) == {0}
 
 
 def test_a_run_in_an_order_of_several_slots_goes_on_from_a_checkpoint(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def _image_batches(
         yield images.to(dtype), y[indices]
 
 
-def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Images less their mean, by their deviation, in float64 if ``dtype`` is, else in float32; a new tensor.
 
     Args:
@@ -103,9 +103,13 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> 
         mean: of each channel (C,), of images scaled to 0..1.
         std: deviation of each.
         dtype: what the images are to become.
+        out: where they are to be; None: in a new tensor.
     """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     # Tensors, not numbers: CUDA divides by a number through its reciprocal, unlike the CPU in the last bit.
     unit = 255 if images.dtype == torch.uint8 else 1
     mean, std = ((stat.to(images.device, exact) * unit)[:, None, None] for stat in (mean, std))
-    return (images.to(exact) - mean) / std
+    if out is not None and out.dtype == exact:
+        return out.copy_(images).sub_(mean).div_(std)
+    found = (images.to(exact) - mean) / std
+    return found if out is None else out.copy_(found)

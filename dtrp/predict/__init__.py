@@ -39,8 +39,8 @@ Six are built in. With p a weight, v its momentum buffer, mu the momentum and h 
 ``auto``
     `Scaled` of ``linear`` where the optimizer's rule is known, ``last`` elsewhere.
 
-The first three leave a weight as it is while its optimizer holds no state for it: before its first update, and for SGD
-without momentum; the others while there has been no update.
+The first three, and so their scaled forms, leave a weight as it is while its optimizer holds no state for it: before its
+first update, and for SGD without momentum; ``last`` while there has been no update.
 
 A predictor that the user writes is told the gradient too if it has an attribute ``uses_gradients`` that is
 true: it is then called with ``gradients=`` (those of mini-batch ``version`` so far, summed over its

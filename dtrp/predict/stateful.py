@@ -55,10 +55,12 @@ class StatefulPredictor:
     Attributes:
         name: what it is called where settings are compared.
         copies: copies of the weights that a stage's holds, for `dtrp.plan` and ``keep="auto"``.
+        owns_state: whether no part of a stage's is shared with others, as a base of the user's is.
     """
 
     name: str
     copies: int
+    owns_state = True
 
     def __repr__(self) -> str:
         return f"<predictor {self.name}>"
@@ -187,6 +189,7 @@ class Scaled(StatefulPredictor):
         self.base, self.decay = as_predictor(base), float(decay)
         named = isinstance(self.base, (BuiltInPredictor, StatefulPredictor))
         self.name = f"scaled({self.base.name if named else type(self.base).__name__}, decay={self.decay:g})"  # type: ignore[union-attr]
+        self.owns_state = named
         self.copies = 2 + (self.base.copies if isinstance(self.base, StatefulPredictor) else 0)
 
     def for_stage(self, optimizer: Optimizer | None) -> StagePredictor:
@@ -199,6 +202,7 @@ class _ScaledOfStage:
 
     def __init__(self, base: Predictor | StagePredictor, decay: float) -> None:
         self._base, self._decay = base, decay
+        self._base_writes_all = isinstance(base, (BuiltInPredictor, _LastOfStage))
         self.uses_gradients = bool(getattr(base, "uses_gradients", False))
         self.alike = is_alike(base)
         self._sums: tuple[Tensor, Tensor] | None = None  # <u, x> and <u, u>, scalars of float64 where the device has it
@@ -231,6 +235,9 @@ class _ScaledOfStage:
         version: int = 0,
         **at: Any,
     ) -> None:
+        if not self._base_writes_all:  # a weight that the predictor leaves out is predicted to stay
+            for o, p in zip(out, parameters, strict=True):
+                o.copy_(p)
         self._base(parameters, optimizer, horizon, out, version=version, **at)
         for o, p in zip(out, parameters, strict=True):
             o.sub_(p)
@@ -300,6 +307,8 @@ def _dot(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     """The sum of products, as ``like``; of complex tensors as of pairs of reals."""
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
+    if a.element_size() < 4:  # whose squares may be too small for its range
+        a, b = a.float(), b.float()
     return torch.sum(a * b, dtype=like.dtype).to(like.device)
 
 

@@ -264,7 +264,7 @@ def _load_exact(engine: Engine, found: Checkpoint, settings: dict[str, Json]) ->
     stages = []
     for stage in engine.stages:
         part, common = saved["state"][f"{stage.index}.{stage.replica}"], saved["state"][f"{stage.index}.0"]
-        is_shared = not stage.versions.has_state  # one of the caller's, of all stages of a process
+        is_shared = not stage.versions.owns_state  # one of the caller's, of all stages of a process
         if part["predictor"] is not None and is_shared and saved["engine"] != _engine_name(engine):
             raise CheckpointError(
                 f"{found.folder} holds the state of a predictor in a {saved['engine']} run, where each process has its own; load "

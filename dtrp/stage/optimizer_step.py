@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import warnings
@@ -175,6 +176,7 @@ def with_keywords(make: Callable[..., T], first: Any, **offered: Any) -> T:
         del parameters[0]  # takes ``first``
     kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     names = {parameter.name for parameter in parameters if parameter.kind in kinds}
+    names -= set(make.keywords) if isinstance(make, functools.partial) else set()  # which the caller has chosen
     return make(first, **{name: value for name, value in offered.items() if name in names})
 
 

@@ -46,7 +46,7 @@ from ..measure.memory import StageSizes, choose_keep, optimizer_bytes
 from ..measure.prediction_error import PredictionErrorGauge
 from ..methods import Keep
 from ..predict import as_predictor
-from ..schedule import lead, steady_delay
+from ..schedule import most_in_flight, steady_delay
 from ..tensors.autocast import AutocastState
 from ..tensors.layout import aligned_clone, edge_of, parts_of
 from ..tensors.module_mode import in_modes, modes_of
@@ -115,7 +115,7 @@ class Stage:
         self.recomputes = self.trains and self.method.recomputes(self.num_stages, self.index)
         self.has_decided = self.memory_limit_bytes is None or not self.trains
         # Whether another F may come before a graph's B.
-        self.holds_graphs = self.method.forward_all or lead(self.method, self.num_stages, self.index) > 0
+        self.holds_graphs = self.method.forward_all or most_in_flight(self.method, self.num_stages, self.index) > 0
         self._make_optimizer(training)
 
         self.num_infers = 0  # calls of `infer`
@@ -273,7 +273,7 @@ class Stage:
             input=value_bytes(leaf),
             graph=graph_bytes,
             output=value_bytes(out),
-            deferred=self._deferred_bytes if self.division is not None else None,
+            deferred=None if self.division is not None and not self._division_tried else self._deferred_bytes,
         )
         del trial, out
         self.keep_as(
@@ -377,6 +377,8 @@ class Stage:
         gradients = [received[0] if received else None for received in held.input_gradients]
         if spoiled is not None:
             self._spoiled.append(spoiled)
+            if self.division is not None:  # what waits for W may be the same tensors
+                gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
             mark_nonfinite(gradients, spoiled)
         if all(gradient is None for gradient in gradients):
             return None

@@ -59,6 +59,7 @@ class WeightVersions:
         alike: whether micro-batches of one version and horizon read the same weights, which may then be made in
             advance.
         has_state: whether the predictor is one of this stage alone, which is told of its updates.
+        owns_state: whether no part of it is shared with other stages.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class WeightVersions:
     ) -> None:
         self.predictor = stage_predictor(predictor, optimizer)
         self.has_state = isinstance(predictor, StatefulPredictor)
+        self.owns_state = isinstance(predictor, StatefulPredictor) and predictor.owns_state
         self.uses_gradients = bool(getattr(self.predictor, "uses_gradients", False))
         known = self.has_state or isinstance(predictor, BuiltInPredictor)
         self.alike = predictor is None or (known and is_alike(self.predictor))

@@ -101,6 +101,14 @@ def test_factories_that_name_nothing_are_called_as_ever() -> None:
         pipe.flush()
 
 
+def test_what_a_partial_has_bound_stays() -> None:
+    def optimizer(params: list[Tensor], *, delay: int) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.1 + delay)
+
+    pipe = made(functools.partial(optimizer, delay=7))
+    assert all(own.param_groups[0]["lr"] == 7.1 for own in pipe.optimizers)  # type: ignore[union-attr]
+
+
 def test_a_plan_is_measured_with_such_a_factory() -> None:
     seen: list[int] = []
 

@@ -169,7 +169,7 @@ class StreamedImages(Source):
             for room in parts(x):
                 pixels, damaged, _ = next(arriving)
                 self._damaged.update(dict.fromkeys(damaged))
-                room.copy_(normalize(pixels.to(self._device).permute(0, 3, 1, 2), self._mean, self._std, self._dtype))
+                normalize(pixels.to(self._device).permute(0, 3, 1, 2), self._mean, self._std, self._dtype, out=room)
             yield x
 
     def example(self, num: int) -> tuple[Tensor, Tensor]:
