@@ -18,8 +18,8 @@ A backward may be divided (``split_backward``). I(m) is the gradient of the stag
 waits; W(m) the gradients of the weights, for which nobody waits; R(m) the forward that a stage repeats before its I.
 A slot is then a word of these letters, and a stage's order a cycle of one slot or of several::
 
-    RFIW    at an even d   the forward of m between the two parts of the backward of m - lead
-    RIFW    at an odd d    (``ahead`` below 1, where a lead is half of what it was)
+    RFIW    at an even d   the forward of m before both parts of the backward of m - lead, but for its repetition
+    RIFW    at an odd d    between the two parts (``ahead`` below 1, where a lead is half of what it was)
     RIWF    backward_first
     FIW     a stage that keeps its graph repeats nothing
 
@@ -142,12 +142,16 @@ def most_in_flight(order: Order, num_stages: int, stage: int) -> int:
     return lead(order, num_stages, stage) + cycle(order, num_stages, stage).count("F") - 1
 
 
+def through(letters: str) -> list[int]:
+    """For each forward of a cycle, how many of its backwards, both their parts, come before it."""
+    before = [letters[:place] for place, letter in enumerate(letters) if letter == "F"]
+    return [part.count("B") + part.count("W") for part in before]
+
+
 def lag(order: Order, num_stages: int, stage: int) -> int:
     """The most micro-batches that have had their F, and not yet what U comes after, when another F runs."""
-    letters = cycle(order, num_stages, stage)
-    before = [letters[: place + 1] for place, letter in enumerate(letters) if letter == "F"]
-    ends = max(i - done.count("B") - done.count("W") for i, done in enumerate(before))
-    return lead(order, num_stages, stage) + ends
+    ends = through(cycle(order, num_stages, stage))
+    return lead(order, num_stages, stage) + max(i - done for i, done in enumerate(ends))
 
 
 def steady_delay(order: Order, num_stages: int, stage: int, num_microbatches: int, position: int) -> int:
@@ -211,7 +215,6 @@ class StageOrder:
         self.lead = lead(order, num_stages, stage)
         self.cycle = cycle(order, num_stages, stage)
         self.flushes = order.flush
-        self.forward_all = order.forward_all
         self.splits = order.split_backward
         self.fills_bubble = order.flush and order.split_backward and order.orders is None
         self.num_stages = num_stages
@@ -220,7 +223,6 @@ class StageOrder:
         self.next_weights = 0  # micro-batch, of a backward in two parts
         self.next_update = 0  # mini-batch
         self._left: deque[int] = deque()  # backwards left in each open mini-batch
-        self._given = 0  # forwards that may run
         self._place = 0  # of the next letter in the cycle
         self._begun = False  # whether `begin` has handed out what comes before the next F
 
@@ -236,7 +238,7 @@ class StageOrder:
         """Go on from there."""
         self.next_forward, self.next_backward, self.next_update, left, self._place, weights = position
         self.next_weights = self.next_backward if weights is None else weights
-        self._left, self._given = deque(left), self.next_forward
+        self._left = deque(left)
         self._begun = False
 
     def begin(self) -> Slot:
@@ -252,7 +254,6 @@ class StageOrder:
     def minibatch(self, num_microbatches: int) -> list[Slot]:
         """The slots of the next mini-batch, which has ``num_microbatches`` micro-batches."""
         self._left.append(num_microbatches)
-        self._given += num_microbatches
         if self.fills_bubble:
             return [tuple(self._zero_bubble(num_microbatches))]
         slots = [self._slot() for _ in range(num_microbatches)]
@@ -301,8 +302,7 @@ class StageOrder:
         letter, past = self.cycle[self._place], self.cycle[: self._place]
         self._place = (self._place + 1) % len(self.cycle)
         if letter == "F":
-            yield Action("F", self.next_forward)
-            self.next_forward += 1
+            yield self._forward()
             return
         microbatch = self.next_forward - past.count("F") + past.count(letter) - self.lead
         if letter == "W":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from .methods import get_method
-from .schedule import Action, Order, Slot, StageOrder, cycle, lead
+from .schedule import Action, Order, Slot, StageOrder, cycle, lead, through
 from .validation import whole
 
 
@@ -378,16 +378,13 @@ def _parse_order(words: Sequence[str], line: str) -> tuple[int, str]:
 def _closed_form_delays(order: Order, num_stages: int, stage: int, sizes: Sequence[int]) -> tuple[int, ...]:
     """The delays from start-up on, from the formula rather than from the actions."""
     ends = list(itertools.accumulate(sizes))
-    ahead, letters = lead(order, num_stages, stage), cycle(order, num_stages, stage)
-    # What U comes after, before each forward of the cycle.
-    before = [letters[:place] for place, letter in enumerate(letters) if letter == "F"]
-    through = [part.count("B") + part.count("W") for part in before]
+    ahead, before = lead(order, num_stages, stage), through(cycle(order, num_stages, stage))
     delays = []
     updates = 0
     for minibatch, (end, size) in enumerate(zip(ends, sizes, strict=True)):
         for micro in range(end - size, end):
-            cycles, place = divmod(micro, len(through))
-            backwards = cycles * len(through) + through[place] - ahead  # done when F(micro) runs
+            cycles, place = divmod(micro, len(before))
+            backwards = cycles * len(before) + before[place] - ahead  # done when F(micro) runs
             while updates < minibatch and ends[updates] <= backwards:
                 updates += 1
             delays.append(0 if order.flush else minibatch - updates)

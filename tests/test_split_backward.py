@@ -256,18 +256,29 @@ def test_leads_of_nothing_ahead_are_an_order_too() -> None:
     assert set().union(*pipe.delays().values()) == {0}
 
 
-def test_a_run_in_an_order_of_several_slots_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
-    method = get_method("dtrp-split", leads=(2, 1, 1, 0), orders=("RIFWRFIW", "RFIWRIFW", "RIFW", "FIW"))
+@pytest.mark.parametrize(
+    ("first", "num_microbatches"),
+    [("RIFWRFIW", 3), ("RIFFWRIW", 3), ("RIFFWRIW", 1)],
+    ids=["", "before a W", "one part"],
+)
+def test_a_run_in_an_order_of_several_slots_goes_on_from_a_checkpoint(
+    first: str, num_microbatches: int, tmp_path: Path
+) -> None:
+    """Also between the I and the W of a micro-batch, where a step ends there."""
+    method = get_method("dtrp-split", leads=(2, 1, 1, 0), orders=(first, "RFIW", "RFIW", "FIW"))
     batches = minibatches(12)
 
     start = network()
 
     def fresh() -> dtrp.Pipeline:
-        return pipeline(clone(start), num_stages=4, method=method, num_microbatches=3)
+        return pipeline(clone(start), num_stages=4, method=method, num_microbatches=num_microbatches)
 
     whole, stopped = fresh(), fresh()
+    waited = 0
     for x, y in batches:
         whole.step(x, y)
+        waited += len(whole._engine.stages[0]._waiting)
+    assert (waited > 0) == (first == "RIFFWRIW")
     for count, (x, y) in enumerate(batches):
         stopped.step(x, y)
         stopped.save(tmp_path / str(count))

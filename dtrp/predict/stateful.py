@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -49,7 +50,7 @@ class StagePredictor(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class StatefulPredictor:
+class StatefulPredictor(ABC):
     """What a predictor is in a method's row, when each stage is to have one of its own.
 
     Attributes:
@@ -70,13 +71,13 @@ class StatefulPredictor:
             f"{self.name} has a state, and each stage one of its own: pass it as get_method(..., predict=...)"
         )
 
+    @abstractmethod
     def for_stage(self, optimizer: Optimizer | None) -> StagePredictor:
         """The predictor of a stage that ``optimizer`` updates.
 
         Raises:
             TypeError: its update rule is not known.
         """
-        raise NotImplementedError
 
 
 class Last(StatefulPredictor):

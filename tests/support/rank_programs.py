@@ -1446,6 +1446,19 @@ class SleepsInParts(nn.Module):
         return out
 
 
+def timed_steps(pipe: dtrp.Pipeline, steps: int, warm_up: int) -> list[float]:
+    """The seconds of so many steps after those of the warm-up; the pipeline is flushed and closed."""
+    overshoot_s()
+    seconds, x = [], torch.randn(32, WIDTH)
+    with pipe:
+        for _ in range(warm_up + steps):
+            began = time.perf_counter()
+            pipe.step(x, x)
+            seconds.append(time.perf_counter() - began)
+        pipe.flush()
+    return seconds[warm_up:]
+
+
 def sleeping_in_parts(
     folder: str,
     method: str,
@@ -1458,19 +1471,12 @@ def sleeping_in_parts(
     """Stages whose F, I and W sleep so many seconds; as `sleeping_stages`, and the largest delay of each rank."""
     model = [SleepsInParts(*parts) for _ in range(world_size())]
     row = dtrp.get_method(method, **options)
-    make = dtrp.Pipeline(
+    pipe = dtrp.Pipeline(
         model, sgd, nn.functional.mse_loss, method=row, num_microbatches=num_microbatches, timeout_s=60
     )
-    overshoot_s()
-    seconds, x = [], torch.randn(32, WIDTH)
-    with make as pipe:
-        for _ in range(warm_up + steps):
-            began = time.perf_counter()
-            pipe.step(x, x)
-            seconds.append(time.perf_counter() - began)
-        pipe.flush()
-        delays = {int(stage): max(counts) for stage, counts in pipe.delays().items()}
-    written = {"seconds": seconds[warm_up:], "delays": delays}
+    seconds = timed_steps(pipe, steps, warm_up)
+    delays = {int(stage): max(counts) for stage, counts in pipe.delays().items()}
+    written = {"seconds": seconds, "delays": delays}
     Path(folder, f"seconds{rank()}.json").write_text(json.dumps(written))
 
 
@@ -1479,18 +1485,10 @@ def sleeping_stages(
 ) -> None:
     """Writes the seconds of each step of each rank."""
     model = [Sleeps(forward_s, backward_s) for _ in range(world_size())]
-    make = dtrp.Pipeline(
+    pipe = dtrp.Pipeline(
         model, sgd, nn.functional.mse_loss, method=method, num_microbatches=num_microbatches, timeout_s=60
     )
-    overshoot_s()
-    seconds, x = [], torch.randn(32, WIDTH)
-    with make as pipe:
-        for _ in range(warm_up + steps):
-            began = time.perf_counter()
-            pipe.step(x, x)
-            seconds.append(time.perf_counter() - began)
-        pipe.flush()
-    Path(folder, f"seconds{rank()}.json").write_text(json.dumps(seconds[warm_up:]))
+    Path(folder, f"seconds{rank()}.json").write_text(json.dumps(timed_steps(pipe, steps, warm_up)))
 
 
 def load_and_go_on(folder: str, method: str, num_stages: int, begin: int, then: str) -> None:

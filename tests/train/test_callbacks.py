@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from run_folders import metrics
+from user_files import user_files
 
 import dtrp
 from dtrp.cli import run
@@ -88,14 +89,8 @@ SMALL = ["train", "--model", "mlp", "--limit-train", "200", "--limit-test", "50"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    (tmp_path / LOGS).write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if "logs_of_a_test" in name:
-            del sys.modules[name]
+    with user_files(tmp_path, monkeypatch, {LOGS: SOURCE}) as place:
+        yield place
 
 
 def told() -> list[tuple[str, dict[str, Any]]]:

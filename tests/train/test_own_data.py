@@ -15,6 +15,7 @@ import pytest
 import torch
 from run_folders import Page, check_same, metrics
 from torch import Tensor, nn
+from user_files import user_files
 
 from dtrp.cli import run
 from dtrp.data import InMemory
@@ -99,14 +100,8 @@ TRAIN = ["train", "--model", f"{DATA}:net", "--threads", "1", "--quiet", "--batc
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    (tmp_path / DATA).write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if "mine_of_a_test" in name:
-            del sys.modules[name]
+    with user_files(tmp_path, monkeypatch, {DATA: SOURCE}) as place:
+        yield place
 
 
 def dtrp(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from user_files import user_files
 
 from dtrp.cli import run
 from dtrp.train import build
@@ -75,16 +76,9 @@ TRAIN = ["train", "--threads", "1", "--quiet", "--dtype", "float64", "--batch-si
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "nets_of_a_test.py").write_text(SOURCE)
-    (tmp_path / "beside.py").write_text("WIDTH = 16\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if "nets_of_a_test" in name or name == "beside":
-            del sys.modules[name]
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with user_files(tmp_path, monkeypatch, {"nets_of_a_test.py": SOURCE, "beside.py": "WIDTH = 16\n"}) as place:
+        yield place
 
 
 def plain(model: nn.Module, config: TrainConfig) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from image_folders import write_images
 from PIL import Image
 from run_folders import metrics
 from torch import nn
+from user_files import user_files
 
 from dtrp.cli import run
 from dtrp.data import load_data
@@ -93,14 +94,8 @@ MINE = "letters_of_a_test.py"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    (tmp_path / MINE).write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if "letters_of_a_test" in name:
-            del sys.modules[name]
+    with user_files(tmp_path, monkeypatch, {MINE: SOURCE}) as place:
+        yield place
 
 
 @pytest.fixture(scope="module")
