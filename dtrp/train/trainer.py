@@ -128,10 +128,6 @@ class _LossSum:
         return float(self.loss_sum), float(self.learned)
 
 
-def _to(t: Tensor, *, device: torch.device) -> Tensor:
-    return t.to(device)
-
-
 class Trainer:
     """A run, checked and ready to train.
 
@@ -457,7 +453,7 @@ class Trainer:
                 out = self.pipe.infer(x)
             if out is not None:
                 device = next((t.device for t in tensors_in(out)), torch.device("cpu"))
-                sums.append(self.criterion.judge(out, map_tensors(partial(_to, device=device), y)))
+                sums.append(self.criterion.judge(out, map_tensors(partial(Tensor.to, device=device), y)))
         return means(itertools.chain.from_iterable(self.pipe.gather(sums)))
 
     def _autocast(self) -> AbstractContextManager[object]:

@@ -87,7 +87,7 @@ def evaluate(run: TrainedRun, source: Source, config: TrainConfig, device: torch
         began = time.perf_counter()
         out = _output(model, x, device)
         busy_s += time.perf_counter() - began
-        target = map_tensors(partial(_to, device=torch.device(device)), y)
+        target = map_tensors(partial(Tensor.to, device=torch.device(device)), y)
         sums.append((criterion.judge(out, target), num_samples(target)))
         if not config.metric and not source.is_text:
             right, count = _by_class(right, count, out, target)
@@ -108,10 +108,6 @@ def _output(model: Model, x: Any, device: torch.device | str) -> Any:
     if torch.device(device).type != "cpu":
         torch.get_device_module(torch.device(device)).synchronize()
     return out
-
-
-def _to(t: Tensor, *, device: torch.device) -> Tensor:
-    return t.to(device)
 
 
 def _check_like(run: TrainedRun, source: Source) -> None:
