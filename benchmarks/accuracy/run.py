@@ -68,7 +68,7 @@ GRIDS: dict[str, list[tuple[str, str, str, tuple[str, ...]]]] = {
     "resnet20": [("bp,spectrain,dtrp,fdg", "4", "4", ("linear",))],
     "length": [
         ("bp,dtrp-1f1b,spectrain,dtrp,fdg", "8", "8", ("linear",)),
-        ("bp,dtrp-1f1b", "8", "2", ("linear",)),
+        ("bp,dtrp-1f1b,dtrp-split", "8", "2", ("linear",)),
         ("bp,dtrp-1f1b,spectrain,dtrp,fdg", "4", "4", ("linear",)),
     ],
     "long": [("bp,spectrain,dtrp,fdg", "4", "4", ("linear",))],
