@@ -70,9 +70,16 @@ def validation_loss(pipe: dtrp.Pipeline, data: TextDataset, windows: int) -> flo
 
 
 def train(
-    data: TextDataset, method: str, seed: int, recipe: Recipe, change: Callable[[nn.Module], None] | None = None
+    data: TextDataset,
+    method: str | Method,
+    seed: int,
+    recipe: Recipe,
+    change: Callable[[nn.Module], None] | None = None,
+    *,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    every: int = EVERY,
 ) -> dict[str, Any]:
-    """One run; its line. ``change`` draws the model's weights in another way."""
+    """One run; its line. ``change`` draws the model's weights in another way; ``optimizer``: in place of AdamW."""
     torch.manual_seed(seed)
     sizes = {name: recipe[name] for name in ("layers", "width", "heads", "context")}
     model = gpt(data.num_classes, **sizes)
@@ -82,10 +89,10 @@ def train(
     factor = lr_factor(recipe["lr_schedule"], recipe["warmup"], updates)
     pipe = dtrp.Pipeline(
         model,
-        lambda params: torch.optim.AdamW(params, lr=recipe["lr"], weight_decay=decay, betas=betas),
+        optimizer or (lambda params: torch.optim.AdamW(params, lr=recipe["lr"], weight_decay=decay, betas=betas)),
         class_loss,
         cuts=recipe["cuts"],
-        method=METHODS[method],
+        method=METHODS[method] if isinstance(method, str) else method,
         num_microbatches=recipe["num_microbatches"],
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
         seed=seed,
@@ -103,13 +110,13 @@ def train(
             if pipe.num_updates == stop:
                 pipe.flush()
             seconds += time.perf_counter() - began
-            if pipe.num_updates % EVERY == 0:
+            if pipe.num_updates % every == 0:
                 curve[pipe.num_updates] = validation_loss(pipe, data, ON_THE_WAY)
             if pipe.num_updates == stop:
                 break
         epoch += 1
     return {
-        "method": method,
+        "method": method if isinstance(method, str) else method.name,
         "seed": seed,
         "validation_loss": validation_loss(pipe, data, len(data.test_x)),
         "curve": curve,
