@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from .callbacks.protocol import Callback, RunStart, Update
     from .config import TrainConfig
     from .results import EpochMetrics, TrainResult, environment, summarize_delays, summary
+    from .scores.samples_needed import RelativeSamples, relative_samples, samples_to
     from .trainer import Interrupted, Reporter, Trainer
 
 __all__ = [
     "Callback",
     "EpochMetrics",
     "Interrupted",
+    "RelativeSamples",
     "Reporter",
     "RunStart",
     "TrainConfig",
@@ -27,6 +29,8 @@ __all__ = [
     "environment",
     "lr_factor",
     "make_method",
+    "relative_samples",
+    "samples_to",
     "summarize_delays",
     "summary",
 ]
@@ -37,6 +41,7 @@ __getattr__, __dir__ = lazy_names(
         "Callback": ".callbacks.protocol",
         "EpochMetrics": ".results",
         "Interrupted": ".trainer",
+        "RelativeSamples": ".scores.samples_needed",
         "Reporter": ".trainer",
         "RunStart": ".callbacks.protocol",
         "TrainConfig": ".config",
@@ -47,6 +52,8 @@ __getattr__, __dir__ = lazy_names(
         "environment": ".results",
         "lr_factor": ".build",
         "make_method": ".build",
+        "relative_samples": ".scores.samples_needed",
+        "samples_to": ".scores.samples_needed",
         "summarize_delays": ".results",
         "summary": ".results",
     },
