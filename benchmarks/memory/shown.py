@@ -36,9 +36,11 @@ TABLES = [
     table(" | K | grown, each process | from the tensors, each stage", map(RANKS, read("ranks"))),
 ]
 SIZES = [eighths(LOCAL, model, "sum") for model in ("resnet56", "resnet1202")]
+BESIDE = [found.only(model="resnet110", method=method, stages=8) for found in (CUT, LOCAL) for method in ("bp", "dtrp")]
 ON_GPU = eighths(GPU, "resnet1202", "device")
 TEXTS = {
     "local": " ".join(f"{fdg / one:.1f} {dtrp / one:.1f}" for one, dtrp, fdg in SIZES),
     "gpu": f"{ON_GPU[2] / ON_GPU[0]:.1f} {ON_GPU[1] / ON_GPU[0]:.2f}",
-    "readme": join(ON_GPU, ".1f"),
+    "readme": join([row["largest"] for row in BESIDE], ".1f"),
+    "h100": join([GPU.only(model="resnet1202", method="bp", stages=8)["device"], *ON_GPU[1:], ON_GPU[0]], ".1f"),
 }

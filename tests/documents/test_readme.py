@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,13 +24,38 @@ def test_the_grids_are_the_librarys() -> None:
     assert shown[1].strip().split("\n\n") == without_delays
 
 
+def test_it_is_read_in_three_minutes() -> None:
+    assert len(TEXT.split()) <= 1000
+
+
+def program() -> str:
+    found = re.search(r"```python\n(.*?)```", TEXT, re.S)
+    assert found is not None
+    return found[1]
+
+
 def test_the_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    program = re.search(r"```python\n(.*?)```", TEXT, re.S)
-    assert program is not None
     monkeypatch.chdir(tmp_path)
-    exec(program[1], {})
+    exec(program(), {})
     assert (tmp_path / "model.pt").exists()
     assert "Counter" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_the_program_prints_the_same_losses_under_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(program())
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    printed = []
+    for ranks in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]):
+        done = subprocess.run(
+            [sys.executable, *ranks, "train.py"],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        printed.append(re.findall(r"^\d+ \d+\.\d+$", done.stdout, re.M))
+    assert len(printed[0]) == 50
+    assert printed[0] == printed[1]
 
 
 def test_every_method_is_in_the_table() -> None:
