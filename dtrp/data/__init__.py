@@ -46,13 +46,13 @@ __getattr__, __dir__ = lazy_names(
     },
 )
 
-_NAMES = ("digits", "cifar10", "cifar100", "folder", "random", "text")
+_NAMES = ("digits", "cifar10", "cifar100", "folder", "random", "text", "mnist", "fashion-mnist")
 _WITHOUT_FILES = ("digits", "random")
 _NEEDED_FILES = {
     "folder": "files; pass data_dir (--data-dir), a folder with train/<class>/ and test/<class>/",
     "text": "a file; pass data_dir (--data-dir), any UTF-8 text",
 }
-_FIXED_SIZE = {"digits": 8, "cifar10": 32, "cifar100": 32}  # H and W
+_FIXED_SIZE = {"digits": 8, "cifar10": 32, "cifar100": 32, "mnist": 32, "fashion-mnist": 32}  # H and W
 _LARGEST_SIZE = {"random": 256, "folder": 4096}
 _DEFAULT_SIZE, _DEFAULT_CONTEXT = 32, 64
 
@@ -72,22 +72,24 @@ def load_data(
 ) -> Dataset | TextDataset:
     """The data set called ``name``.
 
-    ========  ===================================================  ===============  ======
-    name      what                                                 images           files
-    ========  ===================================================  ===============  ======
-    digits    handwritten digits, part of scikit-learn             1,797, 1x8x8     none
-    cifar10   10 classes of things and animals                     60,000, 3x32x32  yours
-    cifar100  100 classes                                          60,000, 3x32x32  yours
-    folder    your images, in one folder per class                 3x32x32          yours
-    random    10 random patterns and noise, drawn from ``seed``    2,500, 3x32x32   none
-    text      a text, to tell the next character                   none             yours
-    ========  ===================================================  ===============  ======
+    =============  ===================================================  ===============  ======
+    name           what                                                 images           files
+    =============  ===================================================  ===============  ======
+    digits         handwritten digits, part of scikit-learn             1,797, 1x8x8     none
+    cifar10        10 classes of things and animals                     60,000, 3x32x32  yours
+    cifar100       100 classes                                          60,000, 3x32x32  yours
+    mnist          handwritten digits                                   70,000, 1x32x32  yours
+    fashion-mnist  10 classes of clothes                                70,000, 1x32x32  yours
+    folder         your images, in one folder per class                 3x32x32          yours
+    random         10 random patterns and noise, drawn from ``seed``    2,500, 3x32x32   none
+    text           a text, to tell the next character                   none             yours
+    =============  ===================================================  ===============  ======
 
     Nothing is downloaded.
 
     Args:
         name: one of `list_data`.
-        data_dir: folder of the data's files; for text, the file. None: for CIFAR, the current folder.
+        data_dir: folder of the data's files; for text, the file. None: for CIFAR and the MNISTs, the current folder.
         seed: random seed for the images of random, and for the split of a folder that has none. The others do not
             depend on it.
         image_size: H and W of the images, for folder and random. None: 32.
@@ -101,6 +103,7 @@ def load_data(
     check_request(name, data_dir, image_size=image_size, context=context)
     from .cifar import load_cifar
     from .digits import load_digits
+    from .idx import load_idx
     from .image_folder import load_folder
     from .synthetic import load_random
     from .text import load_text
@@ -112,7 +115,9 @@ def load_data(
         return load_folder(place, seed, image_size or _DEFAULT_SIZE)
     if name == "random":
         return load_random(seed, image_size or _DEFAULT_SIZE)
-    return load_digits() if name == "digits" else load_cifar(name, place)
+    if name == "digits":
+        return load_digits()
+    return load_cifar(name, place) if name.startswith("cifar") else load_idx(name, place.expanduser())
 
 
 def check_request(

@@ -68,6 +68,8 @@ class Dataset(Splits):
         mean, std: mean and standard deviation of each channel (C,), float32, over the whole training split scaled to
             0..1 (`limit` does not change them); see `channel_stats`.
         augment: whether a shifted or mirrored image is still of its class, so that training may crop and flip.
+        border: number of rows and columns of zeros that were put around each image, on each side; the images of files
+            (`dtrp predict`) are given the same.
 
     Raises:
         ValueError: other shapes or dtypes.
@@ -79,6 +81,7 @@ class Dataset(Splits):
     mean: Tensor
     std: Tensor
     augment: bool
+    border: int = 0
 
     def __post_init__(self) -> None:
         for message in self._mistakes():

@@ -125,8 +125,8 @@ class Source(ABC):
     def facts(self) -> dict[str, Json]:
         """What a network is made by, and what its inputs and outputs mean, as values that JSON can hold.
 
-        ``reading`` says how a file becomes an input: ``mean`` and ``std`` of the channels, and how images are fitted, or
-        ``characters``, whose places are the tokens.
+        ``reading`` says how a file becomes an input: ``mean`` and ``std`` of the channels, how images are fitted, and the
+        ``border`` of zeros around them, where they have one; or ``characters``, whose places are the tokens.
         """
         return {
             "name": self.name,
@@ -193,4 +193,6 @@ class InMemory(Source):
         data = self.dataset
         if isinstance(data, TextDataset):
             return {**super().facts(), "reading": {"characters": data.characters}}
-        return {**super().facts(), "reading": {"mean": data.mean.tolist(), "std": data.std.tolist(), "fit": "whole"}}
+        border: dict[str, Json] = {"border": data.border} if data.border else {}
+        reading: dict[str, Json] = {"mean": data.mean.tolist(), "std": data.std.tolist(), "fit": "whole", **border}
+        return {**super().facts(), "reading": reading}

@@ -24,14 +24,18 @@ __getattr__, __dir__ = lazy_names(
     __name__, {"auxiliary": ".auxiliary_networks", "cifar_resnet": ".resnet", "gpt": ".transformer"}
 )
 
-# Names of networks, and the arguments or the depth that each name stands for.
+# Names of networks, and the arguments, the depth, or depth and widening, that each name stands for.
 _CIFAR_RESNETS: dict[str, dict[str, int]] = {
     **{f"resnet{depth}": {"depth": depth} for depth in (20, 32, 44, 56, 110, 1202)},
     "resnet14-8": {"depth": 14, "width": 8},
 }
 _RESNETS = {f"resnet{depth}": depth for depth in (18, 34, 50)}
-_VGGS = {f"vgg{depth}": depth for depth in (11, 16)}
-_NAMES = (*_CIFAR_RESNETS, *_RESNETS, "wrn28-10", *_VGGS, "mlp", "gpt")
+_WIDE_RESNETS = {"wrn28-10": (28, 10), "wrn16-2": (16, 2)}
+_VGGS: dict[str, dict[str, int]] = {
+    **{f"vgg{depth}": {"depth": depth} for depth in (11, 16)},
+    "vgg11-16": {"depth": 11, "width": 16},
+}
+_NAMES = (*_CIFAR_RESNETS, *_RESNETS, *_WIDE_RESNETS, *_VGGS, "mlp", "gpt")
 
 
 def list_models() -> list[str]:
@@ -118,5 +122,5 @@ def get_model(
     if name in _RESNETS:
         return resnet(_RESNETS[name], **shape, stem=stem)
     if name in _VGGS:
-        return vgg(_VGGS[name], **shape, image_size=image_size)
-    return mlp(**shape, image_size=image_size) if name == "mlp" else wide_resnet(28, 10, **shape)
+        return vgg(**_VGGS[name], **shape, image_size=image_size)
+    return mlp(**shape, image_size=image_size) if name == "mlp" else wide_resnet(*_WIDE_RESNETS[name], **shape)

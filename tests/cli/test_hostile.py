@@ -98,7 +98,7 @@ VALUES: dict[str, st.SearchStrategy[str]] = {
     "seed": COUNTS,
     "prediction-error-every": COUNTS,
     "image-size": COUNTS,
-    "data": one_of("digits", "random", "folder", "cifar10", "cifar100"),
+    "data": one_of("digits", "random", "folder", "cifar10", "cifar100", "mnist"),
     "data-arg": st.sampled_from(["a=1", "a", "=", "a=1:2"]),
     "loss": st.sampled_from(
         ["mse", "torch.nn.functional:cross_entropy", "no.such:loss", "/nowhere.py:loss", ":", "torch:no"]

@@ -118,7 +118,7 @@ def test_a_constant_channel_is_not_divided_by_0():
 
 
 def test_unknown_name():
-    assert list_data() == ["digits", "cifar10", "cifar100", "folder", "random", "text"]
+    assert list_data() == ["digits", "cifar10", "cifar100", "folder", "random", "text", "mnist", "fashion-mnist"]
     with pytest.raises(ValueError, match=r"unknown data 'cifar-10'; did you mean 'cifar10'\? known: digits, .*random"):
         load_data("cifar-10")
     with pytest.raises(ValueError, match=r"unknown data 'xyzzy'; known: digits"):

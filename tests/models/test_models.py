@@ -11,7 +11,7 @@ from dtrp.models import cifar_resnet, get_model, list_models
 from dtrp.models.wide_resnet import wide_resnet
 
 # Parameters with 3 input channels and 10 classes; in millions, as published: 0.27, 0.46, 0.66, 0.85, 1.7 and 19.4 for
-# the CIFAR ResNets, 11.2 for resnet18 with this stem, 36.5 for wrn28-10, 9.2 and 14.7 for the VGGs.
+# the CIFAR ResNets, 11.2 for resnet18 with this stem, 36.5 for wrn28-10, 0.7 for wrn16-2, 9.2 and 14.7 for the VGGs.
 COUNTS = {
     "resnet20": 269_722,
     "resnet32": 464_154,
@@ -24,8 +24,12 @@ COUNTS = {
     "resnet34": 21_282_122,
     "resnet50": 23_520_842,
     "wrn28-10": 36_479_194,
+    "wrn16-2": 691_674,
     "vgg11": 9_228_362,
     "vgg16": 14_724_042,
+    "vgg11-16": 9 * (3 * 16 + 16 * 32 + 32 * 64 + 64**2 + 64 * 128 + 3 * 128**2)
+    + 2 * (16 + 32 + 2 * 64 + 4 * 128)
+    + 1290,
     "mlp": (3072 + 1) * 256 + 3 * (256 + 1) * 256 + (256 + 1) * 10,
 }
 TEXT = ["gpt"]
@@ -68,14 +72,23 @@ def test_a_plain_sequential_of_named_blocks(name):
     names = [block for block, _ in model.named_children()]
     blocks = [block for block in names if block.startswith("block")]
     assert blocks == [f"block{i}" for i in range(1, len(blocks) + 1)]
-    first = {"vgg11": [], "vgg16": [], "mlp": ["flatten"]}.get(name, ["stem"])
+    first = {"mlp": ["flatten"]}.get(name, [] if name.startswith("vgg") else ["stem"])
     assert names == [*first, *blocks, "head"]
     assert len({id(p) for p in model.parameters()}) == len(list(model.named_parameters(remove_duplicate=False)))
 
 
 @pytest.mark.parametrize(
     ("name", "blocks"),
-    [("resnet20", 9), ("resnet1202", 600), ("resnet18", 8), ("resnet50", 16), ("wrn28-10", 12), ("vgg16", 13)],
+    [
+        ("resnet20", 9),
+        ("resnet1202", 600),
+        ("resnet18", 8),
+        ("resnet50", 16),
+        ("wrn28-10", 12),
+        ("wrn16-2", 6),
+        ("vgg16", 13),
+        ("vgg11-16", 8),
+    ],
 )
 def test_number_of_blocks(name, blocks):
     assert sum(block.startswith("block") for block, _ in on_meta(name).named_children()) == blocks

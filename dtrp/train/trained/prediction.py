@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...data.image_folder import decoded, fitted
 from ...data.loader import normalize
@@ -32,7 +33,8 @@ def read_image(path: str, run: TrainedRun) -> Tensor:
         )
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}")
-    channels, size = run.facts.sample_shape[0], run.facts.sample_shape[-1]
+    channels, border = run.facts.sample_shape[0], int(reading.get("border", 0))
+    size = run.facts.sample_shape[-1] - 2 * border
 
     def make(image: Any) -> bytes:
         image = image if channels == 3 else image.convert("L")
@@ -41,7 +43,8 @@ def read_image(path: str, run: TrainedRun) -> Tensor:
     pixels = torch.frombuffer(bytearray(decoded(path, make)), dtype=torch.uint8)
     mean, std = (torch.tensor(reading[name], dtype=torch.float64) for name in ("mean", "std"))
     dtype = build.weights_dtype(run.config)
-    return normalize(pixels.view(1, size, size, channels).permute(0, 3, 1, 2), mean, std, dtype).to(dtype)
+    image = pad(pixels.view(1, size, size, channels).permute(0, 3, 1, 2), (border,) * 4)
+    return normalize(image, mean, std, dtype).to(dtype)
 
 
 def reader_of(run: TrainedRun) -> Any:
