@@ -88,5 +88,5 @@ __getattr__, __dir__ = lazy_names(
         "simulate": ".planning.simulate",
         "split": ".splitting.stages",
     },
-    submodules=("predict",),
+    submodules=("optim", "predict"),
 )

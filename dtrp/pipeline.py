@@ -20,6 +20,7 @@ from .engine.local import LocalEngine
 from .engine.loss_weights import weigh
 from .launch.ranks import Ranks, find_ranks
 from .methods import Keep, Method
+from .optim import extrapolated
 from .planning.plan_file import Plan, as_plan
 from .splitting.stages import Stages, called, check_device, into_stages, stage_device
 from .splitting.traced_stage import TracedStage
@@ -128,6 +129,7 @@ class Pipeline(BasePipeline):
             microbatch_samples`` samples has max(1, n // microbatch_samples) parts. None: 2 with
             ``num_microbatches="auto"`` (1 where replicas share a `torch.nn.SyncBatchNorm`), and 1 with a number. With
             replicas the number of parts is the same for all: those that a shard has no samples for are empty.
+        extrapolate: how much further each update goes along its change (`dtrp.optim.extrapolated`); 0: not at all.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what to change.
@@ -173,11 +175,11 @@ class Pipeline(BasePipeline):
         compile: bool | Mapping[str, Any] = False,
         trace: bool = False,
         microbatch_samples: int | None = None,
+        extrapolate: float = 0.0,
     ) -> None:
         if plan is not None:
-            plan = as_plan(plan)
             given = {"num_stages": num_stages, "cuts": cuts, "keep": keep, "memory_limit_bytes": memory_limit_bytes}
-            _check_plan_alone(given, method, num_microbatches, plan)
+            plan = _planned_alone(as_plan(plan), given, method, num_microbatches)
             model, cuts = _cut_by_plan(model, plan)
             keep, method, num_microbatches = plan.keep, plan.row, plan.num_microbatches
         settings = Settings.checked(
@@ -187,24 +189,24 @@ class Pipeline(BasePipeline):
         check_callables(optimizer, loss_fn, lr_scheduler)
         _check_loss(loss_fn, loss_weight, loss_on)
         ranks = find_ranks(group, mesh, timeout_s)
-        if num_stages is None and cuts is None and ranks is not None and isinstance(model, nn.Module):
+        if ranks is not None and num_stages is None and cuts is None and isinstance(model, nn.Module):
             num_stages = ranks.num_stages
         modules = into_stages(model, num_stages, cuts)
         self._loss_weight, self._unjudged = loss_weight, () if settings.num_microbatches else _may_mix(modules)
         settings = settings.divided(modules, num_replicas=1 if ranks is None else ranks.num_replicas)
         networks = _networks(modules, loss_fn, aux, settings.method, compile)
-        trainings = settings.trainings(len(modules), checked_optimizer(optimizer), lr_scheduler)
+        make_optimizer = extrapolated(checked_optimizer(optimizer), extrapolate)
+        trainings = settings.trainings(len(modules), make_optimizer, lr_scheduler)
         self._configure(settings, len(modules), schedules_lr=lr_scheduler is not None, trace=trace)
         self.seed = drawn_seed() if seed is None else int(seed)
         if ranks is None:
             self._engine = self._local_engine(networks, trainings, devices)
             self._watches = [optimizer_watch.watch(self._engine)]
         else:
-            _check_world(len(modules), ranks)
-            shared = settings.shared() | {"loss_on": loss_on, "loss_weight": loss_weight is not None and "a function"}
+            weighs = loss_weight is not None and "a function"
+            shared = settings.shared() | {"loss_on": loss_on, "loss_weight": weighs, "extrapolate": extrapolate}
             self._engine = self._distributed_engine(networks, trainings, devices, ranks, timeout_s, shared)
-            watch = StaleStages(modules, ranks.stage, self._engine)
-            self._watches = [optimizer_watch.watch(self._engine), watch.end]
+            self._watches = [optimizer_watch.watch(self._engine), StaleStages(modules, ranks.stage, self._engine).end]
 
     def _local_engine(
         self,
@@ -232,6 +234,7 @@ class Pipeline(BasePipeline):
         shared: dict[str, Json],
     ) -> DistributedEngine:
         """The stage of this rank, connected with the others, which must have the ``shared`` settings too."""
+        _check_world(len(networks), ranks)
         index = ranks.stage
         device = _place(networks, devices, [index])[index]
         transport = Transport(ranks, timeout_s, self._tracer)
@@ -479,8 +482,8 @@ def _named_devices(devices: Device | Sequence[Device], num_stages: int, hosted: 
         raise ValueError(f"devices={devices!r}: torch cannot use them ({str(error).splitlines()[0]})") from error
 
 
-def _check_plan_alone(given: dict[str, Any], method: str | Method, num_microbatches: Any, plan: Plan) -> None:
-    """Refuse arguments that say otherwise than the plan; those that have a default say nothing by it."""
+def _planned_alone(plan: Plan, given: dict[str, Any], method: str | Method, num_microbatches: Any) -> Plan:
+    """The plan; refuses arguments that say otherwise. Those that have a default say nothing by it."""
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name}={value!r} with a plan, which says it; leave it out, or edit the plan")
@@ -491,3 +494,4 @@ def _check_plan_alone(given: dict[str, Any], method: str | Method, num_microbatc
         raise ValueError(
             f"num_microbatches={num_microbatches!r} with a plan for {plan.num_microbatches}; leave it out, or plan again"
         )
+    return plan

@@ -37,6 +37,7 @@ class StageSizes:
         output: the stage's output.
         trains: whether the stage, or one before it, has something to train; else it keeps nothing.
         deferred: what the second part of a divided backward waits with; None: as ``graph``, about which it is.
+        rule_known: whether `dtrp.predict` knows the optimizer's update rule; where not, ``auto`` holds a copy more.
     """
 
     weights: float
@@ -47,6 +48,7 @@ class StageSizes:
     output: float = 0.0
     trains: bool = True
     deferred: float | None = None
+    rule_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def footprint(method: Method, num_stages: int, stage: int, num_microbatches: int
     deferred = 0.0 if not sizes.trains else sizes.graph if sizes.deferred is None else sizes.deferred
     predicts = method.predict is not None and not last
     copies = not recomputes or method.backward_at == "stashed"
+    held_to_predict = method.predictor_copies + (method.predict == "auto" and not sizes.rule_known)
     order = _Order(*(getattr(method, field) for field in _Order._fields[:-1]))
     # What dtrp predicts is the same for micro-batches of one version and horizon; another predictor may differ.
     shared = not predicts or isinstance(method.predict, str)
@@ -112,7 +115,7 @@ def footprint(method: Method, num_stages: int, stage: int, num_microbatches: int
         weights=sizes.weights,
         optimizer=sizes.optimizer,
         gradients=sizes.trained,
-        predicted=sizes.trained * ((delayed and not copies) + method.predictor_copies) if predicts else 0.0,
+        predicted=sizes.trained * ((delayed and not copies) + held_to_predict) if predicts else 0.0,
         stash=stash,
         graph=added,
         messages=(1 if method.local else 2) * ((sizes.input if stage else 0.0) + (0.0 if last else sizes.output)),

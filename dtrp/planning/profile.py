@@ -29,9 +29,9 @@ from ..errors import PlanError
 from ..launch.heap import keep_heap
 from ..measure.graph_size import NOT_WEIGHED, weigh_graph
 from ..measure.memory import StageSizes
-from ..predict import BuiltInPredictor, Predictor, StatefulPredictor, as_predictor, stage_predictor
+from ..optim.factories import with_keywords
+from ..predict import BuiltInPredictor, Predictor, StatefulPredictor, as_predictor, linear, stage_predictor
 from ..splitting.stages import called, check_device, layers_of, stage_device
-from ..stage.optimizer_step import with_keywords
 from ..tensors.layout import aligned_clone, enter, parts_of
 from ..tensors.nbytes import states_bytes, tensor_bytes
 from ..tensors.pytree import check_samples, flatten, map_tensors, num_samples, tensors_of, unflatten
@@ -107,6 +107,7 @@ class Profile:
             of trained parameters.
         spread: interquartile range, over the rounds, of the seconds of all layers together, over their median; None:
             not measurable, for which there are too few rounds.
+        rule_known: of the optimizer, as of `StageSizes`.
     """
 
     samples: int
@@ -114,6 +115,7 @@ class Profile:
     update_s: float
     predict_s: float
     spread: float | None = None
+    rule_known: bool = True
 
     def stage(self, first: int, end: int) -> StageProfile:
         """Layers ``first`` to ``end - 1`` together."""
@@ -130,6 +132,7 @@ class Profile:
             graph=total["graph_bytes"] + between + (last.output_bytes if last.saves_output else 0),
             output=last.output_bytes,
             trains=last.trains,
+            rule_known=self.rule_known,
         )
         seconds = total["forward_s"], total["nograd_forward_s"], total["backward_s"]
         return StageProfile(*seconds, share * self.update_s, share * self.predict_s, sizes)
@@ -257,7 +260,8 @@ class Profiler:
         layer_times = [times for (what, _), times in self._times.items() if what in ("forward", "backward")]
         rounds_s = list(map(sum, zip(*layer_times, strict=True)))
         update_s, predict_s = self._median("update"), self._median("predict")
-        return Profile(num_samples(x), layers, update_s, predict_s, relative_spread(rounds_s))
+        known = self._optimizer is None or linear.knows(self._optimizer)
+        return Profile(num_samples(x), layers, update_s, predict_s, relative_spread(rounds_s), known)
 
     def _layer_profile(self, place: int, graph: _GraphEntries) -> LayerProfile:
         layer = self.layers[place]

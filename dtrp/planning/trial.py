@@ -29,9 +29,9 @@ from ..engine.local import LocalEngine
 from ..errors import StageError
 from ..measure.trace import Tracer
 from ..methods import Keep, Method
+from ..optim.factories import with_keywords
 from ..schedule import Action, lead
 from ..splitting.stages import stage_of
-from ..stage.optimizer_step import with_keywords
 from ..stage.specs import StageNetwork, StagePosition, StageTraining
 from ..stage.stage import Stage
 from ..tensors.pytree import tensors_of

@@ -314,13 +314,16 @@ def _dot(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
 
 
 class Auto(StatefulPredictor):
-    """``"auto"``: `Scaled` of ``linear`` where the optimizer's update rule is known, and ``last`` elsewhere."""
+    """``"auto"``: `Scaled` of ``linear`` where the optimizer's update rule is known, and of ``last`` elsewhere.
+
+    There it holds one copy more than ``copies`` says (`StageSizes.rule_known`).
+    """
 
     name, copies = "auto", 2
 
     def for_stage(self, optimizer: Optimizer | None) -> StagePredictor:
         known = optimizer is not None and linear.knows(optimizer)
-        return (Scaled(linear) if known else last).for_stage(optimizer)
+        return Scaled(linear if known else last).for_stage(optimizer)
 
 
 last, auto = Last(), Auto()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from inspect import Parameter
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +15,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import StageError
+from ..optim.factories import with_keywords
 from ..schedule import Action
 from ..typing import OptimizerFactory, SchedulerFactory
 from .gradients import GradientRule, PendingNorms, clip_, gradient_norm, nonfinite, overall
-
-T = TypeVar("T")
 
 
 class OptimizerSteps:
@@ -164,20 +160,6 @@ def check_callables(optimizer: Any, loss_fn: Any, lr_scheduler: Any) -> None:
     for label, value in (("optimizer", optimizer), ("loss_fn", loss_fn), ("lr_scheduler", lr_scheduler)):
         if not callable(value) and not (label == "lr_scheduler" and value is None):
             raise TypeError(f"{label} is a {type(value).__name__}; pass a function")
-
-
-def with_keywords(make: Callable[..., T], first: Any, **offered: Any) -> T:
-    """What a factory of the caller's makes of ``first``, and of those of the keywords ``offered`` that it names."""
-    try:
-        parameters = list(inspect.signature(make).parameters.values())
-    except (TypeError, ValueError):  # of a function in C
-        parameters = []
-    if parameters and parameters[0].kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD):
-        del parameters[0]  # takes ``first``
-    kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    names = {parameter.name for parameter in parameters if parameter.kind in kinds}
-    names -= set(make.keywords) if isinstance(make, functools.partial) else set()  # which the caller has chosen
-    return make(first, **{name: value for name, value in offered.items() if name in names})
 
 
 def checked_optimizer(make: OptimizerFactory) -> OptimizerFactory:

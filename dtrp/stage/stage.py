@@ -45,7 +45,8 @@ from ..measure.graph_size import NOT_WEIGHED, weigh_graph
 from ..measure.memory import StageSizes, choose_keep, optimizer_bytes
 from ..measure.prediction_error import PredictionErrorGauge
 from ..methods import Keep
-from ..predict import as_predictor
+from ..optim.factories import with_keywords
+from ..predict import as_predictor, linear
 from ..schedule import most_in_flight, steady_delay
 from ..tensors.autocast import AutocastState
 from ..tensors.layout import aligned_clone, edge_of, parts_of
@@ -60,7 +61,7 @@ from .deferral import Division, receiving
 from .deferral.trying import Tried
 from .forward import Moves, RepeatableForward
 from .gradients import gradient_norm, mark_nonfinite, shows_nonfinite
-from .optimizer_step import OptimizerSteps, with_keywords
+from .optimizer_step import OptimizerSteps
 from .reach import Reach, strange_leaves
 from .repetition import Repetition, repeating, sizes_of
 from .specs import StageNetwork, StagePosition, StageTraining
@@ -274,6 +275,7 @@ class Stage:
             graph=graph_bytes,
             output=value_bytes(out),
             deferred=None if self.division is not None and not self._division_tried else self._deferred_bytes,
+            rule_known=self.optimizer is None or linear.knows(self.optimizer),
         )
         del trial, out
         self.keep_as(

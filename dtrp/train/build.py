@@ -15,22 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..data import Dataset, InMemory, Source, TextDataset, check_request, load_data, open_supplied, stream_folder
 from ..data.source import DataFacts
 from ..launch.join import told_by_first_rank
 from ..methods import Method, get_method
 from ..models import auxiliary, get_model, has_stem, takes_text
+from ..optim import Braking, MuonAdamW, extrapolated, momentum_by_stage
+from ..optim.by_delay import delay_factor, warmup_factor
 from ..schedule import check_orders
 from ..splitting.stages import Stages, into_stages, split
 from ..stage.losses import Auxiliary
-from ..typing import OptimizerFactory
+from ..typing import OptimizerFactory, SchedulerFactory
 from .config import DTYPES, TrainConfig, option_name
 from .other_libraries import LIBRARIES
 from .scores.criterion import Criterion, make_criterion
 from .user_code import call_function, explained, is_reference, load_function, parse_arguments
 
 TIMEOUT_S = 300.0  # for which ranks wait for each other
+OF_ADAMW = ("embed", "head")  # parts of the names of matrices that --optimizer muon leaves to AdamW
 LISTING = "listing"  # the file of the list of images in the folder of a run
 _STREAMED_FROM_BYTES = 2 * 10**9  # of all images of a folder, decoded
 _IMAGENET_PIXELS = 64  # from which on a ResNet that has both stems takes ImageNet's
@@ -324,15 +328,40 @@ def check_stages(config: TrainConfig, num_stages: int) -> None:
 
 
 def make_optimizer(config: TrainConfig) -> OptimizerFactory:
-    """The function from a stage's parameters to the optimizer of a run."""
+    """The function from a stage's parameters to the optimizer of a run; it may name its keywords."""
+    momentum: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
     makers: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "sgd": partial(torch.optim.SGD, momentum=config.momentum, nesterov=config.nesterov),
+        "sgd": partial(torch.optim.SGD, **momentum),
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
         "nadam": partial(torch.optim.NAdam, decoupled_weight_decay=True),
+        "muon": partial(MuonAdamW, skip=OF_ADAMW),
+        "braking": partial(Braking, **momentum),
     }
-    make = makers[config.optimizer]
-    return lambda parameters: make(parameters, lr=config.base_lr, weight_decay=config.weight_decay)
+    make, by_name = makers[config.optimizer], config.optimizer == "muon"
+
+    def optimizer(parameters: Any, *, named: Any = ()) -> torch.optim.Optimizer:
+        chosen = list(named) if by_name else parameters
+        return make(chosen, lr=config.base_lr, weight_decay=config.weight_decay)
+
+    made = optimizer if config.momentum_by_stage is None else momentum_by_stage(optimizer, config.momentum_by_stage)
+    return extrapolated(made, config.extrapolate) if config.extrapolate else made
+
+
+def make_scheduler(config: TrainConfig, total: int) -> SchedulerFactory:
+    """The function from a stage's optimizer to its scheduler, over ``total`` updates; it may name its keywords."""
+    warmup = 0 if config.warmup_by_delay else config.warmup_updates
+    factor = lr_factor(config.lr_schedule, warmup, total)
+
+    def scheduler(optimizer: torch.optim.Optimizer, *, delay: int = 0) -> LambdaLR:
+        factors = [factor]
+        if config.warmup_by_delay:
+            factors.append(warmup_factor(config.warmup_updates, delay))
+        if config.lr_by_delay:
+            factors.append(delay_factor(config.lr_by_delay, delay))
+        return LambdaLR(optimizer, lambda n: math.prod(each(n) for each in factors))
+
+    return scheduler
 
 
 def lr_factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": "float32", "float64": "float64", "bfloat16": "float32"}
 
 CHOICES = {
-    "optimizer": ("sgd", "adam", "adamw", "nadam"),
+    "optimizer": ("sgd", "adam", "adamw", "nadam", "muon", "braking"),
     "lr_schedule": ("constant", "cosine", "multistep"),
     "dtype": tuple(DTYPES),
     "prediction": ("linear", "rollout", "informed", "none", "last", "scaled", "auto"),
@@ -118,6 +118,10 @@ class TrainConfig:
     metric: tuple[str, ...] = ()
     best: str = "highest"
     callback: tuple[str, ...] = ()
+    lr_by_delay: int = 0
+    warmup_by_delay: bool = False
+    momentum_by_stage: float | None = None
+    extrapolate: float = 0.0
 
     @property
     def elastic(self) -> bool:
@@ -138,7 +142,7 @@ class TrainConfig:
     @property
     def base_lr(self) -> float:
         """The learning rate, or the optimizer's default."""
-        default = 0.03 if self.optimizer == "sgd" else 1e-3
+        default = 0.03 if self.optimizer in ("sgd", "braking") else 1e-3
         return default if self.lr is None else self.lr
 
 

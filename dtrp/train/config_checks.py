@@ -19,7 +19,9 @@ _LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "num_microbatches", "stages", "workers", "replicas", "threads"), 1),
     **dict.fromkeys(("max_updates", "limit_train", "limit_test", "microbatch_samples"), 1),
     **dict.fromkeys(("image_size", "layers", "width", "heads", "context"), 1),
-    **dict.fromkeys(("warmup_updates", "max_restarts", "keep_last", "prediction_error_every", "loader_workers"), 0),
+    **dict.fromkeys(
+        ("warmup_updates", "lr_by_delay", "max_restarts", "keep_last", "prediction_error_every", "loader_workers"), 0
+    ),
 }
 _IN_THE_RUN_FOLDER = {"save_every": "saves go", "trace": "the trace goes", "tensorboard": "the events go"}
 
@@ -48,10 +50,14 @@ def _wrong_values(config: TrainConfig) -> Iterator[str]:
         value = getattr(config, field)
         if isinstance(value, int) and value < least:
             yield f"{option_name(field)} {value}: at least {least}"
-    for field in ("lr", "momentum", "weight_decay"):
+    for field in ("lr", "momentum", "weight_decay", "extrapolate"):
         value = getattr(config, field)
         if value is not None and not 0 <= value < math.inf:
             yield f"{option_name(field)} {value}: a finite number of at least 0"
+    if config.momentum_by_stage is not None and not 0 <= config.momentum_by_stage < 1:
+        yield f"--momentum-by-stage {config.momentum_by_stage}: at least 0 and below 1"
+    if config.optimizer == "braking" and not config.momentum:
+        yield "--momentum 0 with --optimizer braking, which compares the gradient with the momentum; pass one above 0"
     if isinstance(every := config.prediction_error_every, str) and every != "auto":
         yield f"--prediction-error-every {every}: a whole number of at least 0, or auto"
     if isinstance(number := config.num_microbatches, str) and number != AUTO:

@@ -21,7 +21,6 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.optim.lr_scheduler import LambdaLR
 
 from ..data import InMemory, Part, SuppliedData
 from ..launch.heap import keep_heap
@@ -224,7 +223,6 @@ class Trainer:
         config, source = self.config, self.source
         check_last_minibatch(source.num_train, config, auxiliary=method.local and num_stages != 1)
         aux = build.auxiliary_networks(config, source) if method.local else None
-        factor = build.lr_factor(config.lr_schedule, config.warmup_updates, self.total_updates)
         pipe = Pipeline(
             model,
             build.make_optimizer(config),
@@ -235,7 +233,7 @@ class Trainer:
             method=method,
             keep=config.keep.split(",") if config.keep and "," in config.keep else config.keep,  # type: ignore[arg-type]
             memory_limit_bytes=config.memory_limit,
-            lr_scheduler=lambda optimizer: LambdaLR(optimizer, factor),
+            lr_scheduler=build.make_scheduler(config, self.total_updates),
             aux=aux,
             devices=devices if len(devices) > 1 else devices[0],
             mesh=self._make_mesh(num_workers),
