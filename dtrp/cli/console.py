@@ -22,6 +22,7 @@ from ..planning import Choice, Plan, Simulation
 from ..schedule import cycle, lead, num_parts, steady_delay
 from ..train import comparison
 from ..train.comparison import (
+    how_much_more,
     mean_score,
     mean_text,
     megabytes_by_stage,
@@ -32,6 +33,7 @@ from ..train.comparison import (
 )
 from ..train.config import score_name, score_text
 from ..train.results import EpochMetrics, TrainResult, describe_layers, summarize_delays
+from ..train.scores.against_backprop import BACKPROP
 from ..train.trainer import Reporter, Trainer
 from .endings import lost_terminal_ignored
 
@@ -460,6 +462,29 @@ def show_comparison(groups: Sequence[comparison.Group]) -> None:
             "prediction error: this over the distance without prediction (below 1: prediction helps)",
         ):
             console.print(line, highlight=False)
+    _show_how_much_more(console, groups, score)
+
+
+def _show_how_much_more(console: Console, groups: Sequence[comparison.Group], score: str) -> None:
+    """Show how many samples methods need to come to what bp ends with; nothing where no bp is among them."""
+    rows = [
+        (group.cell, needed)
+        for group, needed in zip(groups, how_much_more(groups), strict=True)
+        if needed and group.cell.method != BACKPROP
+    ]
+    if not rows:
+        return
+    console.print("\nsamples to come to what bp ends with, over bp's (range over seeds)", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", min_width=max(len(cell.method) for cell, _ in rows))
+    names = {"test_accuracy": f"bp's {score}", "test_loss": "bp's test loss"}
+    shown = [name for name in names if any(name in needed for _, needed in rows)]
+    for heading in ("K", "A", *map(names.__getitem__, shown)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for cell, needed in rows:
+        texts = (str(needed[name]) if name in needed else "-" for name in shown)
+        table.add_row(cell.title, str(cell.stages), str(cell.num_microbatches), *texts)
+    console.print(table)
 
 
 def _measured(values: Sequence[float], digits: int | None = None) -> str:

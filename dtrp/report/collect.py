@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ..methods import list_methods
 from ..train.comparison import (
     Cell,
     Summary,
+    baseline,
     common_score,
     largest_delay,
     peak_bytes,
@@ -97,6 +99,16 @@ class Collection:
         """The run's values of the settings that are not the same in all runs, those of a cell left out."""
         settings = _compared_settings(run)
         return {key: settings.get(key, "default") for key in self._differing_keys}
+
+    def baseline(self, runs: Sequence[Run]) -> list[Run]:
+        """The finished runs of bp that a group is to be measured by, whose other settings are the same; empty: none."""
+        alike = {
+            dataclasses.replace(others[0].cell, seed=-1): others
+            for others in self.groups().values()
+            if others[0].summary and self.differing(others[0]) == self.differing(runs[0])
+        }
+        found = baseline(dataclasses.replace(runs[0].cell, seed=-1), alike)
+        return [] if found is None else alike[found]
 
     @cached_property
     def _differing_keys(self) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import shlex
 from collections.abc import Iterator
@@ -21,19 +20,12 @@ from ..atomic_file import whole_file
 from ..methods import Method
 from ..schedule_grid import Schedule
 from ..train.build import make_method
-from ..train.comparison import (
-    mean_score,
-    mean_text,
-    megabytes_by_stage,
-    prediction_error,
-    shown_delay,
-    weight_distance,
-)
 from ..train.config import PROGRAM, TrainConfig, option_words
 from .collect import Collection, Run, collect
 from .events import write_events
 from .figures import Plot, on_white, png, svg
-from .plots import MINIBATCHES_SHOWN, SECTIONS, make_plots, score_heading
+from .plots import MINIBATCHES_SHOWN, SECTIONS, make_plots
+from .table import make_table
 
 _ORDER = ("ahead", "order", "leads", "orders")  # settings of the order of work
 _SCHEDULES_OPEN = 15  # the reader unfolds the others
@@ -99,6 +91,7 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
     # JSON that every browser reads has no NaN and no infinity.
     finite_data = json.loads(json.dumps(data), parse_constant=lambda name: None)
     shared = collection.shared()
+    headings, rows = make_table(collection)
     return environment.get_template("page.html").render(
         title=" on ".join(str(shared[key]) for key in ("model", "data") if key in shared) or "runs",
         sections=[
@@ -108,8 +101,8 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
         ],
         watched=any(plot.name.startswith("prediction-error") for plot, _ in drawn),
         traced=any(plot.name.startswith("timeline") for plot, _ in drawn),
-        headings=[heading.format(score=score_heading(collection.score)) for heading in HEADINGS],
-        table=_table(collection),
+        headings=headings,
+        table=rows,
         failed=collection.failed,
         unfinished=[*(run.folder.name for run in collection.runs if run.summary is None), *collection.begun],
         schedules=_schedules(collection),
@@ -126,36 +119,6 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
         version=__version__,
         data=Markup(json.dumps(finite_data).replace("<", "\\u003c")),
     )
-
-
-HEADINGS = ("", "{score}", "test loss", "ms a mini-batch", "memory by stage, MB", "delay, at most",
-            "distance of weights, %", "prediction error", "epochs", "seeds")  # fmt: skip
-
-
-def _table(collection: Collection) -> list[list[str]]:
-    rows = []
-    for label, runs in collection.groups().items():
-        last = [run.metrics[min(len(other.metrics) for other in runs) - 1] for run in runs]
-        finished = [run.summary for run in runs if run.summary]
-        distances, errors = (
-            [value for value in map(number, finished) if math.isfinite(value)]
-            for number in (weight_distance, prediction_error)
-        )
-        rows.append(
-            [
-                label,
-                mean_score(collection.score, [line["test_accuracy"] for line in last], ""),
-                mean_text([line["test_loss"] for line in last], 3),
-                mean_text([1e3 * summary["minibatch_s"] for summary in finished], 1),
-                " ".join(megabytes_by_stage(finished)) or "-",
-                shown_delay(finished),
-                mean_text([100 * distance for distance in distances], 3),
-                mean_text(errors, 2),
-                str(max(int(line["epoch"]) for line in last)),
-                ", ".join(str(run.cell.seed) for run in runs),
-            ]
-        )
-    return rows
 
 
 def _schedules(collection: Collection) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@
         compare.yaml            settings that all cells share
         dtrp-K4-A4-seed0/       a run of `dtrp train`; finished when it has its summary.json
         dtrp-K4-A4-seed1.failed why this cell failed; the next start tries it again
+        results.json            numbers of the finished cells, and how much more training they need than bp
 
 A cell is a method, a number of stages and of micro-batches, a prediction and a seed. Cells differ in nothing else and
 share no state, so a cell that fails does not affect the others.
@@ -19,7 +20,7 @@ import shutil
 import statistics
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -30,9 +31,13 @@ from ..typing import Json
 from .build import LISTING, check_stages
 from .config import AUTO, CELL_SETTINGS, COMPARISON, METRICS, TrainConfig, config_text, read_settings, score_name
 from .config_checks import check_settings
+from .scores.against_backprop import BACKPROP, Lines, against_backprop, as_json, read_lines
+from .scores.samples_needed import RelativeSamples
 
 # Contents of a run's ``summary.json``.
 Summary: TypeAlias = dict[str, Json]
+
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,20 @@ class Comparison:
                     file.write(f"{reason}\n\n{traceback.format_exc()}".encode())
                 say(f"{cell.name} failed: {reason}")
                 failed.append(cell)
+        self._write_results(say)
         return failed
+
+    def _write_results(self, say: Callable[[str], None]) -> None:
+        """Write the numbers of the finished cells; a folder that takes no file is shown all the same."""
+        groups = self.groups()
+        if not groups:
+            return
+        rows = [result(group, needed) for group, needed in zip(groups, how_much_more(groups), strict=True)]
+        try:
+            with whole_file(self.folder / RESULTS) as file:
+                file.write((json.dumps(rows, indent=1) + "\n").encode())
+        except OSError as error:
+            say(f"{self.folder / RESULTS} cannot be written ({error.strerror or error})")
 
     def _remove_remains(self, cell: Cell) -> None:
         """Remove what an interrupted run of the cell has left."""
@@ -214,16 +232,22 @@ class Comparison:
 
     def groups(self) -> list[Group]:
         """The finished cells, grouped by all but the seed, in the order of the grid."""
-        return group_cells([(cell, summary) for cell in self.cells if (summary := self.done(cell)) is not None])
+        groups = group_cells([(cell, summary) for cell in self.cells if (summary := self.done(cell)) is not None])
+        return [dataclasses.replace(group, lines=self._lines(group)) for group in groups]
+
+    def _lines(self, group: Group) -> dict[int, Lines]:
+        cells = (dataclasses.replace(group.cell, seed=seed) for seed in group.seeds)
+        return {cell.seed: read_lines(self.folder / cell.name) for cell in cells}
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ in their seed alone; ``lines``: their ``metrics.jsonl`` by seed, where they have been read."""
 
     cell: Cell
     seeds: tuple[int, ...]
     summaries: tuple[Summary, ...]
+    lines: Mapping[int, Lines] = field(default_factory=dict)
 
     def values(self, number: Callable[[Summary], float]) -> list[float]:
         """A number of every run."""
@@ -239,7 +263,45 @@ def group_cells(cells: Iterable[tuple[Cell, Summary]]) -> list[Group]:
     groups: dict[Cell, list[tuple[int, Summary]]] = {}
     for cell, summary in cells:
         groups.setdefault(dataclasses.replace(cell, seed=-1), []).append((cell.seed, summary))
-    return [Group(cell, *zip(*runs, strict=True)) for cell, runs in groups.items()]
+    return [
+        Group(cell, tuple(seed for seed, _ in runs), tuple(summary for _, summary in runs))
+        for cell, runs in groups.items()
+    ]
+
+
+def baseline(cell: Cell, others: Iterable[Cell]) -> Cell | None:
+    """The cell of bp that a cell is to be measured by, seeds aside: of the same K and A, or of another K with the same A.
+
+    bp comes to the same accuracy at every K. None: there is none.
+    """
+    found = [other for other in others if (other.method, other.num_microbatches) == (BACKPROP, cell.num_microbatches)]
+    return min(found, key=lambda other: other.stages != cell.stages, default=None)
+
+
+def how_much_more(groups: Sequence[Group]) -> list[dict[str, RelativeSamples]]:
+    """For each group, how much more training it needs to come to what bp ends with; nothing where that is not known."""
+    by_cell = {group.cell: group for group in groups}
+    needed = []
+    for group in groups:
+        base = baseline(group.cell, by_cell)
+        settings = group.summaries[0].get("config", {})
+        needed.append({} if base is None else against_backprop(group.lines, by_cell[base].lines, settings))
+    return needed
+
+
+def result(group: Group, needed: Mapping[str, RelativeSamples]) -> dict[str, Json]:
+    """The entry of a group in ``results.json``: lists have a number for each seed."""
+    numbers = ("test_accuracy", "test_loss", "minibatch_s")
+    return {
+        **{name: getattr(group.cell, name) for name in ("method", "prediction", "stages", "num_microbatches")},
+        "seeds": list(group.seeds),
+        **{name: [_finite(summary.get(name)) for summary in group.summaries] for name in numbers},
+        "samples_over_bp": {name: as_json(samples) for name, samples in needed.items()},
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

@@ -273,6 +273,23 @@ def test_the_command_on_the_page_repeats_the_run(
     assert metrics(tmp_path / "again" / "run") == metrics(tmp_path / "run")
 
 
+def test_how_much_more_training_than_bp(tmp_path: Path, made: Callable[[list[Path]], Page]) -> None:
+    """Against bp with the same other settings, finished; by the mean over seeds."""
+    for lr, method, epochs, finished in (
+        (0.1, "bp", 3, True), (0.1, "dtrp", 6, True), (0.1, "fdg", 2, False),
+        (0.2, "bp", 3, False), (0.2, "dtrp", 3, True),
+    ):  # fmt: skip
+        write_run(tmp_path / "grid" / f"{method}-{lr}", method, lr=lr, epochs=epochs, finished=finished,
+                  accuracy=0.5 if method == "bp" else 0.4)  # fmt: skip
+    header, *rows = made([tmp_path / "grid"]).rows
+    places = [1 + header.index(f"samples to bp's {name}, over bp's") for name in ("accuracy", "loss")]
+    # bp comes to 0.5 and 0.7 at epoch 3, dtrp to 0.4 / 3 times as much in each epoch.
+    assert {row[0]: [row[place] for place in places] for row in rows} == {
+        "bp lr=0.1": ["-", "-"], "dtrp lr=0.1": ["1.25", "1.00"], "fdg lr=0.1": ["not yet", "not yet"],
+        "bp lr=0.2": ["-", "-"], "dtrp lr=0.2": ["-", "-"],
+    }  # fmt: skip
+
+
 def test_failed_and_unfinished_cells_and_numbers_that_are_none(
     tmp_path: Path, made: Callable[[list[Path]], Page]
 ) -> None:

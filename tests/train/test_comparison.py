@@ -19,6 +19,7 @@ import torch
 import yaml
 from helpers import minibatches, network, pipeline, sgd
 from rich.console import Console
+from run_folders import write_run
 
 import dtrp
 from dtrp.cli import Stopped, run
@@ -87,7 +88,8 @@ def test_the_command_runs_the_grid_and_repeats_nothing(tmp_path: Path, capsys: p
     for word in ("accuracy", "±", "memory by stage, MB", "distance of weights, %", "prediction error"):
         assert word in shown
     folders = sorted(path.name for path in out.iterdir())
-    assert folders == ["bp-K2-A1-seed0", "bp-K2-A1-seed1", "compare.yaml", "dtrp-K2-A1-seed0", "dtrp-K2-A1-seed1"]
+    cells = ["bp-K2-A1-seed0", "bp-K2-A1-seed1", "dtrp-K2-A1-seed0", "dtrp-K2-A1-seed1"]
+    assert folders == sorted([*cells, "compare.yaml", "results.json"])
     times = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
     assert run(command(out, "--prediction-error-every", "1")) == 0
     assert "4 of 4 cells are finished already" in capsys.readouterr().out
@@ -376,6 +378,106 @@ def test_a_short_run_has_every_number_of_the_table(tmp_path: Path, capsys: pytes
         shown = [float(word) for word in cell.split(" ± ")]
         assert shown == pytest.approx([statistics.fmean(each), statistics.stdev(each)], abs=0.01)
     assert rows[3][8] == "1"
+
+
+def write_cells(folder: Path, cells: dict[str, list[float]], **config: Any) -> Comparison:
+    """A comparison of finished runs with such test losses, whose accuracies are 1 less the loss."""
+    found = []
+    for name, losses in cells.items():
+        method, stages, seed = name.split()
+        cell = Cell(method, int(stages), 1, int(seed))
+        write_run(folder / cell.name, method, cell.seed, stages=cell.stages, epochs=len(losses), **config)
+        lines = [
+            {"epoch": e, "update": 10 * e, "train_loss": 1.0, "test_loss": loss, "test_accuracy": 1 - loss,
+             "samples_per_s": 1.0, "elapsed_s": 1.0}
+            for e, loss in enumerate(losses, 1)
+        ]  # fmt: skip
+        (folder / cell.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found.append(cell)
+    (folder / "compare.yaml").write_text(Comparison(BASE, found, str(folder.parent / "new"))._settings)
+    return Comparison(BASE, found, str(folder))
+
+
+def test_how_much_more_training_than_bp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the table and in results.json, of a folder that an older version has left without it."""
+    comparison = write_cells(
+        tmp_path / "grid",
+        {
+            "bp 2 0": [0.9, 0.4], "bp 2 1": [0.9, 0.2],  # on average 0.3 at 20 updates
+            "fdg 2 0": [0.9, 0.8, 0.8], "fdg 2 1": [0.9, 0.8, 0.8],
+            "dtrp 2 0": [0.9, 0.5, 0.1], "dtrp 2 1": [0.9, 0.5, 0.1],
+            "dtrp 4 0": [0.3, 0.2, 0.1], "dtrp 4 1": [0.3, 0.3, 0.3],  # beside bp with 2 stages
+        },
+    )  # fmt: skip
+    assert comparison.run(lambda config: pytest.fail("all are finished"), lambda line: None) == []
+    show_comparison(comparison.groups())
+    shown = capsys.readouterr().out
+    table = [line.split() for line in shown[shown.index("samples to come to") :].splitlines()[4:7]]
+    # At 25 updates, by seed at 22.5 and 27.5.
+    needed = ["1.25", "(1.12", "to", "1.38)"]
+    assert table == [
+        ["fdg", "2", "1", *["not", "reached"] * 2],
+        ["dtrp", "2", "1", *needed * 2],
+        ["dtrp", "4", "1", *["0.50", "(1", "of", "2", "seeds)"] * 2],
+    ]
+    rows = json.loads((tmp_path / "grid" / "results.json").read_text())
+    assert [(row["method"], row["stages"], row["seeds"]) for row in rows] == [
+        ("bp", 2, [0, 1]), ("fdg", 2, [0, 1]), ("dtrp", 2, [0, 1]), ("dtrp", 4, [0, 1]),
+    ]  # fmt: skip
+    loss = [row["samples_over_bp"]["test_loss"] for row in rows]
+    assert loss[0] == {
+        "level": pytest.approx(0.3),
+        "bp_updates": pytest.approx(20.0),
+        "ratio": 1.0,
+        "by_seed": [1.0, 1.0],
+    }
+    assert (loss[1]["ratio"], loss[1]["by_seed"]) == (None, [None, None])
+    assert (loss[2]["ratio"], loss[2]["by_seed"]) == (pytest.approx(1.25), pytest.approx([1.125, 1.375]))
+    accuracy = rows[2]["samples_over_bp"]["test_accuracy"]
+    assert (accuracy["level"], accuracy["ratio"]) == (pytest.approx(0.7), pytest.approx(1.25))
+
+
+@pytest.mark.parametrize("missing", ["bp", "its seed 1", "a line", "lines", "its last loss"])
+def test_how_much_more_training_where_something_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    cells = {f"{method} 2 {seed}": [0.9, 0.4] for method in ("bp", "dtrp") for seed in range(2)}
+    gone = {"bp": ["bp 2 0", "bp 2 1"], "its seed 1": ["bp 2 1"]}.get(missing, [])
+    comparison = write_cells(tmp_path / "grid", {name: losses for name, losses in cells.items() if name not in gone})
+    metrics = tmp_path / "grid" / "bp-K2-A1-seed0" / "metrics.jsonl"
+    if missing == "a line":
+        metrics.write_text(metrics.read_text() + '{"epoch": 4')
+    elif missing == "lines":
+        metrics.unlink()
+    elif missing == "its last loss":
+        metrics.write_text(metrics.read_text().replace('"test_loss": 0.4', '"test_loss": NaN'))
+    show_comparison(comparison.groups())
+    shown = capsys.readouterr().out
+    ends = {"its seed 1": "1.00 1.00", "its last loss": "1.00 (1.00 to 1.00) -"}.get(missing)
+    assert ("samples to come to" in shown) == (ends is not None)
+    if ends is not None:
+        assert f"dtrp 2 1 {ends}" in " ".join(shown.split())
+
+
+def test_text_is_compared_in_its_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    comparison = write_cells(tmp_path / "grid", {"bp 2 0": [0.9, 0.5], "dtrp 2 0": [0.7, 0.5]}, data="text")
+    show_comparison(comparison.groups())
+    shown = capsys.readouterr().out
+    assert "bp's test loss" in shown
+    assert "bp's accuracy" not in shown
+    assert shown.splitlines()[-2].split() == ["dtrp", "2", "1", "1.00"]
+
+
+def test_a_folder_that_takes_no_file_is_shown_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = write_cells(tmp_path / "grid", {"bp 2 0": [0.9, 0.5]})
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dtrp.train.comparison.whole_file", full)
+    said: list[str] = []
+    assert comparison.run(lambda config: None, said.append) == []
+    assert said[-1].endswith("results.json cannot be written (No space left on device)")
 
 
 @pytest.mark.parametrize("width", [80, 220])

@@ -1,9 +1,10 @@
-"""How much more training a method needs: the samples until a test comes to what another method ended with.
+"""How much more training a method needs: the samples until a test comes to what another method, the baseline, ended with.
 
-Between the tests at the ends of epochs values are interpolated linearly. The level is the value with which the mean of
-the other method's curves over its seeds ends, and the samples of both are those of their mean curves, so that the other
-method's own ratio is 1. (Seed by seed, about every second run of the other method would miss the mean of all of them,
-and a mean over those that come to it would count the lucky ones alone.) The samples of each seed tell the spread.
+Between the tests at the ends of epochs values are interpolated linearly. The level is the value with which the mean of the
+baseline's curves over its seeds ends, and the samples of both are those of their mean curves, so that the baseline's own
+ratio is 1. (Of single runs about every second one of the baseline would miss the mean of all, and a mean over those that
+come to it would count the lucky ones alone.) The spread is that of pairs: a run against the baseline's with the same seed,
+and the level with which that one ended.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class RelativeSamples:
         level: the value to come to, with which the mean curve of the other method ends.
         base_samples: samples until the other method's mean curve first comes to it; nan: a level that is not finite.
         ratio: samples of the mean curve over ``base_samples``; inf: it does not come to the level; nan: there is none.
-        by_seed: the same of each run's curve, in the order given.
+        by_seed: the ratio of each run and the baseline's run of the same seed, for the seeds that both have.
     """
 
     level: float
@@ -37,15 +38,15 @@ class RelativeSamples:
         return not math.isnan(self.ratio)
 
     def __str__(self) -> str:
-        """``1.08 (1.02 to 1.15)``: the ratio, and its range over several seeds or how many of them reach the level."""
+        """``1.08 (1.02 to 1.15)``: the ratio and its range over seeds, or the number of seeds that reach the level."""
         if not self.is_known:
             return "-"
+        reached, pairs = sum(map(math.isfinite, self.by_seed)), len(self.by_seed)
         text = "not reached" if math.isinf(self.ratio) else f"{self.ratio:.2f}"
-        reached = sum(map(math.isfinite, self.by_seed))
-        if len(self.by_seed) < 2 or (reached == 0 and math.isinf(self.ratio)):
+        if 0 < reached < pairs:
+            return f"{text} ({reached} of {pairs} seeds)"
+        if math.isinf(self.ratio) or reached == 0 or pairs < 2:
             return text
-        if reached < len(self.by_seed):
-            return f"{text} ({reached} of {len(self.by_seed)} seeds)"
         low, high = (f"{extreme(self.by_seed):.2f}" for extreme in (min, max))
         return f"{text} ({low} to {high})"
 
@@ -90,8 +91,10 @@ def relative_samples(
     base_curves: Sequence[Sequence[float]],
     *,
     higher_is_better: bool,
+    seeds: Sequence[int] | None = None,
+    base_seeds: Sequence[int] | None = None,
 ) -> RelativeSamples:
-    """The samples that runs need to come to what other runs, the baseline, ended with, over those of the baseline.
+    """The samples that runs need to come to what the runs of a baseline ended with, over those of the baseline.
 
     >>> needed = relative_samples([100, 200], [[3.0, 2.0]], [100, 200], [[4.0, 2.5]], higher_is_better=False)
     >>> needed.ratio  # at 150 samples, and not at 200
@@ -101,25 +104,33 @@ def relative_samples(
         samples: samples trained on until each test of the runs, increasing.
         curves: what the tests of each run came to. Of the mean curve, as many tests count as every run has.
         base_samples: as ``samples``, of the baseline.
-        base_curves: as ``curves``, of the baseline, whose runs need not have the same seeds, or be as many.
+        base_curves: as ``curves``, of the baseline.
         higher_is_better: whether the level is reached from below.
+        seeds: the seed of each run; None: 0, 1, ...
+        base_seeds: the same of the baseline.
 
     Raises:
-        ValueError: no run, a run without a test, more tests than samples, or samples that do not increase from above 0.
+        ValueError: no run, a run without a test, more tests than samples, samples that do not increase from above 0, or
+            not a seed for each run.
     """
     _check(samples, curves)
     _check(base_samples, base_curves)
+
+    def ratio(values: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+        """(samples of the baseline, ratio)"""
+        if not math.isfinite(base[-1]):
+            return math.nan, math.nan
+        by_base, own = (
+            samples_to(base[-1], x[: len(y)], y, higher_is_better=higher_is_better)
+            for x, y in ((base_samples, base), (samples, values))
+        )
+        return by_base, own / by_base
+
     base = mean_curve(base_curves)
-    level = base[-1]
-    if not math.isfinite(level):
-        return RelativeSamples(level, math.nan, math.nan, (math.nan,) * len(curves))
-
-    def needed(samples: Sequence[float], values: Sequence[float]) -> float:
-        return samples_to(level, samples[: len(values)], values, higher_is_better=higher_is_better)
-
-    by_base = needed(base_samples, base)
-    by_seed = tuple(needed(samples, values) / by_base for values in curves)
-    return RelativeSamples(level, by_base, needed(samples, mean_curve(curves)) / by_base, by_seed)
+    twins = dict(zip(range(len(base_curves)) if base_seeds is None else base_seeds, base_curves, strict=True))
+    runs = zip(range(len(curves)) if seeds is None else seeds, curves, strict=True)
+    by_seed = tuple(ratio(values, twins[seed])[1] for seed, values in runs if seed in twins)
+    return RelativeSamples(base[-1], *ratio(mean_curve(curves), base), by_seed)
 
 
 def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
