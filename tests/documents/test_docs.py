@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -66,6 +67,22 @@ def test_every_command_and_option_is_on_the_page_of_commands() -> None:
         assert f"## dtrp {name}" in text
     assert "`--num-microbatches NUMBER|AUTO`\n: " in text
     assert "One of `digits`, `cifar10`" in text
+
+
+# Packages with a list of names, but for the command line, whose page is its own.
+LISTS = (path.parent.name for path in DOCS.parent.glob("dtrp/*/__init__.py") if "__all__ =" in path.read_text())
+PUBLIC = ["dtrp", *(f"dtrp.{name}" for name in sorted(LISTS) if name != "cli")]
+
+
+@pytest.mark.skipif(not (SITE / "docs").is_dir(), reason="the site is not built: make docs")
+@pytest.mark.parametrize("package", PUBLIC)
+def test_the_page_of_the_interface_has_every_public_name(package: str) -> None:
+    page = (SITE / "docs" / "api.html").read_text()
+    section = re.search(rf"(?ms)^## {re.escape(package)}$.*?(?=^## |\Z)", (DOCS / "api.md").read_text())
+    assert section, f"docs/api.md has no heading {package}"
+    # A name has an entry, or is in the section's text, where it is a value or has its entry in another section.
+    names = [name for name in importlib.import_module(package).__all__ if f'id="{package}.{name}"' not in page]
+    assert [name for name in names if f"`{name}`" not in section[0]] == []
 
 
 @needs_chromium
