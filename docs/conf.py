@@ -24,8 +24,10 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "mathml",
+    "formulas",
     "pictures",
     "pages",
+    "readme",
 ]
 root_doc = "docs/index"
 include_patterns = [
@@ -38,7 +40,7 @@ include_patterns = [
 ]
 exclude_patterns = [".*", "build", "dist", "runs", "tests", "dtrp", "shared", "**/__pycache__"]
 
-myst_enable_extensions = ["dollarmath", "deflist"]
+myst_enable_extensions = ["dollarmath", "deflist", "attrs_inline"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from typing import Any
 
@@ -15,10 +16,17 @@ def _inline(self: Any, node: nodes.math) -> None:
     raise nodes.SkipNode
 
 
+def _numbered(formula: str) -> tuple[str, str]:
+    r"""A formula without its ``\tag{number}``, and the number."""
+    found = re.search(r"\s*\\tag\{([^}]*)\}", formula)
+    return (formula, "") if found is None else (formula.replace(found[0], ""), found[1])
+
+
 def _display(self: Any, node: nodes.math_block) -> None:
-    self.body.append(f'<div class="math" tabindex="0">{convert(node.astext(), display="block")}')
-    if node["number"]:
-        self.body.append(f'<span class="eqno">({escape(str(node["number"]))})</span>')
+    formula, number = _numbered(node.astext())
+    self.body.append(f'<div class="math" tabindex="0">{convert(formula, display="block")}')
+    if number := number or node["number"]:
+        self.body.append(f'<span class="eqno">({escape(str(number))})</span>')
     self.body.append("</div>")
     raise nodes.SkipNode
 

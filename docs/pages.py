@@ -49,7 +49,7 @@ def linked(text: str) -> str:
 
 
 def _order(method: dtrp.Method) -> str:
-    parts, minibatches = (4, 2) if method.flush else (1, 8)
+    parts, minibatches = (4, 2) if method.flush else (1, 5 if method.split_backward else 8)
     cut = " cut into four micro-batches" if method.flush else ""
     return (
         f"{STAGES} stages, {minibatches} mini-batches{cut}, a column a slot; the small v is the version of the weights, how\n"

@@ -35,7 +35,7 @@ from sphinx.application import Sphinx
 
 import dtrp
 
-LEFT, CELL, ROW, SCALE = 56, 26, 40, 13  # px: labels; an action; a stage; a forward's time
+LEFT, CELL, ROW, SCALE = 54, 21, 40, 13  # px: labels; an action; a stage; a forward's time
 KINDS = {"F": "forward", "B": "backward", "I": "backward", "R": "again", "W": "weights"}
 
 
@@ -50,8 +50,12 @@ class Drawing:
         self.parts.append(f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="2"/>')
         self.width, self.height = max(self.width, x + width), max(self.height, y + height)
 
-    def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "middle") -> None:
-        self.parts.append(f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>')
+    def text(
+        self, x: float, y: float, text: str, kind: str = "", anchor: str = "middle", size: float | None = None
+    ) -> None:
+        written = "" if size is None else f' font-size="{size:g}"'
+        place = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}"{written}'
+        self.parts.append(f'<text class="{kind}" {place}>{escape(text)}</text>')
         self.height = max(self.height, y + 4)
         if anchor == "start":
             self.width = max(self.width, x + 7.2 * len(text))
@@ -93,7 +97,7 @@ def draw_grid(schedule: dtrp.Schedule, *, show: str = "", follow: int | None = N
                 held += {"F": 1, "B": -1, "W": -1}.get(action[0], 0)
                 kind = KINDS[action[0]] + (" aside" if follow not in (None, int(action[1:])) else "")
                 drawing.box(at + 1, y + 1, CELL - 2, 30, kind)
-                drawing.text(at + CELL / 2 - 1, y + 21, action, kind)
+                drawing.text(at + CELL / 2 - 1, y + 21, action, kind, size=9 if len(action) > 2 else None)
                 if show == "versions":
                     drawing.text(at + CELL / 2, y + 44, f"v{updates}", "small")
                 passes.append(action)

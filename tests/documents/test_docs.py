@@ -18,8 +18,10 @@ SITE = DOCS.parent / "build" / "docs"
 sys.path.insert(0, str(DOCS))
 
 import check  # noqa: E402
+import formulas  # noqa: E402
 import pages  # noqa: E402
 import pictures  # noqa: E402
+import readme  # noqa: E402
 
 
 @pytest.mark.parametrize("name", list_methods())
@@ -30,6 +32,31 @@ def test_every_method_has_a_page_from_its_docstring(name: str) -> None:
         assert re.sub(r"[*\s]", "", pages.linked(word)) in said, word
     assert f"{{grid}} {name}" in page
     assert "| 3 |" in page.split("## Delay")[1]
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_the_formulas_of_every_docstring_are_typeset(name: str) -> None:
+    for code in re.findall(r"``([^`]+)``", get_method(name).__doc__ or ""):
+        if "w_k" in code or code.startswith("ceil"):
+            written = formulas.latex(" ".join(code.split()))
+            assert written is not None, code
+            assert not re.search(r"\*|(?<!\\)\b(?:grad|eta|beta|gamma|ceil)|\bd ", written), written
+
+
+def test_the_readme_on_the_site_has_pictures() -> None:
+    text = readme.for_the_site((DOCS.parent / "README.md").read_text())
+    assert "```{grid} bp\n:stages: 3\n:minibatches: 2\n:microbatches: 3\n```" in text
+    assert "```{grid} dtrp\n:stages: 3\n:minibatches: 8\n:microbatches: 1\n```" in text
+    assert "<picture>" not in text
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_the_picture_of_a_method_fits_a_small_screen(name: str) -> None:
+    options = dict(re.findall(r":(stages|minibatches|microbatches): (\d+)", pages.page(name)))
+    schedule = Schedule.build(name, *(int(options[n]) for n in ("stages", "minibatches", "microbatches")))
+    width = re.search(r'<svg [^>]*width="(\d+)"', pictures.draw_grid(schedule, show="versions"))
+    assert width is not None
+    assert int(width[1]) <= 800  # the text of a page in a window of 1366 pixels
 
 
 def test_the_numbers_on_a_methods_page() -> None:
