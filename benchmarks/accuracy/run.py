@@ -19,18 +19,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import math
 import os
-import shutil
-import tempfile
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrp.cli import run as dtrp
 from dtrp.methods import get_method, list_methods
-from dtrp.train.comparison import Cell, grid, largest_delay, prediction_error, read_summary
+from dtrp.train.comparison import Cell, grid
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from training import cell_of, described, key, read_rows, train  # noqa: F401  (described: for benchmarks/frontier)
 
 HERE = Path(__file__).parent
 COMMON = {
@@ -116,7 +115,7 @@ def wanted(cell: Cell, options: argparse.Namespace) -> bool:
 
 
 def cells(part: str, seeds: Sequence[int], only: str | None) -> Iterator[Cell]:
-    """Each once. A method that flushes comes to the same at every K, so one K stands for all with its A."""
+    """Each once."""
     known: set[Any] = set()
     for seed, (methods, stages, microbatches, predictions) in itertools.product(seeds, GRIDS[part]):
         counts = [int(k) for k in stages.split(",") if only is None or k in only.split(",")]
@@ -126,18 +125,8 @@ def cells(part: str, seeds: Sequence[int], only: str | None) -> Iterator[Cell]:
                 yield cell
 
 
-def key(cell: Cell) -> tuple[Any, ...]:
-    stages = None if get_method(cell.method).flush else cell.stages
-    return cell.method, cell.prediction, stages, cell.num_microbatches, cell.seed
-
-
-def cell_of(row: dict[str, Any]) -> Cell:
-    return Cell(row["method"], row["stages"], row["num_microbatches"], row["seed"], row["prediction"])
-
-
 def finished(part: str) -> list[dict[str, Any]]:
-    path = HERE / "results" / f"{part}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_rows(HERE / "results" / f"{part}.jsonl")
 
 
 def run(part: str, cell: Cell, data_dir: str, device: str, runs: Path | None = None) -> None:
@@ -150,39 +139,7 @@ def run(part: str, cell: Cell, data_dir: str, device: str, runs: Path | None = N
         "data-dir": data_dir, "model": MODELS[part], "method": cell.method, "seed": str(cell.seed), "stages": str(cell.stages),
         "num-microbatches": str(cell.num_microbatches), "prediction": cell.prediction, "device": device,
     }  # fmt: skip
-    saving = ["--keep-last", "0"] if runs is None else ["--save-every", "3m", "--keep-last", "1"]
-    with tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
-        out = Path(folder) / "run" if runs is None else runs / part / cell.name.replace(" ", "-")
-        words = [word for name, value in settings.items() if value is not None for word in (f"--{name}", value)]
-        if dtrp(["train", *words, *saving, "--out", str(out)]):
-            raise SystemExit(f"{cell.name} failed")
-        line = described(out)
-    (HERE / "results").mkdir(exist_ok=True)
-    with open(HERE / "results" / f"{part}.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-    if runs is not None:
-        shutil.rmtree(out)
-
-
-def described(folder: Path) -> dict[str, Any]:
-    """What a finished run came to."""
-    summary = read_summary(folder)
-    assert summary is not None, f"{folder} is not finished"
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    error = prediction_error(summary)
-    names = ("method", "prediction", "stages", "num_microbatches", "seed", "model", "lr", "batch_size", "warmup_updates",
-             "limit_train", "epochs")  # fmt: skip
-    return {
-        **{name: summary["config"][name] for name in names},
-        "test_accuracy": [line["test_accuracy"] for line in metrics],
-        "test_loss": [line["test_loss"] for line in metrics],
-        "largest_delay": largest_delay(summary),
-        "prediction_error": None if math.isnan(error) else error,
-        "minibatch_s": summary["minibatch_s"],
-        **{name: summary["environment"][name] for name in ("torch", "dtrp")},
-        **({} if summary["config"]["device"] == "cpu" else {"gpu": summary["environment"]["gpu"]}),
-        **({} if summary["config"]["dtype"] == "float32" else {"dtype": summary["config"]["dtype"]}),
-    }
+    train(settings, cell.name, HERE / "results" / f"{part}.jsonl", None if runs is None else runs / part)
 
 
 def figures() -> None:
