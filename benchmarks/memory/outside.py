@@ -5,8 +5,9 @@
     python benchmarks/shown.py --write                # puts the tables into README.md
 
 A cell is K new processes, forked from one that has torch loaded and has computed nothing, joined by gloo. Of each the kernel
-tells, when it has ended, the most that it had resident (what its parent's wait4 returns), and it tells itself what it had
-before it made the model; the difference is what training took: weights, optimizer, activations, messages, working memory.
+tells, when it has ended, the most that it had resident (what its parent's wait4 returns). Before a process makes its model it
+trains a tiny one of the kind, which brings torch's code into memory, and tells what it has then; the difference is what
+training took: weights, optimizer, activations, messages, working memory.
 A cell runs until each stage has held the most it ever will. A finished one is a line of results/outside.jsonl and is not
 repeated. `keep="auto"` has as its limit, for each stage, a fifth more than what the largest stage of bp or of dtrp held at
 that K and A.
@@ -24,7 +25,7 @@ import runpy
 import socket
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 import dtrp
 from dtrp.launch.join import join
 from dtrp.measure.memory import held_at_most
-from dtrp.models import get_model, gpt
+from dtrp.models import cifar_resnet, get_model, gpt
 from dtrp.train import class_loss, environment
 
 HERE = Path(__file__).parent
@@ -85,22 +86,27 @@ def pipeline(cell: dict[str, Any]) -> dtrp.Pipeline:
         )
     cuts = {"cuts": [1 + GPT["layers"] // stages * k for k in range(1, stages)]} if text else {"num_stages": stages}
     keep = {"keep": "auto", "memory_limit_bytes": cell["limit_bytes"]} if "limit_bytes" in cell else {}
-    optimizer = (
-        functools.partial(torch.optim.AdamW, lr=1e-4)
-        if text
-        else functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-    )
     return dtrp.Pipeline(
-        model, optimizer, class_loss if text else cross_entropy, method=cell["method"],
+        model, optimizer_of(cell["model"]), loss_of(cell["model"]), method=cell["method"],
         num_microbatches=cell["num_microbatches"], seed=0, timeout_s=WAIT_S, **cuts, **keep,
     )  # fmt: skip
 
 
-def batch(model: str) -> tuple[Tensor, Tensor]:
+def optimizer_of(model: str) -> Callable[..., torch.optim.Optimizer]:
     if model == "gpt":
-        tokens = torch.randint(NUM_TOKENS, (BATCH, GPT["context"] + 1))
+        return functools.partial(torch.optim.AdamW, lr=1e-4)
+    return functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+
+
+def loss_of(model: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return class_loss if model == "gpt" else cross_entropy
+
+
+def batch(model: str, size: int = BATCH) -> tuple[Tensor, Tensor]:
+    if model == "gpt":
+        tokens = torch.randint(NUM_TOKENS, (size, GPT["context"] + 1))
         return tokens[:, :-1], tokens[:, 1:]
-    return torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
+    return torch.randn(size, 3, 32, 32), torch.randint(10, (size,))
 
 
 def train(cell: dict[str, Any]) -> dict[str, Any]:
@@ -108,6 +114,7 @@ def train(cell: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     join(WAIT_S)
+    warm_up(cell["model"])
     before = resident()
     pipe = pipeline(cell)
     for _ in range(MEMORY["enough"](dtrp.get_method(cell["method"]), cell["stages"], cell["num_microbatches"])):
@@ -123,6 +130,15 @@ def train(cell: dict[str, Any]) -> dict[str, Any]:
         "before": [told["before"] for told in every],
         **environment(),
     }
+
+
+def warm_up(model: str) -> None:
+    """Touch the code and the tables that any training of this kind does: a step of a tiny network, of two samples."""
+    tiny = gpt(NUM_TOKENS, **GPT | {"layers": 1, "width": 16}) if model == "gpt" else cifar_resnet(8, width=4)
+    optimizer = optimizer_of(model)(tiny.parameters())
+    x, y = batch(model, 2)
+    loss_of(model)(tiny(x), y).backward()
+    optimizer.step()
 
 
 def resident() -> int:
