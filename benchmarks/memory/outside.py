@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # which the first optimizer would import, in each process
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -45,6 +46,7 @@ MEMORY = runpy.run_path(str(HERE / "run.py"))
 RESULTS = HERE / "results" / "outside.jsonl"
 METHODS = {  # what is compared, and the method that it is
     "bp": "bp", "bp, checkpointed": "bp", "gpipe": "gpipe", "fdg": "fdg", "dtrp": "dtrp", "dtrp, keep=auto": "dtrp",
+    "spectrain": "spectrain",
 }  # fmt: skip
 STAGES = (2, 4, 8)
 MODELS = ("gpt", "resnet110")
