@@ -45,7 +45,7 @@ _TYPES = {
 _HELP = {
     "--data": "Data set: a name, digits is embedded, the others lie on disk; package.module:function or file.py:function.",
     "--data-arg": "name=value: an argument of that function, once for each.",
-    "--data-dir": "Where the data set lies (for CIFAR, the current folder); for text, the file.",
+    "--data-dir": "Where the data set lies (for CIFAR and the MNISTs, the current folder); for text, the file.",
     "--image-size": "Height and width to which the images of --data folder are resized (32).",
     "--stream/--in-memory": "Decode the images of --data folder when they are needed, or all at the start (by itself, above 2 GB).",
     "--loader-workers": "Processes that decode the images of --stream, or read your data; 0: the training process does.",
