@@ -50,19 +50,43 @@ def linked(text: str) -> str:
 
 def _order(method: dtrp.Method) -> str:
     parts, minibatches = (4, 2) if method.flush else (1, 5 if method.split_backward else 8)
-    cut = " cut into four micro-batches" if method.flush else ""
+    cut = ", each cut into four micro-batches" if method.flush else ""
+    if method.flush:
+        when = ", in every mini-batch"
+    elif _is_full(method):
+        when = ", at the start and at the end only"
+    elif method.split_backward:
+        when = "; the last stage has no forward to repeat"
+    else:
+        when = (
+            ". Here a message takes a whole column; on fast links it takes next to no time, and no stage waits for it"
+        )
+    parts_of_backward = (
+        "; a backward is in two parts, I and W, and R is a repeated forward" if method.split_backward else ""
+    )
     return (
-        f"{STAGES} stages, {minibatches} mini-batches{cut}, a column a slot; the small v is the version of the weights, how\n"
-        "many updates the stage has made.\n\n"
+        f"{STAGES} stages and {minibatches} mini-batches{cut}. F3 is the forward of micro-batch 3, B3 its\n"
+        f"backward, and the bar at the end of a cell an update{parts_of_backward}. The small v is the version of the\n"
+        f"weights: how many updates the stage has made. A grey cell is a stage that waits{when}.\n\n"
         f"```{{grid}} {method.name}\n:stages: {STAGES}\n:minibatches: {minibatches}\n:microbatches: {parts}\n"
         ":show: versions\n```"
     )
 
 
+def _is_full(method: dtrp.Method) -> bool:
+    """Whether all stages have work in each slot, from where the last one has a forward and the first one a backward."""
+    rows = [[cell.split() for cell in line.split("|")[1:]] for line in str(dtrp.Schedule.build(method, STAGES, 8)).splitlines()
+            if line.startswith("stage")]  # fmt: skip
+    first, *_, last = ([any(action[0] == "F" for action in cell) for cell in row] for row in (rows[0], rows[-1]))
+    backward = next(i for i, cell in enumerate(rows[0]) if any(action[0] in "BI" for action in cell))
+    begins, ends = max(last.index(True), backward), len(first) - 1 - first[::-1].index(True)
+    return all(cell for row in rows for cell in row[begins : ends + 1])
+
+
 def _numbers(method: dtrp.Method) -> str:
     text = (
-        "Steady state, for one micro-batch in a mini-batch and for as many as stages. *Holds*: micro-batches between their F\n"
-        f"and their B, at most, of which the stage keeps the {method.keep}.\n\n"
+        "Between start and end of a run, with one micro-batch in a mini-batch (A=1) and with as many as stages (A=4). *Holds* is\n"
+        f"the largest number of micro-batches between their F and their B, of each of which the stage keeps the {method.keep}.\n\n"
         "| stage | lead | delay, A=1 | holds | delays, A=4 | holds |\n|---|---|---|---|---|---|\n"
     )
     runs = [dtrp.Schedule.build(method, STAGES, 12, parts) for parts in (1, STAGES)]
@@ -73,8 +97,9 @@ def _numbers(method: dtrp.Method) -> str:
             cells += [" or ".join(map(str, sorted(delays))), str(run.peak_stash()[stage])]
         text += "| " + " | ".join(cells) + " |\n"
     text += (
-        "\nTime of a mini-batch when a message takes so long (simulated; a forward of the whole mini-batch on one stage takes\n"
-        "1, its backward 2; who keeps graphs can do no better than 3, who recomputes them than 4):\n\n"
+        "\nThe simulated time of a mini-batch, for messages that take as long as the columns say. A forward of\n"
+        "the whole mini-batch on one stage takes 1 and its backward 2, so a method that keeps graphs\n"
+        "needs at least 3, and one that recomputes 4:\n\n"
     )
     latencies = (0, 0.5, 1, 2)
     text += "| | " + " | ".join(f"{c:g}" for c in latencies) + " |\n|---|" + "---|" * len(latencies) + "\n"
@@ -93,7 +118,8 @@ def _numbers(method: dtrp.Method) -> str:
 def _row(method: dtrp.Method) -> str:
     meanings = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", inspect.cleandoc(dtrp.Method.__doc__ or ""), re.M))
     text = (
-        f'`dtrp.get_method("{method.name}")`; any field can be changed there.\n\n| field | value | |\n|---|---|---|\n'
+        f'The values of `dtrp.get_method("{method.name}")`, which takes other values by keyword.\n\n'
+        "| field | value | |\n|---|---|---|\n"
     )
     for field in dataclasses.fields(method):
         meaning = " ".join(meanings.get(field.name, "").split()).replace("|", "\\|")
@@ -104,8 +130,9 @@ def _row(method: dtrp.Method) -> str:
 def index(names: list[str]) -> str:
     """The page that lists the methods."""
     text = (
-        "# The methods\n\nEach is a row of values over one engine. Each page is made from the row's docstring, its schedule and\n"
-        "the simulator.\n\n"
+        "# The methods\n\nEvery method is a row of values, and one engine runs them all. The page of a method\n"
+        "has its update rule, its order of work, its delay, memory and time, and its source. Which one to take:\n"
+        "[how to choose](../choose.md).\n\n"
         "| method | | delay at stage 0 of 4 | keeps |\n|---|---|---|---|\n"
     )
     for name in names:
@@ -119,7 +146,9 @@ def index(names: list[str]) -> str:
 def commands() -> str:
     """The command line, as Markdown."""
     parts = ["# The command line"]
-    parts += ["`dtrp COMMAND --help` says the same. A user's mistake is one line on standard error and exit code 2."]
+    parts += [
+        "`dtrp COMMAND --help` prints the same. A mistake in a command is one line on standard error, and exit code 2."
+    ]
     top = click.Context(cli, info_name="dtrp", **cli.context_settings)
     for name in cli.list_commands(top):
         command = cli.get_command(top, name)
