@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dtrp
 from dtrp.engine.consistency import method_values
-from dtrp.predict import as_predictor, informed, linear, rollout
+from dtrp.predict import as_predictor, batches, informed, linear, rollout
 
 Make = Callable[[list[Tensor]], Optimizer]
 
@@ -354,7 +354,10 @@ class LargestScratch(TorchDispatchMode):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("rule", [linear, rollout])
 @pytest.mark.parametrize(("cls", "options"), OPTIMIZERS)
-def test_scratch_is_no_larger_than_the_largest_weight(cls: Any, options: dict[str, Any], rule: Any) -> None:
+def test_scratch_is_no_larger_than_the_largest_weight(
+    cls: Any, options: dict[str, Any], rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or than `SCRATCH_BYTES`, here 0; and what is done in pieces has the bits of what is not."""
     parameters = [
         torch.randn(100, 100).requires_grad_(),
         torch.randn(2000).requires_grad_(),
@@ -363,9 +366,13 @@ def test_scratch_is_no_larger_than_the_largest_weight(cls: Any, options: dict[st
     optimizer = trained(parameters, lambda p: cls(p, **options), steps=2)
     out = [torch.empty_like(p) for p in parameters]
     held = [*parameters, *out, *(t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))]
+    at_once = [torch.empty_like(p) for p in parameters]
+    rule(parameters, optimizer, 4, at_once)
+    monkeypatch.setattr(batches, "SCRATCH_BYTES", 0)
     with LargestScratch({t.untyped_storage().data_ptr() for t in held}) as counter:
         rule(parameters, optimizer, 4, out)
     assert counter.peak <= max(p.nbytes for p in parameters) + 64
+    assert all(map(torch.equal, out, at_once))
 
 
 def test_objects_of_the_library_are_told_apart_by_their_names() -> None:

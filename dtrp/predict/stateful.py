@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..tensors.module_buffers import copy_all
+from ..tensors.torch_private import foreach
 from ..validation import is_number
+from .batches import SCRATCH_BYTES
 from .built_in import BuiltInPredictor, Predictor, informed, linear, rollout
 
 
@@ -107,36 +110,42 @@ class _LastOfStage:
     def __call__(
         self, parameters: Sequence[Tensor], optimizer: Optimizer, horizon: int, out: Sequence[Tensor], **at: Any
     ) -> None:
+        copy_all(out, parameters)
         if not self._known:
-            for o, p in zip(out, parameters, strict=True):
-                o.copy_(p)
             return
-        ratios = {
-            id(p): _ratio(group["lr"], rate)
-            for group, rate in zip(optimizer.param_groups, self._rates, strict=False)
-            for p in group["params"]
-        }
+        places = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        ratios = [_ratio(group["lr"], rate) for group, rate in zip(optimizer.param_groups, self._rates, strict=False)]
+        moving: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         for p, moved, o in zip(parameters, self._moved, out, strict=True):
-            ratio = ratios.get(id(p), 1.0)
+            place = places.get(id(p), len(ratios))
+            into, by = moving.setdefault(place if place < len(ratios) else -1, ([], []))
+            into.append(o)
+            by.append(moved)
+        for place, (into, by) in moving.items():
+            ratio = ratios[place] if place >= 0 else 1.0
             if isinstance(ratio, Tensor):
-                torch.addcmul(p, moved, ratio.to(moved.dtype), value=horizon, out=o)
+                rates = (
+                    [ratio.to(t.dtype) for t in by]
+                    if len({t.dtype for t in by}) > 1
+                    else [ratio.to(by[0].dtype)] * len(by)
+                )
+                foreach.addcmul_(into, by, rates, value=horizon)
             else:
-                torch.add(p, moved, alpha=horizon * ratio, out=o)
+                foreach.add_(into, by, alpha=horizon * ratio)
 
     @torch.no_grad()
     def before_update(self, parameters: Sequence[Tensor], optimizer: Optimizer) -> None:
         if not self._moved:
             self._moved = [torch.empty_like(p, requires_grad=False) for p in parameters]
-        for moved, p in zip(self._moved, parameters, strict=True):
-            moved.copy_(p)
+        copy_all(self._moved, parameters)
         self._rates = [lr.clone() if isinstance(lr := group["lr"], Tensor) else lr for group in optimizer.param_groups]
         self._stepping = True
 
     @torch.no_grad()
     def after_update(self, parameters: Sequence[Tensor], version: int) -> None:
         if self._stepping:
-            for moved, p in zip(self._moved, parameters, strict=True):
-                torch.sub(p, moved, out=moved)
+            foreach.sub_(self._moved, list(parameters))
+            foreach.neg_(self._moved)
             self._known, self._stepping = True, False
 
     def forget(self) -> None:
@@ -237,24 +246,21 @@ class _ScaledOfStage:
         **at: Any,
     ) -> None:
         if not self._base_writes_all:  # a weight that the predictor leaves out is predicted to stay
-            for o, p in zip(out, parameters, strict=True):
-                o.copy_(p)
+            copy_all(out, parameters)
         self._base(parameters, optimizer, horizon, out, version=version, **at)
-        for o, p in zip(out, parameters, strict=True):
-            o.sub_(p)
+        weights, predicted = list(parameters), list(out)
+        foreach.sub_(predicted, weights)
         if self._due is None:
             if not self._start:
-                self._start = [torch.empty_like(p, requires_grad=False) for p in parameters]
-                self._displacement = [torch.empty_like(p, requires_grad=False) for p in parameters]
-            for start, displacement, p, o in zip(self._start, self._displacement, parameters, out, strict=True):
-                start.copy_(p)
-                displacement.copy_(o)
+                self._start, self._displacement = _side_by_side(parameters), _side_by_side(parameters)
+            copy_all(self._start, weights)
+            copy_all(self._displacement, predicted)
             self._due = version + horizon
-        factor = None if self._sums is None else self._factor()
-        for o, p in zip(out, parameters, strict=True):
-            if factor is not None:
-                o.mul_(factor.to(o.dtype))
-            o.add_(p)
+        if self._sums is not None:
+            factor = self._factor()
+            for members in _by_dtype(predicted):
+                foreach.mul_(members, factor.to(members[0].dtype))
+        foreach.add_(predicted, weights)
 
     def before_update(self, parameters: Sequence[Tensor], optimizer: Optimizer) -> None:
         if hasattr(self._base, "before_update"):
@@ -266,10 +272,11 @@ class _ScaledOfStage:
             self._base.after_update(parameters, version)
         if self._due is None or version < self._due:
             return
+        foreach.sub_(self._start, list(parameters))
+        foreach.neg_(self._start)
         fitted = length = torch.zeros((), dtype=_wide(self._start[0]), device=self._start[0].device)
-        for p, start, u in zip(parameters, self._start, self._displacement, strict=True):
-            torch.sub(p, start, out=start)
-            fitted = fitted + _dot(u, start, fitted)
+        for u, moved in zip(_wholes(self._displacement), _wholes(self._start), strict=True):
+            fitted = fitted + _dot(u, moved, fitted)
             length = length + _dot(u, u, fitted)
         if self._sums is not None:
             fitted, length = (new + self._decay * old for new, old in zip((fitted, length), self._sums, strict=True))
@@ -294,7 +301,9 @@ class _ScaledOfStage:
         self._sums = None if state["sums"] is None else (state["sums"][0], state["sums"][1])
         self._due = state["due"]
         if self._due is not None:
-            self._start, self._displacement = map(list, state["probe"])
+            self._start, self._displacement = map(_side_by_side, state["probe"])
+            for mine, saved in zip((self._start, self._displacement), state["probe"], strict=True):
+                copy_all(mine, saved)
         if state["base"] is not None:
             self._base.load_state_dict(state["base"])  # type: ignore[union-attr]
 
@@ -302,6 +311,33 @@ class _ScaledOfStage:
 def _wide(t: Tensor) -> torch.dtype:
     """The dtype in which sums of products are kept on the tensor's device."""
     return torch.float32 if t.device.type == "mps" else torch.float64
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for t in tensors:
+        groups.setdefault(t.dtype, []).append(t)
+    return list(groups.values())
+
+
+def _side_by_side(like: Sequence[Tensor]) -> list[Tensor]:
+    """Unwritten tensors of the shapes of ``like``; those of one dtype are parts of one vector, in their order."""
+    made: dict[int, Tensor] = {}
+    for members in _by_dtype(like):
+        whole = torch.empty(sum(t.numel() for t in members), dtype=members[0].dtype, device=members[0].device)
+        for t, part in zip(members, torch.split(whole, [t.numel() for t in members]), strict=True):
+            made[id(t)] = part.view(t.shape)
+    return [made[id(t)] for t in like]
+
+
+def _wholes(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The vectors that `_side_by_side` has made, in pieces of few bytes."""
+    wholes = []
+    for members in _by_dtype(parts):
+        size = sum(t.numel() for t in members)
+        whole = members[0].as_strided((size,), (1,), members[0].storage_offset())
+        wholes += list(torch.split(whole, SCRATCH_BYTES // 8)) if size else []
+    return wholes
 
 
 def _dot(a: Tensor, b: Tensor, like: Tensor) -> Tensor:

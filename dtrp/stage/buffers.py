@@ -33,6 +33,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..tensors.module_buffers import Buffers, Slot, buffers_of, copies_of, names_of, put
+from ..tensors.module_mode import Roster
 from ..tensors.pytree import tensors_in
 from ..tensors.torch_private import write_count
 from .reach import storages_of
@@ -87,7 +88,7 @@ class BufferState:
         self.seen = now
 
     @contextmanager
-    def entered(self, module: nn.Module, current: Buffers, noted: Iterable[nn.Module]) -> Iterator[None]:
+    def entered(self, module: Roster, current: Buffers, noted: Iterable[nn.Module]) -> Iterator[None]:
         """Within it the module is in this state, and moves it; after it, the module has its ``current`` buffers again.
 
         Args:

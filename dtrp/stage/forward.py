@@ -18,7 +18,7 @@ from ..tensors.autocast import AutocastState
 from ..tensors.compile import compiled
 from ..tensors.layout import aligned_clone, enter, parts_of
 from ..tensors.module_buffers import Buffers, Slot, buffers_of, copies_of, kinds_of, names_of, slot_of, write
-from ..tensors.module_mode import in_mode, members
+from ..tensors.module_mode import Roster, in_mode, members
 from ..tensors.nbytes import tensor_bytes
 from ..tensors.parameter_swap import Places
 from ..tensors.pytree import flatten, map_tensors, num_samples, tensors_of, unflatten
@@ -49,6 +49,7 @@ class RepeatableForward:
         module: the stage's module, without its auxiliary network.
         changes_input: whether the module writes its input; None: not known yet.
         ahead: the buffers that the next first forward runs on, where some forwards are waiting for their repetition.
+        roster, roster_of_module: the modules within the stage's, with and without its auxiliary network.
         made: shape and dtype of every buffer, by name, when the stage was made.
     """
 
@@ -62,6 +63,7 @@ class RepeatableForward:
         def prepared(module: nn.Module) -> Callable[[Tree], Tree]:
             return module if network.compile is None else compiled(module, network.compile)
 
+        self.roster, self.roster_of_module = Roster(self._whole), Roster(self.module)
         self._call = network.call or prepared(network.module)
         self._call_aux = None if network.aux is None else prepared(network.aux[1])
         self._places = Places(self._whole)
@@ -77,6 +79,11 @@ class RepeatableForward:
             for member in members(self._whole)
             if isinstance(member, attention) and not any(p.requires_grad for p in member.parameters())
         ]
+
+    def look(self) -> None:
+        """Look at the next forward which modules there are."""
+        self.roster.look()
+        self.roster_of_module.look()
 
     @property
     def may_be_fused(self) -> bool:
@@ -110,7 +117,7 @@ class RepeatableForward:
         Returns:
             The output, and the loss or None. At the last stage the loss is the output too, if it was called.
         """
-        current = buffers_of(self._whole) if moves != "current" or self.ahead is not None else {}
+        current = buffers_of(self.roster) if moves != "current" or self.ahead is not None else {}
         state = self._state(held, current, moves)
         read = {} if state is None else dict(state.buffers)
         unwritten = marks(read) if moves == "returned" else {}
@@ -132,7 +139,7 @@ class RepeatableForward:
             check_unshared(made)
         if state is None:
             if self.ahead is not None:
-                self.ahead.seen = marks(buffers_of(self._whole))
+                self.ahead.seen = marks(buffers_of(self.roster))
         elif moves == "ahead":
             self._started = True
             # A buffer that the forward has put there may be a part of its input or output.
@@ -140,7 +147,7 @@ class RepeatableForward:
         elif moves == "returned" and (current or state.buffers):
             self._return(held, current, unwritten, made)
         if state is not None and self._reach is not None and self._reach.covers(held.micro.minibatch):
-            self._reach.copied(buffers_of(self._whole), made)
+            self._reach.copied(buffers_of(self.roster), made)
             self._reach.copied(state.buffers, made)
         self._note_writes(written=list(map(write_count, entered)) != counts)
         return out, loss
@@ -210,7 +217,7 @@ class RepeatableForward:
 
     def written(self) -> list[Tensor]:
         """The parts of the buffers that the next forward may write."""
-        buffers = buffers_of(self._whole) if self.ahead is None else self.ahead.buffers
+        buffers = buffers_of(self.roster) if self.ahead is None else self.ahead.buffers
         return [part for t in buffers.values() if t is not None for part in parts_of(t)]
 
     @property
@@ -251,14 +258,14 @@ class RepeatableForward:
             return nullcontext()
         noted: set[nn.Module] = set()
         if moves != "returned":
-            noted = {module for module, _ in current | state.buffers} if self._started else set(members(self._whole))
-        return state.entered(self._whole, current, noted)
+            noted = {module for module, _ in current | state.buffers} if self._started else set(members(self.roster))
+        return state.entered(self.roster, current, noted)
 
     def _shared_unwritten(self, state: BufferState | None) -> AbstractContextManager[None]:
         """Refuse a forward that writes a buffer which other stages hold too."""
         if not self._shared:
             return nullcontext()
-        return self._shared.checked(lambda: buffers_of(self._whole) if state is None else state.buffers)
+        return self._shared.checked(lambda: buffers_of(self.roster) if state is None else state.buffers)
 
     def _sharing_check(self, current: Buffers, read: Buffers) -> Callable[[Buffers], None] | None:
         """Makes the check that refuses a forward on copies that moves a buffer which shares memory with something else.

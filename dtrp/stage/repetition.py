@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..tensors.module_mode import members, modes_of, slow_attention
 from ..tensors.pytree import map_tensors, tensors_of
-from ..tensors.torch_private import foreach_norm, in_backward, uncompiled, write_count
+from ..tensors.torch_private import foreach, in_backward, uncompiled, write_count
 from ..typing import Tree
 from .stash import StashEntry
 
@@ -129,7 +129,9 @@ class Repetition:
                     f"first of a stage that keeps its inputs does; {_CURE})"
                 ) from error
             raise
-        held.modes = modes_of(self._repeatable.module)  # also of the submodules that the first forward has made
+        held.modes = modes_of(
+            self._repeatable.roster_of_module
+        )  # also of the submodules that the first forward has made
         if compares:
             # Copies: the next forward may write the output.
             held.first = [t.detach().clone() for t in tensors_of((out, held.added))], self._state()
@@ -259,7 +261,7 @@ def wants_gradients(error: Exception) -> bool:
 
 def sizes_of(tensors: Sequence[Tensor]) -> str:
     """The norms of the tensors in full, which differ once one has been written, by whatever way."""
-    norms = foreach_norm([t.detach() for t in tensors]) if tensors else ()
+    norms = foreach.norm([t.detach() for t in tensors]) if tensors else ()
     return repr([float(norm) for norm in norms])
 
 

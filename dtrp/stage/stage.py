@@ -326,7 +326,7 @@ class Stage:
         held = self.stash[0]
         if not held.has_graph:
             # In the modes of the forward: the caller may have called eval() since.
-            changed = held.modes not in ((), modes_of(self.module))
+            changed = held.modes not in ((), modes_of(self.repeatable.roster_of_module))
             with in_modes(self.module, held.modes) if changed else nullcontext(), repeating():
                 expected = self.repetition.expected(held)
                 out, graph_bytes = self._graph(held)
@@ -544,7 +544,7 @@ class Stage:
     def _run_with_graph(self, held: StashEntry, moves: Moves) -> tuple[Tree, Tensor | None, int]:
         """The output, the loss, and the bytes that the graph saves, which are measured once for each kind of input."""
         inputs = tensors_of(held.leaf)
-        held.modes = held.modes or modes_of(self.module)
+        held.modes = held.modes or modes_of(self.repeatable.roster_of_module)
         key = (*((t.shape, t.dtype) for t in inputs), held.autocast, held.modes)
         nbytes, is_first = self._graph_bytes.get(key), self.repeatable.changes_input is None
         run = functools.partial(self.repeatable.run, held, self._tensors(held.weights), moves)
@@ -667,6 +667,7 @@ class Stage:
 
     def check_trainable(self) -> None:
         """Refuse parameters that were frozen, freed or replaced since the optimizer was made."""
+        self.repeatable.look()
         now = {name: p for name, p in self.whole.named_parameters() if p.requires_grad}
         if list(now) != self.names:
             changed = sorted(set(now) ^ set(self.names))[0]

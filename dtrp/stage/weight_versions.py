@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..predict import BuiltInPredictor, Predictor, StatefulPredictor, is_alike, stage_predictor
+from ..tensors.module_buffers import copy_all
 from ..tensors.torch_private import write_count
 
 
@@ -34,8 +35,7 @@ class WeightVersion:
     @torch.no_grad()
     def copy_from(self, parameters: Sequence[Tensor]) -> None:
         """Take the present weights."""
-        for t, p in zip(self.tensors, parameters, strict=True):
-            t.copy_(p)
+        copy_all(self.tensors, parameters)
 
 
 def weight_marks(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:

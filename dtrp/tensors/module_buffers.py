@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .module_mode import members
-from .torch_private import buffer_dict, foreach_copy, has_internal_overlap
+from .module_mode import Roster, members
+from .torch_private import buffer_dict, foreach, has_internal_overlap
 
 Slot = tuple[nn.Module, str]  # a module, and the name of a buffer in it; a shared buffer is in several
 Buffers = dict[Slot, Tensor | None]  # None: registered, and no tensor
 
 
-def buffers_of(module: nn.Module) -> Buffers:
+def buffers_of(module: nn.Module | Roster) -> Buffers:
     """The present buffers of a module and of its submodules."""
     return {
         (member, name): buffer
@@ -117,4 +117,4 @@ def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
         else:
             target.copy_(source)
     for group in groups.values():
-        foreach_copy(*group)
+        foreach.copy_(*group)

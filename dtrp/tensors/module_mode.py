@@ -17,8 +17,34 @@ from .torch_private import forward_hooks, module_backward_hooks, module_dict
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def members(module: nn.Module) -> list[nn.Module]:
+class Roster:
+    """The modules within a module, as they were found last; for what would walk through all of them again and again.
+
+    That a module has got more or fewer children is seen at once, and that one stands in the place of another after
+    `look`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.look()
+
+    def look(self) -> None:
+        """Walk through all of them at the next use."""
+        self._found: list[nn.Module] | None = None
+        self._children: list[tuple[dict[str, nn.Module | None], int]] = []
+
+    def members(self) -> list[nn.Module]:
+        """As `members` of the module."""
+        if self._found is None or any(len(children) != number for children, number in self._children):
+            self._found = members(self._module)
+            self._children = [(children := module_dict(member), len(children)) for member in self._found]
+        return self._found
+
+
+def members(module: nn.Module | Roster) -> list[nn.Module]:
     """``module.modules()``, in the same order, without a generator in a generator for each level."""
+    if isinstance(module, Roster):
+        return module.members()
     found: dict[nn.Module, None] = {}
     left: list[nn.Module | None] = [module]
     while left:
@@ -30,13 +56,13 @@ def members(module: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
-def modes_of(module: nn.Module) -> tuple[bool, ...]:
+def modes_of(module: nn.Module | Roster) -> tuple[bool, ...]:
     """For each of ``module.modules()`` whether it is in train mode."""
     return tuple([member.training for member in members(module)])
 
 
 @contextmanager
-def in_modes(module: nn.Module, training: Sequence[bool] | None = None) -> Iterator[None]:
+def in_modes(module: nn.Module | Roster, training: Sequence[bool] | None = None) -> Iterator[None]:
     """The context in which each of ``module.modules()`` is in the mode given for it."""
     modes = {member: member.training for member in members(module)}
     try:

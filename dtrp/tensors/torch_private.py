@@ -52,14 +52,20 @@ def has_internal_overlap(t: Tensor) -> bool:
     return bool(torch._debug_has_internal_overlap(t))
 
 
-def foreach_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """``copy_`` of many tensors in one launch, as torch's optimizers do it."""
-    torch._foreach_copy_(targets, sources)
+class _Foreach:
+    """Operations on lists of tensors, in one launch each, as torch's optimizers do them; ``foreach.mul_(ts, 2.0)``."""
+
+    def __getattr__(self, name: str) -> Any:
+        operation = getattr(torch, f"_foreach_{name}")
+        setattr(self, name, operation)
+        return operation
+
+    def clone(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Copies of tensors."""
+        return list(torch._foreach_mul(tensors, 1.0))
 
 
-def foreach_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """The 2-norms of many tensors in one launch, as ``torch.nn.utils.clip_grad_norm_`` takes them."""
-    return torch._foreach_norm(tensors)
+foreach = _Foreach()
 
 
 def without_functorch_wrappers(t: Tensor) -> Tensor:

@@ -97,8 +97,8 @@ MUTANTS = [
     Mutant(
         "linear looks one update too far",
         "predict/built_in.py",
-        'torch.add(p, state["momentum_buffer"], alpha=-horizon * float(group["lr"]), out=out)',
-        'torch.add(p, state["momentum_buffer"], alpha=-(horizon + 1) * float(group["lr"]), out=out)',
+        'alpha=-horizon * float(of.group["lr"])',
+        'alpha=-(horizon + 1) * float(of.group["lr"])',
         "tests/test_predict.py::test_linear_is_the_last_step_over_and_over",
     ),
     Mutant(
@@ -111,16 +111,30 @@ MUTANTS = [
     Mutant(
         "the roll-out of Adam corrects its moments for one step too few",
         "predict/built_in.py",
-        "torch.mul(v, left[1] / (1 - beta2 ** (t + i)), out=denominator)",
-        "torch.mul(v, left[1] / (1 - beta2 ** (t + i - 1)), out=denominator)",
+        "foreach.mul(v, _each(left[1] / (1 - beta2 ** (t + i))))",
+        "foreach.mul(v, _each(left[1] / (1 - beta2 ** (t + i - 1))))",
         "tests/test_predict.py::test_rollout_is_the_optimizer_with_zero_gradients",
     ),
     Mutant(
         "informed takes the known gradient for the whole one",
         "predict/built_in.py",
-        'v = torch.mul(state["momentum_buffer"], 1 - share * (1 - mu))',
-        'v = torch.mul(state["momentum_buffer"], mu)',
+        'v = foreach.mul(state["momentum_buffer"], 1 - share * (1 - group["momentum"]))',
+        'v = foreach.mul(state["momentum_buffer"], group["momentum"])',
         "tests/test_predict.py::test_informed_is_linear_after_the_gradient_that_is_known",
+    ),
+    Mutant(
+        "Muon's filters are not flattened over all but the first dimension",
+        "optim/muon.py",
+        "matrix.grad = p.grad.flatten(1)",
+        "matrix.grad = p.grad.flatten(1).flip(1)",
+        "tests/optim/test_optim.py::test_muon_is_torchs_on_flattened_weights",
+    ),
+    Mutant(
+        "an extrapolated update forgets the one before",
+        "optim/extrapolation.py",
+        ".add_(last, alpha=c)",
+        "",
+        "tests/optim/test_optim.py::test_an_extrapolated_update_goes_along_its_change",
     ),
     Mutant(
         "spectrain does not predict",
