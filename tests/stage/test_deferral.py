@@ -516,6 +516,10 @@ def test_what_a_queue_holds_must_not_be_written() -> None:
     queue.tensors()[1].add_(1)
     with pytest.raises(RuntimeError, match="written in place"):
         queue.run()
+    halves = Plain(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), (torch.randn(3, 4),), autocast=True)
+    halves.try_it()
+    halves.run(5, halves.parameters, divided=True, at_once=False)
+    assert halves.queues[0].nbytes == 2 * 12 * 2 + 16 * 2, "the weight in bfloat16, which nothing else holds, too"
 
 
 def test_a_later_use_in_another_way_is_right_or_refused() -> None:

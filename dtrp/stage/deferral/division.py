@@ -104,8 +104,11 @@ class Queue:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what the queue holds."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}
+        """Bytes of what the queue holds, the copies of weights that autocast has made included."""
+        weights = [entry.w for entry in self._entries if isinstance(entry, Deferred)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*self.tensors(), *weights)}
+        for leaf in self.leaves:  # which are there anyway
+            storages.pop(leaf.untyped_storage().data_ptr(), None)
         return sum(storages.values())
 
     @property
