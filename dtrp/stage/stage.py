@@ -266,6 +266,7 @@ class Stage:
         trial = StashEntry(micro, self.version, self._autocast_now(), leaf, value_bytes(leaf), target)
         if self.repeatable.changes_input is None:  # the first run is on a copy of the input, which must not be counted
             self._graph(trial, "discarded")
+            trial.roots = []  # which hold that graph; there is one at a time, or the trial would need more than the limit
         out, graph_bytes = self._graph(trial, "discarded")
         sizes = StageSizes(
             weights=self._weights_bytes(),

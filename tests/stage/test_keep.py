@@ -171,6 +171,60 @@ def test_auto_decides_before_the_first_forward_and_draws_nothing() -> None:
     assert pipe.keeps()[0] == "graph"
 
 
+class Saved:
+    """What a graph has saved, counted while it is there."""
+
+    alive = 0
+
+    def __init__(self) -> None:
+        Saved.alive += 1
+
+    def __del__(self) -> None:
+        Saved.alive -= 1
+
+
+class Counted(torch.autograd.Function):
+    """The identity; the graphs that are there are counted at each forward with one."""
+
+    most = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or ctx.needs_input_grad[0]:
+            ctx.saved = Saved()
+            Counted.most = max(Counted.most, Saved.alive)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class Counting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = Counted.apply(x)
+        return out
+
+
+def test_auto_has_one_graph_at_a_time_while_it_decides() -> None:
+    """Or its trial would need more than the limit that it is there for."""
+    model = nn.Sequential(nn.Linear(4, 8), Counting(), nn.Linear(8, 4), nn.Linear(4, 3))
+    pipe = dtrp.Pipeline(
+        model,
+        sgd,
+        nn.functional.cross_entropy,
+        cuts=[3],
+        method="dtrp",
+        num_microbatches=1,
+        keep="auto",
+        memory_limit_bytes=ROOMY,
+    )
+    Counted.most = 0
+    pipe.step(torch.randn(4, 4), torch.randint(3, (4,)))
+    assert pipe.keeps()[0] == "graph"
+    assert Counted.most == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
