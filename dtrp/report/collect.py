@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
@@ -47,6 +48,22 @@ class Run:
     summary: Summary | None
 
     @property
+    def in_workers(self) -> bool:
+        """Whether its stages ran in a process each, and so have waited for each other; False where it is not finished."""
+        stages = self.summary["stages"] if self.summary else []
+        return any(
+            seconds > 0 for stage in stages for name, seconds in stage["busy"].items() if name.startswith("wait")
+        )
+
+    @property
+    def ended(self) -> date:
+        """The day of its last epoch: by its summary, or the date of the file."""
+        try:
+            return datetime.fromisoformat(str((self.summary or {})["ended"])).date()
+        except (KeyError, ValueError):
+            return datetime.fromtimestamp((self.folder / "metrics.jsonl").stat().st_mtime).date()
+
+    @property
     def is_traced(self) -> bool:
         return (self.folder / "trace.json").is_file()
 
@@ -73,14 +90,20 @@ class Collection:
         runs: runs with at least one epoch.
         failed: name and reason of every cell that failed.
         begun: names of the runs without a finished epoch.
+        without_numbers: folders of the failed and of those, where they are, or would be.
     """
 
     runs: tuple[Run, ...]
     failed: tuple[tuple[str, str], ...]
     begun: tuple[str, ...] = ()
+    without_numbers: tuple[Path, ...] = ()
 
     def groups(self) -> Groups:
         """The runs, grouped by all but the seed; unfinished runs only in groups without a finished run."""
+        return dict(self._groups)
+
+    @cached_property
+    def _groups(self) -> Groups:
         groups: Groups = {}
         for run in self.runs:
             groups.setdefault(self.label(run), []).append(run)
@@ -89,11 +112,18 @@ class Collection:
     def label(self, run: Run, *, short: bool = False) -> str:
         """A name of a run that tells groups apart; ``short``: without K and A."""
         name, cell = run.cell.title, run.cell
-        if not short and len({run.cell.stages for run in self.runs}) > 1:
+        several_stages, several_parts = self._several
+        if several_stages and not short:
             name += f" K={cell.stages or '?'}"
-        if not short and len({run.cell.num_microbatches for run in self.runs}) > 1:
+        if several_parts and not short:
             name += f" A={cell.num_microbatches}"
         return name + "".join(f" {key}={value}" for key, value in self.differing(run).items())
+
+    @cached_property
+    def _several(self) -> tuple[bool, bool]:
+        """Whether there are several numbers of stages, and of micro-batches."""
+        cells = [run.cell for run in self.runs]
+        return len({cell.stages for cell in cells}) > 1, len({cell.num_microbatches for cell in cells}) > 1
 
     def differing(self, run: Run) -> dict[str, Json]:
         """The run's values of the settings that are not the same in all runs, those of a cell left out."""
@@ -104,7 +134,7 @@ class Collection:
         """The finished runs of bp that a group is to be measured by, whose other settings are the same; empty: none."""
         alike = {
             dataclasses.replace(others[0].cell, seed=-1): others
-            for others in self.groups().values()
+            for others in self._groups.values()
             if others[0].summary and self.differing(others[0]) == self.differing(runs[0])
         }
         found = baseline(dataclasses.replace(runs[0].cell, seed=-1), alike)
@@ -169,7 +199,10 @@ def collect(folders: Sequence[str]) -> Collection:
         method = run.cell.method
         return run.cell.stages, run.cell.num_microbatches, (*methods, method).index(method)
 
-    return Collection(tuple(sorted(runs.values(), key=order)), tuple(failed.values()), tuple(begun.values()))
+    without = tuple(path.with_name(name) for path, (name, _) in failed.items()), tuple(begun)
+    return Collection(
+        tuple(sorted(runs.values(), key=order)), tuple(failed.values()), tuple(begun.values()), without[0] + without[1]
+    )
 
 
 def _runs_and_failures(folder: Path) -> tuple[list[Path], list[Path]]:

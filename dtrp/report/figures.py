@@ -1,8 +1,7 @@
 """Draws the figures of a report, from numbers that the page also contains.
 
-Lines differ in dash and marker as well as in colour (Okabe and Ito's, which people with any colour vision tell apart);
-two lines of the same colour differ in both. Figures have no background, and their text has the colour of the page's
-text, so they suit light and dark pages.
+Lines differ in dash and marker as well as in colour (`looks.py`). Figures have no background, and their text has the
+colour of the page's text, so they suit light and dark pages.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ import math
 import re
 import textwrap
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
@@ -21,11 +21,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-MARKERS = "osD^vPX*<>hdp8H1234"
-HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--", "||", "**", "OO", "/.", "x.", "\\.", "+/", "o-", "|.", "*/",
-           "O|")  # fmt: skip
+from .looks import COLOURS, Look, numbered_look
+
 _LEGEND_WIDTH, _ROW_WIDTH = 60, 30  # characters in a line of a label
 _INK = "#123456"  # placeholder in an SVG for the colour of the page's text
 # A label may contain dollar signs; ticks show whole numbers, not differences from an offset.
@@ -34,15 +31,6 @@ _PLAIN_TEXT: Any = {"text.parse_math": False, "axes.formatter.useoffset": False}
 
 # Numbers by label, ``{label: {"x": [...], "y": [...]}}``, with lists "low" and "high" for a band.
 Series: TypeAlias = dict[str, dict[str, list[Any]]]
-
-
-class Look(NamedTuple):
-    """The style of a series."""
-
-    colour: str
-    dash: Any
-    marker: str
-    hatch: str
 
 
 @dataclass(frozen=True)
@@ -61,6 +49,7 @@ class Plot:
         limits: limits of the axis of values; None: from the numbers.
         looks: labels whose position here decides their style, so that a label looks the same in all figures. The style
             of other labels follows from their position in ``series``.
+        styles: styles by label, before those; in rows by the name of the row.
     """
 
     name: str
@@ -73,15 +62,13 @@ class Plot:
     section: str = ""
     limits: tuple[float, float] | None = None
     looks: tuple[str, ...] = ()
+    styles: Mapping[str, Look] = field(default_factory=dict)
 
     def look(self, label: str) -> Look:
         """The style of a label."""
-        number = list(self.looks if label in self.looks else self.series).index(label)
-        again = number // len(COLOURS)  # rounds through all colours; the dash is shifted by as many
-        return Look(
-            COLOURS[number % len(COLOURS)], DASHES[(number + again) % len(DASHES)], MARKERS[number % len(MARKERS)],
-            HATCHES[number % len(HATCHES)],
-        )  # fmt: skip
+        if label in self.styles:
+            return self.styles[label]
+        return numbered_look(list(self.looks if label in self.looks else self.series).index(label))
 
 
 def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
@@ -94,7 +81,7 @@ def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
     legend_rows = legend_rows if len(plot.series) > 1 else 0
     height = 3.1
     if plot.kind == "rows" or _in_rows(plot):
-        height = 0.9 + 0.26 * sum(_num_lines(str(name), _ROW_WIDTH) for name in _values(plot, "x"))
+        height = max(height, 0.9 + 0.26 * sum(_num_lines(str(name), _ROW_WIDTH) for name in _values(plot, "x")))
     elif plot.kind == "timeline":
         height = 1.2 + 0.3 * (1 + max(_values(plot, "y")))
     figure = Figure(figsize=(5.2, height + 0.17 * legend_rows), layout="constrained", facecolor=background)
@@ -156,9 +143,12 @@ def _bars(axes: Any, plot: Plot, ink: str) -> None:
 def _rows(axes: Any, plot: Plot, ink: str) -> None:
     (line,) = plot.series.values()
     values, rows = _floats(line["y"]), range(len(line["y"]))
-    axes.barh(rows, values, height=0.7, color=COLOURS[0])
-    spreads = _floats(line["high"]) - values
-    axes.errorbar(values, rows, xerr=spreads, fmt="none", ecolor=ink, elinewidth=1, capsize=2)
+    looks = [plot.styles.get(name, numbered_look(0)) for name in line["x"]]
+    axes.barh(rows, values, height=0.7, color=[look.colour for look in looks])
+    known = [row for row in rows if line["low"][row] != line["high"][row]]  # of one seed there is no spread
+    low, high = (_floats(line[key])[known] for key in ("low", "high"))
+    spreads = [values[known] - low, high - values[known]]
+    axes.errorbar(values[known], known, xerr=spreads, fmt="none", ecolor=ink, elinewidth=1, capsize=2)
     _name_rows(axes, line["x"])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +19,13 @@ from ..atomic_file import whole_file
 from ..methods import Method
 from ..schedule_grid import Schedule
 from ..train.build import make_method
-from ..train.config import PROGRAM, TrainConfig, option_words
-from .collect import Collection, Run, collect
+from ..train.config import TrainConfig
+from .collect import Collection, collect
 from .events import write_events
 from .figures import Plot, on_white, png, svg
+from .opening import method_lines, verdict, what_was_compared
 from .plots import MINIBATCHES_SHOWN, SECTIONS, make_plots
+from .repeating import repeating_commands
 from .table import make_table
 
 _ORDER = ("ahead", "order", "leads", "orders")  # settings of the order of work
@@ -94,6 +95,9 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
     headings, rows = make_table(collection)
     return environment.get_template("page.html").render(
         title=" on ".join(str(shared[key]) for key in ("model", "data") if key in shared) or "runs",
+        compared=what_was_compared(collection),
+        verdict=_sentence(verdict(collection)),
+        methods=method_lines(collection),
         sections=[
             (section, shown)
             for section in SECTIONS
@@ -108,7 +112,7 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
         schedules=_schedules(collection),
         schedules_open=_SCHEDULES_OPEN,
         shared=yaml.safe_dump(shared, sort_keys=False) if shared else "",
-        commands=[_command(run) for run in collection.runs],
+        commands=repeating_commands(collection),
         environments=sorted(
             {
                 ", ".join(f"{name} {value}" for name, value in run.summary["environment"].items() if value is not None)
@@ -119,6 +123,10 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
         version=__version__,
         data=Markup(json.dumps(finite_data).replace("<", "\\u003c")),
     )
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _schedules(collection: Collection) -> list[tuple[str, str]]:
@@ -141,10 +149,3 @@ def _schedules(collection: Collection) -> list[tuple[str, str]]:
 
 def _option_text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _command(run: Run) -> str:
-    """The command line that trains the run again."""
-    if PROGRAM in run.config:
-        return str(run.config[PROGRAM])
-    return shlex.join(["dtrp", "train", *option_words(run.config), "--out", f"again/{run.folder.name}"])

@@ -18,6 +18,7 @@ from ..train.config import METRICS
 from ..typing import Json
 from .collect import Collection, Groups, Run
 from .figures import Plot, Series
+from .looks import method_looks
 
 MINIBATCHES_SHOWN = 6  # in a timeline
 _MOST_GROUPS = 6  # in a figure without facets
@@ -25,8 +26,8 @@ _MOST_TIMELINES = 12
 # A figure of several with the same kind of number: (suffix of its name, suffix of its title, groups).
 Facet: TypeAlias = tuple[str, str, Groups]
 
-SECTIONS = ("Accuracy and loss", "Memory", "Time", "Delay and prediction", "What ran when")
-LEARNING, MEMORY, TIME, DELAY, TIMELINES = SECTIONS
+SECTIONS = ("Accuracy and loss", "Memory and time", "Delay and prediction", "What ran when")
+LEARNING, MEMORY_AND_TIME, DELAY, TIMELINES = SECTIONS
 
 
 def make_plots(collection: Collection) -> list[Plot]:
@@ -38,16 +39,12 @@ def make_plots(collection: Collection) -> list[Plot]:
         *_curves(_facets(collection, groups, backprop=True), collection.score),
         *_faceted(
             Plot("memory", "Memory of each stage, at most", "", "MB", {}, "bars",
-                 "Weights, optimizer state, gradients, the predicted copy, and the most activations at once.", MEMORY),
+                 "Weights, optimizer state, gradients, the predicted copy, and the most activations at once.", MEMORY_AND_TIME),
             facets, partial(_by_stage, values=lambda run: [size / 1e6 for size in peak_bytes(summary_of(run))]),
         ),
         *_memory_by_stages(collection, finished),
         *_times(finished),
-        *_faceted(
-            Plot("utilization", "Share of the time at work", "", "%", {}, "bars",
-                 "In one process the stages take turns; with a process for each, the rest is waiting.", TIME),
-            facets, partial(_by_stage, values=_percent_at_work),
-        ),
+        *_utilization(collection, finished),
         *_faceted(
             Plot("delay", "Delay at stage 0", "updates", "% of micro-batches", {}, "bars",
                  "Counted from the run, start-up and flush included.", DELAY),
@@ -69,9 +66,12 @@ def make_plots(collection: Collection) -> list[Plot]:
         ),
         *_timelines(finished),
     ]  # fmt: skip
-    shorts = (collection.label(run, short=True) for runs in groups.values() for run in runs)
-    looks = tuple(dict.fromkeys([*groups, *shorts] if len(facets) < 2 else [*shorts, *groups]))
-    return [dataclasses.replace(plot, looks=looks) for plot in plots if plot.series]
+    shorts = dict.fromkeys(collection.label(run, short=True) for runs in groups.values() for run in runs)
+    sized = (label for plot in plots if plot.name == "memory-by-stages" for label in plot.series)
+    styles = method_looks(sized) | method_looks(groups) | method_looks(shorts)
+    return [
+        plot if plot.kind == "timeline" else dataclasses.replace(plot, styles=styles) for plot in plots if plot.series
+    ]
 
 
 def summary_of(run: Run) -> Summary:
@@ -167,9 +167,14 @@ def _by_epoch(groups: Groups, key: str, factor: float) -> Series:
     series: Series = {}
     for label, runs in groups.items():
         epochs = list(zip(*(run.metrics for run in runs), strict=False))
-        band = _band([factor * line[key] for line in lines] for lines in epochs)
+        band = _band(([factor * line[key] for line in lines] for lines in epochs), _most(key, factor))
         series[label] = {"x": [int(lines[0]["epoch"]) for lines in epochs], **band}
     return series
+
+
+def _most(key: str, factor: float) -> float:
+    """The most that a metric can be: 100 of a share in per cent."""
+    return 100.0 if key == "test_accuracy" and factor == 100 else math.inf
 
 
 def _gaps(line: dict[str, list[Any]]) -> str:
@@ -208,15 +213,43 @@ def _memory_by_stages(collection: Collection, groups: Groups) -> list[Plot]:
             peaks = ([max(peak_bytes(summary_of(run))) / 1e6 for run in by_stages[k]] for k in sorted(by_stages))
             series[label] = {"x": sorted(by_stages), **_band(peaks)}
     title = "Memory of the largest stage, at most"
-    return [Plot("memory-by-stages", title, "stages (K)", "MB", series, section=MEMORY)]
+    return [Plot("memory-by-stages", title, "stages (K)", "MB", series, section=MEMORY_AND_TIME)]
+
+
+def _by_processes(groups: Groups) -> list[tuple[str, str, Groups]]:
+    """(suffix of a name, of a title, groups) of runs with a process for each stage, and of those in one process."""
+    workers = {label: runs for label, runs in groups.items() if all(run.in_workers for run in runs)}
+    alone = {label: runs for label, runs in groups.items() if label not in workers}
+    suffix = "-one-process" if workers and alone else ""
+    return [("", "", workers), (suffix, ", in one process", alone)]
 
 
 def _times(groups: Groups) -> list[Plot]:
-    """The time of a mini-batch, a row for each group."""
-    band = _band([1e3 * summary_of(run)["minibatch_s"] for run in runs] for runs in groups.values())
-    series: Series = {"median over epochs": {"x": list(groups), **band}} if groups else {}
-    note = "In one process for all stages, unless the settings below say workers. Lines: one standard deviation over seeds."
-    return [Plot("time", "Time of a mini-batch", "ms", "", series, "rows", note, TIME)]
+    """The time of a mini-batch, a row for each group; that of workers and that of one process are not compared."""
+    plots = []
+    for suffix, where, shown in _by_processes(groups):
+        band = _band([1e3 * summary_of(run)["minibatch_s"] for run in runs] for runs in shown.values())
+        series: Series = {"median over epochs": {"x": list(shown), **band}} if shown else {}
+        several = any(len(runs) > 1 for runs in shown.values())
+        note = "The median over epochs." + (" Lines: one standard deviation over seeds." if several else "")
+        if where:
+            note += " In one process the stages take turns, so that it is not the time on workers."
+        plots.append(
+            Plot(f"time{suffix}", f"Time of a mini-batch{where}", "ms", "", series, "rows", note, MEMORY_AND_TIME)
+        )
+    return plots
+
+
+def _utilization(collection: Collection, groups: Groups) -> list[Plot]:
+    """The share of the time that each stage is at work."""
+    plots = []
+    for suffix, where, shown in _by_processes(groups):
+        note = "The others wait while a stage is at work." if where else "The rest of the time it waits."
+        plots += _faceted(
+            Plot(f"utilization{suffix}", f"Share of the time at work{where}", "", "%", {}, "bars", note, MEMORY_AND_TIME),
+            _facets(collection, shown), partial(_by_stage, values=_percent_at_work),
+        )  # fmt: skip
+    return plots
 
 
 def _delays(groups: Groups) -> Series:
@@ -238,16 +271,16 @@ def _frontier(collection: Collection, groups: Groups) -> list[Plot]:
     for runs in groups.values():
         delay = max(largest_delay(summary_of(run)) for run in runs)
         accuracies = [factor * summary_of(run)["test_accuracy"] for run in runs]
-        add_point(series, collection.label(runs[0], short=True), delay, accuracies)
+        add_point(series, collection.label(runs[0], short=True), delay, accuracies, _most("test_accuracy", factor))
     note = "A point for each K and A: what a delay costs, and what a method gives back. Lines: one standard deviation over seeds."
     title = f"{plot.y_label.removesuffix(' (%)').capitalize()} at the end, by delay"
     return [Plot("frontier", title, "largest delay (updates)", plot.y_label, series, "points", note, DELAY)]
 
 
-def add_point(series: Series, label: str, x: Any, values: list[float]) -> None:
-    """Append a point to a series: the mean of some values, with a band of one standard deviation."""
+def add_point(series: Series, label: str, x: Any, values: list[float], most: float = math.inf) -> None:
+    """Append a point to a series: the mean of some values, with a band of one standard deviation up to ``most``."""
     line = series.setdefault(label, {"x": [], "y": [], "low": [], "high": []})
-    for key, numbers in {"x": [x], **_band([values])}.items():
+    for key, numbers in {"x": [x], **_band([values], most)}.items():
         line[key] += numbers
 
 
@@ -309,13 +342,20 @@ def _timeline(label: str, run: Run) -> Plot:
     return Plot(name, label, "ms", "stage", series, "timeline", note, TIMELINES)
 
 
-def _band(samples: Iterable[Sequence[float]]) -> dict[str, list[Json]]:
-    """The mean of each point's values, and the band of one standard deviation around it (none for a single value)."""
+def _band(samples: Iterable[Sequence[float]], most: float = math.inf) -> dict[str, list[Json]]:
+    """The mean of each point's values, and the band of one standard deviation around it (none for a single value).
+
+    The band ends where values do: at zero where none is below it, as no loss and no share is, and at ``most``.
+    """
     band: dict[str, list[Json]] = {"y": [], "low": [], "high": []}
     for values in samples:
         mean, spread = mean_and_spread(values)
         spread = 0.0 if len(values) == 1 else spread
-        for key, value in zip(band, (mean, mean - spread, mean + spread), strict=True):
+        low = mean - spread
+        if low < 0 <= min(values):
+            low = 0.0
+        high = most if mean + spread > most >= max(values) else mean + spread
+        for key, value in zip(band, (mean, low, high), strict=True):
             band[key].append(finite(value))
     return band
 

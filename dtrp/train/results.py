@@ -7,6 +7,7 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import torch
 
@@ -126,6 +127,7 @@ def described_run(
             {**vars(stage), "prediction_errors": [error[1:] for error in stage.prediction_errors]} for stage in stages
         ],
         **more,
+        "ended": datetime.now().astimezone().isoformat(timespec="seconds"),
         "environment": environment(),
     }
 

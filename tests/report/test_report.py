@@ -285,7 +285,7 @@ def test_how_much_more_training_than_bp(tmp_path: Path, made: Callable[[list[Pat
     places = [1 + header.index(f"samples to bp's {name}, over bp's") for name in ("accuracy", "loss")]
     # bp comes to 0.5 and 0.7 at epoch 3, dtrp to 0.4 / 3 times as much in each epoch.
     assert {row[0]: [row[place] for place in places] for row in rows} == {
-        "bp lr=0.1": ["-", "-"], "dtrp lr=0.1": ["1.25", "1.00"], "fdg lr=0.1": ["not yet", "not yet"],
+        "bp lr=0.1": ["1", "1"], "dtrp lr=0.1": ["1.25", "1.00"], "fdg lr=0.1": ["not yet", "not yet"],
         "bp lr=0.2": ["-", "-"], "dtrp lr=0.2": ["-", "-"],
     }  # fmt: skip
 
