@@ -58,6 +58,28 @@ def test_the_program_prints_the_same_losses_under_torchrun(tmp_path: Path) -> No
     assert printed[0] == printed[1]
 
 
+QUESTIONS = {
+    "how do I use two GPUs": ("docs/gpu.md", r'devices=\["cuda:0", "cuda:1"\]'),
+    "my model is not a Sequential": ("docs/models.md", "## Any other model: `dtrp.split`"),
+    "my batch has padding": ("docs/models.md", "### Labels that are left out"),
+    "how do I resume": ("docs/resume.md", "dtrp train --resume"),
+    "how do I resume my own loop": ("docs/own_loop.md", r"run.load\(\)"),
+    "which method": ("docs/choose.md", "## Which method"),
+    "what does it cost": ("docs/results.md", "## Accuracy(?s:.*)## Memory(?s:.*)## Speed"),
+    "can I use AdamW with no decay on norms": ("docs/start.md", r"def make_optimizer\(params, \*, named\)"),
+    "how do I log": ("docs/looking.md", "## TensorBoard(?s:.*)## Callbacks: W&B, MLflow"),
+    "does it work with DDP": ("docs/coming_from.md", "## DistributedDataParallel"),
+    "what if a worker dies": ("docs/resume.md", "## Workers that fail"),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_newcomers_question_is_answered_on_a_page_that_the_readme_links_to(question: str) -> None:
+    page, answer = QUESTIONS[question]
+    assert f"]({page})" in TEXT
+    assert re.search(answer, (ROOT / page).read_text())
+
+
 def test_every_method_is_in_the_table() -> None:
     for name in list_methods():
         assert f"`{name}`" in TEXT or f"**`{name}`**" in TEXT
