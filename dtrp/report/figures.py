@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from .looks import COLOURS, Look, numbered_look
 
-_LEGEND_WIDTH, _ROW_WIDTH = 60, 30  # characters in a line of a label
+_LEGEND_WIDTH, _ROW_WIDTH, _TITLE_WIDTH = 60, 30, 46  # characters in a line of a label, or of a title
 _INK = "#123456"  # placeholder in an SVG for the colour of the page's text
 # A label may contain dollar signs; ticks show whole numbers, not differences from an offset.
 _PLAIN_TEXT: Any = {"text.parse_math": False, "axes.formatter.useoffset": False}
@@ -89,7 +89,7 @@ def draw(plot: Plot, ink: str = _INK, background: str = "none") -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[:].set_color(ink)
     axes.tick_params(colors=ink, labelsize=10)
-    axes.set_title(plot.title, color=ink, loc="left", fontsize=12)
+    axes.set_title(textwrap.fill(plot.title, _TITLE_WIDTH), color=ink, loc="left", fontsize=12)
     axes.set_xlabel(plot.x_label, color=ink, fontsize=10)
     axes.set_ylabel(plot.y_label, color=ink, fontsize=10)
     axes.grid(alpha=0.25, linewidth=0.6, axis="x" if plot.kind in ("rows", "timeline") else "both")
