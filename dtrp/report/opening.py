@@ -21,6 +21,7 @@ from .looks import method_look
 from .repeating import parse_cell
 
 _MOST_LISTED = 3  # settings of a method whose numbers its line lists
+_MOST_DETAILED = 3  # methods of a kind whose differences the verdict lists
 
 
 class MethodLine(NamedTuple):
@@ -182,8 +183,13 @@ def _clauses(results: Sequence[Result], measure: Measure) -> list[str]:
     clauses = []
     for kind in ("diverged", "lower", "higher", "both", "unknown", "within", "equal"):
         if methods := by_kind.get(kind):
-            details = [_detail(method, own, kind, measure, named=len(methods) > 1) for method, own in methods.items()]
-            clauses.append(_said(kind, list(methods), [detail for detail in details if detail]))
+            shown, most = methods, ""
+            if len(methods) > _MOST_DETAILED and kind != "diverged":
+                kinds = ("lower", "higher") if kind == "both" else (kind,)
+                far = max(methods, key=lambda name: max(abs(r.gap) for r in methods[name] if r.kind in kinds))
+                shown, most = {far: methods[far]}, "the most, "
+            details = [_detail(method, own, kind, measure, named=len(methods) > 1) for method, own in shown.items()]
+            clauses.append(_said(kind, list(methods), [most + detail for detail in details if detail]))
     return clauses
 
 

@@ -94,6 +94,21 @@ def test_the_verdict(tmp_path: Path, runs: dict[str, list[float]], expected: str
     assert verdict(written(tmp_path / "grid", runs)).replace("\N{NO-BREAK SPACE}", " ") == expected
 
 
+def test_the_verdict_of_many_methods_names_the_largest_difference(tmp_path: Path) -> None:
+    low = {f"{method} 2 1": [0.3 + 0.01 * i, 0.3 + 0.01 * i] for i, method in enumerate(("ddg", "fr", "fdg", "dtr"))}
+    near = {f"{method} 2 1": [0.60, 0.63 + 0.001 * i] for i, method in enumerate(("gpipe", "adl", "dtrp", "bp-zb"))}
+    assert verdict(written(tmp_path / "grid", {**BP, **low, **near})) == (
+        "in test accuracy, ddg, fr, fdg and dtr end lower than bp by more than the spread over seeds (the most, ddg: 31.00 points "
+        "lower); gpipe, adl, dtrp and bp-zb cannot be told from bp, as the difference is within the spread over seeds (the most, "
+        "bp-zb: 0.65 points higher)."
+    )
+    mixed = {f"{method} {k} 1": [0.5 if k == 2 else 0.7] * 2 for method in ("ddg", "fr", "fdg", "dtr") for k in (2, 4)}
+    assert verdict(written(tmp_path / "mixed", {**BP, **mixed})) == (
+        "in test accuracy, ddg, fr, fdg and dtr end lower or higher than bp, by setting, by more than the spread over seeds "
+        "(the most, ddg: 11.00 points lower at K=2 and 9.00 points higher at K=4)."
+    )
+
+
 def test_the_verdict_where_runs_are_missing(tmp_path: Path) -> None:
     grid = tmp_path / "grid"
     write_run(grid / "dtrp-K2-A1-seed0", "dtrp", finished=False)

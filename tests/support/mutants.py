@@ -339,4 +339,25 @@ MUTANTS = [
         "metrics.test_accuracy > best[1]",
         "tests/train/test_own_data.py::test_a_loss_and_metrics_of_the_users",
     ),
+    Mutant(
+        "a level counts as reached at the test after it",
+        "train/scores/samples_needed.py",
+        "return samples[i - 1] + (samples[i] - samples[i - 1]) * (before - level) / (before - value)",
+        "return float(samples[i])",
+        "tests/train/test_samples_needed.py::test_the_first_crossing",
+    ),
+    Mutant(
+        "the samples of each seed are those over the mean of the baseline",
+        "train/scores/samples_needed.py",
+        "ratio(values, twins[seed])[1]",
+        "ratio(values, base)[1]",
+        "tests/train/test_samples_needed.py::test_over_several_seeds",
+    ),
+    Mutant(
+        "the spread of a difference is that of one method alone",
+        "report/opening.py",
+        "for values in (self.values, self.base)))",
+        "for values in (self.values,)))",
+        "tests/report/test_opening.py::test_the_verdict",
+    ),
 ]
