@@ -48,6 +48,10 @@ def test_the_readme_on_the_site_has_pictures() -> None:
     assert "```{grid} bp\n:stages: 3\n:minibatches: 2\n:microbatches: 3\n```" in text
     assert "```{grid} dtrp\n:stages: 3\n:minibatches: 8\n:microbatches: 1\n```" in text
     assert "<picture>" not in text
+    assert re.findall(r"\]\(docs/_static/results-(\w+)\.svg\)\{\.only-(\w+)\}", text) == [
+        ("light", "light"),
+        ("dark", "dark"),
+    ]
 
 
 @pytest.mark.parametrize("name", list_methods())
