@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..methods import get_method
 from ..train.comparison import mean_and_spread, mean_score, mean_text, peak_bytes
-from ..train.config import METRICS
+from ..train.config import METRICS, PROGRAM
 from ..train.scores.against_backprop import BACKPROP
 from .collect import Collection, Run
 from .looks import method_look
@@ -136,7 +136,7 @@ def results_of(collection: Collection, measure: Measure) -> list[Result]:
 def what_was_compared(collection: Collection) -> str:
     """Which methods trained what, in how many stages and micro-batches, how long, with how many seeds, and when."""
     runs, groups = collection.runs, collection.groups()
-    models, data = (_listed(dict.fromkeys(str(run.config.get(key, "?")) for run in runs)) for key in ("model", "data"))
+    models, data = (_listed(dict.fromkeys(named(run, key) for run in runs)) for key in ("model", "data"))
     methods = list(dict.fromkeys(run.cell.method for run in runs))
     stages = sorted({run.cell.stages for run in runs})
     parts = sorted({run.cell.num_microbatches for run in runs})
@@ -155,6 +155,12 @@ def what_was_compared(collection: Collection) -> str:
         f"{who}, training {models} on {data}, with {', '.join(settings)}"
         f"{_processes(runs)}; {_days([run.ended for run in runs])}."
     )
+
+
+def named(run: Run, key: str) -> str:
+    """The model or the data of a run; those of a program of the user's may have no name."""
+    name = str(run.config.get(key, "?"))
+    return f"the program's {key}" if name == "own" and PROGRAM in run.config else name
 
 
 def verdict(collection: Collection) -> str:
@@ -380,7 +386,9 @@ def _name(result: Result) -> str:
 
 
 def _at(where: str) -> str:
-    return f" at {where}" if where else ""
+    """``(linear) K=2`` as `` with linear at K=2``."""
+    prediction, _, sizes = where.removeprefix("(").partition(")") if where.startswith("(") else ("", "", where)
+    return (f" with {prediction}" if prediction else "") + (f" at {sizes.strip()}" if sizes.strip() else "")
 
 
 def _listed(words: Iterable[str]) -> str:

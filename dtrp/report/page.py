@@ -23,7 +23,7 @@ from ..train.config import TrainConfig
 from .collect import Collection, collect
 from .events import write_events
 from .figures import Plot, on_white, png, svg
-from .opening import method_lines, verdict, what_was_compared
+from .opening import method_lines, named, verdict, what_was_compared
 from .plots import MINIBATCHES_SHOWN, SECTIONS, make_plots
 from .repeating import repeating_commands
 from .table import make_table
@@ -94,7 +94,7 @@ def render(collection: Collection, drawn: list[tuple[Plot, str]]) -> str:
     shared = collection.shared()
     headings, rows = make_table(collection)
     return environment.get_template("page.html").render(
-        title=" on ".join(str(shared[key]) for key in ("model", "data") if key in shared) or "runs",
+        title=" on ".join(named(collection.runs[0], key) for key in ("model", "data") if key in shared) or "runs",
         compared=what_was_compared(collection),
         verdict=_sentence(verdict(collection)),
         methods=method_lines(collection),

@@ -169,6 +169,28 @@ def test_what_was_compared(tmp_path: Path) -> None:
     )
 
 
+def test_what_a_program_of_the_users_trained(tmp_path: Path) -> None:
+    collection = written(tmp_path / "grid", {"dtrp 2 1": [0.5]}, model="own", data="own", program="python mine.py")
+    assert what_was_compared(collection).startswith(
+        "One method: dtrp, training the program's model on the program's data, with"
+    )
+
+
+def test_predictions_are_told_apart(tmp_path: Path) -> None:
+    written(tmp_path / "grid", {**BP})
+    for seed, accuracy in enumerate((0.50, 0.52)):
+        for prediction, more in (("linear", 0.10), ("rollout", 0.0)):
+            write_run(
+                tmp_path / "grid" / f"{prediction}{seed}", "dtrp", seed, accuracy=accuracy + more, prediction=prediction
+            )
+    collection = collect([str(tmp_path / "grid")])
+    assert verdict(collection) == (
+        "in test accuracy, dtrp ends lower than bp by more than the spread over seeds "
+        "(10.00 points lower with rollout, in 1 of 2 settings)."
+    )
+    assert "61.00 ± 1.41 %" not in method_lines(collection)[1].text.split(" with linear")[1]
+
+
 def test_a_line_for_each_method(tmp_path: Path) -> None:
     collection = written(tmp_path / "grid", {**BP, "dtrp 2 1": [0.50, 0.52], "fdg 2 1": [0.60, 0.62]})
     lines = {line.method: line.text for line in method_lines(collection)}

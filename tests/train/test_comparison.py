@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +372,7 @@ def test_a_short_run_has_every_number_of_the_table(tmp_path: Path, capsys: pytes
     assert [row[:4] for row in rows] == [[m, k, "1", "2"] for k in "12" for m in ("bp", "dtrp")]
     summaries = [read_summary(tmp_path / "grid" / f"dtrp-K2-A1-seed{seed}") for seed in range(2)]
     assert all(summaries)
+    assert all(datetime.fromisoformat(summary["ended"]).tzinfo for summary in summaries if summary)
     for row in rows[:3]:
         assert row[8:] == ["0", "-", "-"], "without a delay weights are those of then"
     for cell, number, factor in ((rows[3][9], weight_distance, 100), (rows[3][10], prediction_error, 1)):
