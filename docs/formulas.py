@@ -12,7 +12,7 @@ from typing import Any
 from docutils import nodes
 from sphinx.application import Sphinx
 
-_IS_FORMULA = re.compile(r"w'?_|ceil\(|out_k = ")
+_IS_FORMULA = re.compile(r"w'?_|ceil\(|out_k = |gamma\*\*")
 _RULES = [
     (r"\(d (.+) / d (\w+)\)\^T", r"\\left(\\frac{\\partial \1}{\\partial \2}\\right)^{\\top}"),
     (r"ceil\(((?:[^()]|\([^()]*\))*)\)", r"\\lceil \1 \\rceil"),

@@ -21,6 +21,12 @@ from dtrp.cli import cli
 
 FOLDER = Path(__file__).parent / "methods"
 STAGES = 4
+LEGEND = (
+    "*Letters:* a stage $k$ has $d$ stages after it. $w_k(b)$ are its weights after $b$ updates, $\\eta$ is the\n"
+    "learning rate, and $f_b$ the loss of mini-batch $b$. The output of a stage is $\\mathrm{out}(h; w_k)$ for the\n"
+    "input $h$, and $g$ is the gradient of the loss with respect to it. A mini-batch has $A$\n"
+    "micro-batches. More in [concepts](../concepts.md)."
+)
 LABELS = "Update and delay|Update|Delay|Memory|Time|Source|Differences|Stated there|Our reading"
 
 
@@ -29,7 +35,7 @@ def page(name: str) -> str:
     method = dtrp.get_method(name)
     first, _, rest = inspect.cleandoc(method.__doc__ or "").partition("\n")
     parts = [f"# {name}", linked(first), _labelled(rest)]
-    parts += ["## The order of work", _order(method)]
+    parts += [LEGEND, "## The order of work", _order(method)]
     parts += ["## Delay, memory and time", _numbers(method)]
     parts += ["## The row", _row(method)]
     return "\n\n".join(parts) + "\n"
@@ -62,7 +68,9 @@ def _order(method: dtrp.Method) -> str:
             ". Here a message takes a whole column; on fast links it takes next to no time, and no stage waits for it"
         )
     parts_of_backward = (
-        "; a backward is in two parts, I and W, and R is a repeated forward" if method.split_backward else ""
+        "; a backward is in two parts, I and W" + ", and R is a repeated forward" * (method.keep == "input")
+        if method.split_backward
+        else ""
     )
     return (
         f"{STAGES} stages and {minibatches} mini-batches{cut}. F3 is the forward of micro-batch 3, B3 its\n"
@@ -147,7 +155,8 @@ def commands() -> str:
     """The command line, as Markdown."""
     parts = ["# The command line"]
     parts += [
-        "`dtrp COMMAND --help` prints the same. A mistake in a command is one line on standard error, and exit code 2."
+        "`dtrp COMMAND --help` prints the same. A value in parentheses is a default. A mistake in a command is one line\n"
+        "on standard error, and exit code 2."
     ]
     top = click.Context(cli, info_name="dtrp", **cli.context_settings)
     for name in cli.list_commands(top):
@@ -157,7 +166,7 @@ def commands() -> str:
         parts += [f"## dtrp {name}", _coded(inspect.cleandoc(command.help or ""))]
         parts += [f"```text\ndtrp {name} {' '.join(command.collect_usage_pieces(context))}\n```"]
         records = [record for option in command.get_params(context) if (record := option.get_help_record(context))]
-        parts += [_option(*record) for record in records]
+        parts += [_option(*record) for record in records if record[1]]
     return "\n\n".join(parts) + "\n"
 
 
@@ -167,9 +176,15 @@ def _option(name: str, text: str) -> str:
     if choices:
         name = name.replace(choices[0], "")
         text += " One of " + ", ".join(f"`{choice}`" for choice in choices[1].split("|")) + "."
-    text = re.sub(r" *\[default: (.*?)\]", r" Default: `\1`.", text)
-    text = re.sub(r" *\[required\]", " Required.", text)
-    return f"`{name}`\n: " + _coded(text)
+    text = re.sub(r" *\[((?:default: |x[<>]|required)[^\]]*)\]", lambda found: _facts(found[1]), text)
+    return f"`{name.replace(' RANGE', '')}`\n: " + _coded(text)
+
+
+def _facts(text: str) -> str:
+    """What click says in brackets, such as ``default: 3; x>=1; required``, in sentences."""
+    forms = {"default": "Default: `{}`.", "x>": "Above {}.", "x>=": "At least {}.", "required": "Required."}
+    facts = (re.fullmatch(r"(default|x>=|x>|required)(?:: )?(.*)", fact) for fact in text.split("; "))
+    return "".join(" " + forms[fact[1]].format(fact[2]) for fact in facts if fact is not None)
 
 
 def _coded(text: str) -> str:

@@ -274,7 +274,7 @@ def fr() -> Method:
     before at ``w_j(b-(K-1-j))``.
     Delay: d. Memory: d+1 inputs and one graph.
     Source: Huo et al., Training neural networks using features replay, arXiv:1807.04511.
-    Differences: the forward is not locked; buffers move once per batch (their code moves them twice);
+    Differences: the forward is not locked; buffers, like BatchNorm statistics, are updated once per batch (twice in their code);
     no doubled learning rate at the first stage, which their code has and their paper does not.
     """
     return Method("fr", 1, False, "input", "current")
@@ -332,7 +332,7 @@ def dtrp() -> Method:
     PLoS ONE 18(2): e0276427, 2023.
     Stated there (abstract, captions): re-computation, weight prediction, batch compensation, the order,
     gamma as a factor that shrinks the learning rate. Our reading: the horizon 2d-1, the form of the
-    predictor (``"rollout"``; ``"linear"`` by option), and gamma**d. Their "delay regulator" is not known.
+    predictor (``"rollout"``; ``"linear"`` by option), and ``gamma**d``. Their "delay regulator" is not known.
     """
     return Method("dtrp", 2, True, "input", "current", "rollout")
 

@@ -53,10 +53,10 @@ _grid_options = together(
 @click.option(
     "--workers/--one-process",
     default=None,
-    help="A process for each stage (by itself, where there is a core for each and one more, or a GPU for each).",
+    help="Whether each stage has a process (by default, if the machine has a core for each and one more, or a GPU for each).",
 )
 @click.option(
-    "--out", type=click.Path(), required=True, help="Folder of the comparison; one that is there is gone on with."
+    "--out", type=click.Path(), required=True, help="Folder of the comparison; a comparison that is there goes on."
 )
 @train_options(without=_NOT_SHARED)
 def compare(out: str, *, workers: bool | None, num_microbatches: str, seeds: int, **options: Any) -> None:

@@ -54,7 +54,7 @@ _search_options = together(
 
 @click.command(short_help="Measure a network, and choose cuts, batch size and what to keep.")
 @train_options(*DATA_AND_MODEL, "method")
-@click.option("--workers", "num_workers", type=_AT_LEAST_1, required=True, help="K: how many there are.")
+@click.option("--workers", "num_workers", type=_AT_LEAST_1, required=True, help="K, the number of workers.")
 @click.option("--batch-size", type=_AT_LEAST_1, default=DEFAULTS.batch_size, help="The base mini-batch.")
 @click.option(
     "--num-microbatches",
@@ -81,7 +81,7 @@ _search_options = together(
 @click.option("--out", type=click.Path(dir_okay=False), default="plan.json", help="The file to write.")
 @click.option("--overwrite", is_flag=True, help="Replace it if it is there.")
 def plan(out: str, *, overwrite: bool, **options: Any) -> None:
-    """Measure a network and choose where to cut it, what to keep, how large a batch, and whether to.
+    """Measure a network and choose where to cut it, what to keep, how large a batch, and whether to pipeline at all.
 
     The plan is a small file that 'dtrp train --plan' and Pipeline(plan=...) take; it may be edited.
     """
