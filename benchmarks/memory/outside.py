@@ -1,7 +1,7 @@
 """Memory from outside: what the system says each process took, a process for each stage, as the number of stages grows.
 
     python benchmarks/memory/outside.py               # a GPT and ResNet-110, K = 1, 2, 4, 8; half an hour on one core
-    python benchmarks/memory/outside.py --models gpt --stages 2
+    python benchmarks/memory/outside.py --models resnet110 --batch-size 64 --microbatches K    # for benchmarks/picture
     python benchmarks/shown.py --write                # puts the tables into README.md
 
 A cell is K new processes, forked from one that has torch loaded and has computed nothing, joined by gloo. Of each the kernel
@@ -50,7 +50,6 @@ METHODS = {  # what is compared, and the method that it is
 }  # fmt: skip
 STAGES = (2, 4, 8)
 MODELS = ("gpt", "resnet110")
-BATCH = 16
 GPT = {"layers": 16, "width": 128, "heads": 4, "context": 128}
 NUM_TOKENS = 64
 ROOM = 1.2  # the limit of keep="auto", over the largest stage
@@ -69,13 +68,13 @@ class Checkpointed(nn.Module):
         return out
 
 
-def cells(models: list[str], stages: list[int]) -> Iterator[dict[str, Any]]:
+def cells(models: list[str], stages: list[int], batch_size: int) -> Iterator[dict[str, Any]]:
     """Every cell, smallest first. With one micro-batch gpipe is bp."""
     for num_stages, model in itertools.product(stages, models):
         for parts, name in itertools.product(sorted({1, num_stages}), METHODS if num_stages > 1 else ("bp",)):
             if (name, parts) != ("gpipe", 1):
                 yield {"model": model, "name": name, "method": METHODS[name], "stages": num_stages,
-                       "num_microbatches": parts, "batch_size": BATCH}  # fmt: skip
+                       "num_microbatches": parts, "batch_size": batch_size}  # fmt: skip
 
 
 def pipeline(cell: dict[str, Any]) -> dtrp.Pipeline:
@@ -104,7 +103,7 @@ def loss_of(model: str) -> Callable[[Tensor, Tensor], Tensor]:
     return class_loss if model == "gpt" else cross_entropy
 
 
-def batch(model: str, size: int = BATCH) -> tuple[Tensor, Tensor]:
+def batch(model: str, size: int) -> tuple[Tensor, Tensor]:
     if model == "gpt":
         tokens = torch.randint(NUM_TOKENS, (size, GPT["context"] + 1))
         return tokens[:, :-1], tokens[:, 1:]
@@ -120,7 +119,7 @@ def train(cell: dict[str, Any]) -> dict[str, Any]:
     before = resident()
     pipe = pipeline(cell)
     for _ in range(MEMORY["enough"](dtrp.get_method(cell["method"]), cell["stages"], cell["num_microbatches"])):
-        pipe.step(*batch(cell["model"]))
+        pipe.step(*batch(cell["model"], cell["batch_size"]))
     pipe.flush()
     memory, activations = pipe.memory(), pipe.activations_peak()
     held = {k: held_at_most(memory[k], activations[k]) for k in memory}
@@ -191,7 +190,7 @@ def limit(cell: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A cell with the limit of `keep="auto"`, where it has one."""
     if not cell["name"].endswith("auto"):
         return cell
-    same = ("model", "stages", "num_microbatches")
+    same = ("model", "stages", "num_microbatches", "batch_size")
     base = [row for row in rows if row["name"] in ("bp", "dtrp") and all(row[key] == cell[key] for key in same)]
     return {**cell, "limit_bytes": int(ROOM * max(size for row in base for size in row["peak_bytes"]))}
 
@@ -200,11 +199,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="some of them")
     parser.add_argument("--stages", nargs="+", type=int, default=[1, *STAGES], help="some of them")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--microbatches", choices=["1", "K"], nargs="+", default=["1", "K"], help="some of them")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    for cell in cells(options.models, options.stages):
-        rows = MEMORY["read"](RESULTS)
-        if any(cell.items() <= row.items() for row in rows):
+    for cell in cells(options.models, options.stages, options.batch_size):
+        rows, words = MEMORY["read"](RESULTS), {"1": 1, "K": cell["stages"]}
+        wanted = cell["num_microbatches"] in [words[word] for word in options.microbatches]
+        if not wanted or any(cell.items() <= row.items() for row in rows):
             continue
         row = run_cell(limit(cell, rows))
         with RESULTS.open("a") as file:

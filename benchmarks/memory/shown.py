@@ -39,7 +39,7 @@ def outside() -> Rows:
 
 GROWN = "{0[0][grown]}".format
 CONTENDER = "{model}, `{name}`"
-OUTSIDE = outside()
+OUTSIDE, LARGE = (outside().where(batch_size=size) for size in (16, 64))
 OUTSIDE_CUT = Rows(row for row in OUTSIDE if row["num_microbatches"] == row["stages"] > 1)
 LOCAL, GPU = (read(part).where(num_microbatches=1) for part in ("local", "gpu"))
 CUT = Rows(row for row in read("local") if row["num_microbatches"] == row["stages"] > 1)
@@ -51,13 +51,15 @@ TABLES = [
           (1, 2, 4, 8), GROWN),
     pivot(f"as the system counts, as many micro-batches as stages | {HEAD[6:]}", OUTSIDE_CUT, CONTENDER, "stages", (2, 4, 8),
           GROWN),
+    pivot(f"as the system counts, mini-batches of 64, as many micro-batches as stages | {HEAD}", LARGE, CONTENDER, "stages",
+          (1, 2, 4, 8), GROWN),
     table(" | K | grown, each process | from the tensors, each stage", map(RANKS, read("ranks"))),
 ]  # fmt: skip
 SIZES = [eighths(LOCAL, model, "sum") for model in ("resnet56", "resnet1202")]
 BESIDE = [found.only(model="resnet110", method=method, stages=8) for found in (CUT, LOCAL) for method in ("bp", "dtrp")]
 EIGHT = [
     found.only(model="resnet110", name=name, stages=8)["all"]
-    for found in (OUTSIDE_CUT, OUTSIDE.where(num_microbatches=1))
+    for found in (LARGE, OUTSIDE.where(num_microbatches=1))
     for name in ("bp", "bp, checkpointed", "dtrp", "fdg")
 ]
 ON_GPU = eighths(GPU, "resnet1202", "device")

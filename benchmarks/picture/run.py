@@ -36,7 +36,8 @@ PARTS = [
 ]
 METHODS = ("bp", "bp, checkpointed", "bp-zb", "fdg", "dtrp", "dtrp-1f1b", "spectrain")
 NEEDED = {"bp", "dtrp", "spectrain"}  # without which there is no picture of a part
-MODEL, TOLD = "resnet110", "ResNet-110; memory as the system counts it"
+MEMORY = {"model": "resnet110", "batch_size": 64}
+MEMORY_TITLE = "ResNet-110, mini-batches of 64; as the system counts"
 MEMORY_METHODS = ("bp", "bp, checkpointed", "gpipe", "fdg", "dtrp", "spectrain")
 INKS = {"light": ("#1f2328", "#ffffff"), "dark": ("#e6edf3", "#0d1117")}
 DASHES = {"bp, checkpointed": ":", "bp-zb": "--"}
@@ -86,7 +87,7 @@ def minibatch_time(name: str, stages: int, parts: int) -> float:
 
 def memory_lines() -> Lines:
     """Of each method the memory of all processes, over that of one, at each number of stages."""
-    rows = [row for row in read("memory/results/outside.jsonl") if row["model"] == MODEL]
+    rows = [row for row in read("memory/results/outside.jsonl") if MEMORY.items() <= row.items()]
     alone = next(row for row in rows if row["stages"] == 1)
     lines: Lines = {}
     for name in MEMORY_METHODS:
@@ -115,7 +116,7 @@ def draw(ink: str, background: str) -> Figure:
     left.set(xlabel="training time, % of pipelined bp's (1F1B)", ylabel="test accuracy, %", xlim=(0, 140))
     known = plot(left, curves, ends_only=True)
     left.set_ylim(bottom=min(line["y"][-1] for line in curves.values()) - 30)
-    frame(right, ink, background, "Memory of all workers", TOLD)
+    frame(right, ink, background, "Memory of all workers", MEMORY_TITLE)
     right.set(xlabel="stages, each a worker; as many micro-batches", ylabel="times one worker's")
     known |= plot(right, memory_lines())
     right.set_ylim(0, None)
