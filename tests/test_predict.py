@@ -375,6 +375,21 @@ def test_scratch_is_no_larger_than_the_largest_weight(
     assert all(map(torch.equal, out, at_once))
 
 
+def test_a_large_sparse_gradient_is_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, other = torch.randn(40, 3).requires_grad_(), torch.randn(3, 3).requires_grad_()
+    optimizer = torch.optim.SGD([weight, other], lr=0.1, momentum=0.9)
+    rows = torch.sparse_coo_tensor(torch.tensor([[1, 5]]), torch.randn(2, 3), (40, 3), check_invariants=True)
+    weight.grad, other.grad = rows, torch.randn(3, 3)
+    optimizer.step()
+    optimizer.state[weight]["momentum_buffer"] = optimizer.state[weight]["momentum_buffer"].to_dense()
+    out = [torch.empty_like(weight), torch.empty_like(other)]
+    at_once = [torch.empty_like(weight), torch.empty_like(other)]
+    for into, scratch in ((at_once, 2**20), (out, 0)):
+        monkeypatch.setattr(batches, "SCRATCH_BYTES", scratch)
+        informed([weight, other], optimizer, 2, into, gradients=[rows, other.grad], share=0.5)
+    assert all(map(torch.equal, out, at_once))
+
+
 def test_objects_of_the_library_are_told_apart_by_their_names() -> None:
     assert repr(informed) == "<predictor informed>"
     methods = [dtrp.get_method("dtrp", predict=predictor) for predictor in (linear, informed)]

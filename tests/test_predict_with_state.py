@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -340,3 +341,44 @@ def test_other_weights_make_it_begin_anew() -> None:
     assert predictor.factor != 1.0
     pipe.load_state_dict(pipe.state_dict())
     assert predictor.factor == 1.0
+
+
+def test_a_fit_that_is_not_finite_is_left_out() -> None:
+    """One prediction of inf spoils the updates until its mini-batches are through, and no more."""
+
+    def inf_once(
+        parameters: Any, optimizer: Any, horizon: int, out: Any, *, version: int, stage: int, **at: Any
+    ) -> None:
+        linear(parameters, optimizer, horizon, out)
+        if (stage, version) == (0, 5):
+            out[0].fill_(float("inf"))
+
+    pipe = pipeline(
+        network(),
+        num_stages=4,
+        num_microbatches=1,
+        on_nonfinite="skip",
+        method=get_method("dtrp", predict=Scaled(inf_once)),
+    )
+    for x, y in minibatches(24):
+        pipe.step(x, y)
+    pipe.flush()
+    assert 0 < max(map(len, pipe.skipped_updates().values())) < 4
+    assert math.isfinite(pipe._engine.stages[0].versions.predictor.factor)
+
+
+def test_auto_repeats_the_last_update_where_there_is_no_momentum() -> None:
+    def plain(params: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.05)
+
+    start, weights = network(), []
+    for predict in ("auto", Scaled("last"), Scaled("linear")):
+        pipe = pipeline(
+            clone(start), plain, num_stages=3, num_microbatches=1, method=get_method("dtrp", predict=predict)
+        )
+        for x, y in minibatches(8):
+            pipe.step(x, y)
+        pipe.flush()
+        weights.append(torch.cat([t.flatten() for t in pipe.model_state_dict().values()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])

@@ -37,7 +37,7 @@ class StageSizes:
         output: the stage's output.
         trains: whether the stage, or one before it, has something to train; else it keeps nothing.
         deferred: what the second part of a divided backward waits with; None: as ``graph``, about which it is.
-        rule_known: whether `dtrp.predict` knows the optimizer's update rule; where not, ``auto`` holds a copy more.
+        rule_known: whether ``linear`` foresees the optimizer's updates; where not, ``auto`` holds a copy more.
     """
 
     weights: float
@@ -208,6 +208,8 @@ def optimizer_bytes(optimizer: Optimizer) -> int:
     parameter.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # The hooks of `dtrp.optim.extrapolated`, which keep the last update, are not copied.
+    beside = sum(map(tensor_bytes, parameters)) if getattr(optimizer, "extrapolate", 0) else 0
     if all(optimizer.state.get(p) for p in parameters):
         return states_bytes(optimizer.state.values())
     try:
@@ -217,6 +219,6 @@ def optimizer_bytes(optimizer: Optimizer) -> int:
         for shadow in shadows:
             shadow.grad = torch.empty_like(shadow)
         shadow_optimizer.step()
-        return states_bytes(shadow_optimizer.state.values())
+        return states_bytes(shadow_optimizer.state.values()) + beside
     except Exception:
-        return 2 * sum(map(tensor_bytes, parameters))
+        return 2 * sum(map(tensor_bytes, parameters)) + beside

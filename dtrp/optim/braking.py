@@ -11,6 +11,12 @@ from torch.optim import SGD
 
 from ..validation import is_number
 
+_REFUSED = {
+    "maximize": "braking is for a loss that is minimized; turn the sign of the loss",
+    "fused": "braking changes gradients before the step, which a GradScaler would scale back within it; leave it out",
+    "differentiable": "braking is not differentiated through; leave it out",
+}
+
 
 class Braking(SGD):
     """SGD with momentum whose gradient counts for less where it points along the momentum, and for more against it.
@@ -31,7 +37,7 @@ class Braking(SGD):
         params, lr, momentum: as of ``torch.optim.SGD``; the momentum is above 0.
         rho: how much the alignment counts; 0: SGD. Above 1 a gradient that lies along the momentum is turned round.
         eps: least product of the two norms.
-        options: other options of SGD; ``maximize`` is refused.
+        options: other options of SGD; ``maximize``, ``fused`` and ``differentiable`` are refused.
 
     Raises:
         ValueError: a momentum of 0, or ``rho`` or ``eps`` out of range.
@@ -44,7 +50,7 @@ class Braking(SGD):
         momentum: float = 0.9,
         *,
         rho: float = 0.5,
-        eps: float = 1e-8,
+        eps: float = 1e-20,
         **options: Any,
     ) -> None:
         if not momentum > 0:
@@ -54,12 +60,22 @@ class Braking(SGD):
         for name, value in (("rho", rho), ("eps", eps)):
             if not is_number(value) or value < 0:
                 raise ValueError(f"{name}={value!r}: a finite number of at least 0")
-        if options.get("maximize"):
-            raise ValueError("maximize=True: braking is for a loss that is minimized; turn the sign of the loss")
+        for name, advice in _REFUSED.items():
+            if options.get(name):
+                raise ValueError(f"{name}=True: {advice}")
         super().__init__(params, lr, momentum, **options)
+        self.defaults |= {"rho": rho, "brake_eps": eps}
+        self._complete()
+
+    def _complete(self) -> None:
+        """Give groups that were made without them, as SGD's are, the options of braking."""
         for group in self.param_groups:
-            group.setdefault("rho", rho)
-            group.setdefault("brake_eps", eps)
+            for name in ("rho", "brake_eps"):
+                group.setdefault(name, self.defaults[name])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._complete()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -89,9 +105,18 @@ class Braking(SGD):
 
 def braked(gradient: Tensor, velocity: Tensor, rho: float, eps: float) -> Tensor:
     """``1 - rho cos(gradient, velocity)``, of each filter, in a shape that multiplies the gradient."""
+    kind = gradient.dtype
+    if gradient.element_size() < 4:  # whose squares may be too small for its range
+        gradient, velocity = gradient.float(), velocity.float()
     dims = tuple(range(1, gradient.dim())) or tuple(range(gradient.dim()))
-    dot = (gradient * velocity.conj()).real.sum(dims, keepdim=True) if gradient.is_complex() else (
-        (gradient * velocity).sum(dims, keepdim=True))  # fmt: skip
-    norms = [torch.linalg.vector_norm(t, dim=dims, keepdim=True) for t in (gradient, velocity)] if dims else [
-        gradient.abs(), velocity.abs()]  # fmt: skip
-    return 1 - rho * dot / (norms[0] * norms[1]).clamp(min=eps)
+    dot = gradient * velocity
+    if gradient.is_complex():
+        dot = (gradient * velocity.conj()).real
+        kind = dot.dtype
+    if dims:
+        dot = dot.sum(dims, keepdim=True)
+        lengths = [torch.linalg.vector_norm(t, dim=dims, keepdim=True) for t in (gradient, velocity)]
+    else:
+        lengths = [gradient.abs(), velocity.abs()]
+    cosine: Tensor = dot / (lengths[0] * lengths[1]).clamp(min=eps)
+    return (1 - rho * cosine).to(kind)

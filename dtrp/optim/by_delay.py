@@ -101,7 +101,8 @@ def momentum_by_stage(make: Callable[..., Optimizer], most: float = 0.99) -> Cal
 
     Source: the released code of Ajanthan et al., *Nesterov method for asynchronous pipeline parallel optimization*, ICML
     2025 (arXiv:2505.01099), option ``adaptive_momentum``: beta1 + (versions - 1)(0.99 - beta1)/K, where a stage of theirs
-    has K - k versions of its weights. They use it with NAdam.
+    has K - k versions of its weights. They use it with NAdam. A scheduler that cycles the momentum (OneCycleLR, unless
+    ``cycle_momentum=False``) overwrites it.
 
     Args:
         make: the factory of the optimizer, which is given the keywords that it names.
@@ -111,7 +112,7 @@ def momentum_by_stage(make: Callable[..., Optimizer], most: float = 0.99) -> Cal
         For ``dtrp.Pipeline(optimizer=)``; it names ``stage`` and ``num_stages``.
 
     Raises:
-        ValueError: ``most`` out of range.
+        ValueError: ``most`` out of range; when it is called: no momentum, or one above ``most``.
         TypeError: when it is called: an optimizer that has neither ``momentum`` nor ``betas``.
     """
     if not is_number(most) or not 0 <= most < 1:
@@ -120,17 +121,26 @@ def momentum_by_stage(make: Callable[..., Optimizer], most: float = 0.99) -> Cal
     def factory(params: Any, *, stage: int, num_stages: int, delay: int = 0, named: Any = ()) -> Optimizer:
         optimizer = with_keywords(make, params, stage=stage, num_stages=num_stages, delay=delay, named=named)
         share = (num_stages - 1 - stage) / num_stages
-        for group in optimizer.param_groups:
-            if not {"momentum", "betas"} & group.keys():
-                raise TypeError(
-                    f"momentum_by_stage was given {type(optimizer).__name__}, which has neither momentum nor betas; use SGD, or "
-                    "one of the Adam family"
-                )
-            if "momentum" in group:
-                group["momentum"] += share * (most - group["momentum"])
-            if "betas" in group:
-                beta1, *others = group["betas"]
-                group["betas"] = (beta1 + share * (most - beta1), *others)
+        for group in (optimizer.defaults, *optimizer.param_groups):
+            _add_momentum(type(optimizer).__name__, group, share, most)
         return optimizer
 
     return factory
+
+
+def _add_momentum(name: str, group: dict[str, Any], share: float, most: float) -> None:
+    """Move the momentum in the options of a group by a ``share`` of its way to ``most``."""
+    if not {"momentum", "betas"} & group.keys():
+        raise TypeError(
+            f"momentum_by_stage was given {name}, which has neither momentum nor betas; use SGD, or one of the Adam family"
+        )
+    now = group["momentum"] if "momentum" in group else group["betas"][0]
+    if not now and "betas" not in group:
+        raise ValueError(f"momentum_by_stage was given {name} without momentum; pass it one, as momentum=0.9")
+    if now > most:
+        raise ValueError(f"most={most} is below the momentum {now} of {name}; pass one that is above it")
+    if "momentum" in group:
+        group["momentum"] += share * (most - group["momentum"])
+    if "betas" in group:
+        beta1, *others = group["betas"]
+        group["betas"] = (beta1 + share * (most - beta1), *others)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..validation import is_number
-from .factories import with_keywords
+from .factories import is_by_place, with_keywords
 
 STATE = "last_update"  # of a parameter, in the optimizer's state: what the optimizer itself subtracted last time
 
@@ -23,8 +23,8 @@ def extrapolated(make: Callable[..., Optimizer], c: float) -> Callable[..., Opti
         p <- p - u - c (u - u_before)
 
     The first step of a parameter is as it is, and one without a gradient is left alone. The type of the optimizer stays
-    what it is, so predictors know it. It costs a copy of the weights in the optimizer's state, where checkpoints find it,
-    and another one while a step is made.
+    what it is, so predictors know it; a deep copy of it is extrapolated no longer. It costs a copy of the weights in the
+    optimizer's state, where checkpoints find it, and another one while a step is made.
 
     Source: error feedback for a delay of one step, as the abstract of arXiv:2606.30634 describes it; its equation could
     not be read, and this one is our reading.
@@ -49,6 +49,7 @@ def extrapolated(make: Callable[..., Optimizer], c: float) -> Callable[..., Opti
         _hook(optimizer, c)
         return optimizer
 
+    factory.by_place = is_by_place(make)  # type: ignore[attr-defined]
     return factory
 
 
@@ -69,5 +70,6 @@ def _hook(optimizer: Optimizer, c: float) -> None:
             optimizer.state[p][STATE] = update
         before.clear()
 
+    optimizer.extrapolate = c  # type: ignore[attr-defined]
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(go_further)

@@ -9,6 +9,7 @@ from inspect import Parameter
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_PLACE = {"stage", "num_stages", "delay"}
 
 
 def with_keywords(make: Callable[..., T], first: Any, **offered: Any) -> T:
@@ -19,6 +20,18 @@ def with_keywords(make: Callable[..., T], first: Any, **offered: Any) -> T:
         first: the parameters of a stage, or its optimizer.
         offered: what it may ask for: ``stage``, ``num_stages``, ``delay``, and for an optimizer ``named``.
     """
+    names = _keywords(make)
+    return make(first, **{name: value for name, value in offered.items() if name in names})
+
+
+def is_by_place(make: Callable[..., Any] | None) -> bool:
+    """Whether a factory asks where in the pipeline it is; one that wraps the caller's says it by an attribute."""
+    known = getattr(make, "by_place", None)
+    return make is not None and (bool(_keywords(make) & _PLACE) if known is None else bool(known))
+
+
+def _keywords(make: Callable[..., Any]) -> set[str]:
+    """The keywords that a factory names and the caller has not chosen already."""
     try:
         parameters = list(inspect.signature(make).parameters.values())
     except (TypeError, ValueError):  # of a function in C
@@ -27,5 +40,4 @@ def with_keywords(make: Callable[..., T], first: Any, **offered: Any) -> T:
         del parameters[0]  # takes ``first``
     kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     names = {parameter.name for parameter in parameters if parameter.kind in kinds}
-    names -= set(make.keywords) if isinstance(make, functools.partial) else set()  # which the caller has chosen
-    return make(first, **{name: value for name, value in offered.items() if name in names})
+    return names - set(make.keywords) if isinstance(make, functools.partial) else names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ class MuonAdamW(Optimizer):
         weight_decay: decoupled weight decay of both.
         betas, eps: of AdamW.
         momentum, nesterov, ns_coefficients, ns_steps, adjust_lr_fn: of Muon.
-        skip: parts of names; parameters with one of them in their name go to AdamW. It needs (name, parameter) pairs.
+        skip: patterns, as of `fnmatch`; parameters whose name, or a part of it between dots, matches one of them go to
+            AdamW: ``["*embed*", "head"]``. It needs (name, parameter) pairs.
 
     Raises:
         RuntimeError: torch has no Muon.
@@ -61,7 +63,6 @@ class MuonAdamW(Optimizer):
         AdamW([blank], lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, **of_muon, "muon": True}
         super().__init__(_with_skipped(params, skip), defaults)
-        self._inner: list[Optimizer] = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -118,7 +119,7 @@ def _is_matrix(p: Tensor, group: dict[str, Any]) -> bool:
 def _with_skipped(params: Any, skip: Sequence[str]) -> Any:
     """``params`` as groups, those that ``skip`` names in one of their own."""
     if isinstance(skip, str):
-        raise ValueError(f"skip={skip!r}: pass a list of parts of names, [{skip!r}]")
+        raise ValueError(f"skip={skip!r}: pass a list of patterns, [{skip!r}]")
     params = list(params)
     if not skip:
         return params
@@ -129,5 +130,6 @@ def _with_skipped(params: Any, skip: Sequence[str]) -> Any:
     pairs: Iterable[tuple[str, Tensor]] = params
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, p in pairs:
-        groups[not any(part in name for part in skip)].append(p)
+        named = [name, *name.split(".")]
+        groups[not any(fnmatchcase(word, pattern) for word in named for pattern in skip)].append(p)
     return [{"params": members, "muon": muon} for muon, members in groups.items() if members]

@@ -260,7 +260,7 @@ class Profiler:
         layer_times = [times for (what, _), times in self._times.items() if what in ("forward", "backward")]
         rounds_s = list(map(sum, zip(*layer_times, strict=True)))
         update_s, predict_s = self._median("update"), self._median("predict")
-        known = self._optimizer is None or linear.knows(self._optimizer)
+        known = self._optimizer is None or linear.foresees(self._optimizer)
         return Profile(num_samples(x), layers, update_s, predict_s, relative_spread(rounds_s), known)
 
     def _layer_profile(self, place: int, graph: _GraphEntries) -> LayerProfile:

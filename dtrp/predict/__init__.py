@@ -37,7 +37,7 @@ Six are built in. With p a weight, v its momentum buffer, mu the momentum and h 
 ``scaled``
     `Scaled` of ``rollout``: the length of its displacement is learned while it runs. Ours.
 ``auto``
-    `Scaled` of ``linear`` where the optimizer's rule is known, and of ``last`` elsewhere.
+    `Scaled` of ``linear`` where the optimizer's rule is known and there is a momentum, and of ``last`` elsewhere.
 
 The first three, and so their scaled forms, leave a weight as it is while its optimizer holds no state for it: before its
 first update, and for SGD without momentum; ``last`` while there has been no update.

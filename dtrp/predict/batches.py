@@ -134,6 +134,8 @@ def _numbers(scalars: Sequence[Any]) -> list[float | Tensor | None]:
 def _pieces(tensors: tuple[Tensor, ...], number: int) -> list[tuple[Tensor, ...]]:
     """Tensors of one shape, in ``number`` pieces or fewer, as views."""
     first = tensors[0]
+    if any(t.layout is not torch.strided for t in tensors):  # a sparse gradient
+        return [tensors]
     if all(t.is_contiguous() for t in tensors):
         tensors, size = tuple(t.view(-1) for t in tensors), max(1, -(-first.numel() // number))
     elif first.dim():

@@ -72,6 +72,12 @@ class BuiltInPredictor:
         """Whether the optimizer's update rule is known."""
         return type(optimizer) in self.rules
 
+    def foresees(self, optimizer: Optimizer) -> bool:
+        """Whether the rule is known and has something to go by, which SGD without momentum has not."""
+        rule = self.rules.get(type(optimizer))
+        momentum = isinstance(rule, ListRule) and rule.begun == "momentum_buffer"
+        return rule is not None and (not momentum or any(group["momentum"] for group in optimizer.param_groups))
+
     def check(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer whose update rule is not known here.
 

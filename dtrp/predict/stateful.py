@@ -124,12 +124,8 @@ class _LastOfStage:
         for place, (into, by) in moving.items():
             ratio = ratios[place] if place >= 0 else 1.0
             if isinstance(ratio, Tensor):
-                rates = (
-                    [ratio.to(t.dtype) for t in by]
-                    if len({t.dtype for t in by}) > 1
-                    else [ratio.to(by[0].dtype)] * len(by)
-                )
-                foreach.addcmul_(into, by, rates, value=horizon)
+                made = {(t.dtype, t.device): ratio.to(t.device, t.dtype) for t in by}
+                foreach.addcmul_(into, by, [made[t.dtype, t.device] for t in by], value=horizon)
             else:
                 foreach.add_(into, by, alpha=horizon * ratio)
 
@@ -278,8 +274,12 @@ class _ScaledOfStage:
         for u, moved in zip(_wholes(self._displacement), _wholes(self._start), strict=True):
             fitted = fitted + _dot(u, moved, fitted)
             length = length + _dot(u, u, fitted)
-        if self._sums is not None:
-            fitted, length = (new + self._decay * old for new, old in zip((fitted, length), self._sums, strict=True))
+        # A fit that is not finite counts for nothing: it would stay in the sums for good.
+        fits = torch.isfinite(fitted) & torch.isfinite(length)
+        before = (torch.zeros_like(length),) * 2 if self._sums is None else self._sums
+        fitted, length = (
+            torch.where(fits, new + self._decay * old, old) for new, old in zip((fitted, length), before, strict=True)
+        )
         self._sums, self._due = (fitted, length), None
 
     def forget(self) -> None:
@@ -336,7 +336,7 @@ def _wholes(parts: Sequence[Tensor]) -> list[Tensor]:
     for members in _by_dtype(parts):
         size = sum(t.numel() for t in members)
         whole = members[0].as_strided((size,), (1,), members[0].storage_offset())
-        wholes += list(torch.split(whole, SCRATCH_BYTES // 8)) if size else []
+        wholes += list(torch.split(whole, SCRATCH_BYTES // 24)) if size else []
     return wholes
 
 
@@ -350,7 +350,7 @@ def _dot(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
 
 
 class Auto(StatefulPredictor):
-    """``"auto"``: `Scaled` of ``linear`` where the optimizer's update rule is known, and of ``last`` elsewhere.
+    """``"auto"``: `Scaled` of ``linear`` where that knows the optimizer and moves its weights, and of ``last`` elsewhere.
 
     There it holds one copy more than ``copies`` says (`StageSizes.rule_known`).
     """
@@ -358,8 +358,8 @@ class Auto(StatefulPredictor):
     name, copies = "auto", 2
 
     def for_stage(self, optimizer: Optimizer | None) -> StagePredictor:
-        known = optimizer is not None and linear.knows(optimizer)
-        return Scaled(linear if known else last).for_stage(optimizer)
+        foreseen = optimizer is not None and linear.foresees(optimizer)
+        return Scaled(linear if foreseen else last).for_stage(optimizer)
 
 
 last, auto = Last(), Auto()

@@ -213,7 +213,10 @@ def _load_portable(engine: Engine, found: Checkpoint, shapes: state_dict.Shapes,
     for name, value in state["model"].items():
         fits = not isinstance(shapes.get(name), torch.Size) or isinstance(value, torch.Tensor)
         checks.expect(fits, f"{name} is no tensor")
-    write = state_dict.check_state(engine.stages, state, shapes, scheduler=scheduler)
+    try:
+        write = state_dict.check_state(engine.stages, state, shapes, scheduler=scheduler)
+    except ValueError as error:  # which says what to change
+        raise CheckpointError(f"{found.folder}: {error}") from error
 
     def put() -> None:
         for stage in engine.stages:
@@ -228,6 +231,7 @@ def _load_portable(engine: Engine, found: Checkpoint, shapes: state_dict.Shapes,
 def _check_options(stage: Stage, saved_groups: list[StateDict]) -> None:
     """Compare the options of a stage's optimizer with those of the saved groups that hold its parameters."""
     parameters = dict(zip(stage.names, stage.parameters, strict=True))
+    by_place = bool(stage.options_of_place)
     for group in stage.optimizer.param_groups if stage.optimizer is not None else ():
         current, ids = state_dict.group_options(group), set(map(id, group["params"]))
         members = {saved for saved, name in stage.called.items() if id(parameters[name]) in ids}
@@ -235,7 +239,8 @@ def _check_options(stage: Stage, saved_groups: list[StateDict]) -> None:
             if members & set(saved["params"]):
                 for option in current.keys() & saved.keys():
                     checks.expect_alike(current[option], saved[option], f"the option {option!r}")
-                checks.warn_of_options(f"stage {stage.index}", current, saved)
+                if not by_place or state_dict.is_saved_whole(stage, group, saved_groups):
+                    checks.warn_of_options(f"stage {stage.index}", current, saved)
 
 
 _COUNTED = {"num_stages": "stages", "num_replicas": "replicas", "num_microbatches": "micro-batches"}

@@ -23,6 +23,7 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..atomic_file import whole_file
 from ..stage.losses import Section
@@ -113,8 +114,15 @@ def _tensors_beside(stage: Stage) -> StateDict:
 
 
 def group_options(group: StateDict) -> StateDict:
-    """The options of a parameter group of an optimizer."""
-    return {key: value for key, value in group.items() if key != "params"}
+    """The options of a parameter group of an optimizer, without the names that torch may keep beside them."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def is_saved_whole(stage: Stage, group: StateDict, saved_groups: Sequence[StateDict]) -> bool:
+    """Whether a saved group has the parameters of a stage's group and no others, as one of the same stage has."""
+    ids, parameters = set(map(id, group["params"])), dict(zip(stage.names, stage.parameters, strict=True))
+    members = {saved for saved, name in stage.called.items() if id(parameters[name]) in ids}
+    return any(len(saved["params"]) == len(ids) and members.issuperset(saved["params"]) for saved in saved_groups)
 
 
 def _changed_buffers(stage: Stage) -> list[str]:
@@ -192,6 +200,8 @@ def check_state(stages: Sequence[Stage], state: StateDict, shapes: Shapes, *, sc
             if stage.lr_scheduler is not None:
                 stage.lr_scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
                 assert stage.optimizer is not None
+                if stage.rates_of_place:
+                    _recompute_rates(stage.lr_scheduler, stage.optimizer.param_groups)
                 _take_learning_rates(stage.lr_scheduler, stage.optimizer.param_groups)
             stage.forget_predictions()
 
@@ -218,10 +228,12 @@ def _optimizer_state(stage: Stage, optimizers: Sequence[StateDict], *, has_besid
     current = {names[id(p)]: entry for p, entry in stage.optimizer.state.items()}
     groups: list[StateDict] = []
     entries, number = {}, 0
-    for group in stage.optimizer.param_groups:
+    for place, group in enumerate(stage.optimizer.param_groups):
         members = [names[id(p)] for p in group["params"]]
         numbers = range(number, number := number + len(members))
-        groups.append({**_options_for(stage, group, members, options), "params": list(numbers)})
+        is_whole = is_saved_whole(stage, group, saved_groups)
+        own = None if is_whole or place >= len(stage.options_of_place) else stage.options_of_place[place]
+        groups.append({**_options_for(stage, group, members, options, own), "params": list(numbers)})
         for i, name in zip(numbers, members, strict=True):
             source = current if _is_beside(stage, name) and not has_beside else saved
             if name in source:
@@ -229,8 +241,14 @@ def _optimizer_state(stage: Stage, optimizers: Sequence[StateDict], *, has_besid
     return {"state": entries, "param_groups": groups}
 
 
-def _options_for(stage: Stage, group: StateDict, names: list[str], options: dict[str, StateDict]) -> StateDict:
-    """The saved options of a parameter group; its present ones if only an unsaved auxiliary network is in it."""
+def _options_for(
+    stage: Stage, group: StateDict, names: list[str], options: dict[str, StateDict], own: StateDict | None
+) -> StateDict:
+    """The saved options of a parameter group; its present ones if only an unsaved auxiliary network is in it.
+
+    Where the factories of optimizer and scheduler have asked for the place in the pipeline, and the state is of other
+    stages: the options that the optimizer was made with (``own``), and the learning rate of a schedule's update.
+    """
     members = [name for name in names if name in options or not _is_beside(stage, name)]
     if not members:
         return group_options(group)
@@ -238,15 +256,24 @@ def _options_for(stage: Stage, group: StateDict, names: list[str], options: dict
         if name not in options:
             raise ValueError(f"the state dict has no optimizer options for {name}; it trained other parameters")
     saved = options[members[0]]
-    if any(options[name] != saved for name in members):
+    differ = {option for name in members for option in saved if options[name].get(option) != saved[option]}
+    if own is None and differ - ({"lr"} if stage.rates_of_place else set()):
         raise ValueError(
             f"{members[0]} and another parameter of its group have different options in the state dict; make the "
             "optimizer with the same parameter groups"
         )
-    if saved.keys() != group.keys() - {"params"}:
+    if own is None and differ and not isinstance(stage.lr_scheduler, LambdaLR):
+        raise ValueError(
+            f"{members[0]} and another parameter of its group have different learning rates in the state dict, by their stage or "
+            "its delay; load it at the number of stages that it was saved at, or make the schedule with LambdaLR"
+        )
+    if own is not None and saved.keys() >= own.keys():
+        rate = saved["lr"] / saved["initial_lr"] if saved.get("initial_lr") else 1
+        return saved | own | {"lr": own["lr"] * rate} | ({"initial_lr": own["lr"]} if "initial_lr" in saved else {})
+    if saved.keys() != group_options(group).keys():
         raise ValueError(
             f"the state dict's optimizer has the options {', '.join(sorted(saved))}, this one "
-            f"{', '.join(sorted(group.keys() - {'params'}))}; it was saved with another optimizer"
+            f"{', '.join(sorted(group_options(group)))}; it was saved with another optimizer"
         )
     return saved
 
@@ -315,6 +342,17 @@ def _take_learning_rates(scheduler: Any, groups: list[StateDict]) -> None:
         scheduler._last_lr = [group["lr"] for group in groups]
     for inner in getattr(scheduler, "_schedulers", ()):
         _take_learning_rates(inner, groups)
+
+
+def _recompute_rates(scheduler: Any, groups: list[StateDict]) -> None:
+    """Give the groups the learning rates that the schedule of this stage has now; those of another may have been saved."""
+    if isinstance(scheduler, LambdaLR):
+        for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):
+            rate = group["initial_lr"] * factor(scheduler.last_epoch)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
 
 def _by_stage_name(stage: Stage, entries: Sequence[tuple[str, T]]) -> dict[str, T]:

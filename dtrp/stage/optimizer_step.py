@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import StageError
-from ..optim.factories import with_keywords
+from ..optim.factories import is_by_place, with_keywords
 from ..schedule import Action
 from ..typing import OptimizerFactory, SchedulerFactory
 from .gradients import GradientRule, PendingNorms, clip_, gradient_norm, nonfinite, overall
@@ -179,6 +179,7 @@ def checked_optimizer(make: OptimizerFactory) -> OptimizerFactory:
             )
         return optimizer
 
+    checked.by_place = is_by_place(make)  # type: ignore[attr-defined]
     return checked
 
 
@@ -200,4 +201,5 @@ def checked_scheduler(make: SchedulerFactory | None) -> SchedulerFactory | None:
             )
         return scheduler
 
+    checked.by_place = is_by_place(make)  # type: ignore[attr-defined]
     return checked

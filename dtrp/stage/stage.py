@@ -45,7 +45,7 @@ from ..measure.graph_size import NOT_WEIGHED, weigh_graph
 from ..measure.memory import StageSizes, choose_keep, optimizer_bytes
 from ..measure.prediction_error import PredictionErrorGauge
 from ..methods import Keep
-from ..optim.factories import with_keywords
+from ..optim.factories import is_by_place, with_keywords
 from ..predict import as_predictor, linear
 from ..schedule import most_in_flight, steady_delay
 from ..tensors.autocast import AutocastState
@@ -156,6 +156,11 @@ class Stage:
         }
         updated = [p for _, p in named]
         self.optimizer = with_keywords(training.optimizer, updated, named=named, **place) if updated else None
+        groups = self.optimizer.param_groups if self.optimizer and is_by_place(training.optimizer) else []
+        self.options_of_place = [
+            {name: v for name, v in group.items() if name not in ("params", "param_names")} for group in groups
+        ]
+        self.rates_of_place = is_by_place(training.lr_scheduler)
         make_scheduler, optimizer = training.lr_scheduler, self.optimizer
         self.lr_scheduler = with_keywords(make_scheduler, optimizer, **place) if make_scheduler and optimizer else None
         self.updates = OptimizerSteps(
@@ -276,7 +281,7 @@ class Stage:
             graph=graph_bytes,
             output=value_bytes(out),
             deferred=None if self.division is not None and not self._division_tried else self._deferred_bytes,
-            rule_known=self.optimizer is None or linear.knows(self.optimizer),
+            rule_known=self.optimizer is None or linear.foresees(self.optimizer),
         )
         del trial, out
         self.keep_as(

@@ -20,8 +20,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 class Roster:
     """The modules within a module, as they were found last; for what would walk through all of them again and again.
 
-    That a module has got more or fewer children is seen at once, and that one stands in the place of another after
-    `look`.
+    Children that have come, gone or been replaced since are seen at once.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -31,13 +30,14 @@ class Roster:
     def look(self) -> None:
         """Walk through all of them at the next use."""
         self._found: list[nn.Module] | None = None
-        self._children: list[tuple[dict[str, nn.Module | None], int]] = []
+        self._children: list[tuple[dict[str, nn.Module | None], list[nn.Module | None]]] = []
 
     def members(self) -> list[nn.Module]:
         """As `members` of the module."""
-        if self._found is None or any(len(children) != number for children, number in self._children):
+        if self._found is None or any([*children.values()] != known for children, known in self._children):
             self._found = members(self._module)
-            self._children = [(children := module_dict(member), len(children)) for member in self._found]
+            dictionaries = map(module_dict, self._found)
+            self._children = [(children, [*children.values()]) for children in dictionaries]
         return self._found
 
 

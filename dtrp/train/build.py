@@ -34,7 +34,13 @@ from .scores.criterion import Criterion, make_criterion
 from .user_code import call_function, explained, is_reference, load_function, parse_arguments
 
 TIMEOUT_S = 300.0  # for which ranks wait for each other
-OF_ADAMW = ("embed", "head")  # parts of the names of matrices that --optimizer muon leaves to AdamW
+OF_ADAMW = (
+    "*embed*",
+    "wte",
+    "wpe",
+    "head",
+    "*_head",
+)  # parts of names of matrices that --optimizer muon leaves to AdamW
 LISTING = "listing"  # the file of the list of images in the folder of a run
 _STREAMED_FROM_BYTES = 2 * 10**9  # of all images of a folder, decoded
 _IMAGENET_PIXELS = 64  # from which on a ResNet that has both stems takes ImageNet's
@@ -353,7 +359,7 @@ def make_scheduler(config: TrainConfig, total: int) -> SchedulerFactory:
     warmup = 0 if config.warmup_by_delay else config.warmup_updates
     factor = lr_factor(config.lr_schedule, warmup, total)
 
-    def scheduler(optimizer: torch.optim.Optimizer, *, delay: int = 0) -> LambdaLR:
+    def by_delay(optimizer: torch.optim.Optimizer, *, delay: int) -> LambdaLR:
         factors = [factor]
         if config.warmup_by_delay:
             factors.append(warmup_factor(config.warmup_updates, delay))
@@ -361,7 +367,8 @@ def make_scheduler(config: TrainConfig, total: int) -> SchedulerFactory:
             factors.append(delay_factor(config.lr_by_delay, delay))
         return LambdaLR(optimizer, lambda n: math.prod(each(n) for each in factors))
 
-    return scheduler
+    alike = not (config.warmup_by_delay or config.lr_by_delay)
+    return (lambda optimizer: LambdaLR(optimizer, factor)) if alike else by_delay
 
 
 def lr_factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:

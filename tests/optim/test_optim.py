@@ -81,6 +81,10 @@ def test_momentum_by_stage_is_that_of_its_equation(name: str) -> None:
         dtrp.Pipeline(network(), momentum_by_stage(torch.optim.Adagrad), cross_entropy, num_stages=2)
 
 
+def made_by_stage(make: Any) -> torch.optim.Optimizer:
+    return make([nn.Parameter(torch.zeros(2))], stage=0, num_stages=2)  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -88,6 +92,9 @@ def test_momentum_by_stage_is_that_of_its_equation(name: str) -> None:
         (lambda: momentum_by_stage(sgd, most=1.0), "most=1.0"), (lambda: extrapolated(sgd, -0.5), "extrapolate=-0.5"),
         (lambda: Braking([nn.Parameter(torch.zeros(2))], momentum=0), "pass one above 0"),
         (lambda: Braking([nn.Parameter(torch.zeros(2))], rho=-1), "rho=-1"),
+        (lambda: Braking([nn.Parameter(torch.zeros(2))], fused=True), "fused=True"),
+        (lambda: made_by_stage(momentum_by_stage(lambda p: torch.optim.SGD(p, lr=0.1))), "SGD without momentum"),
+        (lambda: made_by_stage(momentum_by_stage(sgd, most=0.8)), "most=0.8 is below the momentum 0.9"),
         (lambda: MuonAdamW([nn.Parameter(torch.zeros(2))], skip=["head"]), "no names were given"),
         (lambda: MuonAdamW([nn.Parameter(torch.zeros(2))], skip="head"), "pass a list"),
     ],
@@ -138,7 +145,7 @@ def test_muon_is_torchs_on_flattened_weights(channels_last: bool) -> None:
 def test_muon_leaves_what_it_is_told_to_adamw() -> None:
     model = convolutions()
     grouped = MuonAdamW([{"params": model[4].parameters(), "muon": False}, {"params": model[0].parameters()}])
-    named = MuonAdamW(model.named_parameters(), skip=["4.", "2.bias"])
+    named = MuonAdamW(model.named_parameters(), skip=["4", "2.b*"])
     cross_entropy(model(images(1)[0][0]), images(1)[0][1]).backward()
     for optimizer in (grouped, named):
         optimizer.step()
@@ -244,6 +251,78 @@ def test_they_go_on_from_any_step(name: str, extrapolate: float, tmp_path: Path)
     ]
     for a, b in zip(*states, strict=True):
         assert_same(a, b)
+
+
+def test_braking_takes_over_where_sgd_was_and_takes_groups_and_halves() -> None:
+    weights = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    braking = Braking(weights[:1], lr=0.1, rho=0.5)
+    braking.add_param_group({"params": weights[1:], "lr": 0.2})
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    old = torch.optim.SGD([{"params": [p]} for p in weights], lr=0.1, momentum=0.9)
+    old.step()
+    braking.load_state_dict(old.state_dict())
+    braking.step()
+    assert [(g["rho"], g["brake_eps"]) for g in braking.param_groups] == [(0.5, 1e-20)] * 2
+    half = nn.Parameter(torch.ones(2, 3, dtype=torch.float16))
+    braking = Braking([half], lr=0.1)
+    for _ in range(3):
+        half.grad = torch.tensor([[1e-4] * 3, [0.0] * 3], dtype=torch.float16)
+        braking.step()
+    assert half.isfinite().all()
+    assert half[1].eq(1).all()
+
+
+STAGES: dict[str, dict[str, Any]] = {
+    "momentum by stage": {"optimizer": momentum_by_stage(sgd)},
+    "rates by delay": {"optimizer": sgd, "lr_scheduler": lr_by_delay(50, lambda n: 1 / (1 + n))},
+    "both, of the user": {
+        "optimizer": lambda p, *, delay: torch.optim.SGD(p, lr=0.1 / (1 + delay), momentum=0.5),
+        "lr_scheduler": lambda o, *, stage: torch.optim.lr_scheduler.LambdaLR(o, lambda n: 0.9**n * (1 + stage)),
+    },
+    "groups by name": {"optimizer": lambda p, *, named: torch.optim.AdamW(list(named), lr=0.01)},
+}
+
+
+@pytest.mark.parametrize("case", STAGES)
+@pytest.mark.parametrize("numbers", [(4, 2), (2, 4)])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_follows_the_place_is_that_of_the_new_place(
+    case: str, numbers: tuple[int, int], on_disk: bool, tmp_path: Path
+) -> None:
+    """A checkpoint goes on at another K: options and rates are those that a pipeline of that K has after as many updates."""
+    old, new = numbers
+
+    def made(num_stages: int) -> dtrp.Pipeline:
+        options: Any = {
+            "method": "dtrp-1f1b",
+            "num_microbatches": 1,
+            "seed": 0,
+            "loss_fn": cross_entropy,
+            **STAGES[case],
+        }
+        return dtrp.Pipeline(network(), num_stages=num_stages, **options)
+
+    pipe, twin, other = made(old), made(new), made(new)
+    for x, y in minibatches(5):
+        pipe.step(x, y)
+        twin.step(x, y)
+    for each in (pipe, twin):
+        each.flush()
+    if on_disk:
+        pipe.save(tmp_path / "saved", portable=True)
+        other.load(tmp_path / "saved")
+    else:
+        other.load_state_dict(pipe.state_dict())
+    for a, b in zip(other.optimizers, twin.optimizers, strict=True):
+        for mine, wanted in zip(a.param_groups, b.param_groups, strict=True):
+            for option in wanted.keys() - {"params"}:
+                assert mine[option] == wanted[option] or mine[option] == pytest.approx(wanted[option], rel=1e-12), (
+                    option
+                )
+    for x, y in minibatches(2):
+        other.step(x, y)
+    other.flush()
 
 
 @needs_muon

@@ -90,8 +90,8 @@ MUTANTS = [
     Mutant(
         "the learned length of a prediction forgets nothing",
         "predict/stateful.py",
-        "new + self._decay * old for new, old",
-        "new + old for new, old",
+        "new + self._decay * old, old) for",
+        "new + old, old) for",
         "tests/test_predict_with_state.py::test_scaled_is_the_fit_of_its_equation",
     ),
     Mutant(
