@@ -33,15 +33,16 @@ METHODS = ("dtrp-split", "dtrp-1f1b", "dtrp")
 PREDICTIONS = ("none", "linear", "rollout", "informed", "last", "scaled", "auto")
 RATES = {  # what was tried for bp, the chosen one first
     "wide": {"sgd": (0.1,), "adamw": (3e-3, 1e-3, 1e-2), "muon": (3e-3, 1e-3, 1e-2)},
-    "gpt": {"adamw": (8e-3,), "muon": (8e-3, 1.6e-2)},  # that of AdamW is of benchmarks/gpt
+    "gpt": {"adamw": (8e-3,), "muon": (8e-3,)},  # that of AdamW is of benchmarks/gpt
 }  # fmt: skip
 DECAY = {"sgd": 5e-4, "adamw": 0.05, "muon": 0.05}  # of wide; gpt has its recipe's
+STRETCHED = (("informed", 8, 1.02), ("linear", 1, 1.1))
 BLOCKS = {"layers": 8, "cuts": tuple(range(2, 9))}  # the embedding with the first block, the head with the last
 
 
 @dataclass(frozen=True)
 class Run:
-    """``prediction`` none: without; None: of a method that flushes. ``lr`` None: the chosen one."""
+    """``prediction`` none: without; None: of a method that flushes. ``stretch``: updates, over those of bp."""
 
     optimizer: str
     method: str
@@ -49,10 +50,11 @@ class Run:
     num_microbatches: int
     seed: int
     lr: float
+    stretch: float = 1.0
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Run:
-        return cls(*(row[name] for name in cls.__dataclass_fields__))
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__ if name in row})
 
 
 def runs(part: str, seeds: Sequence[int]) -> Iterator[Run]:
@@ -69,13 +71,18 @@ def runs(part: str, seeds: Sequence[int]) -> Iterator[Run]:
                 for method in METHODS if main else METHODS[:1]:
                     for prediction in predictions(part, optimizer, method, count, seed, main=main):
                         yield Run(optimizer, method, prediction, count, seed, rates[0])
+        if part == "gpt":  # does it come to bp's loss in so many more updates, with a schedule of that length?
+            for prediction, count, stretch in STRETCHED:
+                yield Run("adamw", METHODS[0], prediction, count, seed, RATES[part]["adamw"][0], stretch)
 
 
 def predictions(part: str, optimizer: str, method: str, count: int, seed: int, *, main: bool) -> tuple[str, ...]:
     """Of one method; of the GPT as many as sixty runs in all allow."""
     of_updates = ("none", "last" if optimizer == "muon" else "linear", "auto")
+    if not main and part == "gpt":
+        return of_updates if seed == 0 and count > 1 else of_updates[2:] if seed == 0 or count > 1 else ()
     if not main:
-        return of_updates if part == "wide" or seed == 0 or count > 1 else ()
+        return of_updates
     if part == "gpt" and seed > 0:
         return ("informed" if count > 1 else "linear", "auto") if method == METHODS[0] else ()
     if part == "gpt" and count == 1 and method == "dtrp":
@@ -100,12 +107,14 @@ def train_wide(run: Run, data_dir: str) -> dict[str, Any]:
 def train_gpt(run: Run, data: Any) -> dict[str, Any]:
     torch.set_num_threads(1)
     recipe = {**GPT["RECIPE"], **BLOCKS, "num_microbatches": run.num_microbatches, "lr": run.lr}
+    recipe["updates"] = round(recipe["updates"] * run.stretch)
     predict = {} if run.prediction is None else {"predict": None if run.prediction == "none" else run.prediction}
     decay, betas = recipe["weight_decay"], recipe["betas"]
 
-    def optimizer(params: Any) -> torch.optim.Optimizer:
+    def optimizer(params: Any, *, named: Any) -> torch.optim.Optimizer:
         if run.optimizer == "muon":
-            return dtrp.optim.MuonAdamW(params, lr=run.lr, weight_decay=decay, betas=betas)
+            options = {"lr": run.lr, "weight_decay": decay, "betas": betas, "skip": ("embedding", "head")}
+            return dtrp.optim.MuonAdamW(named, **options)
         return torch.optim.AdamW(params, lr=run.lr, weight_decay=decay, betas=betas)
 
     row: dict[str, Any] = GPT["train"](
