@@ -1,10 +1,13 @@
-"""What is compared: dtrp's methods, the schedules of torch.distributed.pipelining, and one worker, behind one `step`.
+"""What is compared: dtrp's methods, the schedules of torch.distributed.pipelining, DistributedDataParallel and one worker.
+
+They are behind one `step`.
 
 All of them train the same stages on the same mini-batches and make one optimizer step a mini-batch.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -19,13 +22,16 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import dtrp
 from dtrp.schedule import steady_delay
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]  # stepped once an update
 
 SCHEDULES: dict[str, Any] = {
     "GPipe": ScheduleGPipe,
@@ -40,14 +46,15 @@ class Contender:
     """Who trains, how.
 
     Args:
-        engine: ``"dtrp"``, ``"torch"`` (torch.distributed.pipelining), or ``"plain"`` (rank 0 alone, a plain loop).
-        method: a row of dtrp or one of `SCHEDULES`; of no meaning to ``"plain"``.
+        engine: ``"dtrp"``, ``"torch"`` (torch.distributed.pipelining), ``"plain"`` (rank 0 alone, a plain loop), or ``"ddp"``
+            (`DistributedDataParallel`; its ranks are given their parts of a mini-batch).
+        method: a row of dtrp or one of `SCHEDULES`; of no meaning to the last two.
         num_microbatches: A.
         order: of dtrp's row, in words; empty: the row's own.
         options: fields of that row, by name, that are changed.
     """
 
-    engine: Literal["dtrp", "torch", "plain"]
+    engine: Literal["dtrp", "torch", "plain", "ddp"]
     method: str = ""
     num_microbatches: int = 1
     order: str = ""
@@ -55,8 +62,8 @@ class Contender:
 
     @property
     def name(self) -> str:
-        if self.engine == "plain":
-            return "one worker"
+        if self.engine in ("plain", "ddp"):
+            return "one worker" if self.engine == "plain" else "DistributedDataParallel"
         return f"torch {self.method}" if self.engine == "torch" else " ".join([self.method, self.order]).strip()
 
     @property
@@ -97,7 +104,12 @@ class _Dtrp:
     works = True
 
     def __init__(
-        self, contender: Contender, stages: Sequence[nn.Module], optimizer: MakeOptimizer, loss_fn: LossFn
+        self,
+        contender: Contender,
+        stages: Sequence[nn.Module],
+        optimizer: MakeOptimizer,
+        loss_fn: LossFn,
+        scheduler: MakeScheduler | None = None,
     ) -> None:
         self.first, self.last = dist.get_rank() == 0, dist.get_rank() == len(stages) - 1
         self.pipe = dtrp.Pipeline(
@@ -107,6 +119,7 @@ class _Dtrp:
             num_stages=len(stages),
             method=contender.row,
             num_microbatches=contender.num_microbatches,
+            lr_scheduler=scheduler,
             seed=0,
             timeout_s=120.0,
         )
@@ -138,7 +151,13 @@ class _Torch:
     works = True
 
     def __init__(
-        self, contender: Contender, stages: Sequence[nn.Module], optimizer: MakeOptimizer, loss_fn: LossFn, x: Tensor
+        self,
+        contender: Contender,
+        stages: Sequence[nn.Module],
+        optimizer: MakeOptimizer,
+        loss_fn: LossFn,
+        x: Tensor,
+        scheduler: MakeScheduler | None = None,
     ) -> None:
         rank, world = dist.get_rank(), dist.get_world_size()
         parts = contender.num_microbatches
@@ -146,13 +165,14 @@ class _Torch:
         if not all(p.is_contiguous() for stage in stages for p in stage.parameters()):
             stages = [_ChannelsLast(stage, is_first=index == 0) for index, stage in enumerate(stages)]
         for index, stage in enumerate(stages):  # what goes between stages, by example
-            out = stage(h).detach().requires_grad_()
+            out = copy.deepcopy(stage)(h).detach().requires_grad_()  # of a copy: statistics of batches stay as they are
             if contender.host(index, world) == rank:
                 device = torch.device("cpu")
                 hosted[index] = PipelineStage(stage, index, len(stages), device, input_args=(h,), output_args=(out,))
             h = out
         self.first, self.last = rank == 0, rank == contender.host(len(stages) - 1, world)
         self.optimizer = optimizer([p for index in hosted for p in stages[index].parameters()])
+        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         own = list(hosted.values())
         schedule = SCHEDULES[contender.method]
         self.schedule = schedule(own if contender.stages_per_rank() > 1 else own[0], parts, loss_fn=loss_fn)
@@ -164,17 +184,31 @@ class _Torch:
         target = {"target": y, "losses": losses} if self.last else {}
         self.schedule.step(*inputs, **target, return_outputs=False)
         self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
         return torch.stack([loss.detach() for loss in losses]).mean() if self.last else None
 
     def close(self) -> None:
         pass
 
 
-class _Plain:
-    def __init__(self, stages: Sequence[nn.Module], optimizer: MakeOptimizer, loss_fn: LossFn) -> None:
-        self.works = dist.get_rank() == 0
-        self.model = nn.Sequential(*stages)
-        self.optimizer = optimizer(list(self.model.parameters()))
+class _Whole:
+    """All stages in this rank: a plain loop, on rank 0 alone or on every rank within `DistributedDataParallel`."""
+
+    def __init__(
+        self,
+        contender: Contender,
+        stages: Sequence[nn.Module],
+        optimizer: MakeOptimizer,
+        loss_fn: LossFn,
+        scheduler: MakeScheduler | None = None,
+    ) -> None:
+        self.works = contender.engine == "ddp" or dist.get_rank() == 0
+        model = nn.Sequential(*stages)
+        # Without broadcasts of buffers, which nothing reads in training: it is faster.
+        self.model = DistributedDataParallel(model, broadcast_buffers=False) if contender.engine == "ddp" else model
+        self.optimizer = optimizer(list(model.parameters()))
+        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         self.loss_fn = loss_fn
 
     def step(self, x: Tensor, y: Tensor) -> Tensor | None:
@@ -184,6 +218,8 @@ class _Plain:
         loss = self.loss_fn(self.model(x), y)
         loss.backward()
         self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
         return loss.detach()
 
     def close(self) -> None:
@@ -191,14 +227,19 @@ class _Plain:
 
 
 def start(
-    contender: Contender, stages: Sequence[nn.Module], optimizer: MakeOptimizer, loss_fn: LossFn, x: Tensor
+    contender: Contender,
+    stages: Sequence[nn.Module],
+    optimizer: MakeOptimizer,
+    loss_fn: LossFn,
+    x: Tensor,
+    scheduler: MakeScheduler | None = None,
 ) -> Running:
     """Put a contender to work; collective. ``stages``: all of them, of which a rank trains its own; ``x``: a mini-batch."""
     if contender.engine == "dtrp":
-        return _Dtrp(contender, stages, optimizer, loss_fn)
+        return _Dtrp(contender, stages, optimizer, loss_fn, scheduler)
     if contender.engine == "torch":
-        return _Torch(contender, stages, optimizer, loss_fn, x)
-    return _Plain(stages, optimizer, loss_fn)
+        return _Torch(contender, stages, optimizer, loss_fn, x, scheduler)
+    return _Whole(contender, stages, optimizer, loss_fn, scheduler)
 
 
 def chosen(contenders: Sequence[Contender], only: Sequence[str]) -> list[Contender]:

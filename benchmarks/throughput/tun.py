@@ -12,6 +12,7 @@ behind when they end. It takes root on Linux and /dev/net/tun.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import multiprocessing
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,14 +50,21 @@ def run(options: Options) -> None:
     if reason is not None:
         print(f"tun: skipped, {reason}")
         return
+    with slow_link() as link:
+        launch(delayed, 2, options, link, address=ADDRESSES[0])
+
+
+@contextlib.contextmanager
+def slow_link(latency_s: float = 0.0) -> Iterator[Link]:
+    """A link for two ranks that are launched with `ADDRESSES[0]` for their address, and its delay line, which ends with them."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warning that an address has no name here
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        link = Link(str(Path(folder, "line")), context.Value("d", 0.0))
+        link = Link(str(Path(folder, "line")), context.Value("d", latency_s))
         line = context.Process(target=delay_line, args=(link,), daemon=True)
         line.start()
         try:
-            launch(delayed, 2, options, link, address=ADDRESSES[0])
+            yield link
         finally:
             line.terminate()
             line.join()
