@@ -29,9 +29,10 @@ test-full: lint
 	DTRP_TEST_FULL=1 CIFAR=$(CIFAR) $(BIN)/python -m pytest -q -m "full or not full" --timeout 7200 -rs
 
 # PIP_OPTIONS: more options of pip install, as an index of torch for CPUs alone. TESTS: some of the tests, as tests/splitting.
-# Warnings are errors; the ignored one is about what older versions of torch do themselves when they save.
+# Warnings are errors; the ignored ones are about what older versions of torch do themselves when they save, and about Python 3.13.0.
+IGNORED := -W "ignore:TypedStorage is deprecated:UserWarning" -W "ignore:Guards may run slower on Python:RuntimeWarning"
 test-torch: $(TORCH_VENV)/.installed
-	$(TORCH_VENV)/bin/python -m pytest -q -n 2 --dist worksteal -rs -W "ignore:TypedStorage is deprecated:UserWarning" $(TESTS)
+	$(TORCH_VENV)/bin/python -m pytest -q -n 2 --dist worksteal -rs $(IGNORED) $(TESTS)
 
 # The wheel as its users have it: built, and tried in another folder, in an environment of its own.
 wheel: $(VENV)/.installed

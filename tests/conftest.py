@@ -14,6 +14,7 @@ import pytest
 import torch
 from launching import Server
 
+TRACES, REFUSED = not torch.__version__.startswith("2.6."), "dtrp.split does not trace models on torch"
 torch.set_num_threads(1)
 
 
@@ -28,6 +29,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         drawn = sorted(grid, key=lambda item: (zlib.crc32(item.name.encode()), item.name))
         for item in drawn[-(-len(grid) // every) :]:
             item.add_marker(pytest.mark.full)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """On torch 2.6 `dtrp.split` refuses, by name, which is right there; so a test that asks for it is skipped."""
+    try:
+        return (yield)
+    except Exception as error:
+        if not TRACES and REFUSED in f"{error} {error.__cause__}":
+            pytest.skip(f"{REFUSED} {torch.__version__}")
+        raise
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ def test_every_action_is_a_range_of_the_profiler() -> None:
     )
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="the profiler of torch 2.6 sees one thread only")
 @pytest.mark.parametrize("all_threads", [False, True])
 def test_what_a_helper_thread_sends_is_seen_by_a_profiler_of_all_threads(all_threads: bool) -> None:
     tracer, begun = Tracer(True), threading.Event()
