@@ -5,7 +5,8 @@ from typing import Any
 
 from shown import Rows, accuracy, join, less, pivot, rows, spread, table
 
-SMALL, WIDE, RESNET20 = (rows(f"accuracy/results/{part}.jsonl") for part in ("small", "wide", "resnet20"))
+PARTS = ("small", "wide", "resnet20", "length")
+SMALL, WIDE, RESNET20, LENGTH = (rows(f"accuracy/results/{part}.jsonl") for part in PARTS)
 LONG = [*rows("accuracy/results/long.jsonl"), *rows("accuracy/results/long_stopped.jsonl")]
 HEAD = "K | A | method | seeds | accuracy, % | less than bp's, points (paired) | largest delay | prediction error"
 
@@ -41,7 +42,7 @@ def long(row: dict[str, Any]) -> str:
 README = Rows(row for row in SMALL if row["stages"] == row["num_microbatches"] and row["prediction"] != "rollout")
 METHODS = ("bp", "spectrain", "dtrp", "fdg", "fr")
 TABLES = [
-    *map(grid, ("small", "wide", "ResNet-20"), (SMALL, WIDE, RESNET20)),
+    *map(grid, ("small", "wide", "ResNet-20", "length"), (SMALL, WIDE, RESNET20, LENGTH)),
     table(" | epochs of 30 | accuracy, %, their mean | `bp`'s | points less", map(long, LONG)),
     pivot("K, A | bp | spectrain | dtrp | fdg | fr", README, "{stages}", "method", METHODS,
           lambda found: spread([*map(accuracy, found)], ".2f")),
