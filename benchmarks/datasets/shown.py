@@ -41,7 +41,7 @@ def lines(found: Rows, label: str) -> list[str]:
 
 def rates(found: Rows) -> str:
     chosen = RUNS.where(data=found[0]["data"], model=found[0]["model"], method="bp", seed=found[0]["seed"])
-    of = (join([accuracy(row) for row in found if row["lr"] == rate], ".2f") for rate in (0.03, 0.1, 0.3))
+    of = (join([accuracy(row) for row in found if row["lr"] == rate], ".2f") for rate in (0.01, 0.03, 0.1, 0.3, 1.0))
     return f"{title(found[0])} | {found[0]['model']} | {' | '.join(of)} | {join([row['lr'] for row in chosen], 'g')}"
 
 
@@ -50,6 +50,6 @@ OTHERS = Rows(row for row in RUNS if row["model"] != "resnet14-8")
 TABLES = [
     table(f"ResNet-14 of width 8 on | method | {HEAD}", lines(RESNET, "{title} | `{method}`")),
     table(f"data | network | method | {HEAD}", lines(OTHERS, "{title} | {model} | `{method}`")),
-    table("bp, first seed | network | accuracy, % at lr 0.03 | at 0.1 | at 0.3 | chosen",
+    table("bp, first seed | network | accuracy, % at lr 0.01 | at 0.03 | at 0.1 | at 0.3 | at 1 | chosen",
           map(rates, TUNING.by("{data} {model}").values())),
 ]  # fmt: skip

@@ -29,8 +29,19 @@ def test_each_run_once_and_what_is_checked_first_comes_first(datasets: Any) -> N
     assert {cell.prediction for _, _, cell in cells if cell.method in ("bp", "fr", "fdg", "ddg", "dgl")} == {None}
 
 
-def test_the_rate_is_that_of_the_best_accuracy_of_bp(datasets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracy = {0.1: 0.8, 0.03: 0.9, 0.3: 0.7}
+@pytest.mark.parametrize(
+    ("accuracies", "tried", "best"),
+    [
+        ((0.1, 0.8, 0.9, 0.7, 0.1), (0.03, 0.1, 0.3), 0.1),
+        ((0.1, 0.7, 0.8, 0.9, 0.5), (0.03, 0.1, 0.3, 1.0), 0.3),
+        ((0.1, 0.7, 0.8, 0.85, 0.9), (0.03, 0.1, 0.3, 1.0), 1.0),
+        ((0.8, 0.9, 0.8, 0.7, 0.1), (0.03, 0.1, 0.3, 0.01), 0.03),
+    ],
+)
+def test_the_rate_is_that_of_the_best_accuracy_of_bp_and_has_worse_ones_on_either_side(
+    accuracies: tuple[float, ...], tried: tuple[float, ...], best: float, datasets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy = dict(zip(datasets.RATES, accuracies, strict=True))
     ran = []
 
     def run(data: str, model: str, cell: Any, rate: float, path: Path, data_dir: str, runs: Path | None) -> None:
@@ -41,10 +52,10 @@ def test_the_rate_is_that_of_the_best_accuracy_of_bp(datasets: Any, monkeypatch:
             )
 
     monkeypatch.setattr(datasets, "run", run)
-    assert datasets.chosen_rate("mnist", "mlp", "", None) == 0.03
-    assert ran == [("bp", 0, rate) for rate in datasets.RATES]
-    assert datasets.chosen_rate("mnist", "mlp", "", None) == 0.03
-    assert len(ran) == 3  # and none is run again
+    assert datasets.chosen_rate("mnist", "mlp", "", None) == best
+    assert ran == [("bp", 0, rate) for rate in tried]
+    assert datasets.chosen_rate("mnist", "mlp", "", None) == best
+    assert len(ran) == len(tried)  # and none is run again
 
 
 def test_another_split_is_told_from_the_published_one(datasets: Any, tmp_path: Path) -> None:
