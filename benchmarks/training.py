@@ -5,6 +5,7 @@ A run is a line and is not repeated. One with a folder of its own saves itself t
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -57,6 +58,7 @@ def train(
         if dtrp(["train", *words, *saving, "--out", str(out)]):
             raise SystemExit(f"{name} failed")
         row = described(out, more)
+    gc.collect()  # the run's data, which refers to itself
     add_row(path, row)
     if folder is not None:
         shutil.rmtree(out)

@@ -29,7 +29,7 @@ from dtrp.methods import get_method, list_methods
 from dtrp.train.comparison import Cell, grid
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from training import cell_of, described, key, read_rows, train  # noqa: F401  (described: for benchmarks/frontier)
+from training import cell_of, key, read_rows, train
 
 HERE = Path(__file__).parent
 COMMON = {

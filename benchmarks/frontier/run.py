@@ -11,10 +11,9 @@ not repeated, so several may work on different --seeds, --optimizers, --methods,
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import runpy
-import tempfile
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,12 @@ from typing import Any
 import torch
 
 import dtrp
-from dtrp.cli import run as command
 from dtrp.data import load_text
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from training import add_row, read_rows, train  # noqa: E402
+
 ACCURACY, GPT = (runpy.run_path(str(HERE.parent / name / "run.py")) for name in ("accuracy", "gpt"))
 STAGES = 8
 METHODS = ("dtrp-split", "dtrp-1f1b", "dtrp")
@@ -91,20 +92,16 @@ def predictions(part: str, optimizer: str, method: str, count: int, seed: int, *
     return tuple(name for name in PREDICTIONS if count > 1 or name != "informed")
 
 
-def train_wide(run: Run, data_dir: str) -> dict[str, Any]:
+def train_wide(run: Run, data_dir: str, path: Path) -> None:
     settings: dict[str, str | None] = ACCURACY["COMMON"] | ACCURACY["OWN"]["wide"] | {
         "data-dir": data_dir, "model": ACCURACY["MODELS"]["wide"], "method": run.method, "seed": str(run.seed),
         "stages": str(STAGES), "num-microbatches": str(run.num_microbatches), "prediction": run.prediction,
         "optimizer": run.optimizer, "lr": str(run.lr), "weight-decay": str(DECAY[run.optimizer]),
     }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="dtrp-") as folder:
-        words = [word for name, value in settings.items() if value is not None for word in (f"--{name}", value)]
-        if command(["train", *words, "--keep-last", "0", "--out", f"{folder}/run"]):
-            raise SystemExit(f"{run} failed")
-        return {**ACCURACY["described"](Path(folder) / "run"), "weight_decay": DECAY[run.optimizer]}
+    train(settings, str(run), path, None, lambda summary: {"weight_decay": DECAY[run.optimizer], **vars(run)})
 
 
-def train_gpt(run: Run, data: Any) -> dict[str, Any]:
+def train_gpt(run: Run, data: Any, path: Path) -> None:
     torch.set_num_threads(1)
     recipe = {**GPT["RECIPE"], **BLOCKS, "num_microbatches": run.num_microbatches, "lr": run.lr}
     recipe["updates"] = round(recipe["updates"] * run.stretch)
@@ -120,7 +117,7 @@ def train_gpt(run: Run, data: Any) -> dict[str, Any]:
     row: dict[str, Any] = GPT["train"](
         data, dtrp.get_method(run.method, **predict), run.seed, recipe, optimizer=optimizer, every=25
     )
-    return row
+    add_row(path, {**row, **vars(run)})
 
 
 def main() -> None:
@@ -133,7 +130,6 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     path = HERE / "results" / f"{options.part}.jsonl"
-    path.parent.mkdir(exist_ok=True)
     data: Any = (
         options.data_dir if options.part == "wide" else load_text(Path(options.data_dir), GPT["RECIPE"]["context"])
     )
@@ -142,13 +138,10 @@ def main() -> None:
                  "microbatches": str(run.num_microbatches)}  # fmt: skip
         wanted = all(getattr(options, name) is None or word in getattr(options, name).split(",")
                      for name, word in named.items())  # fmt: skip
-        finished = [Run.of(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
-        if not wanted or run in finished:
+        if not wanted or run in map(Run.of, read_rows(path)):
             continue
         print(run, flush=True)
-        row = (train_wide if options.part == "wide" else train_gpt)(run, data)
-        with path.open("a") as file:
-            file.write(json.dumps({**row, **vars(run)}) + "\n")
+        (train_wide if options.part == "wide" else train_gpt)(run, data, path)
 
 
 if __name__ == "__main__":

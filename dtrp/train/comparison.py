@@ -13,6 +13,7 @@ share no state, so a cell that fails does not affect the others.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -207,6 +208,7 @@ class Comparison:
                     file.write(f"{reason}\n\n{traceback.format_exc()}".encode())
                 say(f"{cell.name} failed: {reason}")
                 failed.append(cell)
+            gc.collect()  # its data and its model refer to each other, and would be held for many cells more
         self._write_results(say)
         return failed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -207,6 +209,29 @@ def test_signals_end_it_on_workers_too(tmp_path: Path, number: int) -> None:
     assert (process.returncode, error) == (128 + number, "dtrp: interrupted\n")
     assert "cell 2" not in text
     assert not list((tmp_path / "grid").glob("*.failed"))
+
+
+def test_what_a_cell_held_is_gone_before_the_next(tmp_path: Path) -> None:
+    """Its data too, which a run refers to in a circle: many cells run in one process."""
+
+    class Held:
+        def __init__(self) -> None:
+            self.itself = self
+
+    held: list[weakref.ref[Held]] = []
+
+    def work(config: TrainConfig) -> None:
+        assert all(ref() is None for ref in held)
+        held.append(weakref.ref(Held()))
+
+    gc.disable()
+    try:
+        Comparison(BASE, grid(["bp", "dtrp", "fdg"], [2], ["1"], [0]), str(tmp_path / "grid")).run(
+            work, lambda line: None
+        )
+    finally:
+        gc.enable()
+    assert len(held) == 3
 
 
 def test_a_cell_that_fails_loses_nothing_of_the_others(tmp_path: Path) -> None:
