@@ -25,6 +25,10 @@ from dtrp.stage.gradients import PendingNorms, gradient_norm
 SMALL = ["train", "--data", "digits", "--model", "mlp", "--limit-train", "100", "--limit-test", "50", "--batch-size", "32",
          "--epochs", "1", "--threads", "1", "--lr", "0.01", "--stages", "2", "--num-microbatches", "1"]  # fmt: skip
 
+no_events = pytest.mark.skipif(
+    not hasattr(torch.cpu.current_stream(), "record_event"), reason="streams of the CPU have no events on this torch"
+)
+
 
 def tanh_network(layers: int = 4) -> nn.Sequential:
     """No dropout and no buffer: what a plain loop computes is plain to see."""
@@ -216,6 +220,7 @@ def not_waited_for(pipe: Any) -> Any:
     return pipe
 
 
+@no_events
 @pytest.mark.parametrize("steps", [4, 5, 9])
 @pytest.mark.parametrize("method", ["bp", "gpipe", "dtrp", "dtrp-1f1b", "spectrain", "fdg"])
 def test_where_nothing_waits_for_it_the_same_is_said_later(method: str, steps: int) -> None:
@@ -229,6 +234,7 @@ def test_where_nothing_waits_for_it_the_same_is_said_later(method: str, steps: i
     assert (caught.value.stage, caught.value.minibatch) == (1, 3)
 
 
+@no_events
 def test_where_nothing_waits_for_it_nothing_is_saved_of_it(tmp_path: Path) -> None:
     pipe = not_waited_for(pipeline(spoiled({3: math.nan}), num_stages=3, method="bp"))
     for x, y in minibatches(4):
@@ -238,6 +244,7 @@ def test_where_nothing_waits_for_it_nothing_is_saved_of_it(tmp_path: Path) -> No
     assert not (tmp_path / "save").exists()
 
 
+@no_events
 def test_where_nothing_waits_a_loss_is_named_before_the_gradients_that_it_spoils() -> None:
     pipe = not_waited_for(pipeline(tanh_network(3), num_stages=3, method="dtrp"))
     with pytest.raises(StageError, match=r"the loss of mini-batch 3 is nan"):
@@ -245,6 +252,7 @@ def test_where_nothing_waits_a_loss_is_named_before_the_gradients_that_it_spoils
             pipe.step(x * math.nan if i == 3 else x, y)
 
 
+@no_events
 @pytest.mark.parametrize("sparse", [False, True])
 def test_where_nothing_waits_a_gradient_without_entries_is_finite(sparse: bool) -> None:
     gradient = torch.empty(0)
