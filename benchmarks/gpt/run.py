@@ -110,7 +110,7 @@ def train(
             if pipe.num_updates == stop:
                 pipe.flush()
             seconds += time.perf_counter() - began
-            if pipe.num_updates % every == 0:
+            if pipe.num_updates % every == 0 or pipe.num_updates == updates:
                 curve[pipe.num_updates] = validation_loss(pipe, data, ON_THE_WAY)
             if pipe.num_updates == stop:
                 break
