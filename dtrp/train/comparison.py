@@ -19,6 +19,7 @@ import json
 import math
 import shutil
 import statistics
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ from .config_checks import check_settings
 from .scores.against_backprop import BACKPROP, Lines, against_backprop, as_json, read_lines
 from .scores.samples_needed import RelativeSamples
 
+# The data and the model of a cell refer to each other, and would be held for many cells more. To look for them takes a part
+# of a second, so it is done after cells that have taken so long.
+COLLECT_FROM_S = 5.0
 # Contents of a run's ``summary.json``.
 Summary: TypeAlias = dict[str, Json]
 
@@ -199,6 +203,7 @@ class Comparison:
             say(f"cell {number + 1} of {len(left)}: {cell.name}")
             note = self.folder / f"{cell.name}.failed"
             self._remove_remains(cell)
+            began = time.monotonic()
             try:
                 work(self.config(cell))
                 note.unlink(missing_ok=True)
@@ -208,7 +213,8 @@ class Comparison:
                     file.write(f"{reason}\n\n{traceback.format_exc()}".encode())
                 say(f"{cell.name} failed: {reason}")
                 failed.append(cell)
-            gc.collect()  # its data and its model refer to each other, and would be held for many cells more
+            if time.monotonic() - began >= COLLECT_FROM_S:
+                gc.collect()
         self._write_results(say)
         return failed
 

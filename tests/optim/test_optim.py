@@ -223,6 +223,7 @@ def make_of(name: str) -> Any:
     return lambda params: Braking(params, lr=0.05)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", [pytest.param("Muon", marks=needs_muon), "Braking"])
 @pytest.mark.parametrize("extrapolate", [0.0, 0.5])
 def test_they_go_on_from_any_step(name: str, extrapolate: float, tmp_path: Path) -> None:
@@ -284,6 +285,7 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", STAGES)
 @pytest.mark.parametrize("numbers", [(4, 2), (2, 4)])
 @pytest.mark.parametrize("on_disk", [False, True])

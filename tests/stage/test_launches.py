@@ -73,6 +73,7 @@ def launches_of_a_step(number: int, optimizer: str, **options: Any) -> Counter[s
     return ours.launches
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
     ("method", "options"),

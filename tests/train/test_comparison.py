@@ -211,7 +211,7 @@ def test_signals_end_it_on_workers_too(tmp_path: Path, number: int) -> None:
     assert not list((tmp_path / "grid").glob("*.failed"))
 
 
-def test_what_a_cell_held_is_gone_before_the_next(tmp_path: Path) -> None:
+def test_what_a_cell_held_is_gone_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its data too, which a run refers to in a circle: many cells run in one process."""
 
     class Held:
@@ -224,6 +224,7 @@ def test_what_a_cell_held_is_gone_before_the_next(tmp_path: Path) -> None:
         assert all(ref() is None for ref in held)
         held.append(weakref.ref(Held()))
 
+    monkeypatch.setattr("dtrp.train.comparison.COLLECT_FROM_S", 0.0)
     gc.disable()
     try:
         Comparison(BASE, grid(["bp", "dtrp", "fdg"], [2], ["1"], [0]), str(tmp_path / "grid")).run(
