@@ -116,7 +116,13 @@ TABLES = [
 ]  # fmt: skip
 LOST = [lost(LINKS[-1])(LINKS[-1].where(contender=method, latency_ms=FORWARD / 2)) for method in ("dtrp", "fdg", "bp")]
 FASTER = [faster(COMPLETE, method, stages) for method in ("dtrp", "fdg") for stages in (2, 4, 8)]
+TWO = COMPUTE_20[-1]
+BEST = [
+    TWO.only(contender="one worker")["median_ms"] / min(row["median_ms"] for row in TWO.where(contender=name))
+    for name in ("dtrp", "spectrain", "torch 1F1B")
+]
 TEXTS = {
+    "two": join(BEST, ".2f"),
     "cold": "{at_once_ms:.2f} {after_sleep_ms:.2f} {slept_ms:g}".format_map(rows("throughput/results/cold.jsonl")[-1]),
     "readme": " ".join([f"{FORWARD:g}", f"{BACKWARD:g}", *FASTER, *LOST]),
 }

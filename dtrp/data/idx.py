@@ -39,7 +39,7 @@ class _Published:
 
 _PUBLISHED = {
     "mnist": _Published(
-        source="the MNIST page of Yann LeCun or one of its copies",
+        source="the MNIST page of Yann LeCun (yann.lecun.com/exdb/mnist) or one of its copies",
         folders=("mnist", "MNIST/raw"),
         class_names=tuple("0123456789"),
         augment=False,  # a mirrored digit is none

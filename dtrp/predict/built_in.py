@@ -88,8 +88,8 @@ class BuiltInPredictor:
             known = ", ".join(cls.__name__ for cls in self.rules)
             raise TypeError(
                 f"prediction {self.name!r} does not know the update rule of {type(optimizer).__name__} (it knows {known}, "
-                "not their subclasses); use one of these, pass predict='last' or 'auto', which need no rule, or a predictor of "
-                "your own, method=get_method(..., predict=my_predictor), or switch prediction off with predict=None"
+                "not their subclasses); use one of these, pass method=get_method(..., predict='last' or 'auto'), which need no "
+                "rule (--prediction auto), or a predictor of your own there, or switch prediction off with predict=None"
             )
 
     @torch.no_grad()

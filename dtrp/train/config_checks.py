@@ -56,6 +56,8 @@ def _wrong_values(config: TrainConfig) -> Iterator[str]:
             yield f"{option_name(field)} {value}: a finite number of at least 0"
     if config.momentum_by_stage is not None and not 0 <= config.momentum_by_stage < 1:
         yield f"--momentum-by-stage {config.momentum_by_stage}: at least 0 and below 1"
+    if config.warmup_by_delay and not config.warmup_updates:
+        yield "--warmup-by-delay without --warmup-updates: say how many a stage without a delay has, --warmup-updates 100"
     if config.optimizer == "braking" and not config.momentum:
         yield "--momentum 0 with --optimizer braking, which compares the gradient with the momentum; pass one above 0"
     if isinstance(every := config.prediction_error_every, str) and every != "auto":

@@ -94,7 +94,9 @@ def summarize_stages(pipe: Pipeline) -> list[StageSummary]:
 def summary(result: TrainResult) -> dict[str, Json]:
     """The contents of ``summary.json``, for `dtrp compare` and `dtrp report`."""
     config, damaged = result.config, {"damaged": list(result.damaged)} if result.damaged else {}
-    return described_run(dict(vars(config)), result.epochs, result.stages, batch_size=config.batch_size, **damaged)
+    return described_run(
+        {**vars(config), "lr": config.base_lr}, result.epochs, result.stages, batch_size=config.batch_size, **damaged
+    )
 
 
 def described_run(
