@@ -16,6 +16,11 @@ from torch import Tensor
 import dtrp
 from dtrp.cli import run
 
+# Schedulers of torch 2.6 have other entries than those that torch 2.13 has written, and are refused by name.
+pytestmark = pytest.mark.skipif(
+    "_is_initial" not in vars(torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.zeros(1)]), lambda n: 1.0)),
+    reason="the files were written with a newer torch",
+)
 FORMATS = Path(__file__).parent / "formats"
 V1 = FORMATS / "v1"
 
