@@ -33,7 +33,7 @@ STAGES = 8
 METHODS = ("dtrp-split", "dtrp-1f1b", "dtrp")
 PREDICTIONS = ("none", "linear", "rollout", "informed", "last", "scaled", "auto")
 RATES = {  # what was tried for bp, until the best had a worse one on either side; the chosen one first
-    "wide": {"sgd": (0.1,), "adamw": (1e-2, 3e-3, 1e-3, 3e-2), "muon": (1e-2, 3e-3, 1e-3, 3e-2)},
+    "wide": {"sgd": (0.1,), "adamw": (1e-2, 3e-3, 1e-3, 3e-2), "muon": (3e-2, 1e-2, 3e-3, 1e-3, 1e-1)},
     "gpt": {"adamw": (8e-3,), "muon": (8e-3,)},  # that of AdamW is of benchmarks/gpt
 }  # fmt: skip
 DECAY = {"sgd": 5e-4, "adamw": 0.05, "muon": 0.05}  # of wide; gpt has its recipe's
