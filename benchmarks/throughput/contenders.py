@@ -147,9 +147,25 @@ class _ChannelsLast(nn.Module):
         return out.permute(0, 2, 3, 1).contiguous() if out.dim() == 4 else out
 
 
-class _Torch:
+class _Updating:
+    """A contender of torch's, which has an optimizer and, it may be, a scheduler of its own."""
+
     works = True
 
+    def __init__(self, parameters: list[Tensor], optimizer: MakeOptimizer, scheduler: MakeScheduler | None) -> None:
+        self.optimizer = optimizer(parameters)
+        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+
+    def update(self) -> None:
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def close(self) -> None:
+        pass
+
+
+class _Torch(_Updating):
     def __init__(
         self,
         contender: Contender,
@@ -171,8 +187,7 @@ class _Torch:
                 hosted[index] = PipelineStage(stage, index, len(stages), device, input_args=(h,), output_args=(out,))
             h = out
         self.first, self.last = rank == 0, rank == contender.host(len(stages) - 1, world)
-        self.optimizer = optimizer([p for index in hosted for p in stages[index].parameters()])
-        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+        super().__init__([p for index in hosted for p in stages[index].parameters()], optimizer, scheduler)
         own = list(hosted.values())
         schedule = SCHEDULES[contender.method]
         self.schedule = schedule(own if contender.stages_per_rank() > 1 else own[0], parts, loss_fn=loss_fn)
@@ -183,16 +198,11 @@ class _Torch:
         inputs = (x,) if self.first else ()
         target = {"target": y, "losses": losses} if self.last else {}
         self.schedule.step(*inputs, **target, return_outputs=False)
-        self.optimizer.step()
-        if self.scheduler is not None:
-            self.scheduler.step()
+        self.update()
         return torch.stack([loss.detach() for loss in losses]).mean() if self.last else None
 
-    def close(self) -> None:
-        pass
 
-
-class _Whole:
+class _Whole(_Updating):
     """All stages in this rank: a plain loop, on rank 0 alone or on every rank within `DistributedDataParallel`."""
 
     def __init__(
@@ -203,12 +213,11 @@ class _Whole:
         loss_fn: LossFn,
         scheduler: MakeScheduler | None = None,
     ) -> None:
-        self.works = contender.engine == "ddp" or dist.get_rank() == 0
         model = nn.Sequential(*stages)
+        super().__init__(list(model.parameters()), optimizer, scheduler)
+        self.works = contender.engine == "ddp" or dist.get_rank() == 0
         # Without broadcasts of buffers, which nothing reads in training: it is faster.
         self.model = DistributedDataParallel(model, broadcast_buffers=False) if contender.engine == "ddp" else model
-        self.optimizer = optimizer(list(model.parameters()))
-        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         self.loss_fn = loss_fn
 
     def step(self, x: Tensor, y: Tensor) -> Tensor | None:
@@ -217,13 +226,8 @@ class _Whole:
         self.optimizer.zero_grad()
         loss = self.loss_fn(self.model(x), y)
         loss.backward()
-        self.optimizer.step()
-        if self.scheduler is not None:
-            self.scheduler.step()
+        self.update()
         return loss.detach()
-
-    def close(self) -> None:
-        pass
 
 
 def start(

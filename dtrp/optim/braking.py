@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from ..validation import is_number
+from .factories import loss_of
 
 _REFUSED = {
     "maximize": "braking is for a loss that is minimized; turn the sign of the loss",
@@ -80,10 +81,7 @@ class Braking(SGD):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; returns what ``closure`` returns, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         before: list[tuple[Tensor, Tensor]] = []
         try:
             for group in self.param_groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ def lr_by_delay(anneal: int, factor: Factor | None = None) -> Callable[..., Lamb
     if not is_number(anneal) or anneal < 0:
         raise ValueError(f"anneal={anneal!r}: a number of updates of at least 0")
 
-    return _scheduler(lambda delay: delay_factor(anneal, delay), factor)
+    return by_delay(factor, lambda delay: delay_factor(anneal, delay))
 
 
 def warmup_by_delay(updates: int, factor: Factor | None = None) -> Callable[..., LambdaLR]:
@@ -70,7 +71,7 @@ def warmup_by_delay(updates: int, factor: Factor | None = None) -> Callable[...,
     if not is_number(updates) or updates < 0:
         raise ValueError(f"updates={updates!r}: a number of updates of at least 0")
 
-    return _scheduler(lambda delay: warmup_factor(updates, delay), factor)
+    return by_delay(factor, lambda delay: warmup_factor(updates, delay))
 
 
 def delay_factor(anneal: float, delay: int) -> Factor:
@@ -83,10 +84,12 @@ def warmup_factor(updates: float, delay: int) -> Factor:
     return lambda n: min(1.0, (n + 1) / (updates * (1 + delay) + 1))
 
 
-def _scheduler(of_delay: Callable[[int], Factor], factor: Factor | None) -> Callable[..., LambdaLR]:
+def by_delay(factor: Factor | None, *of_delay: Callable[[int], Factor]) -> Callable[..., LambdaLR]:
+    """A scheduler factory: the product of a schedule and of what is made for the delay of a stage."""
+
     def scheduler(optimizer: Optimizer, *, delay: int) -> LambdaLR:
-        own = of_delay(delay)
-        return LambdaLR(optimizer, own if factor is None else lambda n: factor(n) * own(n))
+        factors = [*([] if factor is None else [factor]), *(make(delay) for make in of_delay)]
+        return LambdaLR(optimizer, lambda n: math.prod(each(n) for each in factors))
 
     return scheduler
 

@@ -1,4 +1,4 @@
-"""Factories of the caller's, which are given the keywords that they name."""
+"""Factories of the caller's, which are given the keywords that they name; and what optimizers have in common."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable
 from inspect import Parameter
 from typing import Any, TypeVar
+
+import torch
 
 T = TypeVar("T")
 _PLACE = {"stage", "num_stages", "delay"}
@@ -22,6 +24,19 @@ def with_keywords(make: Callable[..., T], first: Any, **offered: Any) -> T:
     """
     names = _keywords(make)
     return make(first, **{name: value for name, value in offered.items() if name in names})
+
+
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What the ``closure`` of an optimizer's step returns, called with autograd; None where there is none."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def group_options(group: dict[str, Any]) -> dict[str, Any]:
+    """The options of a parameter group of an optimizer, without the names that torch may keep beside them."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def is_by_place(make: Callable[..., Any] | None) -> bool:

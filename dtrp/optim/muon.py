@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from .factories import loss_of
+
 
 class MuonAdamW(Optimizer):
     """``torch.optim.Muon`` on matrices, and on filters as matrices (out, -1); ``torch.optim.AdamW`` on the rest.
@@ -67,10 +69,7 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters that have a gradient; returns what ``closure`` returns, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             present = [p for p in group["params"] if p.grad is not None]
             matrices = [p for p in present if _is_matrix(p, group)]

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCRATCH_BYTES = (
-    64 * 2**20
-)  # what an operation on lists may need beside the tensors, or the largest of them if that is more
+# What an operation on lists may need beside the tensors; or the largest of them, if that is more.
+SCRATCH_BYTES = 64 * 2**20
 _SCALARS = ("step", "mu_product")
 
 

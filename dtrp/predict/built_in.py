@@ -42,12 +42,10 @@ class ListRule:
 
     Attributes:
         predict: called as ``predict(batch, horizon)``; writes ``batch.out``.
-        scratch: the tensors that it makes for each parameter; those of a decay that moves the moments, where it has any.
         begun: the name of the state without which there is nothing to predict from.
     """
 
     predict: Callable[[Batch, int], None]
-    scratch: int
     begun: str
 
 
@@ -125,10 +123,10 @@ class BuiltInPredictor:
             copy_all(*zip(*still, strict=True))
         for batch in in_batches(begun):
             assert isinstance(rule, ListRule)
-            scratch = 5 if batch.gradient is not None or _is_coupled(batch, optimizer) else rule.scratch
-            for part in batch.chunks(scratch):
+            moves_moments = batch.gradient is not None or _is_coupled(batch, optimizer)
+            for part in batch.chunks(scratch=5 if moves_moments else 1):
                 if part.gradient is not None:
-                    part = _informed(part, share, decoupled=not _is_coupled(part, optimizer))
+                    part = _informed(part, share, optimizer)
                 rule.predict(part, horizon)
 
 
@@ -144,14 +142,14 @@ def _as_reals(weight: Weight) -> Weight:
 
 
 def _is_coupled(batch: Batch, optimizer: Optimizer | None = None) -> bool:
-    """Whether the weight decay is a part of the gradient."""
+    """Whether the weight decay is a part of the gradient, and so moves Adam's moments."""
     group = batch.group
     # Adam, AdamW and NAdam all carry the flag in recent torch; older AdamW does not (see _with_flag).
     decoupled = type(optimizer) is AdamW or bool(group.get("decoupled_weight_decay", False))
     return bool(group["weight_decay"]) and not decoupled and "exp_avg" in batch.state
 
 
-def _informed(batch: Batch, share: float, *, decoupled: bool) -> Batch:
+def _informed(batch: Batch, share: float, optimizer: Optimizer) -> Batch:
     """The states after the next update, as the rules read them: they correct Adam's moments for the steps so far.
 
     The second moment moves too: a weight that never had a gradient (a token's, not seen before) has none to be divided
@@ -160,7 +158,7 @@ def _informed(batch: Batch, share: float, *, decoupled: bool) -> Batch:
     group, state = batch.group, batch.state
     assert batch.gradient is not None
     known = foreach.neg(batch.gradient) if group["maximize"] else batch.gradient
-    if group["weight_decay"] and (not decoupled or "momentum_buffer" in state):
+    if group["weight_decay"] and ("momentum_buffer" in state or _is_coupled(batch, optimizer)):
         known = foreach.add(known, batch.p, alpha=share * group["weight_decay"])
     if "momentum_buffer" in state:
         v = foreach.mul(state["momentum_buffer"], 1 - share * (1 - group["momentum"]))
@@ -373,13 +371,13 @@ def _with_flag(rule: ListRule) -> ListRule:
 
 def _of_sgd(rule: Callable[[Batch, int], None]) -> dict[type[Optimizer], ListRule | Rule]:
     """Braking scales gradients, of which a prediction has none."""
-    return dict.fromkeys((SGD, Braking), ListRule(rule, 1, "momentum_buffer"))
+    return dict.fromkeys((SGD, Braking), ListRule(rule, "momentum_buffer"))
 
 
 def _of_adam(
     adam: Callable[[Batch, int], None], nadam: Callable[[Batch, int], None]
 ) -> dict[type[Optimizer], ListRule | Rule]:
-    rule = ListRule(adam, 1, "exp_avg")
+    rule = ListRule(adam, "exp_avg")
     return {Adam: rule, AdamW: _with_flag(rule), NAdam: replace(rule, predict=nadam)}
 
 

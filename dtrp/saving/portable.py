@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..optim.factories import group_options
 from ..stage.stage import Stage
 from ..typing import Json, StateDict
 from . import state_dict
@@ -32,7 +33,7 @@ def encode_part(encoder: Encoder, stage: Stage) -> dict[str, Json]:
         groups = []
         for i, group in enumerate(section["param_groups"]):
             key = f"optimizer.param_groups.{prefix}stage{stage.index}.{i}"
-            options = encoder.encode(state_dict.group_options(group), key)
+            options = encoder.encode(group_options(group), key)
             groups.append({"params": group["params"], "options": options})
         states = {name: encoder.encode(v, f"optimizer.state.{name}") for name, v in section["state"].items()}
         written = "model." if prefix == "model." else ""  # the names in the other sections begin with the section

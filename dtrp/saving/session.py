@@ -25,6 +25,7 @@ from ..atomic_file import whole_file
 from ..engine.base import Engine
 from ..errors import StageError
 from ..methods import Method
+from ..optim.factories import group_options
 from ..schedule import most_in_flight
 from ..stage.stage import Stage
 from ..typing import Json, StateDict
@@ -230,11 +231,9 @@ def _load_portable(engine: Engine, found: Checkpoint, shapes: state_dict.Shapes,
 
 def _check_options(stage: Stage, saved_groups: list[StateDict]) -> None:
     """Compare the options of a stage's optimizer with those of the saved groups that hold its parameters."""
-    parameters = dict(zip(stage.names, stage.parameters, strict=True))
     by_place = bool(stage.options_of_place)
     for group in stage.optimizer.param_groups if stage.optimizer is not None else ():
-        current, ids = state_dict.group_options(group), set(map(id, group["params"]))
-        members = {saved for saved, name in stage.called.items() if id(parameters[name]) in ids}
+        current, members = group_options(group), state_dict.saved_names(stage, group)
         for saved in saved_groups:
             if members & set(saved["params"]):
                 for option in current.keys() & saved.keys():

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..atomic_file import whole_file
+from ..optim.factories import group_options
 from ..stage.losses import Section
 from ..stage.stage import Stage
 from ..tensors.module_buffers import buffers_of, names_of, put, slot_of
@@ -113,16 +114,18 @@ def _tensors_beside(stage: Stage) -> StateDict:
     return {name: value for name, value in state.items() if _is_beside(stage, name)}
 
 
-def group_options(group: StateDict) -> StateDict:
-    """The options of a parameter group of an optimizer, without the names that torch may keep beside them."""
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
 def is_saved_whole(stage: Stage, group: StateDict, saved_groups: Sequence[StateDict]) -> bool:
     """Whether a saved group has the parameters of a stage's group and no others, as one of the same stage has."""
+    members = saved_names(stage, group)
+    return any(
+        len(saved["params"]) == len(group["params"]) and members.issuperset(saved["params"]) for saved in saved_groups
+    )
+
+
+def saved_names(stage: Stage, group: StateDict) -> set[str]:
+    """The names under which the parameters of a stage's group may have been saved, those of other stages included."""
     ids, parameters = set(map(id, group["params"])), dict(zip(stage.names, stage.parameters, strict=True))
-    members = {saved for saved, name in stage.called.items() if id(parameters[name]) in ids}
-    return any(len(saved["params"]) == len(ids) and members.issuperset(saved["params"]) for saved in saved_groups)
+    return {saved for saved, name in stage.called.items() if id(parameters[name]) in ids}
 
 
 def _changed_buffers(stage: Stage) -> list[str]:

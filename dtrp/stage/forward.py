@@ -80,11 +80,6 @@ class RepeatableForward:
             if isinstance(member, attention) and not any(p.requires_grad for p in member.parameters())
         ]
 
-    def look(self) -> None:
-        """Look at the next forward which modules there are."""
-        self.roster.look()
-        self.roster_of_module.look()
-
     @property
     def may_be_fused(self) -> bool:
         """Whether torch may run attention by its inference path, although gradients are enabled."""

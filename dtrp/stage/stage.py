@@ -45,7 +45,7 @@ from ..measure.graph_size import NOT_WEIGHED, weigh_graph
 from ..measure.memory import StageSizes, choose_keep, optimizer_bytes
 from ..measure.prediction_error import PredictionErrorGauge
 from ..methods import Keep
-from ..optim.factories import is_by_place, with_keywords
+from ..optim.factories import group_options, is_by_place, with_keywords
 from ..predict import as_predictor, linear
 from ..schedule import most_in_flight, steady_delay
 from ..tensors.autocast import AutocastState
@@ -157,9 +157,7 @@ class Stage:
         updated = [p for _, p in named]
         self.optimizer = with_keywords(training.optimizer, updated, named=named, **place) if updated else None
         groups = self.optimizer.param_groups if self.optimizer and is_by_place(training.optimizer) else []
-        self.options_of_place = [
-            {name: v for name, v in group.items() if name not in ("params", "param_names")} for group in groups
-        ]
+        self.options_of_place = list(map(group_options, groups))
         self.rates_of_place = is_by_place(training.lr_scheduler)
         make_scheduler, optimizer = training.lr_scheduler, self.optimizer
         self.lr_scheduler = with_keywords(make_scheduler, optimizer, **place) if make_scheduler and optimizer else None
@@ -673,7 +671,6 @@ class Stage:
 
     def check_trainable(self) -> None:
         """Refuse parameters that were frozen, freed or replaced since the optimizer was made."""
-        self.repeatable.look()
         now = {name: p for name, p in self.whole.named_parameters() if p.requires_grad}
         if list(now) != self.names:
             changed = sorted(set(now) ^ set(self.names))[0]

@@ -25,10 +25,6 @@ class Roster:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self.look()
-
-    def look(self) -> None:
-        """Walk through all of them at the next use."""
         self._found: list[nn.Module] | None = None
         self._children: list[tuple[dict[str, nn.Module | None], list[nn.Module | None]]] = []
 

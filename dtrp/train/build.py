@@ -23,7 +23,7 @@ from ..launch.join import told_by_first_rank
 from ..methods import Method, get_method
 from ..models import auxiliary, get_model, has_stem, takes_text
 from ..optim import Braking, MuonAdamW, extrapolated, momentum_by_stage
-from ..optim.by_delay import delay_factor, warmup_factor
+from ..optim.by_delay import by_delay, delay_factor, warmup_factor
 from ..schedule import check_orders
 from ..splitting.stages import Stages, into_stages, split
 from ..stage.losses import Auxiliary
@@ -359,16 +359,12 @@ def make_scheduler(config: TrainConfig, total: int) -> SchedulerFactory:
     warmup = 0 if config.warmup_by_delay else config.warmup_updates
     factor = lr_factor(config.lr_schedule, warmup, total)
 
-    def by_delay(optimizer: torch.optim.Optimizer, *, delay: int) -> LambdaLR:
-        factors = [factor]
-        if config.warmup_by_delay:
-            factors.append(warmup_factor(config.warmup_updates, delay))
-        if config.lr_by_delay:
-            factors.append(delay_factor(config.lr_by_delay, delay))
-        return LambdaLR(optimizer, lambda n: math.prod(each(n) for each in factors))
-
-    alike = not (config.warmup_by_delay or config.lr_by_delay)
-    return (lambda optimizer: LambdaLR(optimizer, factor)) if alike else by_delay
+    of_delay: list[Callable[[int], Callable[[int], float]]] = []
+    if config.warmup_by_delay:
+        of_delay.append(partial(warmup_factor, config.warmup_updates))
+    if config.lr_by_delay:
+        of_delay.append(partial(delay_factor, config.lr_by_delay))
+    return by_delay(factor, *of_delay) if of_delay else lambda optimizer: LambdaLR(optimizer, factor)
 
 
 def lr_factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
